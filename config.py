@@ -1,0 +1,70 @@
+"""The values of a run, one a line: unit and why. Every line is also a flag, e.g. `python3 train.py --num_samples 781`."""
+
+from newllm.config import Config
+
+
+class ResidualConfig(Config):
+    preset = "none"  # "seed": the published ancestor's network, 91,429,969 parameters
+
+    # Data: token budget = num_samples * max_seq_length (50: 6.4k, 78: 10k, 195: 25k, 390: 50k, 781: 100k)
+    data_source = "auto"  # "ultrachat" (hub), "chitchat" (embedded), a file or folder; "auto": the first to be had
+    tokenizer = "auto"  # "gpt2" (50,257 ids), "bpe" (trained on the training dialogues); "auto": gpt2 if to be had
+    vocab_size = 4096  # ids of the "bpe" tokenizer, at most; a big table is wasted on few tokens
+    num_samples = 50  # training samples
+    num_tokens = 0  # training tokens; when > 0 it sets num_samples = num_tokens // max_seq_length
+    max_seq_length = 128  # predictions per sample
+    val_samples = 160  # held-out samples from other dialogues; 20k tokens keep perplexity within about 2 %
+    cache_dir = "cache"  # folder of tokenized data; may be a link to Google Drive
+
+    # Model
+    context_dim = 768  # width of the context c_t
+    embed_dim = 768  # width of a token embedding
+    num_layers = 6  # residual layers of the context map F
+    token_layers = 1  # layers of the head that read context and token stream; 0 reads the token stream alone
+    tie_weights = True  # logits through the embedding matrix: fewer parameters, better at this scale
+    embeddings = "random"  # "gpt2" or a folder: pretrained and frozen; needs the gpt2 tokenizer
+    init_scale = 0.5  # weights start with std init_scale / sqrt(fan-in); larger makes F chaotic
+
+    # Phase 1: the context
+    phase = "both"  # "1" stops after Phase 1; run again with "both" to go on
+    phase1_max_iterations = 10  # sweeps over all training samples
+    phase1_convergence_threshold = 0.05  # a token has converged when its squared change per dimension is below this
+    phase1_min_converged_ratio = 0.95  # stop when this share of tokens has converged
+    phase1_learning_rate = 0.002  # AdamW
+    phase1_batch_size = 24  # samples per optimizer step; the regularizer wants at least 3 * context_dim tokens
+    dist_reg = "logdet"  # distribution regularizer: "logdet", "covariance" or "dispersion"
+    dist_reg_weight = 0.05  # 0: only fixed-point consistency (forgets fast), 1: only spread (converges slowly)
+    context_noise = 0.0  # std of noise added to the contexts a sweep starts from
+
+    # Phase 2: the language model
+    phase2_epochs = 10  # passes over the training samples, at most
+    phase2_learning_rate = 0.002  # AdamW, warm-up then cosine
+    phase2_batch_size = 32  # samples per optimizer step
+    freeze_context = False  # True trains only the head on fixed contexts; False also trains F, through time
+    context_lr_scale = 0.1  # learning rate of F relative to the head's
+    gradient_sweeps = 3  # tokens back that fine-tuning's gradient reaches, one parallel sweep each; 0: the whole sample
+    dropout = 0.3  # on the head's inputs and hidden units
+    warmup_ratio = 0.1  # share of the steps with rising learning rate
+    patience = 3  # epochs without a better validation loss before stopping early
+    val_quick_frac = 0.1  # fixed share of the validation samples for checks within an epoch
+    val_quick_every_n_batches = 50  # batches between such checks; 0: never
+
+    # Optimizer and machine
+    min_batches = 10  # small budgets use smaller batches: every pass takes at least this many optimizer steps
+    weight_decay = 0.1  # AdamW decay of matrices
+    grad_clip = 1.0  # largest gradient norm
+    device = "auto"  # "cuda" if there is one, else "cpu"
+    precision = "auto"  # "bf16" where the hardware has it, "fp16" on older GPUs, else "fp32"
+    compile = False  # torch.compile of the context map
+    seed = 42  # fixes data order, initialisation and dropout
+
+    # Checkpoints
+    save_checkpoint = True  # write checkpoints
+    load_checkpoint = True  # continue from checkpoint_dir/model_latest.pt when it is there and fits
+    checkpoint_dir = "checkpoints"  # folder of everything a run writes; may be a link to Google Drive
+    save_every_n_batches = 100  # batches between checkpoints
+    save_every_minutes = 10.0  # minutes between checkpoints, at most; 0: by batches alone
+    keep_last = 2  # older states to keep as model_step_*.pt beside the latest and the previous one
+    backup_dir = ""  # second copies of the checkpoints, e.g. on Google Drive, made in the background; "": none
+    backup_every_minutes = 10.0  # least time between two rounds of such copies
+    max_minutes = 0.0  # stop in good order, with a checkpoint, after this many minutes; 0: no limit

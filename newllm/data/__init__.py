@@ -1,0 +1,1 @@
+"""Dialogues, tokenizers, packed samples and their cache."""

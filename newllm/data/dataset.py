@@ -1,0 +1,271 @@
+"""Dialogues to packed samples of ids: packing, disjoint splits, the cache file, the order of samples in an epoch."""
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+from dataclasses import dataclass
+from itertools import chain, islice
+
+import torch
+
+from newllm.data.corpus import ULTRACHAT_IDENTITY, ULTRACHAT_NOTE, open_corpus
+from newllm.data.tokenizer import GPT2_FILES, Tokenizer, choose_tokenizer, train_bpe
+from newllm.errors import UserError
+from newllm.interrupt import poll
+from newllm.seeding import derived_generator
+from newllm.storage import Corrupt, load_sealed, save_sealed, usable_folder
+
+FORMAT_VERSION = (
+    1  # raise it when rendering, packing or the file's fields change: older cache files are then passed over
+)
+BATCH = 256  # dialogues encoded in one call
+
+
+@dataclass(frozen=True, eq=False)
+class TokenData:
+    """Training and validation samples from disjoint dialogues; each sample is L predictions, so L+1 ids."""
+
+    train: torch.Tensor  # int32 [num_samples, L+1]
+    val: torch.Tensor  # int32 [val_samples, L+1]
+    train_dialogue: torch.Tensor  # int64 [num_samples]: index of the sample's first dialogue in the training stream
+    val_dialogue: torch.Tensor  # int64 [val_samples]: the same in the held-out stream
+    tokenizer: Tokenizer
+    token_bytes: torch.Tensor  # int32 [V]: UTF-8 bytes of each id
+    source: str  # name of the corpus
+    notes: list[str]  # lines to print: what is used and why
+    fingerprint: str  # SHA-256 over ids and tokenizer: the identity of the data, for checkpoints
+    cache_hit: bool
+
+    @property
+    def vocab_size(self):
+        return self.tokenizer.vocab_size
+
+
+def load_data(config):
+    """Samples for a configuration: from the cache, else built and cached.
+
+    Args:
+        config: newllm.config.Config; its fields under "Data" count.
+
+    Raises:
+        UserError: the source, tokenizer or cache folder cannot be had, or there are too few dialogues.
+    """
+    folder = usable_folder(config.cache_dir, "cache_dir")
+    choose = functools.cache(lambda: choose_tokenizer(config.tokenizer))
+    unusable = {}
+
+    def cached(name, identity, note):
+        kind = "bpe" if config.tokenizer == "bpe" else "gpt2"
+        payload = _read_cache(_cache_path(folder, name, identity, kind, config), unusable)
+        if payload is None and config.tokenizer == "auto" and choose()[0] is None:
+            payload = _read_cache(_cache_path(folder, name, identity, "bpe", config), unusable)
+        if payload is None:
+            return None
+        reason = choose()[1] if config.tokenizer == "auto" and payload["tokenizer_name"] == "bpe" else ""
+        return _token_data(payload, note, reason, [f"cache hit: {payload['path']}", *_unused(unusable)], cache_hit=True)
+
+    # The pinned revision is UltraChat's identity, so its cache file is found without asking the hub.
+    data = None
+    if config.data_source in ("auto", "ultrachat"):
+        data = cached("ultrachat", ULTRACHAT_IDENTITY, ULTRACHAT_NOTE)
+    if data is None:
+        corpus = open_corpus(config.data_source)
+        if corpus.identity != ULTRACHAT_IDENTITY:
+            data = cached(corpus.name, corpus.identity, corpus.note)
+    if data is not None:
+        return data
+
+    tokenizer, reason = choose()
+    payload = _build(corpus, tokenizer, config)
+    path = _cache_path(folder, corpus.name, corpus.identity, payload["tokenizer_name"], config)
+    notes = []
+    try:
+        save_sealed(payload | {"recipe": path.name}, path)
+        if path in unusable:
+            notes.append(f"cache: {path} was damaged or foreign ({unusable.pop(path)}) and has been rebuilt")
+    except OSError as error:
+        notes.append(f"cache: {path} could not be written ({error}), so the next run builds the data again")
+    return _token_data(payload, corpus.note, reason, [*notes, *_unused(unusable)], cache_hit=False)
+
+
+def epoch_order(num_samples, seed, stage, epoch):
+    """Order of the samples in an epoch: int64 [num_samples], a permutation that depends on the arguments alone.
+
+    So resuming at any batch costs nothing for the batches before it, and no global random state is involved.
+    """
+    return torch.randperm(num_samples, generator=derived_generator(num_samples, seed, stage, epoch))
+
+
+def batch_count(num_samples, batch_size, min_batches):
+    """Batches of an epoch: of about batch_size samples, of fewer where a small budget would give under min_batches."""
+    return max(num_samples // batch_size, min(min_batches, num_samples))
+
+
+def quick_subset(num_samples, fraction, seed):
+    """The fixed samples of quick checks: int64 [max(1, round(fraction * num_samples))], sorted."""
+    count = max(1, round(fraction * num_samples))
+    return (
+        torch.randperm(num_samples, generator=derived_generator(num_samples, seed, "quick subset", 0))[:count]
+        .sort()
+        .values
+    )
+
+
+# Packing
+
+
+def pack(dialogues, tokenizer, count, length):
+    """Fill samples with dialogues: a short one is followed by the end of text and the next one, never by padding.
+
+    Each sample starts with a dialogue of its own; what does not fit of a sample's last dialogue is left out.
+
+    Args:
+        dialogues: iterator of (index, text). No more are taken than the samples need.
+        count: samples wanted; fewer come back when the dialogues run out.
+        length: predictions per sample, L.
+
+    Returns:
+        (int32 [n, L+1] ids, int64 [n] index of each sample's first dialogue, list of the digests of all texts taken).
+    """
+    samples, first, taken, sample = [], [], [], []
+    while len(samples) < count:
+        poll()
+        # Every sample still missing takes one dialogue at least, so this many are never too many.
+        batch = list(islice(dialogues, min(BATCH, count - len(samples))))
+        if not batch:
+            break
+        taken += [_text_digest(text) for _, text in batch]
+        for (index, _), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
+            if not sample:
+                first.append(index)
+            sample += ids[: length + 1 - len(sample)]
+            if len(sample) < length + 1:
+                sample.append(tokenizer.eos_id)
+            if len(sample) == length + 1:
+                samples.append(torch.tensor(sample, dtype=torch.int32))
+                sample = []
+    ids = torch.stack(samples) if samples else torch.empty(0, length + 1, dtype=torch.int32)
+    return ids, torch.tensor(first[: len(samples)], dtype=torch.int64), taken
+
+
+def _text_digest(text):
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _build(corpus, tokenizer, config):
+    """Both splits and the tokenizer (trained here if None) as the content of a cache file."""
+    wanted, length, size = config.num_samples, config.max_seq_length, corpus.size
+    if size is not None and size < wanted + config.val_samples:
+        raise _too_few(corpus, config, f"at least {wanted + config.val_samples:,}")
+    stream = corpus.train()
+    # A bpe tokenizer sees the first num_samples training dialogues: each sample starts with a dialogue of its own, so
+    # these lie within the training budget whatever the tokenizer. Held-out texts among them are taken out, and as the
+    # held-out dialogues in use depend on the tokenizer, that is repeated until the two are disjoint.
+    head, held, trained = [], set(), tokenizer is None
+    if trained:
+        head = list(islice(stream, wanted))
+    while True:
+        lesson = [text for text in head if _text_digest(text) not in held]
+        if trained:
+            tokenizer = train_bpe(lesson, config.vocab_size)
+        val, val_dialogue, val_taken = pack(enumerate(corpus.held_out()), tokenizer, config.val_samples, length)
+        if set(val_taken).isdisjoint(map(_text_digest, lesson)):
+            break
+        held.update(val_taken)
+    held, skipped = set(val_taken), []
+
+    def training_dialogues():
+        for index, text in islice(enumerate(chain(head, stream)), None if size is None else size - len(val_taken)):
+            if _text_digest(text) in held:
+                skipped.append(index)
+            else:
+                yield index, text
+
+    train, train_dialogue, train_taken = pack(training_dialogues(), tokenizer, wanted, length)
+    if len(train) < wanted or len(val) < config.val_samples:
+        share = (wanted + config.val_samples) / max(1, len(train) + len(val))
+        raise _too_few(corpus, config, f"about {math.ceil(share * (size or 0)) + 1:,}", len(train), len(val))
+    assert held.isdisjoint(train_taken)
+    remarks = list(corpus.remarks)
+    if skipped:
+        remarks.append(f"data: {len(skipped):,} training dialogues with the text of a held-out one left out")
+    return dict(
+        train=train,
+        val=val,
+        train_dialogue=train_dialogue,
+        val_dialogue=val_dialogue,
+        tokenizer_name=tokenizer.name,
+        tokenizer_json=tokenizer.to_json(),
+        source=corpus.name,
+        remarks=remarks,
+        fingerprint=_fingerprint(train, val, tokenizer.to_json()),
+    )
+
+
+def _too_few(corpus, config, needed, num_train=0, num_val=0):
+    samples = (
+        f"{config.num_samples:,} training + {config.val_samples:,} validation samples of {config.max_seq_length} tokens"
+    )
+    if corpus.size is None:
+        have = f"are more than {corpus.name} gives ({num_train:,} + {num_val:,})"
+    else:
+        have = f"need {needed} dialogues; {corpus.name} has {corpus.size:,}"
+    return UserError(f"{samples} {have}: lower num_samples or val_samples.")
+
+
+# Cache
+
+
+def _cache_path(folder, name, identity, kind, config):
+    """Where the data of a recipe lies; the name carries the recipe's digest."""
+    recipe = dict(
+        format=FORMAT_VERSION,
+        corpus=identity,
+        tokenizer=GPT2_FILES if kind == "gpt2" else [config.vocab_size, importlib.metadata.version("tokenizers")],
+        samples=[config.num_samples, config.val_samples, config.max_seq_length],
+    )
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+    return folder / f"{name}_{config.num_samples}samples_{config.max_seq_length}len-{key}.pt"
+
+
+def _read_cache(path, unusable):
+    """Content of a cache file, None if there is none or it is not usable; the reason then goes to `unusable`."""
+    try:
+        payload = load_sealed(path)
+        if not isinstance(payload, dict) or payload.get("recipe") != path.name:
+            raise Corrupt("made for another recipe")
+        if payload["fingerprint"] != _fingerprint(payload["train"], payload["val"], payload["tokenizer_json"]):
+            raise Corrupt("its ids are not those it was written with")
+        return payload | {"path": path}
+    except FileNotFoundError:
+        return None
+    except (Corrupt, OSError, KeyError) as error:
+        unusable[path] = str(error).removeprefix(f"{path} ")
+        return None
+
+
+def _unused(unusable):
+    return [f"cache: {path} is damaged or foreign ({reason}) and was not used" for path, reason in unusable.items()]
+
+
+def _token_data(payload, corpus_note, reason, notes, cache_hit):
+    tokenizer = Tokenizer.from_json(payload["tokenizer_name"], payload["tokenizer_json"])
+    kind = f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} ids"
+    if tokenizer.name == "bpe":
+        kind += ", trained on the training dialogues" + (f" ({reason})" if reason else "")
+    return TokenData(
+        **{name: payload[name] for name in ("train", "val", "train_dialogue", "val_dialogue", "source", "fingerprint")},
+        tokenizer=tokenizer,
+        token_bytes=tokenizer.token_bytes(),
+        notes=[corpus_note, kind, *payload["remarks"], *notes],
+        cache_hit=cache_hit,
+    )
+
+
+def _fingerprint(train, val, tokenizer_json):
+    digest = hashlib.sha256(tokenizer_json.encode())
+    for ids in (train, val):
+        digest.update(str(tuple(ids.shape)).encode() + ids.numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,114 @@
+"""From (model, data) to metrics: the same code before, during and after training, and in test.py.
+
+Contexts here are always the trajectory itself, evaluated step by step from c_0 = 0 with many sequences at once: it is
+exact for any map, converging or not, and on these short samples cheaper than the sweeps that would reach it.
+Shapes: B sequences, T tokens, C context width, E embedding width.
+"""
+
+import math
+
+import torch
+
+from newllm.fixed_point import diagnostics
+from newllm.fixed_point.solver import sequential, solve
+from newllm.interrupt import poll
+from newllm.models.cross_entropy import linear_token_nll
+
+RANK_TOKENS = 10_000  # tokens behind an effective rank; the ceiling is computed for the same number
+CURVE_SEQUENCES = 32  # sequences behind cold-start and memory curves
+MAX_SWEEPS = 16
+SEQUENCES_AT_A_TIME = 256
+
+
+@torch.no_grad()
+def trajectories(model, ids, autocast, device, dtype=torch.float32):
+    """Contexts [B, T, C] and token streams [B, T, E] of samples [B, T+1] (the last id is only a target)."""
+    contexts, streams = [], []
+    for part in ids.split(SEQUENCES_AT_A_TIME):
+        poll()
+        with autocast():
+            context, stream = sequential(model.step, model.embed(part[:, :-1].to(device).long()), model.context_dim)
+        contexts.append(context.to(dtype))
+        streams.append(stream.to(dtype))
+    return torch.cat(contexts), torch.cat(streams)
+
+
+@torch.no_grad()
+def evaluate_contexts(model, data, config, device):
+    """Rank, convergence and memory of the contexts on equally many training and validation tokens, in fp32.
+
+    Returns:
+        Dict of floats and curves: er_train, er_val and er_ceiling as shares of C, over rank_tokens; converged_ratio after
+        10 cold sweeps and sweeps_to_convergence (None: not within MAX_SWEEPS), by the thresholds of the configuration;
+        cold_start_error_10, cold_start_curve, contraction, memory_horizon, memory_curve, past_capacity,
+        past_capacity_by_lag, identity_r2.
+    """
+    model.eval()
+    length = data.val.shape[1] - 1
+    count = max(1, min(math.ceil(RANK_TOKENS / length), len(data.train), len(data.val)))
+    sides = {}
+    for name, ids in (("train", data.train[:count]), ("val", data.val[:count])):
+        embeddings = model.embed(ids[:, :-1].to(device).long())
+        sides[name] = sequential(model.step, embeddings, model.context_dim)[0], embeddings
+    contexts, embeddings = (part[:CURVE_SEQUENCES] for part in sides["val"])
+    cold = diagnostics.cold_start_curve(model.step, embeddings, contexts, MAX_SWEEPS)
+    _, stats = solve(model.step, embeddings, model.context_dim, MAX_SWEEPS, config.phase1_convergence_threshold)
+    enough = [share >= config.phase1_min_converged_ratio for share in stats.converged]
+    memory = diagnostics.memory_curve(model.step, embeddings, contexts)
+    capacity = diagnostics.past_capacity(sides["train"], sides["val"])
+    tokens = min(RANK_TOKENS, count * length)
+    rank = {name: diagnostics.effective_rank(c.flatten(0, 1)[:tokens]) for name, (c, _) in sides.items()}
+    return {
+        "er_train": rank["train"] / model.context_dim,
+        "er_val": rank["val"] / model.context_dim,
+        "er_ceiling": diagnostics.effective_rank_ceiling(tokens, model.context_dim) / model.context_dim,
+        "rank_tokens": tokens,
+        "converged_ratio": stats.converged[min(10, stats.sweeps) - 1],
+        "sweeps_to_convergence": enough.index(True) + 1 if any(enough) else None,
+        "cold_start_error_10": cold[9],
+        "cold_start_curve": cold,
+        "contraction": diagnostics.contraction_factor(cold),
+        "memory_horizon": diagnostics.memory_horizon(memory),
+        "memory_curve": memory,
+        "past_capacity": sum(capacity),
+        "past_capacity_by_lag": capacity,
+        "identity_r2": diagnostics.identity_r2(sides["train"], sides["val"]),
+    }
+
+
+@torch.no_grad()
+def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None):
+    """Next-token loss on samples.
+
+    Args:
+        ids: samples [B, T+1]; token_bytes: UTF-8 bytes of each id [V].
+        features: (contexts, streams) of the samples when they are at hand.
+
+    Returns:
+        {"loss": nats per token, "ppl": its exponential, "acc": share of right argmaxes, "bpb": bits per UTF-8 byte}.
+    """
+    model.eval()
+    targets = ids[:, 1:].to(device).long()
+    nats, right = 0.0, 0
+    for start in range(0, len(ids), SEQUENCES_AT_A_TIME):
+        part = slice(start, start + SEQUENCES_AT_A_TIME)
+        contexts, streams = (
+            (f[part] for f in features) if features else trajectories(model, ids[part], autocast, device)
+        )
+        with autocast():
+            hidden = model.hidden(contexts, streams)
+            nll, correct = linear_token_nll(hidden, *model.output_weights(), targets[part])
+        nats += nll.double().sum().item()
+        right += correct.sum().item()
+    loss = nats / targets.numel()
+    return {
+        "loss": loss,
+        "ppl": math.exp(min(loss, 700)),
+        "acc": right / targets.numel(),
+        "bpb": bits_per_byte(nats, ids, token_bytes),
+    }
+
+
+def bits_per_byte(nats, ids, token_bytes):
+    """Total nats over the targets of samples [B, T+1] -> bits per UTF-8 byte of the text those targets stand for."""
+    return nats / math.log(2) / token_bytes[ids[:, 1:].cpu().long()].sum().item()

@@ -1,0 +1,124 @@
+"""What a context is worth: rank, convergence, memory. Pure functions of contexts and a step callable; fp32, no gradient.
+
+None of these means anything alone: an untrained network has a high rank too, and a map that converges in k sweeps
+remembers k tokens. Callers show each figure beside its untrained value.
+Shapes: B sequences, T tokens, C context width, E embedding width, N = B * T.
+"""
+
+import math
+
+import torch
+
+from newllm.fixed_point.losses import covariance
+from newllm.fixed_point.solver import sequential, sweep
+
+HORIZON_LEVEL = 1e-2  # relative change of a later context that still counts as remembering
+PROBE_LAGS = 40  # tokens back that the past capacity looks
+PROBE_DIMS = 64  # random projections of an embedding that a probe predicts
+RIDGE = 1e-3  # ridge strength relative to the mean variance of a context dimension
+
+
+def effective_rank(contexts_NC):
+    """exp(entropy of s / sum(s)) for the singular values s of the centred contexts (Roy & Vetterli 2007): 1 ... C."""
+    variances = torch.linalg.eigvalsh(covariance(contexts_NC.double())).clamp(min=0)
+    share = variances.sqrt() / variances.sqrt().sum().clamp(min=1e-30)
+    return torch.special.entr(share).sum().exp().item()
+
+
+def effective_rank_ceiling(num_tokens, context_dim, seed=0):
+    """Effective rank of an isotropic Gaussian of the same N and C: what N tokens can show at best."""
+    generator = torch.Generator().manual_seed(seed)
+    return effective_rank(torch.randn(num_tokens, context_dim, generator=generator))
+
+
+def cold_start_curve(step, tokens_BTE, trajectory_BTC, max_sweeps):
+    """|G^k(0) - trajectory| / |trajectory| over all tokens, for k = 1 ... max_sweeps, with fixed weights."""
+    contexts, norm, errors = torch.zeros_like(trajectory_BTC), trajectory_BTC.norm(), []
+    for _ in range(max_sweeps):
+        contexts, _ = sweep(step, contexts, tokens_BTE)
+        errors.append(((contexts - trajectory_BTC).norm() / norm).item())
+    return errors
+
+
+def contraction_factor(errors, floor=1e-5):
+    """Per-sweep decay of a cold-start curve: exp of the least-squares slope of log error, above the rounding floor."""
+    logs = [math.log(e) for e in errors if e > floor]
+    if len(logs) < 2:
+        return 0.0
+    centre = (len(logs) - 1) / 2
+    slope = sum((k - centre) * e for k, e in enumerate(logs)) / sum((k - centre) ** 2 for k in range(len(logs)))
+    return math.exp(slope)
+
+
+def memory_curve(step, tokens_BTE, trajectory_BTC):
+    """Relative change of c_{t+k} after token t is replaced by another sequence's, averaged over sequences.
+
+    Returns:
+        {k: change} for k = 0, 1, 2, 4, 8, ... up to half of the sequence.
+    """
+    position = tokens_BTE.shape[1] // 2 - 1
+    lags = [0] + [2**i for i in range(16) if position + 2**i < tokens_BTE.shape[1]]
+    replaced = tokens_BTE[:, position:].clone()
+    replaced[:, 0] = replaced[:, 0].roll(1, 0)
+    differs = (replaced[:, 0] != tokens_BTE[:, position]).any(-1)
+    start = trajectory_BTC[:, position - 1] if position > 0 else torch.zeros_like(trajectory_BTC[:, 0])
+    changed, _ = sequential(step, replaced[differs], trajectory_BTC.shape[-1], start[differs])
+    original = trajectory_BTC[differs, position:]
+    change_BT = (changed - original).norm(dim=-1) / original.norm(dim=-1).clamp(min=1e-12)
+    return {k: change_BT[:, k].mean().item() if len(change_BT) else 0.0 for k in lags}
+
+
+def memory_horizon(curve):
+    """Largest measured lag at which a replaced token still changes the context by more than HORIZON_LEVEL."""
+    return max((k for k, change in curve.items() if change > HORIZON_LEVEL), default=0)
+
+
+def ridge_r2(fit_inputs, fit_targets, inputs, targets):
+    """Held-out R^2 of a ridge regression, over all target dimensions together, per target group.
+
+    Args:
+        fit_inputs, inputs: [N, C], [M, C].
+        fit_targets, targets: [N, G, D], [M, G, D]: G groups of D dimensions.
+
+    Returns:
+        R^2 of each group [G]; at most 1, negative when worse than the mean.
+    """
+    mean_x, mean_y = fit_inputs.mean(0), fit_targets.mean(0)
+    x, y = fit_inputs - mean_x, (fit_targets - mean_y).flatten(1)
+    gram = x.T @ x
+    gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp(min=1e-12))
+    weights = torch.linalg.solve(gram, x.T @ y)
+    predicted = ((inputs - mean_x) @ weights).view_as(targets) + mean_y
+    residual = (targets - predicted).square().sum((0, 2))
+    return 1 - residual / (targets - targets.mean(0)).square().sum((0, 2)).clamp(min=1e-12)
+
+
+def past_capacity(fit, held_out, max_lag=PROBE_LAGS):
+    """Held-out R^2 of linear probes from c_t to the embedding of token t - j, for j = 1 ... max_lag.
+
+    The embedding is seen through PROBE_DIMS fixed random projections; negative R^2 counts as zero.
+
+    Args:
+        fit, held_out: pairs (contexts [B, T, C], embeddings [B, T, E]).
+
+    Returns:
+        R^2 by lag; their sum is the past capacity (Dambre et al. 2012).
+    """
+    embed_dim, length = fit[1].shape[-1], fit[1].shape[1]
+    max_lag = min(max_lag, length // 2)
+    generator = torch.Generator().manual_seed(0)
+    projection = torch.randn(embed_dim, min(PROBE_DIMS, embed_dim), generator=generator).to(fit[1].device)
+
+    def probe(contexts, embeddings):
+        targets = embeddings @ projection / embed_dim**0.5
+        lagged = torch.stack([targets[:, max_lag - j : length - j] for j in range(1, max_lag + 1)], dim=2)
+        return contexts[:, max_lag:].flatten(0, 1), lagged.flatten(0, 1)
+
+    return ridge_r2(*probe(*fit), *probe(*held_out)).clamp(min=0).tolist()
+
+
+def identity_r2(fit, held_out):
+    """Held-out R^2 of the best linear map from e_t to c_t: 1 means the context is the current token and nothing else."""
+    inputs = [embeddings.flatten(0, 1) for _, embeddings in (fit, held_out)]
+    targets = [contexts.flatten(0, 1).unsqueeze(1) for contexts, _ in (fit, held_out)]
+    return ridge_r2(inputs[0], targets[0], inputs[1], targets[1]).item()

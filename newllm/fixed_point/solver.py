@@ -1,0 +1,97 @@
+"""The trajectory of a recurrence, step by step and as the fixed point of parallel sweeps. Knows a callable, not a model.
+
+`step(context [..., C], token [..., E]) -> (context [..., C], stream [..., E])` is one step of F.
+Shapes: B sequences, T tokens, C context width, E embedding width.
+
+The sweep is Jacobi iteration over time (Song et al. 2021, arXiv 2002.03629): sweep k is exact for the first k tokens,
+and from a cold start it makes every context a function of the last k tokens alone.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+def sequential(step, tokens_BTE, context_dim, start_BC=None):
+    """The reference: T dependent steps, from c_0 = 0 unless a start is given.
+
+    Returns:
+        (contexts [B, T, C], streams [B, T, E]).
+    """
+    context = tokens_BTE.new_zeros(tokens_BTE.shape[0], context_dim) if start_BC is None else start_BC
+    contexts, streams = [], []
+    for token_BE in tokens_BTE.unbind(1):
+        context, stream = step(context, token_BE)
+        contexts.append(context)
+        streams.append(stream)
+    return torch.stack(contexts, 1), torch.stack(streams, 1)
+
+
+def shift(contexts_BTC):
+    """Contexts one token later, led by c_0 = 0: what each token's step starts from."""
+    return torch.cat([torch.zeros_like(contexts_BTC[:, :1]), contexts_BTC[:, :-1]], dim=1)
+
+
+def sweep(step, contexts_BTC, tokens_BTE):
+    """G(K)_t = F(K_{t-1}, e_t) for all tokens at once.
+
+    Returns:
+        (G(K) [B, T, C], streams [B, T, E]).
+    """
+    return step(shift(contexts_BTC), tokens_BTE)
+
+
+def squared_change(new_BTC, old_BTC):
+    """Squared difference per token and dimension, in fp32 [B, T]: the CVFP residual of each token."""
+    return (new_BTC.float() - old_BTC.float()).square().mean(-1)
+
+
+def truncated(step, tokens_BTE, context_dim, sweeps):
+    """The trajectory, exact in value, with gradient through the last `sweeps` steps of time.
+
+    The trajectory is computed without gradient; sweeping on from it changes nothing, but each sweep's gradient reaches one
+    token further back, and all tokens' matrix products are one product (phantom gradient, arXiv 2111.05177, in time).
+
+    Returns:
+        (contexts [B, T, C], streams [B, T, E]).
+    """
+    with torch.no_grad():
+        contexts, _ = sequential(step, tokens_BTE, context_dim)
+    for _ in range(sweeps):
+        contexts, streams = sweep(step, contexts, tokens_BTE)
+    return contexts, streams
+
+
+@dataclass
+class SweepStats:
+    """What each sweep of a solve did, one entry a sweep."""
+
+    residual: list = field(default_factory=list)  # mean squared change per dimension
+    converged: list = field(default_factory=list)  # share of tokens whose squared change is below the threshold
+
+    @property
+    def sweeps(self):
+        return len(self.residual)
+
+
+def solve(step, tokens_BTE, context_dim, max_sweeps, threshold, ratio=1.0, start_BTC=None):
+    """Sweep from a start (default: cold, K = 0) until a share `ratio` of tokens changes less than `threshold`.
+
+    A chaotic map does not converge; the stats say so, nothing is raised.
+
+    Returns:
+        (contexts [B, T, C], SweepStats).
+    """
+    contexts = start_BTC
+    if contexts is None:
+        contexts = tokens_BTE.new_zeros(*tokens_BTE.shape[:2], context_dim)
+    stats = SweepStats()
+    for _ in range(max_sweeps):
+        new, _ = sweep(step, contexts, tokens_BTE)
+        change_BT = squared_change(new, contexts)
+        stats.residual.append(change_BT.mean().item())
+        stats.converged.append((change_BT < threshold).double().mean().item())
+        contexts = new
+        if stats.converged[-1] >= ratio:
+            break
+    return contexts, stats

@@ -1,0 +1,46 @@
+"""The context map F: one step `c_t, u_t = F(c_{t-1}, e_t)` of the recurrence. Knows no time axis, no solver, no loss.
+
+Shapes: `...` any leading axes, C context width, E embedding width.
+"""
+
+import torch
+from torch import nn
+
+
+class ResidualLayer(nn.Module):
+    """o = ReLU(W [c; e] + b); c <- LN(c + o_c); e <- LN(e + o_e)."""
+
+    def __init__(self, context_dim, embed_dim):
+        super().__init__()
+        self.widths = [context_dim, embed_dim]
+        self.mix = nn.Linear(context_dim + embed_dim, context_dim + embed_dim)
+        self.context_norm = nn.LayerNorm(context_dim)
+        self.token_norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, context, token):
+        update = torch.relu(self.mix(torch.cat([context, token], dim=-1)))
+        context_update, token_update = update.split(self.widths, dim=-1)
+        return self.context_norm(context + context_update), self.token_norm(token + token_update)
+
+
+class ContextMap(nn.Module):
+    """A stack of residual layers on the pair (context, token embedding)."""
+
+    def __init__(self, context_dim, embed_dim, num_layers):
+        super().__init__()
+        self.context_dim = context_dim
+        self.layers = nn.ModuleList(ResidualLayer(context_dim, embed_dim) for _ in range(num_layers))
+
+    def forward(self, context, token):
+        """One step of F.
+
+        Args:
+            context: previous context c_{t-1} [..., C].
+            token: normalised embedding e_t of the current token [..., E].
+
+        Returns:
+            (c_t [..., C], token stream u_t [..., E]).
+        """
+        for layer in self.layers:
+            context, token = layer(context, token)
+        return context, token

@@ -1,0 +1,82 @@
+"""Cross-entropy of a linear layer's logits that never holds more than one chunk of them.
+
+The full logits of N tokens take N * V floats, more than all the rest of a step; only the loss and two gradients are
+needed. So each chunk's logits are made, used for loss and gradients at once, and dropped.
+Shapes: N tokens, E width, V vocabulary.
+"""
+
+import torch
+from torch.nn import functional
+
+CHUNK_ELEMENTS = 1 << 24  # logits held at a time: 64 MiB in fp32
+
+
+def _chunks(num_tokens, vocab_size):
+    size = max(1, CHUNK_ELEMENTS // vocab_size)
+    return [slice(start, start + size) for start in range(0, num_tokens, size)]
+
+
+def _matmul_dtype(hidden):
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+class _LinearCrossEntropySum(torch.autograd.Function):
+    """Sum over tokens of -log softmax(hidden @ weight.T + bias)[target]; gradients are made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, hidden_NE, weight_VE, bias_V, targets_N):
+        kind, dtype = hidden_NE.device.type, _matmul_dtype(hidden_NE)
+        with torch.autocast(kind, enabled=False):
+            hidden, weight = hidden_NE.to(dtype), weight_VE.to(dtype)
+            loss = torch.zeros((), device=hidden.device)
+            grad_hidden = torch.empty_like(hidden_NE)
+            grad_weight = torch.zeros_like(weight_VE) if weight_VE.requires_grad else None
+            grad_bias = torch.zeros_like(bias_V) if bias_V is not None else None
+            for part in _chunks(len(hidden), len(weight)):
+                logits = (hidden[part] @ weight.T).float()
+                if bias_V is not None:
+                    logits += bias_V
+                log_total = logits.logsumexp(-1, keepdim=True)
+                loss += (log_total - logits.gather(-1, targets_N[part, None])).sum()
+                gradient = logits.sub_(log_total).exp_()  # softmax, in the logits' own memory
+                gradient.scatter_add_(-1, targets_N[part, None], -torch.ones_like(log_total))
+                if bias_V is not None:
+                    grad_bias += gradient.sum(0)
+                gradient = gradient.to(dtype)
+                grad_hidden[part] = (gradient @ weight).to(grad_hidden.dtype)
+                if grad_weight is not None:
+                    grad_weight += gradient.T @ hidden[part]
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return *(None if g is None else g * grad_output.to(g.dtype) for g in ctx.saved_tensors), None
+
+
+def linear_cross_entropy(hidden, weight_VE, bias_V, targets):
+    """Mean cross-entropy in nats, with gradient to hidden, weight and bias.
+
+    Args:
+        hidden: [..., E]; targets: ids [...]; weight_VE, bias_V: the output layer (bias may be None).
+    """
+    total = _LinearCrossEntropySum.apply(hidden.flatten(0, -2), weight_VE, bias_V, targets.flatten().long())
+    return total / targets.numel()
+
+
+@torch.no_grad()
+def linear_token_nll(hidden, weight_VE, bias_V, targets):
+    """Negative log-likelihood and correctness of each token, without gradient.
+
+    Returns:
+        (nats, same shape as targets, fp32; argmax equals target, bool).
+    """
+    flat, wanted = hidden.flatten(0, -2), targets.flatten().long()
+    nll = torch.empty(len(flat), device=flat.device)
+    correct = torch.empty(len(flat), dtype=torch.bool, device=flat.device)
+    for part in _chunks(len(flat), len(weight_VE)):
+        logits = functional.linear(flat[part], weight_VE, bias_V).float()
+        nll[part] = functional.cross_entropy(logits, wanted[part], reduction="none")
+        correct[part] = logits.argmax(-1) == wanted[part]
+    return nll.view(targets.shape), correct.view(targets.shape)

@@ -1,0 +1,59 @@
+"""Progress of a loop over tokens: a bar in a terminal, a line now and then in a log."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 5.0
+
+
+def progress_line(done, total, speed):
+    """`Progress: 10,000/100,000 (10.0%) | Speed: 1200 tok/s | ETA: 75s`; speed in tokens per second."""
+    eta = (total - done) / max(speed, 1e-9)
+    return f"Progress: {done:,}/{total:,} ({100 * done / total:.1f}%) | Speed: {speed:.0f} tok/s | ETA: {eta:.0f}s"
+
+
+class Progress:
+    """Context manager around a loop over `total` tokens, `done` of which an earlier session has processed."""
+
+    def __init__(self, label, total, done=0):
+        self.label, self.total, self.done, self.resumed_at = label, total, done, done
+
+    def __enter__(self):
+        self.started = self.last_line = time.monotonic()
+        self.bar = None
+        if sys.stdout.isatty():
+            self.bar = tqdm(
+                desc=self.label,
+                total=self.total,
+                initial=self.done,
+                unit="tok",
+                unit_scale=True,
+                leave=False,
+                file=sys.stdout,
+                dynamic_ncols=True,
+            )
+        return self
+
+    def __exit__(self, *error):
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, tokens):
+        self.done += tokens
+        if self.bar is not None:
+            self.bar.update(tokens)
+        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.last_line = time.monotonic()
+            print(progress_line(self.done, self.total, self.speed), flush=True)
+
+    @property
+    def seconds(self):
+        """Since this session entered the loop."""
+        return time.monotonic() - self.started
+
+    @property
+    def speed(self):
+        """Tokens per second of this session."""
+        return (self.done - self.resumed_at) / max(self.seconds, 1e-9)

@@ -1,0 +1,78 @@
+"""The record of a run: one JSON object a line in metrics_{run}.jsonl. What the console shows is a view of it."""
+
+import json
+import math
+from datetime import datetime, timezone
+from pathlib import Path
+
+from newllm.reporting.status import StatusFile
+from newllm.storage import usable_folder
+
+
+def new_run_id():
+    return datetime.now(timezone.utc).strftime("%Y%m%d_%H%M%S")
+
+
+class RunLog:
+    """Appends rows to `<checkpoint_dir>/<dataset>/logs/metrics_{run}.jsonl` and prints lines.
+
+    Args:
+        checkpoint_dir: root of everything a run writes.
+        dataset: short name of the data source.
+        run_id: a new id, or that of the run being continued.
+    """
+
+    def __init__(self, checkpoint_dir, dataset, run_id):
+        self.run_id = run_id
+        self.folder = usable_folder(Path(checkpoint_dir) / dataset / "logs", "logs")
+        self.path = self.folder / f"metrics_{run_id}.jsonl"
+        self._status = StatusFile(checkpoint_dir, run_id=run_id)
+
+    def log(self, stage, **values):
+        """Append one row; NaN and infinity become null, so that any JSON reader takes the file."""
+        row = dict(time=datetime.now(timezone.utc).isoformat(timespec="seconds"), stage=stage, **values)
+        with open(self.path, "a") as file:
+            file.write(json.dumps(_plain(row)) + "\n")
+
+    def status(self, progress, **position):
+        """Tell the status file where a loop is.
+
+        Args:
+            progress: the loop's Progress; position: stage, epoch, epochs, batch, batches, saved_at, best_val_loss.
+        """
+        left = (progress.total - progress.done) / max(progress.speed, 1e-9)
+        counts = {
+            "tokens_done": progress.done,
+            "tokens_total": progress.total,
+            "tok_per_s": progress.speed,
+            "eta_s": left,
+        }
+        self._status.update(**counts, **position)
+
+    @staticmethod
+    def say(line=""):
+        print(line, flush=True)
+
+    def finish(self, summary):
+        """Record the summary and print it as the closing `---` block of `key: value` lines."""
+        self.log("summary", **summary)
+        self._status.update(now=True, state="complete")
+        self.say("---")
+        for key, value in summary.items():
+            self.say(f"{key}: {format_value(value)}")
+
+
+def format_value(value):
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return str(value)
+
+
+def _plain(value):
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

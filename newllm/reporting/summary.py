@@ -1,0 +1,56 @@
+"""From the results of the stages to the closing block, each figure beside its untrained value. Plain numbers only."""
+
+import math
+
+
+def context_line(name, contexts):
+    """One line about contexts: rank, convergence and memory always together."""
+    return (
+        f"{name:>9} contexts | ER train {contexts['er_train']:.1%} val {contexts['er_val']:.1%} (ceiling "
+        f"{contexts['er_ceiling']:.1%} at {contexts['rank_tokens']:,} tokens) | cold-start error after 10 sweeps "
+        f"{contexts['cold_start_error_10']:.2g}, x{contexts['contraction']:.2f} a sweep | memory horizon "
+        f"{contexts['memory_horizon']} tokens, past capacity {contexts['past_capacity']:.2f}"
+    )
+
+
+CONTEXT_KEYS = (
+    "er_train", "er_val", "converged_ratio", "sweeps_to_convergence", "cold_start_error_10", "contraction",
+    "memory_horizon", "past_capacity", "identity_r2",
+)  # fmt: skip
+
+
+def summarize(config, data, results):
+    """The `key: value` block of a run; keys of stages that have not run are left out.
+
+    Args:
+        results: metrics by stage, as train.py records them.
+    """
+    untrained, phase1 = results["untrained"], results.get("phase1")
+    summary = {
+        "data_source": data.source,
+        "tokenizer": data.tokenizer.name,
+        "vocab_size": data.vocab_size,
+        "train_tokens": config.train_tokens,
+        "contexts": "frozen" if config.freeze_context else "fine-tuned",
+    }
+    if phase1:
+        summary |= phase1["training"]
+        for key in CONTEXT_KEYS:
+            summary[key] = phase1["contexts"][key]
+            summary[f"{key}_untrained"] = untrained["contexts"][key]
+        summary["er_ceiling"] = phase1["contexts"]["er_ceiling"]
+        summary["rank_tokens"] = phase1["contexts"]["rank_tokens"]
+    if "phase2" in results:
+        head = results["phase2"]["head"]
+        summary |= {f"val_{key}": head[key] for key in ("loss", "ppl", "bpb", "acc")}
+        summary |= {
+            "phase2_steps": head["steps"],
+            "phase2_best_epoch": head["epoch"],
+            "tok_per_s_phase2": head["tok_per_s"],
+        }
+    summary |= {
+        "val_ppl_untrained_context": untrained["head"]["ppl"],
+        "val_bpb_untrained_context": untrained["head"]["bpb"],
+        **{f"val_ppl_{name}": math.exp(nats) for name, nats in untrained["ngrams"].items()},
+    }
+    return summary

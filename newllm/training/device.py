@@ -1,0 +1,95 @@
+"""Where a run computes and in which precision: what is in effect, not what was asked for."""
+
+import os
+import resource
+import sys
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from newllm.errors import UserError
+
+MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+STORAGE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Device, precision and the accelerate layer that applies them."""
+
+    accelerator: Accelerator
+    precision: str
+    compile: bool
+
+    @property
+    def device(self):
+        return self.accelerator.device
+
+    @property
+    def storage_dtype(self):
+        """Type in which contexts are kept between steps: what the sweep computes in."""
+        return STORAGE_DTYPE[self.precision]
+
+    def autocast(self):
+        return self.accelerator.autocast()
+
+    def step_function(self, model):
+        """The model's step of F, compiled if asked for and possible."""
+        return torch.compile(model.step, dynamic=True) if self.compile else model.step
+
+
+def open_runtime(config):
+    """Resolve `device`, `precision` and `compile` of the configuration.
+
+    Raises:
+        UserError: CUDA asked for and absent, fp16 without CUDA, or several processes started without a common group.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is 'cuda' but torch finds no CUDA device; use --device cpu or auto.")
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    precision = best_precision(on_cpu) if config.precision == "auto" else config.precision
+    if precision == "fp16" and on_cpu:
+        raise UserError("precision fp16 needs a CUDA device (a CPU would silently compute in fp32); use bf16 or fp32.")
+    AcceleratorState._reset_state(True)  # a notebook may run main() twice with different precision
+    try:
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision=MIXED_PRECISION[precision])
+    except ValueError as error:  # WORLD_SIZE without the rest of what a launcher sets
+        raise UserError(f"the processes cannot form a group ({error}); start them with torchrun.") from error
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != accelerator.num_processes:
+        raise UserError(
+            f"{started} processes were started but they form {accelerator.num_processes} group(s) of one and would train "
+            "independently; on CPU start them with ACCELERATE_USE_CPU=true torchrun."
+        )
+    return Runtime(accelerator, precision, config.compile)
+
+
+def best_precision(on_cpu):
+    """bf16 where the hardware computes in it, fp16 on older CUDA devices, else fp32."""
+    if on_cpu:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bf16" if native else "fp32"
+    # Without the argument a T4 says yes, by slow emulation.
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def describe_device(runtime):
+    """One line: device name, its memory, precision in effect."""
+    if runtime.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(runtime.device)
+        name, memory = properties.name, properties.total_memory
+    else:
+        name = f"CPU, {torch.get_num_threads()} threads"
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    mode = "compiled" if runtime.compile else "eager"
+    return f"{name}, {memory / 2**30:.1f} GiB memory, precision {runtime.precision}, {mode}"
+
+
+def peak_memory_mb():
+    """Largest memory so far in MB: of the device's allocator on CUDA, else resident memory of the process."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

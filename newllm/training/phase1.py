@@ -1,0 +1,164 @@
+"""Phase 1: train the context map so that parallel sweeps reach its trajectory and its contexts stay spread out.
+
+Contexts K of all training samples are stored. One iteration is one sweep over all samples in random mini-batches:
+K_new = G(K), loss, one optimizer step, K <- K_new. No label is used.
+"""
+
+import math
+
+import torch
+
+from newllm.data.dataset import batch_count, epoch_order
+from newllm.fixed_point.diagnostics import effective_rank
+from newllm.fixed_point.losses import phase1_loss
+from newllm.fixed_point.solver import sequential, sweep
+from newllm.reporting.progress import Progress
+from newllm.seeding import derived_seed
+from newllm.training.optim import copy_of, distance, make_optimizer, take_step
+
+STAGE = "phase1"
+SETTLE_ERROR = 1e-2  # relative distance from the trajectory at which contexts count as settled
+SETTLE_SWEEPS = 32
+VERIFIED_SEQUENCES = 32
+RANK_TOKENS = 10_000
+
+
+def train_phase1(model, data, config, runtime, log, checkpointer):
+    """Train the context parameters of the model in place, from the checkpointer's state if it holds one of this stage.
+
+    Returns:
+        Dict of metrics: optimizer steps, relative parameter change, iterations, tok/s, settling.
+
+    Raises:
+        UserError: a loss or gradient that is not finite.
+    """
+    parameters = model.context_parameters()
+    initial = copy_of(parameters)  # before restoring: the untrained network, a function of the seed
+    state = checkpointer.restore(STAGE, model) or _fresh_state(model, data, runtime)
+    optimizer = make_optimizer([(parameters, 1.0)], config.phase1_learning_rate, weight_decay=0.0)
+    if state["optimizer"]:
+        optimizer.load_state_dict(state["optimizer"])
+    optimizer = runtime.accelerator.prepare(optimizer)
+    contexts_NTC = state["contexts"] = state["contexts"].to(runtime.device)
+    history = checkpointer.history["phase1_history"]
+    step = runtime.step_function(model)
+    batches = batch_count(len(data.train), config.phase1_batch_size, config.min_batches)
+    earlier_seconds = state["seconds"]
+
+    def save():
+        state["seconds"] = earlier_seconds + progress.seconds
+        label = f"phase1_iteration_{state['iteration'] + (state['batch'] > 0)}"
+        checkpointer.save(label, model, state | {"optimizer": optimizer.state_dict()})
+
+    model.train()
+    with Progress("phase 1", config.phase1_max_iterations * config.train_tokens, state["tokens"]) as progress:
+        while not _finished(state, history, config):
+            order = epoch_order(len(data.train), config.seed, STAGE, state["iteration"]).tensor_split(batches)
+            while state["batch"] < batches:
+                samples, last = order[state["batch"]], state["batch"] + 1 == batches
+                torch.manual_seed(derived_seed(config.seed, STAGE, state["steps"]))
+                old_BTC = start_BTC = contexts_NTC[samples]
+                if config.context_noise:
+                    start_BTC = old_BTC + config.context_noise * torch.randn_like(old_BTC)
+                with runtime.autocast():
+                    new_BTC, _ = sweep(step, start_BTC, model.embed(data.train[samples, :-1].to(runtime.device).long()))
+                loss, parts = phase1_loss(
+                    new_BTC,
+                    old_BTC,
+                    config.dist_reg_weight,
+                    config.dist_reg,
+                    config.phase1_convergence_threshold,
+                    consistency=state["iteration"] > 0,
+                )
+                before = copy_of(parameters) if last else None
+                where = f"iteration {state['iteration'] + 1}, batch {state['batch'] + 1} of Phase 1"
+                grad_norm = take_step(runtime, optimizer, loss, config.grad_clip, where)
+                state["skipped"] += not math.isfinite(grad_norm)
+                contexts_NTC[samples] = new_BTC.detach().to(contexts_NTC.dtype)
+
+                _accumulate(state["sums"], parts, len(samples) / len(data.train))
+                state["batch"] += 1
+                state["steps"] += 1
+                state["tokens"] += len(samples) * config.max_seq_length
+                progress.update(len(samples) * config.max_seq_length)
+                log.status(
+                    progress,
+                    stage=STAGE,
+                    epoch=state["iteration"] + 1,
+                    epochs=config.phase1_max_iterations,
+                    batch=state["batch"],
+                    batches=batches,
+                    saved_at=checkpointer.saved_at,
+                )
+                if checkpointer.due(state["steps"]) and not last:
+                    save()
+
+            row = state["sums"] | {
+                "er": effective_rank(contexts_NTC.flatten(0, 1)[:RANK_TOKENS]) / model.context_dim,
+                "grad_norm": grad_norm,
+                "update_norm": distance(parameters, before),
+                "optimizer_steps": state["steps"] - state["skipped"],
+                "tok_per_s": state["tokens"] / (earlier_seconds + progress.seconds),
+            }
+            state |= {"iteration": state["iteration"] + 1, "batch": 0, "sums": {}}
+            for name, value in row.items():
+                history.setdefault(name, []).append(value)
+            log.log(STAGE, iteration=state["iteration"], **row)
+            log.say(
+                f"phase 1 | iteration {state['iteration']:2d}/{config.phase1_max_iterations} | cvfp {row['cvfp']:.4f} | "
+                f"{config.dist_reg} {row['dist_reg']:.4f} | converged {row['converged']:.1%} | ER {row['er']:.1%} | "
+                f"grad {row['grad_norm']:.2g} | update {row['update_norm']:.2g} | steps {row['optimizer_steps']} | "
+                f"{row['tok_per_s']:,.0f} tok/s"
+            )
+            save()
+    model.eval()
+    return {
+        "phase1_steps": state["steps"] - state["skipped"],
+        "phase1_param_change": distance(parameters, initial)
+        / distance(initial, [torch.zeros_like(p) for p in initial]),
+        "phase1_iterations": state["iteration"],
+        "tok_per_s_phase1": state["tokens"] / state["seconds"],
+        **_settle(model, data, contexts_NTC, runtime),
+    }
+
+
+def _fresh_state(model, data, runtime):
+    shape = len(data.train), data.train.shape[1] - 1, model.context_dim
+    return {
+        "iteration": 0, "batch": 0, "steps": 0, "skipped": 0, "tokens": 0, "seconds": 0.0, "sums": {}, "optimizer": None,
+        "contexts": torch.zeros(shape, dtype=runtime.storage_dtype),
+    }  # fmt: skip
+
+
+def _finished(state, history, config):
+    if state["batch"] or not state["iteration"]:
+        return False
+    converged = history["converged"][-1] >= config.phase1_min_converged_ratio
+    return converged or state["iteration"] >= config.phase1_max_iterations
+
+
+def _accumulate(sums, values, share):
+    """Add a batch's values to the iteration's means, weighted by its share of the samples."""
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + share * value.item()
+
+
+@torch.no_grad()
+def _settle(model, data, contexts_NTC, runtime):
+    """Sweep stored contexts on with the final weights until they are within SETTLE_ERROR of the sequential reference.
+
+    Returns:
+        {"settle_sweeps": sweeps needed, "settle_error": relative error then}, over the first VERIFIED_SEQUENCES samples.
+    """
+    embeddings = model.embed(data.train[:VERIFIED_SEQUENCES, :-1].to(runtime.device).long())
+    reference, _ = sequential(model.step, embeddings, model.context_dim)
+    contexts = contexts_NTC[:VERIFIED_SEQUENCES].float()
+
+    def error():
+        return ((contexts - reference).norm() / reference.norm()).item()
+
+    sweeps = 0
+    while error() > SETTLE_ERROR and sweeps < SETTLE_SWEEPS:
+        contexts, _ = sweep(model.step, contexts, embeddings)
+        sweeps += 1
+    return {"settle_sweeps": sweeps, "settle_error": error()}

@@ -1,0 +1,167 @@
+"""Phase 2: next-token prediction on contexts, frozen (computed once) or fine-tuned (gradient through time)."""
+
+import math
+import time
+
+import torch
+
+from newllm.data.dataset import batch_count, epoch_order, quick_subset
+from newllm.evaluate import evaluate_prediction, trajectories
+from newllm.fixed_point.solver import sequential, truncated
+from newllm.interrupt import Stopped
+from newllm.models.cross_entropy import linear_cross_entropy
+from newllm.reporting.progress import Progress
+from newllm.seeding import derived_seed
+from newllm.training.optim import make_optimizer, set_learning_rate, take_step, warmup_cosine
+
+
+def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_context):
+    """Train the head, and F too unless frozen; the model ends with the weights of the lowest validation loss.
+
+    Args:
+        stage: "phase2", or "untrained" for the control: the same head on the untrained context map.
+
+    Returns:
+        Dict of metrics of the best epoch on the full validation set: loss, ppl, acc, bpb, and epoch, steps, tok_per_s.
+
+    Raises:
+        UserError: a loss or gradient that is not finite.
+    """
+    parts = [(model.head_parameters(), 1.0)]
+    if not freeze_context:
+        parts.append((model.context_parameters(), config.context_lr_scale))
+    for parameter in model.context_parameters():
+        parameter.requires_grad_(not freeze_context)
+    state = checkpointer.restore(stage, model) or _fresh_state()
+    optimizer = make_optimizer(parts, config.phase2_learning_rate, config.weight_decay)
+    if state["optimizer"]:
+        optimizer.load_state_dict(state["optimizer"])
+    optimizer = runtime.accelerator.prepare(optimizer)
+    history = checkpointer.history["phase2_history"] if stage == "phase2" else state["history"]
+    step = runtime.step_function(model)
+    batches = batch_count(len(data.train), config.phase2_batch_size, config.min_batches)
+    total_steps = batches * config.phase2_epochs
+    quick = quick_subset(len(data.val), config.val_quick_frac, config.seed)
+    earlier_seconds = state["seconds"]
+    features = {}
+    if freeze_context:
+        for name, ids in (("train", data.train), ("val", data.val)):
+            features[name] = trajectories(model, ids, runtime.autocast, runtime.device, runtime.storage_dtype)
+
+    def save():
+        state["seconds"] = earlier_seconds + progress.seconds
+        checkpointer.save(
+            f"{stage}_epoch_{state['epoch'] + (state['batch'] > 0)}",
+            model,
+            state | {"optimizer": optimizer.state_dict()},
+        )
+
+    def validate(samples=slice(None)):
+        held = tuple(f[samples] for f in features["val"]) if features else None
+        ids = data.val[samples]
+        try:
+            return evaluate_prediction(model, ids, data.token_bytes, runtime.autocast, runtime.device, held)
+        except Stopped:
+            save()
+            raise
+        finally:
+            model.train()
+
+    best = checkpointer.load_best(stage) if state["best"] else None
+    model.train()
+    with Progress(stage, config.phase2_epochs * config.train_tokens, state["tokens"]) as progress:
+        while not _finished(state, config):
+            order = epoch_order(len(data.train), config.seed, stage, state["epoch"]).tensor_split(batches)
+            while state["batch"] < batches:
+                samples, last = order[state["batch"]], state["batch"] + 1 == batches
+                torch.manual_seed(derived_seed(config.seed, stage, state["steps"]))
+                set_learning_rate(optimizer, warmup_cosine(state["steps"], total_steps, config.warmup_ratio))
+                ids = data.train[samples].to(runtime.device).long()
+                with runtime.autocast():
+                    if freeze_context:
+                        contexts, streams = (f[samples] for f in features["train"])
+                    elif config.gradient_sweeps:
+                        embeddings = model.embed(ids[:, :-1])
+                        contexts, streams = truncated(step, embeddings, model.context_dim, config.gradient_sweeps)
+                    else:
+                        contexts, streams = sequential(step, model.embed(ids[:, :-1]), model.context_dim)
+                    loss = linear_cross_entropy(model.hidden(contexts, streams), *model.output_weights(), ids[:, 1:])
+                where = f"epoch {state['epoch'] + 1}, batch {state['batch'] + 1} of {stage}"
+                state["grad_norm"] = take_step(runtime, optimizer, loss, config.grad_clip, where)
+                state["skipped"] += not math.isfinite(state["grad_norm"])
+                state["train_loss"] += loss.item() * len(samples) / len(data.train)
+                state["batch"] += 1
+                state["steps"] += 1
+                state["tokens"] += len(samples) * config.max_seq_length
+                progress.update(len(samples) * config.max_seq_length)
+                log.status(
+                    progress,
+                    stage=stage,
+                    epoch=state["epoch"] + 1,
+                    epochs=config.phase2_epochs,
+                    batch=state["batch"],
+                    batches=batches,
+                    saved_at=checkpointer.saved_at,
+                    best_val_loss=state["best"] and state["best"]["loss"],
+                )
+                if (
+                    config.val_quick_every_n_batches
+                    and state["batch"] % config.val_quick_every_n_batches == 0
+                    and not last
+                ):
+                    started = time.monotonic()
+                    metrics = validate(quick)
+                    log.log(
+                        f"{stage}_quick",
+                        steps=state["steps"],
+                        samples=len(quick),
+                        seconds=time.monotonic() - started,
+                        **metrics,
+                    )
+                    log.say(
+                        f"{stage} | batch {state['batch']}/{batches} | quick validation ({len(quick)}/{len(data.val)} "
+                        f"samples, {time.monotonic() - started:.1f}s): loss {metrics['loss']:.4f}"
+                    )
+                if checkpointer.due(state["steps"]) and not last:
+                    save()
+
+            started = time.monotonic()
+            metrics = validate()
+            row = {"train_loss": state["train_loss"]} | {f"val_{name}": value for name, value in metrics.items()}
+            for name, value in row.items():
+                history.setdefault(name, []).append(value)
+            state |= {"epoch": state["epoch"] + 1, "batch": 0, "train_loss": 0.0}
+            log.log(stage, epoch=state["epoch"], optimizer_steps=state["steps"] - state["skipped"], grad_norm=state["grad_norm"],
+                    seconds_validation=time.monotonic() - started, **row)  # fmt: skip
+            log.say(
+                f"{stage} | epoch {state['epoch']:2d}/{config.phase2_epochs} | train loss {row['train_loss']:.4f} | val loss "
+                f"{row['val_loss']:.4f} ppl {row['val_ppl']:.1f} acc {row['val_acc']:.1%} bpb {row['val_bpb']:.3f} | "
+                f"grad {state['grad_norm']:.2g} | steps {state['steps']} | "
+                f"{state['tokens'] / (earlier_seconds + progress.seconds):,.0f} tok/s"
+            )
+            if not state["best"] or metrics["loss"] < state["best"]["loss"]:
+                state["best"] = metrics | {"epoch": state["epoch"]}
+                best = {name: value.detach().clone() for name, value in model.state_dict().items()}
+                if path := checkpointer.save_best(stage, model, state["best"]):
+                    log.say(f"Saved best model (val loss {metrics['loss']:.4f}) to {path}")
+            save()
+    model.load_state_dict(best)
+    model.eval()
+    return state["best"] | {
+        "steps": state["steps"] - state["skipped"],
+        "epochs": state["epoch"],
+        "tok_per_s": state["tokens"] / state["seconds"],
+    }
+
+
+def _fresh_state():
+    return {
+        "epoch": 0, "batch": 0, "steps": 0, "skipped": 0, "tokens": 0, "seconds": 0.0, "train_loss": 0.0, "grad_norm": 0.0,
+        "best": None, "history": {}, "optimizer": None,
+    }  # fmt: skip
+
+
+def _finished(state, config):
+    if state["batch"] or not state["epoch"]:
+        return False
+    return state["epoch"] >= config.phase2_epochs or state["epoch"] - state["best"]["epoch"] >= config.patience

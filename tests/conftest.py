@@ -1,0 +1,23 @@
+"""A small configuration and a small corpus, so that every test runs on a CPU, without network, in seconds."""
+
+import pytest
+import torch
+from helpers import write_dialogues
+
+torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+
+
+@pytest.fixture(scope="session")
+def corpus_file(tmp_path_factory):
+    return write_dialogues(tmp_path_factory.mktemp("corpus") / "dialogues.jsonl", 60)
+
+
+@pytest.fixture
+def tiny_settings(tmp_path, corpus_file):
+    """Settings of a run that takes about a second, all of whose files lie in tmp_path."""
+    return dict(
+        data_source=str(corpus_file), tokenizer="bpe", vocab_size=300, num_samples=12, val_samples=6, max_seq_length=24,
+        context_dim=16, embed_dim=16, num_layers=1, phase1_max_iterations=3, phase1_batch_size=4, phase2_epochs=3,
+        phase2_batch_size=4, min_batches=3, precision="fp32", device="cpu", save_every_n_batches=2,
+        cache_dir=str(tmp_path / "cache"), checkpoint_dir=str(tmp_path / "checkpoints"),
+    )  # fmt: skip

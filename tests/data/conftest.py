@@ -1,0 +1,109 @@
+"""A machine without network and with an empty Hugging Face cache; small corpora; the settings the data layer reads."""
+
+import json
+from types import SimpleNamespace
+
+import datasets
+import huggingface_hub.errors
+import huggingface_hub.utils
+import pytest
+from hub_fakes import ConnectError, Response, Rows, dialogue
+
+from newllm.data import corpus, tokenizer
+from newllm.data.hub import retry
+
+
+@pytest.fixture
+def answers():
+    """What the hub answers to the probe: one exception or None a request, the last one for ever."""
+    return [ConnectError("[Errno -2] Name or service not known")]
+
+
+@pytest.fixture
+def slept(monkeypatch):
+    """Seconds that retries would have slept."""
+    seconds = []
+
+    def quick(function, **options):
+        return retry(function, **{"sleep": seconds.append} | options)
+
+    for module in (corpus, tokenizer, corpus.hub):
+        monkeypatch.setattr(module, "retry", quick)
+    return seconds
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path, answers, slept):
+    """The probe meets `answers`, nothing is cached, and whatever passes the probe unstubbed fails."""
+
+    def get(url, timeout):
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if answer is not None:
+            raise answer
+        return Response(200)
+
+    def no_download(*args, **kwargs):
+        raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.utils, "get_session", lambda: SimpleNamespace(get=get))
+    monkeypatch.setattr(huggingface_hub.utils, "hf_raise_for_status", lambda response: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_download)
+    monkeypatch.setattr(datasets, "load_dataset", no_download)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+
+
+@pytest.fixture
+def online(monkeypatch, answers):
+    """A reachable hub with 40 + 20 UltraChat dialogues; returns the splits, to be changed."""
+    answers[:] = [None]
+    splits = {
+        "train_sft": Rows([dialogue(f"train {n}") for n in range(40)]),
+        "test_sft": Rows([dialogue(f"test {n}") for n in range(20)]),
+    }
+
+    def load_dataset(path, split, streaming, revision):
+        assert (path, streaming, revision) == (corpus.ULTRACHAT, True, corpus.ULTRACHAT_REVISION)
+        return splits[split]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return splits
+
+
+@pytest.fixture
+def small_chitchat(monkeypatch, tmp_path):
+    """A stand-in for the embedded package with 30 dialogues and one opening without an answer."""
+    package = tmp_path / "site" / "chitchat_dataset"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+
+    def turn(sender, *texts):
+        return [{"text": text, "sender": sender} for text in texts]
+
+    content = {f"{n}": {"messages": [turn("b", "hello", f"number {n}"), turn("a", "hi")]} for n in range(30)}
+    content["alone"] = {"messages": [turn("b", "anyone?")]}
+    (package / "dataset.json").write_text(json.dumps(content))
+    monkeypatch.syspath_prepend(package.parent)
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    """Function that writes rows into a file of the temporary folder and returns its path."""
+
+    def write(rows, name="talk.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def settings(tmp_path):
+    """Function that gives the settings the data layer reads, with changes."""
+
+    def make(**changes):
+        values = dict(data_source="auto", tokenizer="bpe", vocab_size=300, num_samples=5, max_seq_length=8)
+        return SimpleNamespace(**values | dict(val_samples=3, cache_dir=str(tmp_path / "cache")) | changes)
+
+    return make

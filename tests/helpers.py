@@ -1,0 +1,31 @@
+"""A small language to write corpora in, and settings as flags."""
+
+import json
+import random
+
+WORDS = [f"{first}{last}" for first in ("ba", "do", "ki", "lu") for last in ("n", "r", "st", "ve", "m")]
+
+
+def write_dialogues(path, count, seed=0):
+    """A .jsonl file of `count` dialogues from a small bigram-like language: learnable, and different in every line."""
+    source = random.Random(seed)
+    with open(path, "w") as file:
+        for number in range(count):
+            word, words = source.choice(WORDS), []
+            for _ in range(60):
+                word = WORDS[(WORDS.index(word) * 3 + source.choice((1, 1, 1, 2, 7))) % len(WORDS)]
+                words.append(word)
+            turns = [" ".join(words[:20]) + f" {number}", " ".join(words[20:])]
+            messages = [
+                {"role": role, "content": text} for role, text in zip(("user", "assistant"), turns, strict=True)
+            ]
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def as_flags(settings):
+    """Settings as command line arguments."""
+    flags = []
+    for name, value in settings.items():
+        flags += [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    return flags

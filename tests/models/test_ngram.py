@@ -1,0 +1,237 @@
+"""Count-based baselines: proper distributions, right arithmetic, sensible behaviour."""
+
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+
+from newllm.models.ngram import FALLBACK_DISCOUNTS, KneserNey, discounts, ngram_rows, unigram_nll
+
+
+def zipf_samples(n, length, vocab_size, seed):
+    """Samples [n, length + 1] of a Zipf source in which every other token depends on the one before it."""
+    rng = np.random.default_rng(seed)
+    weights = 1 / np.arange(1, vocab_size + 1)
+    ids = rng.choice(vocab_size, size=(n, length + 1), p=weights / weights.sum())
+    follows = rng.random(ids.shape) < 0.5
+    for t in range(1, length + 1):
+        ids[:, t] = np.where(follows[:, t], (ids[:, t - 1] * 7 + 3) % vocab_size, ids[:, t])
+    return ids
+
+
+def distribution(model, context):
+    """p(. | context) [V], from the nll of V samples that differ in their last id."""
+    samples = np.array([[*context, token] for token in range(model.vocab_size)])
+    return np.exp(-model.nll(samples)[:, -1])
+
+
+class SlowKneserNey:
+    """The definition, with dictionaries of tuples and no thought for speed."""
+
+    def __init__(self, order, vocab_size, samples):
+        self.order, self.vocab_size = order, vocab_size
+        raw = Counter()
+        predecessors = defaultdict(set)
+        for sample in samples.tolist():
+            for end in range(1, len(sample)):  # the predicted position
+                for start in range(max(0, end - order + 1), end + 1):
+                    gram = tuple(sample[start : end + 1])
+                    raw[gram] += 1
+                    predecessors[gram].add(sample[start - 1] if start else "boundary")
+        self.counts = {g: c if len(g) == order else len(predecessors[g]) for g, c in raw.items()}
+        self.discount = {k: self.level_discounts(k) for k in range(1, order + 1)}
+
+    def level_discounts(self, k):
+        n = Counter(c for g, c in self.counts.items() if len(g) == k)
+        result = []
+        for r in (1, 2, 3):
+            value = 0
+            if n[1] and n[2] and n[r] and n[r + 1]:
+                value = r - (r + 1) * (n[1] / (n[1] + 2 * n[2])) * n[r + 1] / n[r]
+            result.append(value if value > 0 else FALLBACK_DISCOUNTS[r - 1])
+        return result
+
+    def probability(self, context, token):
+        context = tuple(context)[max(0, len(context) - self.order + 1) :]
+        lower = self.probability(context[1:], token) if context else 1 / self.vocab_size
+        followers = {g[-1]: c for g, c in self.counts.items() if g[:-1] == context}
+        if not followers:
+            return lower
+        d = self.discount[len(context) + 1]
+        total = sum(followers.values())
+        count = followers.get(token, 0)
+        own = (count - d[min(count, 3) - 1]) / total if count else 0
+        return own + sum(d[min(c, 3) - 1] for c in followers.values()) / total * lower
+
+
+def test_unigram_is_add_one_over_predicted_tokens_only():
+    """Id 0 of a sample is neither counted nor predicted: p = (count + 1) / (predicted + V)."""
+    train = np.array([[3, 0, 0, 1], [3, 0, 2, 2]])  # predicted: 0 0 1 0 2 2
+    expected = -np.log((np.array([3, 1, 2, 0]) + 1) / (6 + 4))
+    got = unigram_nll(train, np.array([[0, 0, 1, 2, 3]]), 4)
+    np.testing.assert_allclose(got, expected[[[0, 1, 2, 3]]], rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3, 5])
+def test_distributions_sum_to_one_for_every_context(order):
+    """Seen, partly seen and unseen contexts of every length, at a sample's start and beyond: the sum over V is 1."""
+    vocab_size = 40
+    train = zipf_samples(8, 30, 30, seed=1)  # ids 30..39 never occur
+    model = KneserNey(order, vocab_size).fit(train)
+    for length in range(1, order + 2):
+        seen, start = train[2, 7 : 7 + length], train[3, :length]
+        partly = np.concatenate([[35], seen[1:]])  # unseen oldest id, seen suffix where there is one
+        for context in (seen, start, partly, np.full(length, 39), train[4, -length:]):
+            p = distribution(model, context)
+            assert p.min() > 0
+            assert abs(p.sum() - 1) < 1e-12
+
+
+def test_order_two_equals_arithmetic_by_hand():
+    """Samples of one prediction each, so the bigram counts can be chosen; every number below is worked out by hand."""
+    # Bigrams: 01 x4, 02 x3, 03 x2, 11 x1, 12 x1, 21 x1; vocabulary of 5, id 4 is never seen.
+    train = np.array([[0, 1]] * 4 + [[0, 2]] * 3 + [[0, 3]] * 2 + [[1, 1], [1, 2], [2, 1]])
+    # Bigram counts-of-counts: n1 = 3, n2 = 1, n3 = 1, n4 = 1; Y = 3 / (3 + 2 * 1) = 0.6.
+    d1 = 1 - 2 * 0.6 * 1 / 3  # 0.6
+    d2 = 2 - 3 * 0.6 * 1 / 1  # 0.2
+    d3 = 3 - 4 * 0.6 * 1 / 1  # 0.6
+    # Continuation counts (different ids before): token 1: {0, 1, 2} = 3, token 2: {0, 1} = 2, token 3: {0} = 1; sum 6.
+    # Their counts-of-counts: n1 = n2 = n3 = 1, n4 = 0; Y = 1 / 3; the third discount needs n4 and takes its fallback.
+    u1 = 1 - 2 / 3 * 1 / 1  # 1 / 3
+    u2 = 2 - 3 / 3 * 1 / 1  # 1
+    u3 = 1.5
+    rest = (u1 + u2 + u3) / 6 / 5  # backoff to the uniform distribution
+    unigram = np.array([0, (3 - u3) / 6, (2 - u2) / 6, (1 - u1) / 6, 0]) + rest
+    # Context 0: counts 4, 3, 2 of tokens 1, 2, 3; sum 9.
+    after_0 = np.array([0, (4 - d3) / 9, (3 - d3) / 9, (2 - d2) / 9, 0]) + (2 * d3 + d2) / 9 * unigram
+    # Context 1: tokens 1 and 2 once each; context 2: token 1 once.
+    after_1 = np.array([0, (1 - d1) / 2, (1 - d1) / 2, 0, 0]) + 2 * d1 / 2 * unigram
+    after_2 = np.array([0, 1 - d1, 0, 0, 0]) + d1 * unigram
+    model = KneserNey(2, 5).fit(train)
+    for context, expected in [(0, after_0), (1, after_1), (2, after_2), (3, unigram), (4, unigram)]:
+        assert abs(expected.sum() - 1) < 1e-12
+        np.testing.assert_allclose(distribution(model, [context]), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("order", "seed"), [(3, 0), (3, 1), (4, 2), (1, 3)])
+def test_equals_the_slow_definition(order, seed):
+    """Every probability agrees with the dictionary-of-tuples implementation, on samples of another length too."""
+    train, val = zipf_samples(25, 15, 30, seed), zipf_samples(4, 20, 33, seed + 100)
+    fast, slow = KneserNey(order, 33).fit(train).nll(val), SlowKneserNey(order, 33, train)
+    for i, sample in enumerate(val):
+        for t in range(1, len(sample)):
+            assert abs(np.exp(-fast[i, t - 1]) - slow.probability(sample[:t], sample[t])) < 1e-12
+
+
+def test_order_one_is_the_discounted_unigram_interpolated_with_uniform():
+    """Without contexts only the lowest level is left, with raw counts of predicted tokens."""
+    train = zipf_samples(10, 20, 15, seed=5)
+    counts = np.bincount(train[:, 1:].ravel(), minlength=20)
+    taken = discounts(counts)[np.minimum(counts, 3)]
+    expected = (counts - taken) / counts.sum() + taken.sum() / counts.sum() / 20
+    np.testing.assert_allclose(distribution(KneserNey(1, 20).fit(train), [7]), expected, rtol=0, atol=1e-12)
+
+
+def test_contexts_never_cross_samples():
+    """The order of the samples changes nothing, and a sample's nll does not depend on its neighbours."""
+    train, val = zipf_samples(20, 12, 30, seed=6), zipf_samples(5, 12, 30, seed=7)
+    expected = KneserNey(4, 30).fit(train).nll(val)
+    np.testing.assert_allclose(KneserNey(4, 30).fit(train[::-1]).nll(val[::-1])[::-1], expected, rtol=0, atol=1e-12)
+    np.testing.assert_array_equal(KneserNey(4, 30).fit(train).nll(val[2:3]), expected[2:3])
+
+
+def test_a_shorter_context_equals_an_unseen_extension_of_it():
+    """At a sample's start the prediction is the one that longer contexts with an unseen oldest id back off to."""
+    model = KneserNey(4, 40).fit(zipf_samples(20, 12, 30, seed=8))
+    for context in ([0], [0, 3], [2, 17]):
+        np.testing.assert_array_equal(distribution(model, context), distribution(model, [39, *context]))
+
+
+def test_more_training_data_lowers_the_loss():
+    """Ten times the samples of the same source predict held-out samples better, at every order."""
+    train, val = zipf_samples(400, 32, 200, seed=9), zipf_samples(40, 32, 200, seed=10)
+    for order in (1, 2, 5):
+        little, much = (KneserNey(order, 200).fit(train[:n]).nll(val).mean() for n in (40, 400))
+        assert much < little
+
+
+def test_a_repeated_sequence_is_predicted_almost_surely():
+    """A cycle of different ids, seen often, leaves next to no doubt about the next one."""
+    samples = np.tile(np.arange(16), (50, 5))
+    assert KneserNey(5, 64).fit(samples).nll(samples)[:, 4:].max() < 0.01
+
+
+def test_discounts_stay_between_zero_and_the_count():
+    """Whatever the counts: 0 < D_r <= r, so no probability is negative and every backoff weight is positive."""
+    rng = np.random.default_rng(11)
+    cases = [rng.integers(1, high, size) for high in (2, 3, 4, 6, 50) for size in (0, 1, 2, 5, 100) for _ in range(20)]
+    for counts in cases:
+        none, *given = discounts(counts)
+        assert none == 0
+        assert all(0 < d <= r for r, d in enumerate(given, start=1))
+
+
+def test_large_vocabulary_and_order_do_not_overflow():
+    """Ids near 50,256 at order 5 (V**5 > 2**64): the training text is recognised, and only in its own order."""
+    train = np.random.default_rng(12).permutation(50257)[:2010].reshape(30, 67)
+    model = KneserNey(5, 50257).fit(train)
+    assert model.nll(train)[:, 4:].max() < 1 < model.nll(train[:, ::-1]).min()
+
+
+def test_samples_shorter_than_the_order_are_fine():
+    """The longest n-grams there are take the place of the highest order; longer samples can still be scored."""
+    train = np.array([[0, 1], [0, 2], [3, 1], [0, 1]])
+    model, bigram = KneserNey(5, 6).fit(train), KneserNey(2, 6).fit(train)
+    np.testing.assert_array_equal(distribution(model, [3, 0]), distribution(bigram, [3, 0]))
+    for context in ([0], [0, 1], [5, 4, 3, 2, 1, 0]):
+        assert abs(distribution(model, context).sum() - 1) < 1e-12
+
+
+def test_no_training_samples_leave_the_uniform_distribution():
+    """Nothing counted: every order says 1 / V."""
+    nll = KneserNey(3, 8).fit(np.zeros((0, 5), dtype=np.int64)).nll(np.array([[1, 2, 3]]))
+    np.testing.assert_allclose(nll, np.log(8), rtol=0, atol=1e-12)
+
+
+def test_small_integer_types_give_the_same_numbers():
+    """uint16 samples, as token files hold them, must not wrap around in the keys."""
+    train, val = zipf_samples(20, 12, 3000, seed=13), zipf_samples(5, 12, 3000, seed=14)
+    expected = KneserNey(3, 3000).fit(train).nll(val)
+    got = KneserNey(3, 3000).fit(train.astype(np.uint16)).nll(val.astype(np.uint16))
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_rows_are_the_mean_losses_of_the_three_baselines():
+    """One number per baseline, equal to the mean of its nll."""
+    train, val = zipf_samples(60, 16, 50, seed=15), zipf_samples(10, 16, 50, seed=16)
+    rows = ngram_rows(train, val, 50)
+    assert rows == {
+        "unigram": pytest.approx(unigram_nll(train, val, 50).mean()),
+        "bigram": pytest.approx(KneserNey(2, 50).fit(train).nll(val).mean()),
+        "kn": pytest.approx(KneserNey(5, 50).fit(train).nll(val).mean()),
+    }
+    assert all(type(value) is float for value in rows.values())
+
+
+@pytest.mark.parametrize(
+    "samples", [[[0, 8]], [[-1, 2]], [[0.0, 1.0]], [0, 1], [[3], [4]]], ids=["high", "negative", "float", "1d", "short"]
+)
+def test_unusable_samples_are_refused(samples):
+    """A wrong id would silently pass for another n-gram: ValueError instead, in fitting and in scoring."""
+    good = np.array([[0, 1, 2]])
+    for call in (
+        lambda: KneserNey(2, 8).fit(np.array(samples)),
+        lambda: KneserNey(2, 8).fit(good).nll(np.array(samples)),
+        lambda: unigram_nll(np.array(samples), good, 8),
+        lambda: unigram_nll(good, np.array(samples), 8),
+    ):
+        with pytest.raises(ValueError, match=r"samples must be|ids must be"):
+            call()
+
+
+def test_wrong_use_is_refused():
+    """Order 0 and scoring before fitting are mistakes of the caller."""
+    with pytest.raises(ValueError, match="order"):
+        KneserNey(0, 8)
+    with pytest.raises(RuntimeError, match="fit"):
+        KneserNey(2, 8).nll(np.array([[0, 1]]))

@@ -1,0 +1,113 @@
+"""Pretrained embeddings: had exactly, or the run stops with a sentence. No network."""
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from newllm.errors import UserError
+from newllm.models.pretrained import GPT2_REPOSITORY, GPT2_REVISION, load_embedding
+
+V, E = 11, 8
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def gpt2():
+    """A GPT-2 of 11 tokens and width 8."""
+    sizes = dict(vocab_size=V, n_embd=E, n_layer=1, n_head=1, n_positions=4, bos_token_id=0, eos_token_id=0)
+    torch.manual_seed(0)
+    return transformers.GPT2Model(transformers.GPT2Config(**sizes))
+
+
+@pytest.fixture
+def folder(tmp_path, gpt2):
+    """The same in transformers' format."""
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def sentence(source, vocab_size=V, embed_dim=E):
+    """The one line of the error that the source gives."""
+    with pytest.raises(UserError) as caught:
+        load_embedding(str(source), vocab_size, embed_dim)
+    message = str(caught.value)
+    assert "\n" not in message and message.endswith(".") and str(source) in message
+    return message
+
+
+def test_random_is_no_matrix():
+    """The model's own initialisation stands."""
+    assert load_embedding("random", V, E) is None
+
+
+def test_a_folder_gives_its_input_embedding(folder, gpt2):
+    """Bit for bit, in fp32, without gradient."""
+    got = load_embedding(str(folder), V, E)
+    assert torch.equal(got, gpt2.wte.weight)
+    assert got.dtype == torch.float32 and not got.requires_grad
+
+
+def test_half_precision_weights_come_in_fp32(tmp_path, gpt2):
+    """What is stored in bf16 is widened."""
+    gpt2.bfloat16().save_pretrained(tmp_path / "half")
+    got = load_embedding(str(tmp_path / "half"), V, E)
+    assert got.dtype == torch.float32 and torch.equal(got, gpt2.wte.weight.float())
+
+
+def test_a_language_model_head_is_no_hindrance(tmp_path, gpt2):
+    """Folders of whole language models are the usual ones."""
+    whole = transformers.GPT2LMHeadModel(gpt2.config)
+    whole.save_pretrained(tmp_path / "whole")
+    assert torch.equal(load_embedding(str(tmp_path / "whole"), V, E), whole.transformer.wte.weight)
+
+
+@pytest.mark.parametrize(("vocab_size", "embed_dim"), [(V + 1, E), (V, E + 1), (E, V)])
+def test_a_wrong_shape_names_both_shapes(folder, vocab_size, embed_dim):
+    """The message says what is there and what is needed."""
+    message = sentence(folder, vocab_size, embed_dim)
+    assert f"{V} x {E}" in message and f"{vocab_size} x {embed_dim}" in message
+
+
+def test_a_missing_folder_is_one_sentence(tmp_path):
+    """It says what to do instead."""
+    assert "--embeddings random" in sentence(tmp_path / "absent")
+
+
+def test_a_folder_without_a_model_is_one_sentence(tmp_path):
+    """Empty, or with a configuration but no weights."""
+    assert "--embeddings random" in sentence(tmp_path)
+
+
+def test_a_configuration_without_weights_is_one_sentence(folder):
+    """No weights are drawn in place of a missing file."""
+    (folder / WEIGHTS).unlink()
+    sentence(folder)
+
+
+def test_a_truncated_file_is_one_sentence(folder):
+    """A download that was cut off."""
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+    sentence(folder)
+
+
+def test_weights_without_the_embedding_are_one_sentence(folder):
+    """A random matrix in its place would be another experiment."""
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["wte.weight"]
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    sentence(folder)
+
+
+@pytest.mark.parametrize("error", [OSError("offline\nsecond line"), ValueError("bad name\nsecond line")])
+def test_gpt2_that_cannot_be_had_is_one_sentence(monkeypatch, error):
+    """The first line of the reason is in it; nothing random takes its place."""
+
+    def unreachable(name, **options):
+        assert (name, options) == (GPT2_REPOSITORY, dict(revision=GPT2_REVISION, output_loading_info=True))
+        raise error
+
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", unreachable)
+    message = sentence("gpt2", 50257, 768)
+    assert str(error).splitlines()[0] in message and "second line" not in message

@@ -1,0 +1,270 @@
+"""The configuration: one line per setting, errors that name the setting, a fixed order of precedence."""
+
+import dataclasses
+import math
+
+import pytest
+
+from config import ResidualConfig
+from newllm.config import PRESETS, Config, check_value, field_comments, field_types, parse_args
+from newllm.errors import UserError
+
+FIELDS = field_types()
+BOOLEANS = [name for name, (kind, _) in FIELDS.items() if kind is bool]
+
+
+def parse(*argv):
+    return parse_args(ResidualConfig, list(argv))[0]
+
+
+def flags_for(name, value, spelling):
+    """Command line that sets one field to the value."""
+    if FIELDS[name][0] is bool:
+        return [f"--{spelling}" if value else f"--no-{spelling}"]
+    return [f"--{spelling}", str(value)]
+
+
+def test_every_field_has_a_value_and_a_comment():
+    """config.py has one line per field, and each says what it is."""
+    comments = field_comments(ResidualConfig)
+    for name in FIELDS:
+        assert name in vars(ResidualConfig), name
+        assert comments.get(name, "").strip(), name
+    assert set(comments) == set(FIELDS)
+
+
+def test_every_default_is_valid_and_of_its_declared_type():
+    """The values of config.py are the values of a run without flags."""
+    config = ResidualConfig()
+    assert config.to_dict() == {name: getattr(ResidualConfig, name) for name in FIELDS}
+    for name, (kind, _) in FIELDS.items():
+        assert isinstance(kind, tuple) or type(getattr(config, name)) is kind, name
+    assert config == parse()
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_is_a_flag_that_parses_its_default_back(name):
+    """Given on the command line, with underscores or dashes, a default changes nothing and keeps its type."""
+    default = getattr(ResidualConfig, name)
+    for spelling in dict.fromkeys([name, name.replace("_", "-")]):
+        config = parse(*flags_for(name, default, spelling))
+        assert config == ResidualConfig()
+        assert type(getattr(config, name)) is type(default)
+
+
+@pytest.mark.parametrize("name", BOOLEANS)
+def test_booleans_switch_on_and_off(name):
+    """`--NAME` and `--no-NAME` set the field whatever its default, with underscores or dashes."""
+    for spelling in dict.fromkeys([name, name.replace("_", "-")]):
+        for value in (True, False):
+            assert getattr(parse(*flags_for(name, value, spelling)), name) is value
+
+
+def test_no_compile_wins_over_an_earlier_compile():
+    """The last of several flags counts."""
+    assert parse("--compile").compile is True
+    assert parse("--compile", "--no-compile").compile is False
+
+
+def test_numbers_parse_in_the_usual_spellings():
+    """Exponents and whole numbers for floats, digit groups for counts."""
+    assert parse("--phase2_learning_rate", "1e-3").phase2_learning_rate == 0.001
+    assert parse("--grad-clip=2").grad_clip == 2.0
+    assert parse("--num_samples", "1_000").num_samples == 1000
+    assert type(ResidualConfig(grad_clip=2).grad_clip) is float
+
+
+def test_help_lists_every_flag_with_its_comment(capsys):
+    """--help works, percent signs in comments included, and ends with status 0."""
+    with pytest.raises(SystemExit) as stop:
+        parse("--help")
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for name, comment in field_comments(ResidualConfig).items():
+        assert f"--{name}" in text
+        assert " ".join(comment.replace("%%", "%").split()[:3]) in text
+
+
+def test_extra_flags_of_a_command_are_returned_apart():
+    """A command's own flags do not become settings."""
+    config, namespace = parse_args(
+        ResidualConfig, ["--steps", "3", "--seed", "7"], extra=lambda parser: parser.add_argument("--steps", type=int)
+    )
+    assert (namespace.steps, config.seed) == (3, 7)
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--num-sample", "3"], ["--num_sample'", "--num_samples"]),
+        (["--num_smaples=3"], ["--num_smaples", "--num_samples"]),
+        (["stray"], ["stray"]),
+        (["--dropout"], ["dropout"]),
+        (["--dropout", "x"], ["dropout", "float", "x"]),
+        (["--dropout", "0.96"], ["dropout", "0.95", "0.96"]),
+        (["--dropout", "-0.1"], ["dropout", "-0.1"]),
+        (["--dropout", "nan"], ["dropout", "nan"]),
+        (["--grad_clip", "inf"], ["grad_clip", "inf"]),
+        (["--grad_clip", "0"], ["grad_clip", "> 0"]),
+        (["--num_samples", "2.0"], ["num_samples", "int", "2.0"]),
+        (["--num_samples", "0"], ["num_samples", ">= 1"]),
+        (["--device", "cudaa"], ["device", "cudaa", "did you mean 'cuda'"]),
+        (["--preset", "sed"], ["preset", "did you mean 'seed'"]),
+        (["--phase", "2"], ["phase", "both"]),
+        (["--compile=true"], ["compile", "true"]),
+        (["--num_tokens", "100"], ["num_tokens", "100", "max_seq_length", "128"]),
+    ],
+)
+def test_a_wrong_command_line_gives_one_sentence_that_names_the_culprit(argv, parts):
+    """No exit, no traceback of argparse: a UserError with the name, the value, and the nearest right name."""
+    with pytest.raises(UserError) as error:
+        parse(*argv)
+    for part in parts:
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({"num_sample": 3}, ["num_sample'", "did you mean 'num_samples'"]),
+        ({"zzz": 3}, ["zzz"]),
+        ({"num_samples": "3"}, ["num_samples", "int", "'3'"]),
+        ({"num_samples": True}, ["num_samples", "int", "True"]),
+        ({"num_samples": 3.0}, ["num_samples", "int", "3.0"]),
+        ({"compile": 1}, ["compile", "bool", "1"]),
+        ({"dropout": None}, ["dropout", "float", "None"]),
+        ({"dropout": False}, ["dropout", "float", "False"]),
+        ({"dropout": 0.951}, ["dropout", ">= 0", "0.95"]),
+        ({"vocab_size": 256}, ["vocab_size", "257", "256"]),
+        ({"val_quick_frac": 0.0}, ["val_quick_frac", "> 0"]),
+        ({"init_scale": math.nan}, ["init_scale", "nan"]),
+        ({"init_scale": math.inf}, ["init_scale", "inf"]),
+        ({"dist_reg": "covarience"}, ["dist_reg", "did you mean 'covariance'"]),
+        ({"preset": "seeds"}, ["preset", "did you mean 'seed'"]),
+        ({"phase": 1}, ["phase", "both"]),
+        ({"num_tokens": 127}, ["num_tokens", "127", "128"]),
+    ],
+)
+def test_a_wrong_keyword_gives_one_sentence_that_names_the_culprit(given, parts):
+    """The same checks for keywords; a bool is no number and a string is no int."""
+    with pytest.raises(UserError) as error:
+        ResidualConfig(**given)
+    for part in parts:
+        assert part in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", [n for n, (_, bounds) in FIELDS.items() if bounds is not None])
+def test_bounds_are_closed_where_they_say_so_and_outside_is_refused(name):
+    """The ends of every interval are allowed unless it says '>', and the next number beyond is not."""
+    kind, bounds = FIELDS[name]
+    step = 1 if kind is int else 1e-9
+    low, high = kind(bounds.low), bounds.high
+    if bounds.above:
+        assert check_value(name, low + step) == low + step
+        outside = [low]
+    else:
+        assert check_value(name, low) == low
+        outside = [low - step]
+    if high < math.inf:
+        assert check_value(name, kind(high)) == high
+        outside.append(kind(high) + step)
+    for value in outside:
+        with pytest.raises(UserError, match=name):
+            check_value(name, value)
+
+
+def test_keyword_beats_preset_beats_file():
+    """Precedence, by keyword and by flag alike."""
+    seed = PRESETS["seed"]
+    assert seed["token_layers"] != ResidualConfig.token_layers
+    assert ResidualConfig().token_layers == ResidualConfig.token_layers
+    assert ResidualConfig(preset="seed").token_layers == seed["token_layers"]
+    assert ResidualConfig(preset="seed", token_layers=3).token_layers == 3
+    assert parse("--preset", "seed").token_layers == seed["token_layers"]
+    assert parse("--token-layers", "3", "--preset", "seed").token_layers == 3
+
+
+def test_a_preset_named_in_the_file_applies():
+    """The preset line of config.py has the effect of the flag."""
+
+    class Seeded(ResidualConfig):
+        preset = "seed"
+
+    assert Seeded().to_dict() == ResidualConfig(preset="seed").to_dict()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_hold_only_valid_settings(name):
+    """Every preset makes a configuration, and what it sets is in effect."""
+    config = ResidualConfig(preset=name)
+    assert {key: getattr(config, key) for key in PRESETS[name]} == PRESETS[name]
+
+
+def test_num_tokens_sets_num_samples():
+    """num_samples = num_tokens // max_seq_length when num_tokens > 0; 0 leaves it alone."""
+    assert ResidualConfig(num_tokens=100_000).num_samples == 781
+    assert ResidualConfig(num_tokens=128).num_samples == 1
+    assert ResidualConfig(num_tokens=1000, max_seq_length=100, num_samples=7).num_samples == 10
+    assert ResidualConfig(num_tokens=0, num_samples=7).num_samples == 7
+
+
+def test_train_tokens_is_samples_times_length():
+    """The token budget follows from the two, however num_samples came about."""
+    assert ResidualConfig(num_samples=50, max_seq_length=128).train_tokens == 6400
+    assert ResidualConfig(num_tokens=100_000, max_seq_length=128).train_tokens == 781 * 128
+
+
+def test_differences_are_the_settings_that_left_the_file():
+    """{name: (file's value, value in effect)}, presets and derived values included; a repeated default is none."""
+    assert ResidualConfig(seed=ResidualConfig.seed).differences() == {}
+    assert ResidualConfig(seed=7, dropout=0).differences() == {"seed": (42, 7), "dropout": (0.3, 0.0)}
+    assert ResidualConfig(num_tokens=1280).differences() == {"num_samples": (50, 10)}
+    assert ResidualConfig(preset="seed").differences()["token_layers"] == (1, 0)
+
+
+def test_a_configuration_is_frozen():
+    """No setting can be assigned or deleted; `replace` makes a changed, checked copy and leaves the old one."""
+    config = ResidualConfig()
+    for name in FIELDS:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(config, name, getattr(config, name))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        del config.seed
+    assert dataclasses.replace(config, seed=7).differences() == {"seed": (42, 7)}
+    assert config.seed == 42
+    with pytest.raises(UserError, match="seed"):
+        dataclasses.replace(config, seed=-1)
+
+
+def test_to_dict_round_trips():
+    """A configuration stored as a dictionary comes back equal, derived values included."""
+    config = ResidualConfig(preset="seed", num_tokens=1280, dropout=0.5)
+    assert list(config.to_dict()) == list(FIELDS)
+    assert ResidualConfig(**config.to_dict()) == config
+
+
+def test_a_subclass_with_an_unknown_attribute_fails_at_class_creation():
+    """A misspelt line in config.py is an error with the right name, not a silently ignored setting."""
+    with pytest.raises(UserError, match=r"num_layer'.*did you mean 'num_layers'"):
+
+        class Misspelt(Config):
+            num_layer = 3
+
+
+def test_a_subclass_without_a_line_for_a_field_says_which():
+    """A setting without a value is named when a configuration is made."""
+    values = {name: getattr(ResidualConfig, name) for name in FIELDS if name != "patience"}
+    with pytest.raises(UserError, match="patience"):
+        type("Incomplete", (Config,), values)()
+
+
+def test_a_wrong_value_in_the_file_is_refused():
+    """Values of config.py are checked like keywords."""
+
+    class Wrong(ResidualConfig):
+        dropout = 2.0
+
+    with pytest.raises(UserError, match="dropout"):
+        Wrong()

@@ -1,0 +1,153 @@
+"""Signals and time limits: saved, exited with a status of its own, and continued to the same bits."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import as_flags
+
+from config import ResidualConfig
+from newllm import interrupt
+from newllm.interrupt import EXIT_STATUS, Interrupt, Stopped, poll
+from newllm.reporting.status import read_status
+from scripts import status
+from train import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def start(settings):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    arguments = [sys.executable, "train.py", *as_flags(settings)]
+    return subprocess.Popen(
+        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def weights(folder):
+    return torch.load(Path(folder) / "model_latest.pt")["model_state_dict"]
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_stopped_by_signals_again_and_again_a_run_ends_with_the_same_bits(tiny_settings):
+    """SIGTERM or SIGINT at random moments: exit status EXIT_STATUS within 5 s, and every restart goes on exactly."""
+    settings = tiny_settings | dict(phase1_max_iterations=60, phase2_epochs=40, patience=40, save_every_n_batches=50)
+    main(ResidualConfig(**settings))
+    expected = weights(settings["checkpoint_dir"])
+    settings["checkpoint_dir"] += "_signalled"
+    source, stops = random.Random(0), 0
+    while True:
+        process = start(settings)
+        for line in process.stdout:
+            if line.startswith("=="):
+                break
+        time.sleep(source.uniform(0.3, 2.5))
+        process.send_signal(source.choice((signal.SIGTERM, signal.SIGINT)))
+        asked = time.monotonic()
+        output, errors = process.communicate(timeout=60)
+        assert time.monotonic() - asked < 5
+        if "\n---\n" in output:  # the run was complete; the signal came to a process that only had to exit
+            break
+        assert process.returncode == EXIT_STATUS, errors
+        assert errors.startswith("stopped: SIG")
+        stops += 1
+        assert stops < 20
+    assert stops >= 2
+    assert same(weights(settings["checkpoint_dir"]), expected)
+
+
+def test_a_stop_in_validation_saves_the_epoch_that_is_behind(tiny_settings, monkeypatch):
+    """The signal comes while the epoch is evaluated: its batches are not lost, and the end is the same."""
+    settings = tiny_settings | dict(save_every_n_batches=10**6, save_every_minutes=0.0)
+    main(ResidualConfig(**settings))
+    expected = weights(settings["checkpoint_dir"])
+    config = ResidualConfig(**settings | {"checkpoint_dir": settings["checkpoint_dir"] + "_stopped"})
+    from newllm.training import phase2
+
+    real, calls = phase2.evaluate_prediction, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+            poll()
+        return real(*arguments)
+
+    monkeypatch.setattr(phase2, "evaluate_prediction", interrupted)
+    with pytest.raises(Stopped, match="SIGTERM"):
+        main(config)
+    stopped_at = torch.load(Path(config.checkpoint_dir) / "model_latest.pt")["stage_state"]
+    assert stopped_at["batch"] == 3
+    main(config)
+    assert same(weights(config.checkpoint_dir), expected)
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    """For the impatient: no more waiting for a safe point."""
+    code = (
+        "import os, signal\nfrom newllm.interrupt import Interrupt\nwith Interrupt():\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    os.kill(os.getpid(), signal.SIGTERM)\n    print('still here')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 128 + signal.SIGTERM and done.stdout == ""
+
+
+def test_the_time_limit_stops_with_a_checkpoint(tiny_settings, monkeypatch):
+    """max_minutes ends the run early and the next run goes on."""
+    config = ResidualConfig(**tiny_settings, max_minutes=1e-6)
+    with pytest.raises(Stopped, match="max_minutes"):
+        main(config)
+    done = main(ResidualConfig(**tiny_settings))
+    assert done["phase1_steps"] == 9
+
+
+def test_handlers_are_given_back():
+    """After a run the process reacts to signals as before."""
+    before = signal.getsignal(signal.SIGTERM)
+    with Interrupt():
+        assert signal.getsignal(signal.SIGTERM) != before
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert interrupt.stop_reason() is None
+
+
+def test_status_tells_where_a_run_is_while_it_trains_and_after_it_was_cut_off(tiny_settings, capsys):
+    """Phase, epoch, batch, progress, best loss, age of the checkpoint, speed and ETA; killed, then complete."""
+    settings = tiny_settings | dict(phase1_max_iterations=3000, phase1_min_converged_ratio=1.0, dist_reg_weight=1.0)
+    process = start(settings)
+    folder = settings["checkpoint_dir"]
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if (Path(folder) / "status.json").exists() and read_status(folder).get("stage") == "phase1":
+            break
+        time.sleep(0.1)
+    fields = read_status(folder)
+    assert fields["state"] == "running" and fields["epochs"] == 3000 and fields["tok_per_s"] > 0
+    assert fields["minutes_since_checkpoint"] < 1
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    status.main(["--checkpoint_dir", folder])
+    out = capsys.readouterr().out
+    for key in (
+        "Phase: phase1",
+        "Epoch: ",
+        "/3000",
+        "Batch: ",
+        "Progress: ",
+        "Best val loss: ",
+        "Last checkpoint: ",
+        "ETA: ",
+    ):
+        assert key in out
+    assert "cut off" in out

@@ -1,0 +1,105 @@
+"""The rules of the house: which way imports go, how long a file may be, what the texts may hold."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = sorted((ROOT / "newllm").rglob("*.py"))
+SOURCES = [
+    *PACKAGE,
+    *(ROOT / name for name in ("config.py", "train.py", "test.py")),
+    *sorted((ROOT / "scripts").glob("*.py")),
+]
+LONGEST = 290  # lines of a file that can still be read in one sitting
+
+# A module may import from the package only what stands here (longest matching prefix counts).
+MAY_IMPORT = {
+    "newllm.interrupt": set(),
+    "newllm.errors": {"newllm.interrupt"},
+    "newllm.seeding": set(),
+    "newllm.storage": {"newllm.errors"},
+    "newllm.config": {"newllm.errors"},
+    "newllm.data": {"newllm.data", "newllm.errors", "newllm.storage", "newllm.seeding", "newllm.config", "newllm.interrupt"},
+    "newllm.models": {"newllm.models", "newllm.errors"},
+    "newllm.fixed_point": {"newllm.fixed_point"},
+    "newllm.evaluate": {"newllm.fixed_point", "newllm.models", "newllm.interrupt"},
+    "newllm.reporting": {"newllm.reporting", "newllm.storage", "newllm.errors"},
+    "newllm.training": {
+        "newllm.training", "newllm.data", "newllm.models", "newllm.fixed_point", "newllm.evaluate", "newllm.reporting",
+        "newllm.storage", "newllm.seeding", "newllm.errors", "newllm.interrupt", "newllm",
+    },
+}  # fmt: skip
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            for alias in node.names:
+                inner = (ROOT / Path(*node.module.split("."), alias.name)).with_suffix(".py").exists()
+                yield f"{node.module}.{alias.name}" if inner else node.module
+
+
+def belongs(name, prefixes):
+    return any(name == prefix or (prefix != "newllm" and name.startswith(prefix + ".")) for prefix in prefixes)
+
+
+@pytest.mark.parametrize("path", PACKAGE, ids=module_name)
+def test_imports_go_one_way(path):
+    """A module imports only from its own layer and those below; nothing in the package reads the root files."""
+    name = module_name(path)
+    allowed = MAY_IMPORT[max((p for p in MAY_IMPORT if belongs(name, [p])), key=len)] if name != "newllm" else set()
+    for imported in imports(path):
+        assert imported.split(".")[0] not in ("config", "train", "test", "scripts"), f"{name} imports {imported}"
+        if imported.split(".")[0] == "newllm":
+            assert belongs(imported, allowed), f"{name} must not import {imported}"
+
+
+def test_phases_do_not_import_each_other():
+    """Each phase reads from top to bottom without the other."""
+    for one, other in (("phase1", "phase2"), ("phase2", "phase1")):
+        assert f"newllm.training.{other}" not in set(imports(ROOT / "newllm" / "training" / f"{one}.py"))
+
+
+def test_reporting_imports_no_models():
+    """Reports are made from plain numbers; they need no torch."""
+    for path in (ROOT / "newllm" / "reporting").glob("*.py"):
+        assert not {name.split(".")[0] for name in imports(path)} & {"torch", "transformers", "accelerate"}, path
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_a_file_is_a_room(path):
+    """One subject, readable in one sitting, said in its first line; ASCII; no history or to-do in the code."""
+    text = path.read_text()
+    assert text.isascii()
+    assert len(text.splitlines()) <= LONGEST
+    if text.strip():
+        assert ast.get_docstring(ast.parse(text)), "no docstring"
+    assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)
+
+
+def test_public_functions_say_what_they_do():
+    """Every public function and class of the package has a docstring, except one-liners whose name says it all."""
+    for path in PACKAGE:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                short = node.end_lineno - node.lineno <= 4
+                assert ast.get_docstring(node) or short, f"{path}: {node.name}"
+
+
+def test_readme_names_every_file_of_the_package():
+    """The README's file list is complete, so a stranger finds the room."""
+    readme = (ROOT / "README.md").read_text()
+    for path in SOURCES:
+        if path.name != "__init__.py":
+            assert path.name in readme, f"README.md does not mention {path.name}"

@@ -1,0 +1,93 @@
+"""Two processes and one folder, a machine that dies, and the second copies that bring a run back."""
+
+import dataclasses
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import as_flags
+
+from config import ResidualConfig
+from newllm.errors import UserError
+from train import main
+
+ROOT = Path(__file__).parent.parent
+
+
+def weights(folder):
+    return torch.load(Path(folder) / "model_latest.pt")["model_state_dict"]
+
+
+def same(one, other):
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def start_and_wait_for_a_checkpoint(settings):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    arguments = [sys.executable, "train.py", *as_flags(settings)]
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
+    latest = Path(settings["checkpoint_dir"]) / "model_latest.pt"
+    deadline = time.monotonic() + 60
+    while not latest.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
+def test_a_second_process_is_refused_and_takes_over_when_the_first_is_killed(tiny_settings):
+    """While one trains, another stops with a sentence; after kill -9 it continues, to the same end."""
+    settings = tiny_settings | dict(phase1_max_iterations=150, phase1_min_converged_ratio=1.0, dist_reg_weight=1.0)
+    config = ResidualConfig(**settings)
+    process = start_and_wait_for_a_checkpoint(settings)
+    with pytest.raises(UserError, match=str(process.pid)):
+        main(config)
+    process.kill()
+    process.wait()
+    assert process.returncode == -signal.SIGKILL
+    main(config)
+    alone = dataclasses.replace(config, checkpoint_dir=settings["checkpoint_dir"] + "_alone")
+    main(alone)
+    assert same(weights(config.checkpoint_dir), weights(alone.checkpoint_dir))
+
+
+def test_a_run_comes_back_from_its_mirror_when_the_machine_is_gone(tiny_settings, tmp_path):
+    """Local files lost after Phase 1: the mirror's state is fetched, verified, and continued to the same bits."""
+    config = ResidualConfig(**tiny_settings, backup_dir=str(tmp_path / "drive"), backup_every_minutes=0.0)
+    main(dataclasses.replace(config, phase="1"))
+    shutil.rmtree(config.checkpoint_dir)
+    main(config)
+    alone = ResidualConfig(**tiny_settings | {"checkpoint_dir": tiny_settings["checkpoint_dir"] + "_alone"})
+    main(alone)
+    assert same(weights(config.checkpoint_dir), weights(alone.checkpoint_dir))
+    assert (tmp_path / "drive" / "model_best.pt").read_bytes() == (
+        Path(config.checkpoint_dir) / "model_best.pt"
+    ).read_bytes()
+
+
+def test_a_mirror_older_than_the_local_state_is_left_alone(tiny_settings, tmp_path):
+    """The newest valid state wins, wherever it lies."""
+    config = ResidualConfig(**tiny_settings, phase="1", backup_dir=str(tmp_path / "drive"), backup_every_minutes=0.0)
+    main(config)
+    first = main(dataclasses.replace(config, phase="both", backup_dir=""))
+    again = main(dataclasses.replace(config, phase="both"))
+    assert again["val_loss"] == first["val_loss"]
+
+
+def test_a_mirror_that_fails_does_not_stop_training_and_is_reported(tiny_settings, tmp_path, monkeypatch, capsys):
+    """Every copy fails: the run ends as ever, and its last line says so."""
+    from newllm.training import mirror
+
+    def broken(*_):
+        raise OSError(107, "Transport endpoint is not connected")
+
+    monkeypatch.setattr(mirror, "copy_verified", broken)
+    monkeypatch.setattr(mirror.Mirror.__init__, "__defaults__", (600, 2, 0.0, 600, time.monotonic, time.sleep))
+    config = ResidualConfig(**tiny_settings, phase="1", backup_dir=str(tmp_path / "drive"))
+    assert main(config)["phase1_steps"] == 9
+    assert "mirror FAILED: " in capsys.readouterr().out

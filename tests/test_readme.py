@@ -1,0 +1,76 @@
+"""Every command and every Python block of the README is executed, at a tiny size."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import as_flags, write_dialogues
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+COMMANDS = sorted(set(re.findall(r"`(python3 (?:train|test)\.py[^`]*)`", README)))
+SCRIPTS = sorted(set(re.findall(r"`(python3 -m scripts\.[a-z_]+)[^`]*`", README)))
+PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+TINY = dict(
+    context_dim=8, embed_dim=8, num_layers=1, phase1_max_iterations=1, phase2_epochs=1, min_batches=1, vocab_size=300,
+    max_seq_length=8, val_samples=4, precision="fp32",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder with the files the README speaks of."""
+    folder = tmp_path_factory.mktemp("readme")
+    write_dialogues(folder / "dialogues.jsonl", 800)
+    return folder
+
+
+def execute(arguments, folder, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, **options)
+
+
+def test_quick_start_has_two_commands_that_do_their_own_setup():
+    """One runs the main job, one the tests; each makes its environment and installs."""
+    block = re.search(r"^## Quick start\n+```\n(.*?)\n```", README, re.MULTILINE | re.DOTALL)[1].splitlines()
+    assert len(block) == 2
+    assert all(line.startswith("python3 -m venv .venv && . .venv/bin/activate && pip install") for line in block)
+    assert block[0].endswith("&& python3 train.py") and block[1].endswith("&& python3 -m pytest")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_runs(command, folder):
+    """It exits as documented: train.py with 0, test.py with 0 or 1 by its criteria."""
+    _, script, *flags = shlex.split(command)
+    source = {} if "--data_source" in flags else {"data_source": str(folder / "dialogues.jsonl")}
+    tokenizer = {} if "--tokenizer" in flags else {"tokenizer": "bpe"}
+    own = as_flags(TINY | source | tokenizer | {"checkpoint_dir": re.sub(r"\W+", "_", command)})
+    done = execute([sys.executable, str(ROOT / script), *flags, *own], folder)
+    assert "\n---\n" in done.stdout, done.stderr
+    if script == "test.py":
+        assert done.returncode == (0 if done.stdout.endswith("\nPASS\n") else 1), done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+
+
+def test_python_blocks_run(folder):
+    """In order, in one process, in a folder of their own; only the size is changed."""
+    assert len(PYTHON_BLOCKS) >= 2
+    settings = TINY | dict(data_source=str(folder / "dialogues.jsonl"), tokenizer="bpe")
+    shrink = (
+        f"import config\nfor name, value in {settings!r}.items():\n    setattr(config.ResidualConfig, name, value)\n"
+    )
+    done = execute([sys.executable, "-c", shrink + "\n".join(PYTHON_BLOCKS)], folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("phase2_complete ")
+
+
+@pytest.mark.parametrize("command", SCRIPTS)
+def test_script_explains_itself(command, folder):
+    """Every script named has a help text; what it does is tested in a file of its own."""
+    done = execute([sys.executable, *shlex.split(command)[1:], "--help"], folder)
+    assert done.returncode == 0 and "usage:" in done.stdout, done.stderr

@@ -1,0 +1,386 @@
+"""One run per folder, a dead run's lock is free, and a run that lost its lock learns it before it saves."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from newllm.errors import UserError
+from newllm.training import lock as lock_module
+from newllm.training.lock import FolderLock, LockLost, holder, read_lock
+
+ROOT = Path(__file__).parents[2]
+
+HOLD = """
+import sys, time
+from newllm.training.lock import FolderLock
+with FolderLock(sys.argv[1], "first", heartbeat_seconds=0.05, stale_seconds=60):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+SLEEP = """
+import sys
+from newllm.training.lock import FolderLock
+lock = FolderLock(sys.argv[1], "zombie", heartbeat_seconds=0.05, stale_seconds=60).acquire()
+print("held", flush=True)
+sys.stdin.readline()
+lock.check()
+"""
+
+RACE = """
+import sys, time
+from newllm.errors import UserError
+from newllm.training.lock import FolderLock
+while time.time() < float(sys.argv[2]):
+    pass
+try:
+    with FolderLock(sys.argv[1], "racer", settle_seconds=0.1):
+        print("won", flush=True)
+        time.sleep(1.5)
+except UserError as error:
+    print(error, flush=True)
+"""
+
+
+def start(code, *arguments):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+@pytest.fixture
+def first(tmp_path):
+    """A process that holds the lock of tmp_path and writes heartbeats."""
+    process = start(HOLD, tmp_path)
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def quick(folder, run_id="second", **settings):
+    return FolderLock(folder, run_id, **{"settle_seconds": 0.01, **settings})
+
+
+def foreign(folder, age=0.0, **changes):
+    """Write a lock as another machine would, whose last heartbeat is `age` seconds old. Returns its content."""
+    content = {
+        "host": "elsewhere", "boot_id": "b", "pid_namespace": "p", "pid": 1, "started": "5", "run_id": "theirs",
+        "token": "t", "beat": 3, "time": time.time() - age, **changes,
+    }  # fmt: skip
+    (folder / "run.lock").write_text(json.dumps(content))
+    return content
+
+
+def wait_for(condition, seconds=5):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_the_lock_is_there_while_held_and_gone_afterwards(tmp_path):
+    """Enter, check, leave: the file is whole while held; the folder is empty afterwards."""
+    with quick(tmp_path) as lock:
+        assert read_lock(lock.path)["pid"] == os.getpid()
+        if sys.platform == "linux":
+            assert read_lock(lock.path)["pid_namespace"] == os.readlink("/proc/self/ns/pid")
+        lock.check()
+        assert lock.note is None
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_exception_releases_the_lock(tmp_path):
+    """A training that fails leaves no lock."""
+    with pytest.raises(KeyboardInterrupt), quick(tmp_path):
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_second_of_two_processes_is_refused(tmp_path, first):
+    """The sentence names process, machine and folder; the first goes on undisturbed."""
+    content = read_lock(tmp_path / "run.lock")
+    with pytest.raises(UserError, match=rf"process {first.pid} .*{content['host']}.*run first.*{tmp_path}.*stop"):
+        quick(tmp_path).acquire()
+    assert str(first.pid) in holder(tmp_path)
+    assert first.poll() is None
+    assert read_lock(tmp_path / "run.lock")["token"] == content["token"]
+
+
+def test_a_stopped_process_is_still_alive(tmp_path, first):
+    """Ctrl-Z is not death: on one machine the process table counts, not the heartbeat."""
+    first.send_signal(signal.SIGSTOP)
+    content = read_lock(tmp_path / "run.lock")
+    (tmp_path / "run.lock").write_text(json.dumps({**content, "time": 1.0}))
+    with pytest.raises(UserError, match=str(first.pid)):
+        quick(tmp_path).acquire()
+
+
+@pytest.mark.parametrize("reaped", [True, False])
+def test_the_lock_of_a_killed_process_is_taken_over_at_once(tmp_path, first, reaped):
+    """kill -9 leaves the lock; the next run takes it and says so, even while the dead process is still in the table."""
+    first.kill()
+    wait_for(lambda: lock_module.start_time(first.pid) == "")
+    if reaped:
+        assert first.wait() == -signal.SIGKILL
+    with quick(tmp_path) as lock:
+        assert "run first" in lock.note and str(first.pid) in lock.note
+        lock.check()
+    assert first.wait() == -signal.SIGKILL
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_reused_process_number_is_not_the_old_process(tmp_path):
+    """A live process with the recorded number but another start time holds nothing."""
+    with quick(tmp_path) as lock:
+        content = read_lock(lock.path)
+        (tmp_path / "other").mkdir()
+        foreign(tmp_path / "other", **content)
+        assert holder(tmp_path / "other")
+        foreign(tmp_path / "other", **{**content, "started": "1"})
+        quick(tmp_path / "other").acquire().release()
+
+
+def test_a_reboot_frees_the_lock_but_a_namesake_does_not(tmp_path, monkeypatch):
+    """Same host name, other boot: free if the heartbeat is from before this boot, else another machine of that name beats."""
+    host = lock_module.here()["host"]
+    foreign(tmp_path, age=20, host=host)
+    monkeypatch.setattr(lock_module, "boot_time", lambda: time.time() - 60)
+    with pytest.raises(UserError, match="theirs"):
+        quick(tmp_path).acquire()
+    monkeypatch.setattr(lock_module, "boot_time", lambda: time.time() - 10)
+    quick(tmp_path).acquire().release()
+
+
+def test_a_process_of_another_container_is_not_looked_up_here(tmp_path):
+    """Equal machine and boot, other process numbering: only the heartbeat counts."""
+    mine = {**lock_module.here(), "pid_namespace": "pid:[1]", "pid": 2**22 + 1}
+    foreign(tmp_path, age=10, **mine)
+    with pytest.raises(UserError, match=r"wait (289|290) s"):
+        quick(tmp_path).acquire()
+    foreign(tmp_path, age=301, **mine)
+    quick(tmp_path).acquire().release()
+
+
+def test_another_machine_is_respected_until_its_heartbeat_is_stale(tmp_path):
+    """Refused with the seconds that are left; taken when none are."""
+    foreign(tmp_path, age=100)
+    with pytest.raises(UserError, match=r"theirs .*elsewhere.* 100 s ago.*wait (199|200) s"):
+        quick(tmp_path).acquire()
+    content = foreign(tmp_path, age=300.5)
+    with quick(tmp_path) as lock:
+        assert read_lock(lock.path)["token"] != content["token"]
+        assert "elsewhere" in lock.note
+
+
+def test_a_heartbeat_from_the_future_counts_as_now(tmp_path):
+    """The other machine's clock is ahead: refused, never taken for stale; the wait includes the difference."""
+    foreign(tmp_path, age=-50)
+    with pytest.raises(UserError, match=r" 0 s ago.*wait (349|350) s"):
+        quick(tmp_path).acquire()
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[]", b'{"host": 1}', b'{"token": "t"}'])
+def test_a_damaged_lock_is_refused_while_young_and_taken_when_old(tmp_path, content):
+    """Its age is that of the file."""
+    path = tmp_path / "run.lock"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged.*wait (299|300) s"):
+        quick(tmp_path).acquire()
+    assert path.read_bytes() == content
+    os.utime(path, (time.time() - 301,) * 2)
+    with quick(tmp_path) as lock:
+        assert "unknown run" in lock.note
+        lock.check()
+
+
+def test_a_lock_that_is_just_being_written_is_read_again(tmp_path):
+    """Between creation and first write it is empty; its owner is named, not damage."""
+    (tmp_path / "run.lock").touch()
+    timer = threading.Timer(0.05, foreign, [tmp_path])
+    timer.start()
+    with pytest.raises(UserError, match="theirs"):
+        quick(tmp_path).acquire()
+    timer.join()
+
+
+@pytest.mark.parametrize("stale", [False, True])
+def test_of_many_takers_exactly_one_wins(tmp_path, stale):
+    """Five processes at the same instant, on a free folder and on a dead run's lock."""
+    if stale:
+        foreign(tmp_path, age=1000)
+    racers = [start(RACE, tmp_path, time.time() + 1.0) for _ in range(5)]
+    said = [racer.communicate()[0] for racer in racers]
+    assert sum(text == "won\n" for text in said) == 1, said
+    assert all(text == "won\n" or "is using" in text for text in said), said
+    assert os.listdir(tmp_path) == []
+
+
+def test_without_file_locks_the_later_of_two_takers_wins(tmp_path, monkeypatch):
+    """A network folder without flock: who finds another's token after the pause gives up."""
+    monkeypatch.setattr(lock_module, "fcntl", None)
+    foreign(tmp_path, age=1000)
+    timer = threading.Timer(0.1, foreign, [tmp_path], {"token": "rival"})
+    timer.start()
+    with pytest.raises(UserError, match="same moment"):
+        quick(tmp_path, settle_seconds=0.3).acquire()
+    timer.join()
+    assert read_lock(tmp_path / "run.lock")["token"] == "rival"
+
+
+def test_a_decision_that_hangs_is_not_waited_for_forever(tmp_path, monkeypatch):
+    """Another process sits in the middle of its decision: a sentence, not a hang."""
+    monkeypatch.setattr(lock_module, "GUARD_SECONDS", 0.1)
+    with lock_module._one_taker(tmp_path), pytest.raises(UserError, match="stop it first"):
+        quick(tmp_path).acquire()
+
+
+def test_the_heartbeat_advances_and_carries_the_run_id(tmp_path):
+    """Counter and time grow; a run id that is known only later arrives."""
+    with quick(tmp_path, heartbeat_seconds=0.02, stale_seconds=1) as lock:
+        before = read_lock(lock.path)
+        lock.run_id = "continued"
+        wait_for(lambda: read_lock(lock.path)["beat"] >= before["beat"] + 3)
+        after = read_lock(lock.path)
+        assert after["time"] > before["time"]
+        assert (after["run_id"], after["token"]) == ("continued", before["token"])
+        lock.check()
+        assert lock.error is None
+
+
+def test_a_zombie_learns_of_its_successor_and_leaves_its_lock_alone(tmp_path):
+    """Another run took over: check raises from then on, no heartbeat touches the new lock, release keeps it."""
+    with quick(tmp_path, "zombie", heartbeat_seconds=0.02, stale_seconds=1) as lock:
+        content = foreign(tmp_path)
+        with pytest.raises(LockLost, match=r"theirs.*elsewhere.*zombie"):
+            lock.check()
+        time.sleep(0.1)
+        assert read_lock(lock.path) == content
+        lock.path.unlink()  # the successor finishes; the zombie must not believe that it may write again
+        with pytest.raises(LockLost, match="theirs"):
+            lock.check()
+    foreign(tmp_path)
+    lock.release()
+    assert read_lock(lock.path)["run_id"] == "theirs"
+
+
+def test_a_process_that_slept_through_its_succession_stops(tmp_path):
+    """A stopped process whose lock was taken (as after a suspended machine) raises LockLost when it goes on."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    with subprocess.Popen([sys.executable, "-c", SLEEP, str(tmp_path)], **pipes) as zombie:
+        assert zombie.stdout.readline() == "held\n"
+        zombie.send_signal(signal.SIGSTOP)
+        time.sleep(0.1)
+        content = foreign(tmp_path)
+        zombie.send_signal(signal.SIGCONT)
+        time.sleep(0.2)
+        _, errors = zombie.communicate("go\n")
+    assert zombie.returncode == 1
+    assert "LockLost: run theirs" in errors
+    assert read_lock(tmp_path / "run.lock") == content
+
+
+def test_a_lock_that_vanished_counts_as_lost(tmp_path):
+    """A successor may have come, saved, and gone; the heartbeat does not make the file anew."""
+    with quick(tmp_path, heartbeat_seconds=0.02, stale_seconds=1) as lock:
+        wait_for(lambda: read_lock(lock.path)["beat"] > 0)
+        with lock._writing:
+            lock.path.unlink()
+        time.sleep(0.1)
+        with pytest.raises(LockLost, match="gone"):
+            lock.check()
+        assert not lock.path.exists()
+
+
+def test_a_file_that_shows_up_late_is_no_loss(tmp_path):
+    """A network folder hides the file for a moment: check looks again."""
+    with quick(tmp_path) as lock:
+        away = tmp_path / "away"
+        lock.path.rename(away)
+        timer = threading.Timer(0.05, away.rename, [lock.path])
+        timer.start()
+        lock.check()
+        timer.join()
+
+
+def test_a_garbled_heartbeat_is_mended_by_the_next(tmp_path):
+    """Damage is no sign of another run: check passes, and the thread writes the file again."""
+    with quick(tmp_path, heartbeat_seconds=0.2, stale_seconds=1) as lock:
+        with lock._writing:
+            lock.path.write_text("")
+        lock.check()
+        wait_for(lambda: read_lock(lock.path))
+        assert read_lock(lock.path)["token"] == lock.token
+
+
+def test_errors_of_the_heartbeat_are_remembered_and_tried_again(tmp_path, monkeypatch):
+    """A flaky folder neither ends the thread nor the training."""
+    real = os.replace
+    failures = iter([5, 107])
+
+    def flaky(*arguments):
+        if number := next(failures, None):
+            raise OSError(number, os.strerror(number))
+        return real(*arguments)
+
+    with quick(tmp_path, heartbeat_seconds=0.02, stale_seconds=1) as lock:
+        monkeypatch.setattr(os, "replace", flaky)
+        wait_for(lambda: lock.error and lock.error.errno == 107)
+        seen = read_lock(lock.path)["beat"]
+        wait_for(lambda: read_lock(lock.path)["beat"] > seen)
+        lock.check()
+    assert os.listdir(tmp_path) == []
+
+
+def test_check_passes_the_error_of_an_unreadable_folder_on(tmp_path, monkeypatch):
+    """A dropped mount is an OSError, as a save there would be; it is not a lost lock."""
+    with quick(tmp_path) as lock, monkeypatch.context() as patch:
+
+        def unmounted(_):
+            raise OSError(107, "Transport endpoint is not connected")
+
+        patch.setattr(lock_module, "read_lock", unmounted)
+        with pytest.raises(OSError, match="not connected"):
+            lock.check()
+
+
+def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
+    """Missing folder, read-only disk."""
+    with pytest.raises(UserError, match=r"cannot lock .*none"):
+        quick(tmp_path / "none").acquire()
+    monkeypatch.setattr(FolderLock, "_content", lambda _: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    with pytest.raises(UserError, match="Read-only"):
+        quick(tmp_path).acquire()
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_forked_child_does_not_release(tmp_path):
+    """A data worker that exits through the same code leaves its parent's lock."""
+    with quick(tmp_path) as lock:
+        child = os.fork()
+        if child == 0:
+            lock.release()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        lock.check()
+
+
+def test_holder_of_a_free_folder_is_none(tmp_path):
+    """No lock, a dead one, and what read_lock calls damaged but old."""
+    assert holder(tmp_path) is None
+    foreign(tmp_path, age=1000)
+    assert holder(tmp_path) is None
+
+
+def test_a_heartbeat_slower_than_death_is_a_programming_error(tmp_path):
+    """stale_seconds must leave room for a missed heartbeat."""
+    with pytest.raises(ValueError):
+        FolderLock(tmp_path, "x", heartbeat_seconds=200, stale_seconds=300)

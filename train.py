@@ -1,0 +1,96 @@
+"""Train a model: data, untrained row, Phase 1, Phase 2, report. Run it again and it continues where it was cut off.
+
+python3 train.py                      # values of config.py
+python3 train.py --num_samples 781    # every value is also a flag; --help lists them
+"""
+
+import copy
+
+from config import ResidualConfig
+from newllm.config import parse_args
+from newllm.data.dataset import load_data
+from newllm.errors import UserError, exit_on_user_error
+from newllm.evaluate import evaluate_contexts
+from newllm.interrupt import Interrupt
+from newllm.models.language_model import LanguageModel
+from newllm.models.ngram import ngram_rows
+from newllm.models.pretrained import load_embedding
+from newllm.reporting.banner import banner
+from newllm.reporting.runlog import RunLog, new_run_id
+from newllm.reporting.summary import context_line, summarize
+from newllm.training.checkpoint import Checkpointer
+from newllm.training.device import describe_device, open_runtime, peak_memory_mb
+from newllm.training.phase1 import train_phase1
+from newllm.training.phase2 import train_phase2
+
+
+def main(config):
+    """Run all stages that are not complete yet.
+
+    Returns:
+        The summary: what the closing block prints, as a dict.
+
+    Raises:
+        UserError: bad settings, data, checkpoint or a training that diverged.
+        Stopped: a signal or max_minutes ended the run early; everything is saved.
+    """
+    with Interrupt(config.max_minutes):
+        runtime = open_runtime(config)
+        data = load_data(config)
+        pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
+        model = LanguageModel(config, data.vocab_size, pretrained).to(runtime.device)
+        with Checkpointer(config, data.fingerprint, new_run_id()) as checkpointer:
+            return run_stages(config, runtime, data, model, checkpointer)
+
+
+def run_stages(config, runtime, data, model, checkpointer):
+    """The story: untrained row, Phase 1, Phase 2, report."""
+    log = RunLog(config.checkpoint_dir, data.source, checkpointer.run_id)
+    for line in banner(config, describe_device(runtime), data, model, checkpointer.notes):
+        log.say(line)
+    log.log(
+        "start", config=config.to_dict(), device=describe_device(runtime), data=data.notes, fingerprint=data.fingerprint
+    )
+
+    if not checkpointer.is_done("untrained"):
+        log.say("\n== Untrained network: the same head on contexts that nothing has trained ==")
+        control = copy.deepcopy(model)
+        contexts = evaluate_contexts(control, data, config, runtime.device)
+        log.say(context_line("untrained", contexts))
+        head = train_phase2(control, data, config, runtime, log, checkpointer, "untrained", freeze_context=True)
+        ngrams = ngram_rows(data.train.numpy(), data.val.numpy(), data.vocab_size)
+        checkpointer.complete("untrained", model, {"contexts": contexts, "head": head, "ngrams": ngrams})
+        del control
+
+    if not checkpointer.is_done("phase1"):
+        log.say("\n== Phase 1: contexts ==")
+        training = train_phase1(model, data, config, runtime, log, checkpointer)
+        contexts = evaluate_contexts(model, data, config, runtime.device)
+        log.say(context_line("untrained", checkpointer.results["untrained"]["contexts"]))
+        log.say(context_line("phase 1", contexts))
+        checkpointer.complete("phase1", model, {"training": training, "contexts": contexts})
+
+    if config.phase == "both" and not checkpointer.is_done("phase2"):
+        log.say(
+            f"\n== Phase 2: next-token prediction, contexts {'frozen' if config.freeze_context else 'fine-tuned'} =="
+        )
+        head = train_phase2(model, data, config, runtime, log, checkpointer, "phase2", config.freeze_context)
+        checkpointer.complete("phase2", model, {"head": head})
+
+    summary = summarize(config, data, checkpointer.results)
+    summary |= {
+        "peak_memory_mb": peak_memory_mb(),
+        "seconds": checkpointer.seconds,
+        "saving_share": checkpointer.saving_share,
+    }
+    log.finish(summary)
+    if checkpointer.unsaved:
+        raise UserError(
+            f"the last checkpoint could not be written ({checkpointer.unsaved}): free the disk and run again."
+        )
+    return summary
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(parse_args(ResidualConfig, description=__doc__.splitlines()[0])[0])
