@@ -42,7 +42,7 @@ def start_and_wait_for_a_checkpoint(settings):
 
 def test_a_second_process_is_refused_and_takes_over_when_the_first_is_killed(tiny_settings):
     """While one trains, another stops with a sentence; after kill -9 it continues, to the same end."""
-    settings = tiny_settings | dict(phase1_max_iterations=150, phase1_min_converged_ratio=1.0, dist_reg_weight=1.0)
+    settings = tiny_settings | dict(phase1_max_iterations=150, phase1_convergence_threshold=1e-12)
     config = ResidualConfig(**settings)
     process = start_and_wait_for_a_checkpoint(settings)
     with pytest.raises(UserError, match=str(process.pid)):
