@@ -56,6 +56,7 @@ class ResidualConfig(Config):
     device = "auto"  # "cuda" if there is one, else "cpu"
     precision = "auto"  # "bf16" where the hardware has it, "fp16" on older GPUs, else "fp32"
     compile = False  # torch.compile of the context map
+    gpu_memory_fraction = 1.0  # share of the GPU's memory this process may take; less where others share it
     seed = 42  # fixes data order, initialisation and dropout
 
     # Checkpoints

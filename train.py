@@ -12,6 +12,7 @@ from newllm.data.dataset import load_data
 from newllm.errors import UserError, exit_on_user_error
 from newllm.evaluate import evaluate_contexts
 from newllm.interrupt import Interrupt
+from newllm.memory import free_memory
 from newllm.models.language_model import LanguageModel
 from newllm.models.ngram import ngram_rows
 from newllm.models.pretrained import load_embedding
@@ -22,6 +23,7 @@ from newllm.training.checkpoint import Checkpointer
 from newllm.training.device import describe_device, open_runtime, peak_memory_mb
 from newllm.training.phase1 import train_phase1
 from newllm.training.phase2 import train_phase2
+from newllm.training.state import largest_state_bytes
 
 
 def main(config):
@@ -40,6 +42,7 @@ def main(config):
         pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
         model = LanguageModel(config, data.vocab_size, pretrained).to(runtime.device)
         with Checkpointer(config, data.fingerprint, new_run_id()) as checkpointer:
+            checkpointer.require_space(largest_state_bytes(model, config.train_tokens, runtime.storage_dtype))
             return run_stages(config, runtime, data, model, checkpointer)
 
 
@@ -61,6 +64,7 @@ def run_stages(config, runtime, data, model, checkpointer):
         ngrams = ngram_rows(data.train.numpy(), data.val.numpy(), data.vocab_size)
         checkpointer.complete("untrained", model, {"contexts": contexts, "head": head, "ngrams": ngrams})
         del control
+        free_memory()
 
     if not checkpointer.is_done("phase1"):
         log.say("\n== Phase 1: contexts ==")
@@ -69,6 +73,7 @@ def run_stages(config, runtime, data, model, checkpointer):
         log.say(context_line("untrained", checkpointer.results["untrained"]["contexts"]))
         log.say(context_line("phase 1", contexts))
         checkpointer.complete("phase1", model, {"training": training, "contexts": contexts})
+        free_memory()
 
     if config.phase == "both" and not checkpointer.is_done("phase2"):
         log.say(
@@ -78,16 +83,17 @@ def run_stages(config, runtime, data, model, checkpointer):
         checkpointer.complete("phase2", model, {"head": head})
 
     summary = summarize(config, data, checkpointer.results)
+    unsaved = checkpointer.unsaved
+    waited, written = checkpointer.saving_share
     summary |= {
         "peak_memory_mb": peak_memory_mb(),
         "seconds": checkpointer.seconds,
-        "saving_share": checkpointer.saving_share,
+        "saving_share": waited,
+        "saving_share_background": written,
     }
     log.finish(summary)
-    if checkpointer.unsaved:
-        raise UserError(
-            f"the last checkpoint could not be written ({checkpointer.unsaved}): free the disk and run again."
-        )
+    if unsaved:
+        raise UserError(f"the last checkpoint could not be written ({unsaved}): free the disk and run again.")
     return summary
 
 

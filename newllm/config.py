@@ -105,6 +105,7 @@ class Config:
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     compile: bool
+    gpu_memory_fraction: PositiveShare
     seed: CountOrZero
 
     save_checkpoint: bool

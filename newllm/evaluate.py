@@ -12,6 +12,7 @@ import torch
 from newllm.fixed_point import diagnostics
 from newllm.fixed_point.solver import sequential, solve
 from newllm.interrupt import poll
+from newllm.memory import map_parts
 from newllm.models.cross_entropy import linear_token_nll
 
 RANK_TOKENS = 10_000  # tokens behind an effective rank; the ceiling is computed for the same number
@@ -23,14 +24,16 @@ SEQUENCES_AT_A_TIME = 256
 @torch.no_grad()
 def trajectories(model, ids, autocast, device, dtype=torch.float32):
     """Contexts [B, T, C] and token streams [B, T, E] of samples [B, T+1] (the last id is only a target)."""
-    contexts, streams = [], []
-    for part in ids.split(SEQUENCES_AT_A_TIME):
+
+    def evaluated(part):
         poll()
         with autocast():
-            context, stream = sequential(model.step, model.embed(part[:, :-1].to(device).long()), model.context_dim)
-        contexts.append(context.to(dtype))
-        streams.append(stream.to(dtype))
-    return torch.cat(contexts), torch.cat(streams)
+            embeddings = model.embed(ids[part, :-1].to(device).long())
+            contexts, streams = sequential(model.step, embeddings, model.context_dim)
+        return contexts.to(dtype), streams.to(dtype)
+
+    parts = map_parts(evaluated, len(ids), SEQUENCES_AT_A_TIME)
+    return tuple(torch.cat(side) for side in zip(*parts, strict=True))
 
 
 @torch.no_grad()
@@ -89,17 +92,14 @@ def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None
     """
     model.eval()
     targets = ids[:, 1:].to(device).long()
-    nats, right = 0.0, 0
-    for start in range(0, len(ids), SEQUENCES_AT_A_TIME):
-        part = slice(start, start + SEQUENCES_AT_A_TIME)
-        contexts, streams = (
-            (f[part] for f in features) if features else trajectories(model, ids[part], autocast, device)
-        )
+
+    def scored(part):
+        given = (f[part] for f in features) if features else trajectories(model, ids[part], autocast, device)
         with autocast():
-            hidden = model.hidden(contexts, streams)
-            nll, correct = linear_token_nll(hidden, *model.output_weights(), targets[part])
-        nats += nll.double().sum().item()
-        right += correct.sum().item()
+            nll, correct = linear_token_nll(model.hidden(*given), *model.output_weights(), targets[part])
+        return nll.double().sum().item(), correct.sum().item()
+
+    nats, right = (sum(side) for side in zip(*map_parts(scored, len(ids), SEQUENCES_AT_A_TIME), strict=True))
     loss = nats / targets.numel()
     return {
         "loss": loss,

@@ -98,9 +98,21 @@ def epoch_order(num_samples, seed, stage, epoch):
     return torch.randperm(num_samples, generator=derived_generator(num_samples, seed, stage, epoch))
 
 
+def order_digest(digest, samples):
+    """The digest (hex, "" at first) of all sample ids so far, extended by those of one more batch: equal orders, equal digests."""
+    return hashlib.sha256(digest.encode() + samples.long().numpy().tobytes()).hexdigest()
+
+
 def batch_count(num_samples, batch_size, min_batches):
     """Batches of an epoch: of about batch_size samples, of fewer where a small budget would give under min_batches."""
     return max(num_samples // batch_size, min(min_batches, num_samples))
+
+
+def batch_at(order, batches, index):
+    """Samples of batch `index` when an epoch's order is cut into `batches` nearly equal parts, the larger ones first."""
+    size, larger = divmod(len(order), batches)
+    start = index * size + min(index, larger)
+    return order[start : start + size + (index < larger)]
 
 
 def quick_subset(num_samples, fraction, seed):

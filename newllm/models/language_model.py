@@ -60,6 +60,7 @@ class LanguageModel(nn.Module):
         self.register_buffer("context_embedding", self.embedding.weight.detach().clone())
         if not config.tie_weights:
             self.embedding.weight.requires_grad_(False)  # F reads its own copy, so nothing would train it
+        self._frozen = ["context_embedding"] + ["embedding.weight"] * (not self.embedding.weight.requires_grad)
 
     def embed(self, ids):
         """Token ids [...] -> normalised embeddings e_t [..., E] for F, from the frozen copy."""
@@ -84,6 +85,14 @@ class LanguageModel(nn.Module):
     def logits(self, context, stream):
         """(c_t, u_t) -> logits [..., V]. Training never calls this: it takes the loss in chunks of the vocabulary."""
         return functional.linear(self.hidden(context, stream), *self.output_weights())
+
+    def frozen_state(self):
+        """The part of the state dict that no training changes, by name."""
+        return {name: tensor for name, tensor in self.state_dict().items() if name in self._frozen}
+
+    def trained_state(self):
+        """The rest of the state dict; the two together are what `load_state_dict` wants."""
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in self._frozen}
 
     def context_parameters(self):
         """Parameters that move the contexts; Phase 1 trains exactly these."""

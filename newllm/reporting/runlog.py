@@ -27,12 +27,21 @@ class RunLog:
         self.folder = usable_folder(Path(checkpoint_dir) / dataset / "logs", "logs")
         self.path = self.folder / f"metrics_{run_id}.jsonl"
         self._status = StatusFile(checkpoint_dir, run_id=run_id)
+        self._warned = False
 
     def log(self, stage, **values):
-        """Append one row; NaN and infinity become null, so that any JSON reader takes the file."""
+        """Append one row; NaN and infinity become null, so that any JSON reader takes the file.
+
+        A disk that refuses costs rows, not the run: the first time is said, and rows are written again as soon as it allows.
+        """
         row = dict(time=datetime.now(timezone.utc).isoformat(timespec="seconds"), stage=stage, **values)
-        with open(self.path, "a") as file:
-            file.write(json.dumps(_plain(row)) + "\n")
+        try:
+            _append_line(self.path, json.dumps(_plain(row)).encode())
+        except OSError as error:
+            if not self._warned:
+                reason = error.strerror or error
+                self.say(f"warning: {self.path} cannot be written ({reason}); training goes on, its record has a gap")
+            self._warned = True
 
     def status(self, progress, **position):
         """Tell the status file where a loop is.
@@ -49,6 +58,11 @@ class RunLog:
         }
         self._status.update(**counts, **position)
 
+    def warn(self, line):
+        """Print a line about something survived, and keep it in the record."""
+        self.say(line)
+        self.log("warning", message=line)
+
     @staticmethod
     def say(line=""):
         print(line, flush=True)
@@ -62,10 +76,29 @@ class RunLog:
             self.say(f"{key}: {format_value(value)}")
 
 
+def read_rows(path):
+    """Rows of a record in order; a line that a crash or a full disk left unfinished is skipped."""
+    with open(path, "rb") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            yield row
+
+
 def format_value(value):
     if isinstance(value, float):
         return f"{value:.6g}"
     return str(value)
+
+
+def _append_line(path, line):
+    """Add a line, on a line of its own even where a crash or a full disk left the last one unfinished."""
+    with open(path, "ab+") as file:
+        file.seek(max(0, file.tell() - 1))
+        unfinished = file.read(1) not in (b"", b"\n")
+        file.write(b"\n" * unfinished + line + b"\n")
 
 
 def _plain(value):

@@ -1,37 +1,33 @@
-"""The run's state on disk: `model_latest.pt`, what may be continued from it, and what may not.
+"""The run's state on disk: `model_latest.pt`, saved while training goes on, and continued from exactly.
 
-A run is a chain of stages (STAGES). The file holds the weights of the stage in hand, that stage's own state (optimizer,
-epoch, batch, contexts) and the results of the stages behind it, so that any save is a point to continue from exactly:
-all else (data order, dropout, learning rate) is a function of seed, stage and step.
+A run is a chain of stages (STAGES). The file holds the trained weights of the stage in hand, that stage's own state
+(optimizer, epoch, batch, contexts) and the results of the stages behind it, so that any save is a point to continue from
+exactly: all else (data order, dropout, learning rate) is a function of seed, stage and step.
+
+A save copies the state and leaves hashing, writing, syncing and reading back to one background thread, so a slow folder
+costs training no time. There is at most one save under way: the next one waits for it.
 """
 
-import platform
-import subprocess
+import shutil
 import time
 from datetime import datetime, timezone
 from pathlib import Path
 
-import torch
-
-from newllm import __version__
 from newllm.errors import UserError
-from newllm.interrupt import Stopped, stop_reason
+from newllm.interrupt import Stopped, save_requested, stop_reason
 from newllm.storage import Corrupt, load_sealed, save_sealed, usable_folder
 from newllm.training.checkpoint_files import CheckpointFiles
+from newllm.training.compatibility import compare
+from newllm.training.frozen import frozen_path, load_frozen, store_frozen
 from newllm.training.lock import FolderLock, LockLost
 from newllm.training.mirror import Mirror
+from newllm.training.save_thread import SaveThread
+from newllm.training.state import provenance, snapshot
 
-FORMAT = 1
+FORMAT = 2
 STAGES = ("untrained", "phase1", "phase2", "complete")
-
-BUDGET = {"num_samples", "num_tokens"}
-IDENTITY = {
-    "preset", "data_source", "tokenizer", "vocab_size", "max_seq_length", "val_samples", "context_dim", "embed_dim",
-    "num_layers", "token_layers", "tie_weights", "embeddings", "init_scale", "seed", "freeze_context",
-}  # fmt: skip
-HARMLESS = {"cache_dir", "checkpoint_dir", "save_checkpoint", "load_checkpoint", "keep_last", "save_every_n_batches",
-            "save_every_minutes", "max_minutes", "backup_dir", "backup_every_minutes", "phase", "device",
-            "precision", "compile"}  # fmt: skip
+WITH_BEST = ("untrained", "phase2")  # stages that validate, and so have best weights
+STATES_ON_DISK = 5  # latest, previous, end of an epoch, end of Phase 1, and the one being written
 
 
 class Checkpointer:
@@ -42,7 +38,6 @@ class Checkpointer:
         results: metrics of the complete stages, by stage.
         history: {"phase1_history": {...}, "phase2_history": {...}}, lists by name.
         notes: lines about what was found, for the caller to print.
-        unsaved: why the last save failed, None when it did not.
         saved_at: time of this session's last save, seconds since the epoch, or None.
 
     Raises:
@@ -55,21 +50,23 @@ class Checkpointer:
         self.files = CheckpointFiles(self.folder, config.keep_last)
         self.stage, self.results = STAGES[0], {}
         self.history = {"phase1_history": {}, "phase2_history": {}}
-        self.notes, self.unsaved = [], None
-        self._weights = self._stage_state = None
-        self._save_number = 0
+        self.notes, self.saved_at = [], None
+        self._found = self._frozen = self._best_written = None
+        self._save_number, self._archived = 0, []
         self._last_save = self._started = time.monotonic()
-        self.saved_at = None
-        self._earlier_seconds = self._saving_seconds = 0.0
+        self._earlier_seconds, self._provenance = 0.0, provenance()
         self.lock = self.mirror = None
+        self.thread = SaveThread(lambda: self.lock.check(), say)
         try:
             if config.save_checkpoint:
                 self.lock = FolderLock(self.folder, run_id).acquire()
                 self.notes += [self.lock.note] if self.lock.note else []
+                self.files.remove_strays()
             if config.save_checkpoint and config.backup_dir:
-                self.mirror = Mirror(self.folder, config.backup_dir, min_seconds=60 * config.backup_every_minutes)
-                if config.load_checkpoint:
-                    self.files.recover(self.mirror.target, self.notes)
+                self.mirror = Mirror(
+                    self.folder, config.backup_dir, run_id, min_seconds=60 * config.backup_every_minutes
+                )
+                self.files.recover(self.mirror.target, self.notes)
             if found := self.files.read_newest(self.notes):
                 self._continue(found)
         except BaseException:
@@ -80,14 +77,21 @@ class Checkpointer:
         return self
 
     def __exit__(self, kind, *_):
-        self._let_go(flush=not (kind and issubclass(kind, LockLost)))
+        lost = kind is not None and issubclass(kind, LockLost)
+        try:
+            self.thread.wait()
+        except LockLost:
+            lost = True
+            raise
+        finally:
+            self._let_go(flush=not lost)
 
     def _let_go(self, flush=True):
+        self.thread.close()
         try:
             if self.mirror:
-                self.mirror.close(
-                    flush
-                )  # a run that lost its folder must not overwrite the other's second copies either
+                # A run that lost its folder must not overwrite the other's second copies either.
+                self.mirror.close(flush)
                 self.say(self.mirror.report())
         finally:
             if self.lock:
@@ -100,12 +104,15 @@ class Checkpointer:
 
     @property
     def saving_share(self):
-        """Share of this session's time that went into saving."""
-        return self._saving_seconds / max(time.monotonic() - self._started, 1e-9)
+        """(share of this session's time that training waited for saves, share in which one was being written)."""
+        session = max(time.monotonic() - self._started, 1e-9)
+        return self.thread.waited / session, self.thread.written / session
 
     @property
-    def minutes_since_save(self):
-        return (time.monotonic() - self._last_save) / 60
+    def unsaved(self):
+        """Why the last save failed; None when it did not."""
+        self.thread.wait()
+        return self.thread.failure
 
     def best(self, stage):
         """Path of the weights with the lowest validation loss of a stage."""
@@ -114,95 +121,132 @@ class Checkpointer:
     def is_done(self, stage):
         return STAGES.index(stage) < STAGES.index(self.stage)
 
+    def require_space(self, state_bytes):
+        """Refuse to begin what the disk cannot hold.
+
+        Args:
+            state_bytes: size of the largest state of this run.
+
+        Raises:
+            UserError: the folder has too little room.
+        """
+        if not self.config.save_checkpoint:
+            return
+        present = {(stat.st_dev, stat.st_ino): stat.st_size for stat in map(Path.stat, self.folder.glob("model_*.pt"))}
+        needed = STATES_ON_DISK * state_bytes - sum(present.values())
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise UserError(
+                f"{self.folder} has {free / 1e9:.2f} GB free and the checkpoints of this run need about {needed / 1e9:.2f} GB "
+                "more: make room, choose another --checkpoint_dir, or train with --no-save_checkpoint."
+            )
+
     def restore(self, stage, model):
         """Load the saved weights into the model if they belong to this stage.
 
         Returns:
             The stage's saved state (a dict), or None when the stage starts now.
+
+        Raises:
+            UserError: tensors that the checkpoint refers to are not there.
         """
-        if self._weights is None or stage != self.stage:
+        if self._found is None or stage != self.stage:
             return None
-        model.load_state_dict(self._weights)
-        state, self._weights, self._stage_state = self._stage_state, None, None
-        return state
+        found, self._found = self._found, None
+        model.load_state_dict(load_frozen(self.folder, model, found["frozen"]) | found["model_state_dict"])
+        return found["stage_state"]
 
     def due(self, batch):
-        """Whether to save after this many batches of the stage: by count, by time, or because the run is to stop."""
+        """Whether to save after this many batches of the stage: by count, by time, or because somebody asks for it."""
         return (
             batch % self.config.save_every_n_batches == 0
-            or self.minutes_since_save >= self.config.save_every_minutes > 0
+            or (time.monotonic() - self._last_save) / 60 >= self.config.save_every_minutes > 0
             or stop_reason() is not None
+            or save_requested()
         )
 
-    def save(self, label, model, stage_state):
-        """Write the state, and stop here if the run is to stop. A failing disk does not stop training.
+    def save(self, label, model, stage_state, best=None, epoch_ended=False, keep_as=None):
+        """Save the state in the background; stop here if the run is to stop. A failing disk does not stop training.
 
         Args:
             label: becomes the file's `epoch`, e.g. "phase1_iteration_3" or "phase2_complete".
+            best: {"weights", "metrics"} of the stage's lowest validation loss; written first, if not written yet.
+            epoch_ended: keep it as `model_epoch.pt` too; left out while the save before is still being written, as the
+                next one will hold the same and more.
+            keep_as: a further name to keep it by.
 
         Raises:
-            Stopped: after the save, when a signal or the time limit asks for it.
+            Stopped: when a signal or the time limit asks for it, and the state is on disk.
             LockLost: another run took the folder; nothing was written.
+            UserError: the run is to stop and its state could not be written.
         """
-        if self.config.save_checkpoint:
-            self._save_number += 1
-            saved = self._write(lambda: self.files.write(self._content(label, model, stage_state)))
-            if self.mirror and saved:
-                steps = [path.name for path in self.files.steps()]
-                best = [self.best(stage).name for stage in ("untrained", "phase2") if self.best(stage).exists()]
-                self.mirror.request([*best, "model_latest.pt", *steps, "manifest.json"], steps, self._save_number)
-        if reason := stop_reason():
+        reason = stop_reason()
+        if self.config.save_checkpoint and not (epoch_ended and not reason and self.thread.busy):
+            names = (
+                ["model_epoch.pt"] * epoch_ended
+                + ["model_backup.pt"] * save_requested(answered=True)
+                + [keep_as] * bool(keep_as)
+            )
+            self.thread.start(
+                lambda: snapshot(self._content(label, model, stage_state)),
+                lambda content: self._write(content, model, best, names),
+            )
+            self._last_save = time.monotonic()
+        if reason:
+            if self.unsaved:
+                raise UserError(
+                    f"{reason}, but the state could not be written ({self.unsaved}); the save before it is whole."
+                )
             raise Stopped(reason)
 
-    def save_best(self, stage, model, metrics):
-        """Write the stage's weights of the lowest validation loss so far. Returns the path, None when nothing was saved."""
-        if not self.config.save_checkpoint:
-            return None
-        content = self._content(f"{stage}_best", model, None) | {"best": metrics}
-        return self.best(stage) if self._write(lambda: save_sealed(content, self.best(stage))) else None
-
     def load_best(self, stage):
-        """The weights that `save_best` wrote in an earlier session, as a state dict.
+        """What an earlier session saved as best: {"weights", "metrics"}.
 
         Raises:
             UserError: the file is missing or damaged.
         """
         try:
-            return load_sealed(self.best(stage))["model_state_dict"]
+            found = load_sealed(self.best(stage))
         except (Corrupt, FileNotFoundError) as error:
             raise UserError(
                 f"the best weights of this run cannot be read ({error}): put {self.best(stage).name} back, or start afresh "
                 "with --no-load_checkpoint."
             ) from error
+        self._best_written = stage, found["best"]
+        return {"weights": found["model_state_dict"], "metrics": found["best"]}
 
     def complete(self, stage, model, results):
         """Record the results of a stage and make the next one current."""
         self.results[stage] = results
         self.stage = STAGES[STAGES.index(stage) + 1]
-        self.save(f"{stage}_complete", model, None)
+        self.save(f"{stage}_complete", model, None, keep_as="model_phase1.pt" if stage == "phase1" else None)
 
-    def _write(self, write):
-        started = time.monotonic()
-        try:
-            self.lock.check()
-            write()
-        except OSError as error:
-            self.unsaved = error.strerror or str(error)
-            self.say(
-                f"warning: checkpoint not saved ({self.unsaved}); training goes on, the files from before are whole"
+    def _write(self, content, model, best, names):
+        """In the thread: frozen tensors once, best weights, the state with its further names, and then word to the mirror."""
+        content["frozen"] = self._frozen = self._frozen or store_frozen(self.folder, model)
+        stage = content["stage"]
+        if best and (stage, best["metrics"]) != self._best_written:
+            save_sealed(
+                content | {"stage_state": None, "model_state_dict": best["weights"], "best": best["metrics"]},
+                self.best(stage),
             )
-            return False
-        finally:
-            self._saving_seconds += time.monotonic() - started
-        self.unsaved, self.saved_at, self._last_save = None, time.time(), time.monotonic()
-        return True
+            self._best_written = stage, best["metrics"]
+            if stage == "phase2":
+                self.say(f"Saved best model (val loss {best['metrics']['loss']:.4f}) to {self.best(stage)}")
+        self.files.write(content, names)
+        self.saved_at = time.time()
+        if self.mirror:
+            bests = [self.best(stage).name for stage in WITH_BEST]
+            others = [frozen_path(self.folder, self._frozen).name, *self._archived, *bests, "model_phase1.pt"]
+            self.mirror.request([*others, "model_latest.pt", "manifest.json"], content["save_number"])
 
     def _content(self, label, model, stage_state):
+        self._save_number += 1
         return {
             "format": FORMAT,
             "epoch": label,
             "stage": self.stage,
-            "model_state_dict": {k.replace("_orig_mod.", ""): v for k, v in model.state_dict().items()},
+            "model_state_dict": {k.replace("_orig_mod.", ""): v for k, v in model.trained_state().items()},
             "stage_state": stage_state,
             "results": self.results,
             **self.history,
@@ -212,8 +256,7 @@ class Checkpointer:
             "save_number": self._save_number,
             "seconds": self.seconds,
             "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "versions": {"newllm": __version__, "torch": str(torch.__version__), "python": platform.python_version()},
-            "git_commit": git_commit(),
+            **self._provenance,
         }
 
     def _continue(self, found):
@@ -221,52 +264,20 @@ class Checkpointer:
         latest = self.files.latest
         if found.get("format") != FORMAT:
             raise UserError(f"{latest} has format {found.get('format')}, this version reads {FORMAT}: move it away.")
-        changed = {
-            name: (found["config"].get(name), value)
-            for name, value in self.config.to_dict().items()
-            if found["config"].get(name) != value and name not in HARMLESS
-        }
-        if not self.config.load_checkpoint:
-            return self._archive(found, "load_checkpoint is off")
-        if refused := {name: change for name, change in changed.items() if name in IDENTITY}:
-            raise UserError(
-                f"{latest} is of another run ({_differences(refused)}): choose another --checkpoint_dir, restore these "
-                "settings, or start afresh with --no-load_checkpoint."
-            )
-        if budget := {name: change for name, change in changed.items() if name in BUDGET}:
-            return self._archive(found, f"another token budget starts its own run ({_differences(budget)})")
-        if found["data_fingerprint"] != self.fingerprint:
-            raise UserError(
-                f"{latest} was trained on other data than the settings give now (the source or its text changed): choose "
-                "another --checkpoint_dir, restore the data, or start afresh with --no-load_checkpoint."
-            )
-        if changed:
-            self.notes.append(f"warning: settings changed since the checkpoint was written: {_differences(changed)}")
+        verdict, reason = compare(found, self.config, self.fingerprint)
+        if verdict == "refuse":
+            raise UserError(f"{latest} {reason}")
+        if verdict == "begin":
+            if self.config.save_checkpoint:
+                self._archived = self.files.archive(found["run_id"], [self.best(stage).name for stage in WITH_BEST])
+                self.notes.append(f"{reason}; the earlier run's files are kept as {', '.join(self._archived)}")
+            return
+        self.notes += [reason] if reason else []
         self.run_id, self.stage, self.results = found["run_id"], found["stage"], found["results"]
-        if self.lock:
-            self.lock.run_id = self.run_id
+        for holder in (self.lock, self.mirror and self.mirror.lock):
+            if holder:
+                holder.run_id = self.run_id
         self._earlier_seconds, self._save_number = found["seconds"], found["save_number"]
         self.history = {name: found[name] for name in self.history}
-        self._weights, self._stage_state = found["model_state_dict"], found["stage_state"]
+        self._found = found
         self.notes.append(f"continuing run {self.run_id} at {found['epoch']}, saved {found['saved_at']}")
-
-    def _archive(self, found, reason):
-        """Keep the files of another run under its own name before this one takes theirs."""
-        if self.config.save_checkpoint:
-            best = [self.best(stage).name for stage in ("untrained", "phase2")]
-            kept = self.files.archive(found["run_id"], best)
-            self.notes.append(f"{reason}; the earlier run's files are kept as {', '.join(kept)}")
-
-
-def _differences(changed):
-    return ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changed.items())
-
-
-def git_commit():
-    """Commit of the code that runs, or None outside a checkout."""
-    here = Path(__file__).parent
-    try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None

@@ -16,6 +16,7 @@ from newllm.errors import UserError
 from newllm.storage import Corrupt, load_sealed, save_sealed, verify_seal, write_text
 from newllm.training.drive import copy_verified
 
+KEPT = ("model_epoch.pt", "model_phase1.pt", "model_backup.pt")  # end of an epoch, end of Phase 1, saved by hand
 STEP_FILE = re.compile(r"model_step_(\d+)\.pt")
 ATTEMPTS, WAIT = 3, 0.5  # tries of a write and seconds before the second; a network folder may fail for a moment
 
@@ -38,8 +39,15 @@ class CheckpointFiles:
         found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := STEP_FILE.fullmatch(path.name))]
         return [path for _, path in sorted(found, reverse=True)]
 
-    def write(self, content):
+    def states(self):
+        """Every file that may hold a state to continue from, likely newest first."""
+        return [self.latest, self.previous, *self.steps(), *(self.folder / name for name in KEPT)]
+
+    def write(self, content, names=()):
         """Make `content` the latest state; the latest becomes the previous one.
+
+        Args:
+            names: further names for it, such as those of KEPT.
 
         Raises:
             OSError: it could not be written in ATTEMPTS tries; the files that were there are untouched.
@@ -58,6 +66,8 @@ class CheckpointFiles:
             duplicate(self.latest, self.folder / f"model_step_{content['save_number']:08d}.pt")
             for path in self.steps()[self.keep_last :]:
                 path.unlink()
+        for name in names:
+            duplicate(self.latest, self.folder / name)
         entry = {key: content[key] for key in ("run_id", "epoch", "stage", "save_number", "saved_at")}
         entry |= {"file": self.latest.name, "sha256": digest, "bytes": self.latest.stat().st_size}
         write_text(self.manifest, json.dumps(entry, indent=1) + "\n")
@@ -72,7 +82,7 @@ class CheckpointFiles:
             UserError: files exist and none can be read: never start afresh over them.
         """
         found, damaged = {}, []
-        for path in (self.latest, self.previous, *self.steps()):
+        for path in self.states():
             try:
                 found[path] = load_sealed(path, mmap=True)["save_number"]
             except FileNotFoundError:
@@ -104,37 +114,45 @@ class CheckpointFiles:
             UserError: the mirror holds another run, which this one would overwrite, or it cannot be read.
         """
         try:
-            self._recover(Path(mirror), notes)
+            self._recover(CheckpointFiles(mirror, 0), notes)
         except OSError as error:
             raise UserError(
                 f"the mirror {mirror} cannot be read ({error.strerror or error}): mount it again."
             ) from error
 
     def _recover(self, mirror, notes):
-        theirs = _newest(CheckpointFiles(mirror, 0))
-        ours = _newest(self)
-        if theirs is None or (ours is not None and ours["save_number"] >= theirs["save_number"]):
+        theirs, ours = _newest(mirror), _newest(self)
+        if theirs is None:
             return
         if ours is not None and ours["run_id"] != theirs["run_id"]:
+            if list(self.folder.glob(f"model_latest_{theirs['run_id']}.pt*")):
+                return  # this folder's earlier run, kept here under its own name
             raise UserError(
-                f"{mirror} holds second copies of another run ({theirs['run_id']}), newer than the one here ({ours['run_id']}): "
-                "choose another --backup_dir, or move the files away."
+                f"{mirror.folder} holds second copies of another run ({theirs['run_id']}, here is {ours['run_id']}): choose "
+                "another --backup_dir, or move the files away."
             )
-        names = CheckpointFiles(mirror, 0)
-        for path in (names.latest, *names.steps(), *sorted(mirror.glob("model_*best.pt"))):
+        if ours is not None and ours["save_number"] >= theirs["save_number"]:
+            return
+        for path in sorted(mirror.folder.glob("model_*.pt")):
             with contextlib.suppress(Corrupt, FileNotFoundError), open(path, "rb") as source:
                 verify_seal(path)
                 copy_verified(source, self.folder / path.name)
-        notes.append(f"state {theirs['save_number']} fetched from the mirror {mirror}, newer than what was here")
+        notes.append(f"state {theirs['save_number']} fetched from the mirror {mirror.folder}, newer than what was here")
+
+    def remove_strays(self):
+        """Delete temporary files of processes that were killed. Only for who holds the folder's lock."""
+        for stray in self.folder.glob(".*.tmp"):
+            stray.unlink(missing_ok=True)
 
     def archive(self, run_id, names):
-        """Rename latest and previous, and the further `names`, after the run they belong to, so that another may begin.
+        """Rename states, and the further `names`, after the run they belong to, so that another may begin.
 
         Returns:
             The new names.
         """
         kept = []
-        for path in (self.latest, self.previous, *(self.folder / name for name in names)):
+        for name in (self.latest.name, self.previous.name, *KEPT, *names):
+            path = self.folder / name
             if path.exists():
                 kept.append(path.rename(unused(path.with_name(f"{path.stem}_{run_id}.pt"))).name)
         for path in self.steps():
@@ -145,7 +163,7 @@ class CheckpointFiles:
 def _newest(files):
     """The newest whole state of a folder, without touching anything in it; None when there is none."""
     found = None
-    for path in (files.latest, files.previous, *files.steps()):
+    for path in files.states():
         try:
             content = load_sealed(path, mmap=True)
         except (Corrupt, OSError):

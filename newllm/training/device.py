@@ -4,6 +4,7 @@ import os
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -35,9 +36,20 @@ class Runtime:
     def autocast(self):
         return self.accelerator.autocast()
 
-    def step_function(self, model):
-        """The model's step of F, compiled if asked for and possible."""
-        return torch.compile(model.step, dynamic=True) if self.compile else model.step
+
+class StepFunction:
+    """The model's step of F, compiled if asked for, until a compiled call fails and `fall_back` is called."""
+
+    def __init__(self, model, compiled):
+        self.eager, self.compiled = model.step, compiled
+        self._call = torch.compile(model.step, dynamic=True) if compiled else model.step
+
+    def __call__(self, context, token):
+        return self._call(context, token)
+
+    def fall_back(self):
+        """Compute as written from now on; the model itself was never changed."""
+        self._call, self.compiled = self.eager, False
 
 
 def open_runtime(config):
@@ -49,6 +61,10 @@ def open_runtime(config):
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is 'cuda' but torch finds no CUDA device; use --device cpu or auto.")
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    if not on_cpu:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at the first use of the device
+        if config.gpu_memory_fraction < 1:
+            torch.cuda.set_per_process_memory_fraction(config.gpu_memory_fraction)
     precision = best_precision(on_cpu) if config.precision == "auto" else config.precision
     if precision == "fp16" and on_cpu:
         raise UserError("precision fp16 needs a CUDA device (a CPU would silently compute in fp32); use bf16 or fp32.")
@@ -85,6 +101,20 @@ def describe_device(runtime):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     mode = "compiled" if runtime.compile else "eager"
     return f"{name}, {memory / 2**30:.1f} GiB memory, precision {runtime.precision}, {mode}"
+
+
+def memory_mb():
+    """Memory in use now, in MB: the process's resident set; on CUDA what tensors hold and what the allocator reserved."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return {
+            "memory_mb": torch.cuda.memory_allocated() / 1e6,
+            "memory_reserved_mb": torch.cuda.memory_reserved() / 1e6,
+        }
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return {"memory_mb": None}
+    return {"memory_mb": pages * os.sysconf("SC_PAGE_SIZE") / 1e6}
 
 
 def peak_memory_mb():

@@ -1,12 +1,9 @@
-"""AdamW with decay groups, the learning-rate schedule, and the one place where an optimizer step is taken."""
+"""AdamW with decay groups, its learning-rate schedule, and what of it belongs into a checkpoint."""
 
 import math
 
 import torch
 
-from newllm.errors import UserError
-
-SMALLEST_SCALE = 2.0**-10  # an fp16 loss scale this small is no overflow of the scale any more
 BETAS = (0.9, 0.98)  # a shorter memory of squared gradients than the default: runs here take tens to hundreds of steps
 
 
@@ -26,6 +23,25 @@ def make_optimizer(parts, learning_rate, weight_decay):
     return torch.optim.AdamW(groups, betas=BETAS)
 
 
+def prepare_optimizer(runtime, optimizer, saved):
+    """Give the optimizer to accelerate, with its state and that of the fp16 scaler as they were saved.
+
+    Args:
+        saved: what `optimizer_state` returned in an earlier session, or {} at the start of a stage.
+    """
+    if saved:
+        optimizer.load_state_dict(saved["optimizer"])
+    if scaler := runtime.accelerator.scaler:  # one per process: without this a stage would inherit the last one's scale
+        scaler.load_state_dict((saved or {}).get("scaler") or torch.amp.GradScaler(runtime.device.type).state_dict())
+    return runtime.accelerator.prepare(optimizer)
+
+
+def optimizer_state(runtime, optimizer):
+    """State dicts of the optimizer and of the fp16 scaler (None in other precisions, and then begun anew by fp16)."""
+    scaler = runtime.accelerator.scaler
+    return {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
+
+
 def warmup_cosine(step, total_steps, warmup_ratio):
     """Learning-rate factor of step 0 ... total_steps - 1: linear warm-up, then half a cosine to zero."""
     warmup = warmup_ratio * total_steps
@@ -37,28 +53,6 @@ def warmup_cosine(step, total_steps, warmup_ratio):
 def set_learning_rate(optimizer, factor):
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-
-
-def take_step(runtime, optimizer, loss, max_norm, where):
-    """Backward, clip and step; a step is taken, or the run stops, or fp16 says that it was not.
-
-    Returns:
-        Gradient norm before clipping; not finite when fp16's scaler left this step out.
-
-    Raises:
-        UserError: loss or gradient is not finite; no parameter has been touched.
-    """
-    if not math.isfinite(loss.item()):
-        raise UserError(f"the loss is {loss.item()} at {where}: stopped before the step; lower the learning rate.")
-    optimizer.zero_grad()
-    runtime.accelerator.backward(loss)
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = runtime.accelerator.clip_grad_norm_(parameters, max_norm).item()
-    scaled = runtime.accelerator.scaler is not None  # fp16: the scaler leaves the step out and lowers its scale
-    if not math.isfinite(grad_norm) and (not scaled or runtime.accelerator.scaler.get_scale() < SMALLEST_SCALE):
-        raise UserError(f"the gradient is {grad_norm} at {where}: stopped before the step; lower the learning rate.")
-    optimizer.step()
-    return grad_norm
 
 
 @torch.no_grad()

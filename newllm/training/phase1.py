@@ -4,17 +4,17 @@ Contexts K of all training samples are stored. One iteration is one sweep over a
 K_new = G(K), loss, one optimizer step, K <- K_new. No label is used.
 """
 
-import math
-
 import torch
 
-from newllm.data.dataset import batch_count, epoch_order
+from newllm.data.dataset import batch_at, batch_count, epoch_order, order_digest
 from newllm.fixed_point.diagnostics import effective_rank
 from newllm.fixed_point.losses import phase1_loss
 from newllm.fixed_point.solver import sequential, sweep
 from newllm.reporting.progress import Progress
 from newllm.seeding import derived_seed
-from newllm.training.optim import copy_of, distance, make_optimizer, take_step
+from newllm.training.device import StepFunction, memory_mb
+from newllm.training.optim import copy_of, distance, make_optimizer, optimizer_state, prepare_optimizer
+from newllm.training.step import OptimizerStep
 
 STAGE = "phase1"
 SETTLE_ERROR = 1e-2  # relative distance from the trajectory at which contexts count as settled
@@ -34,49 +34,70 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
     """
     parameters = model.context_parameters()
     initial = copy_of(parameters)  # before restoring: the untrained network, a function of the seed
-    state = checkpointer.restore(STAGE, model) or _fresh_state(model, data, runtime)
+    saved = checkpointer.restore(STAGE, model)
+    state = _fresh_state(model, data, runtime) | (saved or {})
     optimizer = make_optimizer([(parameters, 1.0)], config.phase1_learning_rate, weight_decay=0.0)
-    if state["optimizer"]:
-        optimizer.load_state_dict(state["optimizer"])
-    optimizer = runtime.accelerator.prepare(optimizer)
-    contexts_NTC = state["contexts"] = state["contexts"].to(runtime.device)
+    optimizer = prepare_optimizer(runtime, optimizer, saved)
+    contexts_NTC = state["contexts"] = state["contexts"].to(runtime.device, runtime.storage_dtype)
     history = checkpointer.history["phase1_history"]
-    step = runtime.step_function(model)
+    step = StepFunction(model, runtime.compile)
+    take_step = OptimizerStep(runtime, optimizer, step, config.grad_clip, log.warn)
     batches = batch_count(len(data.train), config.phase1_batch_size, config.min_batches)
     earlier_seconds = state["seconds"]
 
-    def save():
+    def save(ended=False):
         state["seconds"] = earlier_seconds + progress.seconds
         label = f"phase1_iteration_{state['iteration'] + (state['batch'] > 0)}"
-        checkpointer.save(label, model, state | {"optimizer": optimizer.state_dict()})
+        checkpointer.save(label, model, state | optimizer_state(runtime, optimizer), epoch_ended=ended)
+
+    def gradients_of(samples):
+        """The batch's loss as a function of how it is cut into parts; what it returns besides: parts of the loss, contexts."""
+        ids = data.train[samples, :-1].to(runtime.device).long()
+        old_BTC = contexts_NTC[samples]
+
+        def gradients(parts):
+            start_BTC = old_BTC
+            if config.context_noise:
+                start_BTC = old_BTC + config.context_noise * torch.randn_like(old_BTC)
+
+            def swept(part):
+                with runtime.autocast():
+                    return sweep(step, start_BTC[part], model.embed(ids[part]))[0]
+
+            if len(parts) == 1:
+                new_BTC = swept(parts[0])
+            else:  # the regularizer needs all contexts at once: their gradient first, then each part's (arXiv 2101.06983)
+                with torch.no_grad():
+                    new_BTC = torch.cat([swept(part) for part in parts])
+                new_BTC.requires_grad_()
+            loss, values = phase1_loss(
+                new_BTC,
+                old_BTC,
+                config.dist_reg_weight,
+                config.dist_reg,
+                config.phase1_convergence_threshold,
+                consistency=state["iteration"] > 0,
+            )
+            runtime.accelerator.backward(loss)
+            for part in parts if len(parts) > 1 else ():
+                swept(part).backward(new_BTC.grad[part])
+            return loss.item(), values, new_BTC.detach()
+
+        return gradients
 
     model.train()
     with Progress("phase 1", config.phase1_max_iterations * config.train_tokens, state["tokens"]) as progress:
         while not _finished(state, history, config):
-            order = epoch_order(len(data.train), config.seed, STAGE, state["iteration"]).tensor_split(batches)
+            order = epoch_order(len(data.train), config.seed, STAGE, state["iteration"])
             while state["batch"] < batches:
-                samples, last = order[state["batch"]], state["batch"] + 1 == batches
-                torch.manual_seed(derived_seed(config.seed, STAGE, state["steps"]))
-                old_BTC = start_BTC = contexts_NTC[samples]
-                if config.context_noise:
-                    start_BTC = old_BTC + config.context_noise * torch.randn_like(old_BTC)
-                with runtime.autocast():
-                    new_BTC, _ = sweep(step, start_BTC, model.embed(data.train[samples, :-1].to(runtime.device).long()))
-                loss, parts = phase1_loss(
-                    new_BTC,
-                    old_BTC,
-                    config.dist_reg_weight,
-                    config.dist_reg,
-                    config.phase1_convergence_threshold,
-                    consistency=state["iteration"] > 0,
-                )
+                samples, last = batch_at(order, batches, state["batch"]), state["batch"] + 1 == batches
                 before = copy_of(parameters) if last else None
                 where = f"iteration {state['iteration'] + 1}, batch {state['batch'] + 1} of Phase 1"
-                grad_norm = take_step(runtime, optimizer, loss, config.grad_clip, where)
-                state["skipped"] += not math.isfinite(grad_norm)
-                contexts_NTC[samples] = new_BTC.detach().to(contexts_NTC.dtype)
-
-                _accumulate(state["sums"], parts, len(samples) / len(data.train))
+                seed = derived_seed(config.seed, STAGE, state["steps"])
+                _, values, new_BTC = take_step(gradients_of(samples), len(samples), state, seed, where)
+                contexts_NTC[samples] = new_BTC.to(contexts_NTC.dtype)
+                _accumulate(state["sums"], values, len(samples) / len(data.train))
+                state["sample_order"] = order_digest(state["sample_order"], samples)
                 state["batch"] += 1
                 state["steps"] += 1
                 state["tokens"] += len(samples) * config.max_seq_length
@@ -95,7 +116,7 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
 
             row = state["sums"] | {
                 "er": effective_rank(contexts_NTC.flatten(0, 1)[:RANK_TOKENS]) / model.context_dim,
-                "grad_norm": grad_norm,
+                "grad_norm": state["grad_norm"],
                 "update_norm": distance(parameters, before),
                 "optimizer_steps": state["steps"] - state["skipped"],
                 "tok_per_s": state["tokens"] / (earlier_seconds + progress.seconds),
@@ -103,20 +124,21 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
             state |= {"iteration": state["iteration"] + 1, "batch": 0, "sums": {}}
             for name, value in row.items():
                 history.setdefault(name, []).append(value)
-            log.log(STAGE, iteration=state["iteration"], **row)
+            log.log(STAGE, iteration=state["iteration"], **row, **memory_mb())
             log.say(
                 f"phase 1 | iteration {state['iteration']:2d}/{config.phase1_max_iterations} | cvfp {row['cvfp']:.4f} | "
                 f"{config.dist_reg} {row['dist_reg']:.4f} | converged {row['converged']:.1%} | ER {row['er']:.1%} | "
                 f"grad {row['grad_norm']:.2g} | update {row['update_norm']:.2g} | steps {row['optimizer_steps']} | "
                 f"{row['tok_per_s']:,.0f} tok/s"
             )
-            save()
+            save(ended=True)
     model.eval()
     return {
         "phase1_steps": state["steps"] - state["skipped"],
         "phase1_param_change": distance(parameters, initial)
         / distance(initial, [torch.zeros_like(p) for p in initial]),
         "phase1_iterations": state["iteration"],
+        "sample_order": state["sample_order"],
         "tok_per_s_phase1": state["tokens"] / state["seconds"],
         **_settle(model, data, contexts_NTC, runtime),
     }
@@ -125,8 +147,8 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
 def _fresh_state(model, data, runtime):
     shape = len(data.train), data.train.shape[1] - 1, model.context_dim
     return {
-        "iteration": 0, "batch": 0, "steps": 0, "skipped": 0, "tokens": 0, "seconds": 0.0, "sums": {}, "optimizer": None,
-        "contexts": torch.zeros(shape, dtype=runtime.storage_dtype),
+        "iteration": 0, "batch": 0, "steps": 0, "skipped": 0, "tokens": 0, "seconds": 0.0, "sums": {}, "grad_norm": 0.0,
+        "parts": 1, "sample_order": "", "contexts": torch.zeros(shape, dtype=runtime.storage_dtype),
     }  # fmt: skip
 
 

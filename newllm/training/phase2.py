@@ -1,18 +1,17 @@
 """Phase 2: next-token prediction on contexts, frozen (computed once) or fine-tuned (gradient through time)."""
 
-import math
 import time
 
-import torch
-
-from newllm.data.dataset import batch_count, epoch_order, quick_subset
+from newllm.data.dataset import batch_at, batch_count, epoch_order, order_digest, quick_subset
 from newllm.evaluate import evaluate_prediction, trajectories
 from newllm.fixed_point.solver import sequential, truncated
 from newllm.interrupt import Stopped
 from newllm.models.cross_entropy import linear_cross_entropy
 from newllm.reporting.progress import Progress
 from newllm.seeding import derived_seed
-from newllm.training.optim import make_optimizer, set_learning_rate, take_step, warmup_cosine
+from newllm.training.device import StepFunction, memory_mb
+from newllm.training.optim import make_optimizer, optimizer_state, prepare_optimizer, set_learning_rate, warmup_cosine
+from newllm.training.step import OptimizerStep
 
 
 def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_context):
@@ -32,13 +31,13 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
         parts.append((model.context_parameters(), config.context_lr_scale))
     for parameter in model.context_parameters():
         parameter.requires_grad_(not freeze_context)
-    state = checkpointer.restore(stage, model) or _fresh_state()
+    saved = checkpointer.restore(stage, model)
+    state = _fresh_state() | (saved or {})
     optimizer = make_optimizer(parts, config.phase2_learning_rate, config.weight_decay)
-    if state["optimizer"]:
-        optimizer.load_state_dict(state["optimizer"])
-    optimizer = runtime.accelerator.prepare(optimizer)
+    optimizer = prepare_optimizer(runtime, optimizer, saved)
     history = checkpointer.history["phase2_history"] if stage == "phase2" else state["history"]
-    step = runtime.step_function(model)
+    step = StepFunction(model, runtime.compile)
+    take_step = OptimizerStep(runtime, optimizer, step, config.grad_clip, log.warn)
     batches = batch_count(len(data.train), config.phase2_batch_size, config.min_batches)
     total_steps = batches * config.phase2_epochs
     quick = quick_subset(len(data.val), config.val_quick_frac, config.seed)
@@ -48,13 +47,39 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
         for name, ids in (("train", data.train), ("val", data.val)):
             features[name] = trajectories(model, ids, runtime.autocast, runtime.device, runtime.storage_dtype)
 
-    def save():
+    def save(ended=False):
         state["seconds"] = earlier_seconds + progress.seconds
         checkpointer.save(
             f"{stage}_epoch_{state['epoch'] + (state['batch'] > 0)}",
             model,
-            state | {"optimizer": optimizer.state_dict()},
+            state | optimizer_state(runtime, optimizer),
+            best=best,
+            epoch_ended=ended,
         )
+
+    def gradients_of(samples):
+        """The batch's loss as a function of how it is cut into parts."""
+        ids = data.train[samples].to(runtime.device).long()
+
+        def gradients(parts):
+            return (sum(part_gradients(part) for part in parts),)
+
+        def part_gradients(part):
+            with runtime.autocast():
+                if freeze_context:
+                    contexts, streams = (f[samples[part]] for f in features["train"])
+                elif config.gradient_sweeps:
+                    embeddings = model.embed(ids[part, :-1])
+                    contexts, streams = truncated(step, embeddings, model.context_dim, config.gradient_sweeps)
+                else:
+                    contexts, streams = sequential(step, model.embed(ids[part, :-1]), model.context_dim)
+                hidden = model.hidden(contexts, streams)
+                loss = linear_cross_entropy(hidden, *model.output_weights(), ids[part, 1:])
+            loss = loss * (len(ids[part]) / len(ids))
+            runtime.accelerator.backward(loss)
+            return loss.item()
+
+        return gradients
 
     def validate(samples=slice(None)):
         held = tuple(f[samples] for f in features["val"]) if features else None
@@ -68,28 +93,20 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
             model.train()
 
     best = checkpointer.load_best(stage) if state["best"] else None
+    if best:  # a run killed between the two files has a newer best than its state, which is as true
+        state["best"] = best["metrics"]
     model.train()
     with Progress(stage, config.phase2_epochs * config.train_tokens, state["tokens"]) as progress:
         while not _finished(state, config):
-            order = epoch_order(len(data.train), config.seed, stage, state["epoch"]).tensor_split(batches)
+            order = epoch_order(len(data.train), config.seed, stage, state["epoch"])
             while state["batch"] < batches:
-                samples, last = order[state["batch"]], state["batch"] + 1 == batches
-                torch.manual_seed(derived_seed(config.seed, stage, state["steps"]))
+                samples, last = batch_at(order, batches, state["batch"]), state["batch"] + 1 == batches
                 set_learning_rate(optimizer, warmup_cosine(state["steps"], total_steps, config.warmup_ratio))
-                ids = data.train[samples].to(runtime.device).long()
-                with runtime.autocast():
-                    if freeze_context:
-                        contexts, streams = (f[samples] for f in features["train"])
-                    elif config.gradient_sweeps:
-                        embeddings = model.embed(ids[:, :-1])
-                        contexts, streams = truncated(step, embeddings, model.context_dim, config.gradient_sweeps)
-                    else:
-                        contexts, streams = sequential(step, model.embed(ids[:, :-1]), model.context_dim)
-                    loss = linear_cross_entropy(model.hidden(contexts, streams), *model.output_weights(), ids[:, 1:])
                 where = f"epoch {state['epoch'] + 1}, batch {state['batch'] + 1} of {stage}"
-                state["grad_norm"] = take_step(runtime, optimizer, loss, config.grad_clip, where)
-                state["skipped"] += not math.isfinite(state["grad_norm"])
-                state["train_loss"] += loss.item() * len(samples) / len(data.train)
+                seed = derived_seed(config.seed, stage, state["steps"])
+                (loss,) = take_step(gradients_of(samples), len(samples), state, seed, where)
+                state["train_loss"] += loss * len(samples) / len(data.train)
+                state["sample_order"] = order_digest(state["sample_order"], samples)
                 state["batch"] += 1
                 state["steps"] += 1
                 state["tokens"] += len(samples) * config.max_seq_length
@@ -132,7 +149,7 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
                 history.setdefault(name, []).append(value)
             state |= {"epoch": state["epoch"] + 1, "batch": 0, "train_loss": 0.0}
             log.log(stage, epoch=state["epoch"], optimizer_steps=state["steps"] - state["skipped"], grad_norm=state["grad_norm"],
-                    seconds_validation=time.monotonic() - started, **row)  # fmt: skip
+                    seconds_validation=time.monotonic() - started, **row, **memory_mb())  # fmt: skip
             log.say(
                 f"{stage} | epoch {state['epoch']:2d}/{config.phase2_epochs} | train loss {row['train_loss']:.4f} | val loss "
                 f"{row['val_loss']:.4f} ppl {row['val_ppl']:.1f} acc {row['val_acc']:.1%} bpb {row['val_bpb']:.3f} | "
@@ -141,15 +158,15 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
             )
             if not state["best"] or metrics["loss"] < state["best"]["loss"]:
                 state["best"] = metrics | {"epoch": state["epoch"]}
-                best = {name: value.detach().clone() for name, value in model.state_dict().items()}
-                if path := checkpointer.save_best(stage, model, state["best"]):
-                    log.say(f"Saved best model (val loss {metrics['loss']:.4f}) to {path}")
-            save()
-    model.load_state_dict(best)
+                weights = {name: tensor.detach().clone() for name, tensor in model.trained_state().items()}
+                best = {"metrics": state["best"], "weights": weights}
+            save(ended=True)
+    model.load_state_dict(model.frozen_state() | best["weights"])
     model.eval()
     return state["best"] | {
         "steps": state["steps"] - state["skipped"],
         "epochs": state["epoch"],
+        "sample_order": state["sample_order"],
         "tok_per_s": state["tokens"] / state["seconds"],
     }
 
@@ -157,7 +174,7 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
 def _fresh_state():
     return {
         "epoch": 0, "batch": 0, "steps": 0, "skipped": 0, "tokens": 0, "seconds": 0.0, "train_loss": 0.0, "grad_norm": 0.0,
-        "best": None, "history": {}, "optimizer": None,
+        "best": None, "history": {}, "parts": 1, "sample_order": "",
     }  # fmt: skip
 
 

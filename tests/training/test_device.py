@@ -10,7 +10,14 @@ from accelerate.state import AcceleratorState
 from config import ResidualConfig
 from newllm.errors import UserError
 from newllm.training import device
-from newllm.training.device import best_precision, describe_device, open_runtime, peak_memory_mb
+from newllm.training.device import (
+    StepFunction,
+    best_precision,
+    describe_device,
+    memory_mb,
+    open_runtime,
+    peak_memory_mb,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -183,10 +190,36 @@ def test_the_description_is_one_line_of_what_is_in_effect():
     assert describe_device(open_runtime(config(compile=True))).endswith("precision fp32, compiled")
 
 
-def test_the_step_function_is_the_models_own_unless_compiled():
-    """Eager: no wrapper around F."""
+def test_a_step_function_is_compiled_until_it_falls_back(monkeypatch):
+    """Then it is the model's own again, and says so."""
     model = SimpleNamespace(step=lambda context, token: (context, token))
-    assert open_runtime(config()).step_function(model) is model.step
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda context, token: "compiled")
+    step = StepFunction(model, True)
+    assert step.compiled and step(1, 2) == "compiled"
+    step.fall_back()
+    assert not step.compiled and step(1, 2) == (1, 2)
+    assert StepFunction(model, False)(1, 2) == (1, 2)
+
+
+def test_the_share_of_the_gpu_is_a_limit_set_before_it_is_used(monkeypatch):
+    """And the allocator is told to grow its segments, unless the user said otherwise."""
+    pretend_cuda(monkeypatch, 8)
+    limits = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    open_runtime(config(device="auto", gpu_memory_fraction=0.85))
+    assert limits == [0.85] and os.environ["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
+    open_runtime(config(device="auto"))
+    assert limits == [0.85] and os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:512"
+
+
+def test_memory_in_use_is_that_of_the_process():
+    """In MB: a tensor of 80 MB shows."""
+    before = memory_mb()["memory_mb"]
+    held = torch.ones(20_000_000)
+    assert 60 < memory_mb()["memory_mb"] - before < 120
+    del held
 
 
 def test_peak_memory_never_falls(monkeypatch):

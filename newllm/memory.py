@@ -1,0 +1,49 @@
+"""When memory runs out: recognise it, give back what can be given back, do the work in smaller parts."""
+
+import gc
+import itertools
+
+import torch
+
+
+def is_out_of_memory(error):
+    """Whether an exception says that the device or the machine has no memory left."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch's CPU has no class for it
+
+
+def free_memory():
+    """Give unreferenced tensors and the allocator's cache back. Slow: for the time between phases and after failures."""
+    gc.collect()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+
+def split(count, parts):
+    """`count` rows as at most `parts` consecutive slices of nearly equal length."""
+    parts = min(parts, count)
+    bounds = [count * part // parts for part in range(parts + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+
+
+def map_parts(work, count, size):
+    """[work(slice), ...] over `count` rows, `size` at a time; from where memory runs out, half as many.
+
+    Raises:
+        the error itself, when a single row does not fit.
+    """
+    results, start = [], 0
+    while start < count:
+        part = slice(start, min(start + size, count))
+        try:
+            results.append(work(part))
+            start = part.stop
+            continue
+        except Exception as error:
+            if not is_out_of_memory(error) or size == 1:
+                raise
+        free_memory()  # only here: inside `except` the traceback keeps the failed attempt's tensors alive
+        size = (size + 1) // 2
+    return results

@@ -1,0 +1,96 @@
+"""One optimizer step that survives a lack of memory and a failing compiler, and is never taken on a NaN."""
+
+import math
+
+import torch
+
+from newllm.errors import UserError
+from newllm.interrupt import Stopped
+from newllm.memory import free_memory, is_out_of_memory, split
+
+SMALLEST_SCALE = 2.0**-10  # an fp16 loss scale this small is no overflow of the scale any more
+
+
+class OptimizerStep:
+    """Gradients, clipping and step of one batch after the other.
+
+    A batch that does not fit into memory is done again in twice as many parts (micro-batches) whose gradients add up to
+    those of the whole batch; a compiled step that fails is done again uncompiled. Both begin anew from the same random
+    state, before any parameter has changed.
+
+    Args:
+        runtime: device, precision and accelerate layer. optimizer: as accelerate prepared it.
+        step: the StepFunction in use. max_norm: largest gradient norm.
+        note: takes a line about what was survived.
+    """
+
+    def __init__(self, runtime, optimizer, step, max_norm, note):
+        self.runtime, self.optimizer, self.step, self.max_norm, self.note = runtime, optimizer, step, max_norm, note
+
+    def __call__(self, gradients, count, state, seed, where):
+        """Take the step.
+
+        Args:
+            gradients: function of a list of slices of the batch; adds up the gradients and returns (loss, anything).
+            count: samples in the batch.
+            state: the stage's state: `parts` is read and may grow, `skipped` and `grad_norm` are written.
+            seed: of everything random within the step. where: for messages.
+
+        Returns:
+            What `gradients` returned.
+
+        Raises:
+            UserError: loss or gradient is not finite, with no parameter touched; or a single sample does not fit.
+        """
+        done = None
+        while done is None:
+            torch.manual_seed(seed)
+            self.optimizer.zero_grad()
+            try:
+                done = gradients(split(count, state["parts"]))
+            except (UserError, Stopped):
+                raise
+            except Exception as error:
+                memory = is_out_of_memory(error)
+                if not memory and not self.step.compiled:
+                    raise
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if done is None:  # out here: inside `except` the traceback keeps the failed attempt's tensors alive
+                self._change_plan(memory, reason, count, state, where)
+        self._update(float(done[0]), state, where)
+        return done
+
+    def _change_plan(self, memory, reason, count, state, where):
+        self.optimizer.zero_grad()
+        free_memory()
+        if not memory:
+            self.step.fall_back()
+            self.note(f"warning: torch.compile failed at {where} ({reason}); going on without it")
+        elif state["parts"] < count:
+            state["parts"] *= 2
+            size = math.ceil(count / state["parts"])
+            self.note(
+                f"warning: out of memory at {where}: {size} samples at a time from now on, {count} a step as before"
+            )
+        else:
+            raise UserError(f"not even one sample fits into memory at {where}: use a smaller model or max_seq_length.")
+
+    def _update(self, loss, state, where):
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at {where}: stopped before the step; lower the learning rate.")
+        accelerator = self.runtime.accelerator
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        norm = state["grad_norm"] = accelerator.clip_grad_norm_(parameters, self.max_norm).item()
+        scaler = accelerator.scaler  # fp16: the scaler leaves such a step out and lowers its scale
+        if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < SMALLEST_SCALE):
+            raise UserError(f"the gradient is {norm} at {where}: stopped before the step; lower the learning rate.")
+        try:
+            self.optimizer.step()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"out of memory while the parameters were updated at {where}, so their state is not whole: run again to "
+                "continue from the last checkpoint, with a smaller model if it happens again."
+            ) from None
+        state["skipped"] += not math.isfinite(norm)
