@@ -165,15 +165,14 @@ class Checkpointer:
             or save_requested()
         )
 
-    def save(self, label, model, stage_state, best=None, epoch_ended=False, keep_as=None):
+    def save(self, label, model, stage_state, best=None, names=(), optional=False):
         """Save the state in the background; stop here if the run is to stop. A failing disk does not stop training.
 
         Args:
             label: becomes the file's `epoch`, e.g. "phase1_iteration_3" or "phase2_complete".
             best: {"weights", "metrics"} of the stage's lowest validation loss; written first, if not written yet.
-            epoch_ended: keep it as `model_epoch.pt` too; left out while the save before is still being written, as the
-                next one will hold the same and more.
-            keep_as: a further name to keep it by.
+            names: further names to keep it by, of checkpoint_files.KEPT.
+            optional: leave it out while the save before is still being written; the next one holds the same and more.
 
         Raises:
             Stopped: when a signal or the time limit asks for it, and the state is on disk.
@@ -181,12 +180,8 @@ class Checkpointer:
             UserError: the run is to stop and its state could not be written.
         """
         reason = stop_reason()
-        if self.config.save_checkpoint and not (epoch_ended and not reason and self.thread.busy):
-            names = (
-                ["model_epoch.pt"] * epoch_ended
-                + ["model_backup.pt"] * save_requested(answered=True)
-                + [keep_as] * bool(keep_as)
-            )
+        if self.config.save_checkpoint and (reason or not (optional and self.thread.busy)):
+            names = [*names, *["model_backup.pt"] * save_requested(answered=True)]
             self.thread.start(
                 lambda: snapshot(self._content(label, model, stage_state)),
                 lambda content: self._write(content, model, best, names),
@@ -219,7 +214,7 @@ class Checkpointer:
         """Record the results of a stage and make the next one current."""
         self.results[stage] = results
         self.stage = STAGES[STAGES.index(stage) + 1]
-        self.save(f"{stage}_complete", model, None, keep_as="model_phase1.pt" if stage == "phase1" else None)
+        self.save(f"{stage}_complete", model, None, names=["model_phase1.pt"] * (stage == "phase1"))
 
     def _write(self, content, model, best, names):
         """In the thread: frozen tensors once, best weights, the state with its further names, and then word to the mirror."""

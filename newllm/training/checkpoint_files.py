@@ -101,6 +101,8 @@ class CheckpointFiles:
         newest = max(found, key=found.get)
         for bad, error in damaged:
             notes.append(f"warning: {error}; kept as {set_aside(bad).name}, continuing from {newest.name}")
+        if newest != self.latest:
+            duplicate(newest, self.latest)
         return load_sealed(newest)
 
     def recover(self, mirror, notes):

@@ -45,10 +45,10 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
     batches = batch_count(len(data.train), config.phase1_batch_size, config.min_batches)
     earlier_seconds = state["seconds"]
 
-    def save(ended=False):
+    def save(**how):
         state["seconds"] = earlier_seconds + progress.seconds
         label = f"phase1_iteration_{state['iteration'] + (state['batch'] > 0)}"
-        checkpointer.save(label, model, state | optimizer_state(runtime, optimizer), epoch_ended=ended)
+        checkpointer.save(label, model, state | optimizer_state(runtime, optimizer), **how)
 
     def gradients_of(samples):
         """The batch's loss as a function of how it is cut into parts; what it returns besides: parts of the loss, contexts."""
@@ -131,7 +131,7 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
                 f"grad {row['grad_norm']:.2g} | update {row['update_norm']:.2g} | steps {row['optimizer_steps']} | "
                 f"{row['tok_per_s']:,.0f} tok/s"
             )
-            save(ended=True)
+            save(names=["model_epoch.pt"], optional=True)
     model.eval()
     return {
         "phase1_steps": state["steps"] - state["skipped"],

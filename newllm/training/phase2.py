@@ -47,15 +47,10 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
         for name, ids in (("train", data.train), ("val", data.val)):
             features[name] = trajectories(model, ids, runtime.autocast, runtime.device, runtime.storage_dtype)
 
-    def save(ended=False):
+    def save(**how):
         state["seconds"] = earlier_seconds + progress.seconds
-        checkpointer.save(
-            f"{stage}_epoch_{state['epoch'] + (state['batch'] > 0)}",
-            model,
-            state | optimizer_state(runtime, optimizer),
-            best=best,
-            epoch_ended=ended,
-        )
+        label = f"{stage}_epoch_{state['epoch'] + (state['batch'] > 0)}"
+        checkpointer.save(label, model, state | optimizer_state(runtime, optimizer), best, **how)
 
     def gradients_of(samples):
         """The batch's loss as a function of how it is cut into parts."""
@@ -160,7 +155,7 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
                 state["best"] = metrics | {"epoch": state["epoch"]}
                 weights = {name: tensor.detach().clone() for name, tensor in model.trained_state().items()}
                 best = {"metrics": state["best"], "weights": weights}
-            save(ended=True)
+            save(names=["model_epoch.pt"], optional=not _finished(state, config))
     model.load_state_dict(model.frozen_state() | best["weights"])
     model.eval()
     return state["best"] | {

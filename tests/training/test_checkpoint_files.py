@@ -70,7 +70,8 @@ def test_a_damaged_file_is_set_aside_and_the_next_one_is_used(files, damaged):
     notes = []
     assert files.read_newest(notes)["save_number"] == expected
     assert len(notes) == damaged and all("kept as" in note for note in notes)
-    assert all(not path.exists() and path.with_name(path.name + ".corrupt").exists() for path in order)
+    assert all(path.with_name(path.name + ".corrupt").exists() for path in order)
+    assert number_of(files.latest) == expected and not any(path.exists() for path in order[1:])
 
 
 def test_when_no_file_is_whole_the_run_stops_and_all_are_kept(files):
