@@ -66,6 +66,7 @@ class Checkpointer:
                 self.mirror = Mirror(
                     self.folder, config.backup_dir, run_id, min_seconds=60 * config.backup_every_minutes
                 )
+                self.notes += [self.mirror.lock.note] if self.mirror.lock.note else []
                 self.files.recover(self.mirror.target, self.notes)
             if found := self.files.read_newest(self.notes):
                 self._continue(found)

@@ -163,13 +163,18 @@ class CheckpointFiles:
 
 
 def _newest(files):
-    """The newest whole state of a folder, without touching anything in it; None when there is none."""
+    """The newest whole state of a folder, without touching anything in it; None when there is none.
+
+    That is the latest if it is whole: a previous one of an earlier run, with more saves behind it, is not newer.
+    """
     found = None
     for path in files.states():
         try:
             content = load_sealed(path, mmap=True)
         except (Corrupt, OSError):
             continue
+        if path == files.latest:
+            return content
         if found is None or content["save_number"] > found["save_number"]:
             found = content
     return found

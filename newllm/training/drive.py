@@ -12,13 +12,15 @@ COLAB_DRIVE = Path("/content/drive")
 BLOCK = 1 << 20
 
 
-def copy_verified(source, target, give_up=lambda: False):
+def copy_verified(source, target, give_up=lambda: False, previous=None):
     """Copy an open file, from its beginning, to the path `target`, which takes its name only when it is whole on disk.
 
     Args:
         source: binary file object; read once per call.
         target: path in an existing folder; a file there is replaced.
         give_up: asked before every block.
+        previous: path that takes the file which is there, if there is one, as soon as the new one is whole on disk: then a
+            rename that tears the new one leaves that one.
 
     Raises:
         OSError: it did not work, or what can be read back is not what was written. TimeoutError: `give_up` said so.
@@ -35,18 +37,16 @@ def copy_verified(source, target, give_up=lambda: False):
             file.flush()
             _sync(file)
         _verify(temporary, digest, give_up)
+        if previous:
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(target, previous)
         os.replace(temporary, target)
         _verify(target, digest, give_up)
     except OSError:
         with contextlib.suppress(OSError):
-            discard(temporary)
+            os.truncate(temporary, 0)  # else it takes space in Drive's trash, which counts against the quota
+            temporary.unlink()
         raise
-
-
-def discard(path):
-    """Delete a file so that it takes no space in Drive's trash, which counts against the quota."""
-    os.truncate(path, 0)
-    path.unlink()
 
 
 def _sync(file):
@@ -73,10 +73,16 @@ def _blocks(file, give_up):
         yield block
 
 
+def lies_on_drive(folder):
+    """Whether a folder is Colab's Drive or lies in it, mounted or not; a link counts as what it leads to."""
+    folder = Path(folder).resolve()
+    return COLAB_DRIVE.resolve() in (folder, *folder.parents)
+
+
 def check_target(folder):
     """Raise UserError if no folder can be there: Drive is not mounted, the parent does not exist, or it is a file."""
     folder = Path(os.path.abspath(folder))
-    if COLAB_DRIVE in (folder, *folder.parents) and not os.path.ismount(COLAB_DRIVE):
+    if lies_on_drive(folder) and not os.path.ismount(COLAB_DRIVE):
         raise UserError(
             f"{folder} lies on Drive, which is not mounted at {COLAB_DRIVE}: mount Drive first (in a notebook: "
             "from google.colab import drive; drive.mount('/content/drive'))."

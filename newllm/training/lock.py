@@ -2,11 +2,13 @@
 
 On one machine the process table decides, so a killed run's lock is taken over at once. Of a run on another machine (the
 folder lies on a Drive) only the heartbeat is known; a lost virtual machine's lock is free `stale_seconds` after its last
-beat. As that rests on two clocks and on a network folder, it can go wrong; therefore `check` before every save: a run that
-was taken for dead and wakes up stops there, and never overwrites what its successor wrote.
+beat; the lock says how many, as only its writer knows how often it beats. As that rests on two clocks and on a network
+folder, it can go wrong; therefore `check` before every save: a run that was taken for dead and wakes up stops there, and
+never overwrites what its successor wrote.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -16,6 +18,7 @@ import uuid
 from pathlib import Path
 
 from newllm.errors import UserError
+from newllm.training.drive import lies_on_drive
 from newllm.training.machine import boot_time, here, is_alive, start_time
 
 try:
@@ -24,6 +27,7 @@ except ImportError:  # no such thing on Windows; the re-read after taking over m
     fcntl = None
 
 LOCK_NAME = "run.lock"
+LOCAL, NETWORK = (30, 300), (120, 600)  # heartbeat_seconds and stale_seconds; Drive allows only so many operations
 GUARD_SECONDS = 10.0  # longest wait for another process that is deciding about the same lock
 READS, READ_PAUSE = 3, 0.1  # a network folder may show a file late: look again before concluding anything
 FIELDS = {"host": str, "boot_id": str, "pid_namespace": str, "pid": int, "started": str, "run_id": str, "token": str,
@@ -40,8 +44,8 @@ class FolderLock:
     Args:
         folder: an existing folder.
         run_id: for the messages that others see; may be assigned later, the next heartbeat carries it.
-        heartbeat_seconds: how often a background thread renews the file.
-        stale_seconds: age of the last heartbeat from which a run on another machine counts as dead.
+        heartbeat_seconds: how often a background thread renews the file. None (for both): LOCAL, or NETWORK on Drive.
+        stale_seconds: age of the last heartbeat from which a run on another machine may take this one for dead.
         settle_seconds: pause after a take-over before looking whether another process took over as well.
 
     Attributes:
@@ -49,14 +53,14 @@ class FolderLock:
         error: the last OSError of the background thread (which goes on trying), or None.
     """
 
-    def __init__(self, folder, run_id, heartbeat_seconds=30, stale_seconds=300, settle_seconds=0.5):
-        if not 0 < 2 * heartbeat_seconds <= stale_seconds:
-            raise ValueError("stale_seconds must be at least twice heartbeat_seconds, else a live run looks dead")
+    def __init__(self, folder, run_id, heartbeat_seconds=None, stale_seconds=None, settle_seconds=0.5):
         self.folder = Path(folder).resolve()
         self.path = self.folder / LOCK_NAME
-        self.run_id, self.token = run_id, uuid.uuid4().hex
-        self.heartbeat_seconds, self.stale_seconds = heartbeat_seconds, stale_seconds
-        self.settle_seconds = settle_seconds
+        self.run_id, self.token, self.settle_seconds = run_id, uuid.uuid4().hex, settle_seconds
+        cadence = _cadence(self.folder) if heartbeat_seconds is None else (heartbeat_seconds, stale_seconds)
+        self.heartbeat_seconds, self.stale_seconds = cadence
+        if not 0 < 2 * self.heartbeat_seconds <= self.stale_seconds:
+            raise ValueError("stale_seconds must be at least twice heartbeat_seconds, else a live run looks dead")
         self.note = self.error = None
         self._beat, self._lost_to, self._pid = 0, None, None
         self._stop, self._writing, self._thread = threading.Event(), threading.Lock(), None
@@ -85,32 +89,28 @@ class FolderLock:
 
         Raises:
             LockLost: another run took the folder, or took it and has finished, or somebody deleted the file.
-            OSError: the file cannot be read, so a save would not work either.
+            OSError: the file cannot be read, or the whole folder is gone, so a save would not work either.
         """
         for _ in _looks():
-            if self._lost_to:
-                break
-            gone = failure = None
             try:
-                found = read_lock(self.path)
-            except FileNotFoundError:
-                gone = True
+                found, failure = read_lock(self.path), None
             except OSError as error:
-                failure = error
-            else:
-                if found and found["token"] != self.token:
-                    self._lost_to = found
-                elif found:
-                    return
+                found, failure = None, error
+            if found and found["token"] != self.token:
+                self._lost_to = found
+            if found:
+                break
         if self._lost_to:
             raise LockLost(
                 f"{_name(self._lost_to)} has taken over {self.folder} from this run ({self.run_id}), which was silent for too "
-                "long: this run stops without saving; continue from what the other one saved."
+                "long: this run writes nothing more there; let the other one go on, or use another folder."
             )
-        if gone:
+        if isinstance(failure, FileNotFoundError):
+            if not self.folder.is_dir():
+                raise OSError(errno.ENOTCONN, "the folder is gone (is Drive still mounted?)", str(self.folder))
             raise LockLost(
-                f"{self.path} is gone, so another run may have used the folder meanwhile: this run ({self.run_id}) stops without "
-                "saving; start it again to continue from the last save."
+                f"{self.path} is gone, so another run may have used the folder meanwhile: this run ({self.run_id}) writes "
+                "nothing more there; start it again to continue from the last save."
             )
         if failure:
             raise failure
@@ -138,7 +138,8 @@ class FolderLock:
 
     def _content(self):
         mine = {**here(), "pid": os.getpid(), "started": start_time(os.getpid()) or "", "run_id": str(self.run_id)}
-        return json.dumps({**mine, "token": self.token, "beat": self._beat, "time": time.time()}).encode()
+        mine |= {"token": self.token, "beat": self._beat, "time": time.time(), "stale_seconds": self.stale_seconds}
+        return json.dumps(mine).encode()
 
     def _create(self):
         """Make the file where there is none. Returns whether that worked."""
@@ -163,8 +164,7 @@ class FolderLock:
 
     def _take_over(self):
         found, age = _look(self.path)
-        reason = _refusal(self.path, found, age, self.stale_seconds)
-        if reason:
+        if reason := _refusal(self.path, found, age, self.stale_seconds):
             raise UserError(reason)
         self._write()
         time.sleep(self.settle_seconds)
@@ -190,17 +190,14 @@ class FolderLock:
                     self.error = error
 
 
-def holder(folder, stale_seconds=300):
+def holder(folder):
     """The sentence that says which live run uses the folder and what to do, or None when it is free.
 
     Raises:
         OSError: the lock cannot be read.
     """
     path = Path(folder).resolve() / LOCK_NAME
-    if not path.exists():
-        return None
-    found, age = _look(path)
-    return _refusal(path, found, age, stale_seconds)
+    return _refusal(path, *_look(path), _cadence(path.parent)[1])
 
 
 def read_lock(path):
@@ -215,6 +212,10 @@ def read_lock(path):
         return None
     whole = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in FIELDS.items())
     return found if whole and math.isfinite(found["time"]) else None
+
+
+def _cadence(folder):
+    return NETWORK if lies_on_drive(folder) else LOCAL
 
 
 def _looks():
@@ -240,7 +241,10 @@ def _look(path):
 
 
 def _refusal(path, found, age, stale_seconds):
-    """Why the lock must not be taken, or None."""
+    """Why the lock must not be taken, or None. `stale_seconds` counts where the lock itself gives none."""
+    given = found and found.get("stale_seconds")
+    if type(given) in (int, float) and 0 < given < math.inf:
+        stale_seconds = given
     wait = math.ceil(stale_seconds - age) if age < stale_seconds else 0
     free = f"wait {wait} s and try again, or delete {path.name} there if that run is certainly gone"
     if not found:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from newllm.errors import UserError
+from newllm.training import drive
 from newllm.training import lock as lock_module
 from newllm.training.lock import FolderLock, LockLost, holder, read_lock
 
@@ -178,6 +179,54 @@ def test_another_machine_is_respected_until_its_heartbeat_is_stale(tmp_path):
     with quick(tmp_path) as lock:
         assert read_lock(lock.path)["token"] != content["token"]
         assert "elsewhere" in lock.note
+
+
+def test_staleness_follows_the_cadence_of_the_writer(tmp_path):
+    """Who beats slowly is not dead after the reader's 300 s, and who beats fast is dead sooner; `holder` sees it alike."""
+    foreign(tmp_path, age=400, stale_seconds=600)
+    with pytest.raises(UserError, match=r"theirs .* 400 s ago.*wait (199|200) s"):
+        quick(tmp_path).acquire()
+    assert "theirs" in holder(tmp_path)
+    foreign(tmp_path, age=61, stale_seconds=60)
+    assert holder(tmp_path) is None
+    with quick(tmp_path, heartbeat_seconds=1, stale_seconds=1000) as lock:
+        assert "theirs" in lock.note
+        assert read_lock(lock.path)["stale_seconds"] == 1000
+
+
+@pytest.mark.parametrize(
+    "given", [{}, *({"stale_seconds": it} for it in ("600", None, True, [600], -1, 0, float("nan"), float("inf")))]
+)
+def test_a_lock_that_does_not_say_its_cadence_is_judged_by_the_readers(tmp_path, given):
+    """Absent, or no number of seconds."""
+    foreign(tmp_path, age=250, **given)
+    with pytest.raises(UserError, match=r"wait (49|50) s"):
+        quick(tmp_path).acquire()
+    quick(tmp_path, heartbeat_seconds=1, stale_seconds=200).acquire().release()
+    foreign(tmp_path, age=301, **given)
+    assert holder(tmp_path) is None
+
+
+def test_the_cadence_is_slow_on_drive_only(tmp_path, monkeypatch):
+    """Drive counts operations; a link into it counts as Drive, a namesake beside it does not."""
+    mounted = tmp_path / "drive"
+    (mounted / "MyDrive").mkdir(parents=True)
+    (tmp_path / "drive2").mkdir()
+    (tmp_path / "link").symlink_to(mounted / "MyDrive")
+    (tmp_path / "mount").symlink_to(mounted)
+    for place in (mounted, tmp_path / "mount"):  # the mount point may be reached through a link as well
+        monkeypatch.setattr(drive, "COLAB_DRIVE", place)
+        for folder in (mounted, mounted / "MyDrive", tmp_path / "link"):
+            lock = FolderLock(folder, "x")
+            assert (lock.heartbeat_seconds, lock.stale_seconds) == (120, 600)
+            assert drive.lies_on_drive(folder)
+        for folder in (tmp_path, tmp_path / "drive2"):
+            lock = FolderLock(folder, "x")
+            assert (lock.heartbeat_seconds, lock.stale_seconds) == (30, 300)
+    foreign(mounted, age=400)
+    assert "wait" in holder(mounted)
+    lock = FolderLock(mounted, "x", heartbeat_seconds=1, stale_seconds=2)
+    assert (lock.heartbeat_seconds, lock.stale_seconds) == (1, 2)
 
 
 def test_a_heartbeat_from_the_future_counts_as_now(tmp_path):
@@ -350,6 +399,18 @@ def test_check_passes_the_error_of_an_unreadable_folder_on(tmp_path, monkeypatch
         patch.setattr(lock_module, "read_lock", unmounted)
         with pytest.raises(OSError, match="not connected"):
             lock.check()
+
+
+def test_a_folder_that_is_gone_is_a_dropped_mount_not_a_lost_lock(tmp_path):
+    """No save would work there now; back again, the lock is still ours."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+    with quick(folder) as lock:
+        folder.rename(tmp_path / "away")
+        with pytest.raises(OSError, match="is Drive still mounted"):
+            lock.check()
+        (tmp_path / "away").rename(folder)
+        lock.check()
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):

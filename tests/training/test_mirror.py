@@ -1,8 +1,11 @@
 """Second copies arrive whole or are reported; whatever the target does, the training never waits and never fails."""
 
 import builtins
+import contextlib
 import errno
+import json
 import os
+import signal
 import threading
 import time
 from pathlib import Path
@@ -10,7 +13,10 @@ from pathlib import Path
 import pytest
 
 from newllm.errors import UserError
+from newllm.storage import Corrupt, load_sealed, save_sealed
 from newllm.training import drive
+from newllm.training import lock as lock_module
+from newllm.training.lock import read_lock
 from newllm.training.mirror import Mirror
 
 
@@ -32,7 +38,7 @@ class Target:
 
     def __init__(self, folder, monkeypatch):
         self.folder, self.before, self.log = str(folder), lambda operation, path: None, []
-        self.copying_rename = None  # bytes that arrive when a rename copies only a part
+        self.copying_rename = None  # bytes that arrive when the rename of a finished copy copies only a part
         self._open, self._replace = builtins.open, os.replace
         monkeypatch.setattr(builtins, "open", self.open)
         monkeypatch.setattr(os, "replace", self.replace)
@@ -51,7 +57,7 @@ class Target:
     def replace(self, source, target):
         if str(target).startswith(self.folder):
             self.at("replace", target)
-            if self.copying_rename is not None:
+            if self.copying_rename is not None and str(source).endswith(".tmp"):
                 content = Path(source).read_bytes()[: self.copying_rename]
                 os.unlink(source)
                 Path(target).write_bytes(content)
@@ -94,6 +100,12 @@ def fails(number, times=None, operation="write"):
     return fault
 
 
+@pytest.fixture(autouse=True)
+def no_second_look_later(monkeypatch):
+    """A network folder may show the lock late; these never do."""
+    monkeypatch.setattr(lock_module, "READ_PAUSE", 0)
+
+
 @pytest.fixture
 def folders(tmp_path):
     """(source, target): the source holds three files."""
@@ -112,7 +124,7 @@ def clock():
 
 @pytest.fixture
 def mirror(folders, clock):
-    made = Mirror(*folders, clock=clock, sleep=clock.sleep)
+    made = Mirror(*folders, "mine", clock=clock, sleep=clock.sleep)
     yield made
     made.close(flush=False, time_limit=5)
 
@@ -152,7 +164,23 @@ def assert_equal(folders, names=ALL):
 
 
 def content(folder):
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """Names of the files, but for the lock."""
+    return sorted(
+        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != "run.lock"
+    )
+
+
+def save(source, number):
+    save_sealed({"save_number": number}, source / "model_latest.pt")
+
+
+def slots(folder):
+    """Numbers of the whole states in a folder, by slot."""
+    found = {}
+    for slot in ("latest", "prev"):
+        with contextlib.suppress(Corrupt, FileNotFoundError):
+            found[slot] = load_sealed(folder / f"model_{slot}.pt")["save_number"]
+    return found
 
 
 def test_copies_are_equal_and_nothing_else_is_left(folders, mirror, target):
@@ -187,7 +215,7 @@ def test_copies_are_throttled_and_the_newest_content_wins(folders, mirror):
 
 def test_the_throttle_ends_by_itself(folders):
     """No further request is needed when the time has come."""
-    mirror = Mirror(*folders, min_seconds=0.2)
+    mirror = Mirror(*folders, "mine", min_seconds=0.2)
     mirror.request(["logs/a.csv"])
     wait_for(lambda: mirror.copied == 1)
     mirror.request(["model_latest.pt"])
@@ -362,7 +390,7 @@ def test_request_does_not_wait_for_a_slow_target(folders, mirror, target):
     assert slow.wait(5)
     started = time.monotonic()
     for step in range(100):
-        mirror.request(ALL, keep=["x"], step=step)
+        mirror.request(ALL, step=step)
     assert time.monotonic() - started < 0.1
     assert mirror.copied == 0
     mirror.close()
@@ -370,7 +398,7 @@ def test_request_does_not_wait_for_a_slow_target(folders, mirror, target):
 
 
 def test_close_does_not_wait_longer_than_told(folders, mirror, target):
-    """A target that hangs: close returns, and the report says that the copy is not finished."""
+    """A target that hangs: close returns, the report says so, and the lock stays while something may yet be written."""
     hang = threading.Event()
     target.before = lambda operation, _: hang.wait(10) if operation == "write" else None
     mirror.request(ALL)
@@ -378,9 +406,11 @@ def test_close_does_not_wait_longer_than_told(folders, mirror, target):
     mirror.close(time_limit=0.2)
     assert time.monotonic() - started < 2
     assert "FAILED: not finished within 0.2 s" in mirror.report()
+    assert mirror.lock.path.exists()
     hang.set()
     mirror._thread.join(5)
     assert not mirror._thread.is_alive()
+    assert not mirror.lock.path.exists()
 
 
 def test_a_copy_that_takes_too_long_is_given_up(folders, mirror, target):
@@ -443,29 +473,211 @@ def test_what_is_copied_was_there_at_one_moment(folders, mirror, target):
     assert (copy / "model_latest.pt").read_text() == (copy / "manifest.json").read_text() == "save 1"
 
 
-def test_rotation_deletes_old_steps_only_after_the_new_copies_are_there(folders, mirror, target):
-    """`keep` names the step files that stay, other files are never touched, deleted ones were emptied first."""
+def test_the_target_holds_the_latest_state_and_the_one_before(folders, mirror, target):
+    """Each new copy moves the old one to the second slot; an unchanged one moves nothing."""
     source, copy = folders
-    for name in ("model_step_1.pt", "model_step_1 (1).pt", "model_step_2.pt", "model_best.pt", "my_step_1.pt"):
-        (copy / name).write_text("old")
-    (source / "model_step_3.pt").write_text("new")
-    target.before = fails(errno.EIO)
-    do_round(mirror, ["model_step_3.pt"], keep={"model_step_2.pt", "model_step_3.pt"})
-    assert "model_step_1.pt" in content(copy)
+    for number, expected in ((1, {"latest": 1}), (2, {"latest": 2, "prev": 1}), (3, {"latest": 3, "prev": 2})):
+        save(source, number)
+        for _ in range(2):
+            do_round(mirror, ["model_latest.pt", "manifest.json"])
+            assert slots(copy) == expected
+    assert content(copy) == ["manifest.json", "model_latest.pt", "model_prev.pt"]
+    assert target.renames()[-2:] == ["model_prev.pt", "model_latest.pt"]
+
+
+def test_a_kill_at_any_instant_leaves_a_whole_state(folders, clock, target, monkeypatch):
+    """From one operation on nothing works, not even tidying up: the old or the new state is there; the next run mends."""
+    source, copy = folders
+    between, left, number = 0, 0, 1
+
+    def kill(*_):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.EIO, "killed")
+
+    save(source, number)
+    for operations in range(100):
+        mirror = Mirror(*folders, "mine", attempts=1, clock=clock, sleep=clock.sleep)
+        do_round(mirror, ["model_latest.pt"])
+        assert slots(copy)["latest"] == number  # whatever the one before left behind
+        number, left, target.before = number + 1, operations, kill
+        save(source, number)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "truncate", kill)
+            do_round(mirror, ["model_latest.pt"])
+        mirror.close(flush=False)
+        target.before = lambda *_: None
+        found = slots(copy)
+        assert {number - 1, number} & set(found.values()), f"nothing whole after {operations} operations"
+        between += found == {"prev": number - 1} and not (copy / "model_latest.pt").exists()
+        if left >= 0:
+            break
+    assert operations == 7  # read the old one, open, write, read back, rename, rename, read back
+    assert between == 1  # the kill between the renames
+    assert found == {"latest": number, "prev": number - 1}
+    assert content(copy) == ["model_latest.pt", "model_prev.pt"]
+
+
+@pytest.mark.parametrize("arrives", [0, 100])
+def test_a_torn_latest_never_takes_the_place_of_the_whole_one_before(folders, clock, target, arrives):
+    """Neither in the further attempts, nor in the next round, nor in the next session; then it is mended."""
+    source, copy = folders
+    for session in range(2):
+        mirror = Mirror(*folders, "mine", clock=clock, sleep=clock.sleep)
+        if session == 0:
+            for number in (1, 2):
+                save(source, number)
+                do_round(mirror, ["model_latest.pt"])
+            target.copying_rename = arrives
+            save(source, 3)
+        for _ in range(2):
+            do_round(mirror, ["model_latest.pt"])
+            assert "reads back differently" in mirror.report()
+            assert slots(copy) == {"prev": 2}
+            assert (copy / "model_latest.pt").stat().st_size == arrives
+        mirror.close(flush=False)
+    target.copying_rename = None
+    mirror = Mirror(*folders, "mine", clock=clock, sleep=clock.sleep)
+    do_round(mirror, ["model_latest.pt"])
+    mirror.close()
+    assert slots(copy) == {"latest": 3, "prev": 2}
+
+
+def test_a_copy_that_the_target_damages_later_is_made_again(folders, mirror):
+    """Drive loses the tail of what it had: noticed, and the state before stays in its slot."""
+    source, copy = folders
+    for number in (1, 2):
+        save(source, number)
+        do_round(mirror)
+    os.truncate(copy / "model_latest.pt", 100)
+    do_round(mirror)
+    assert slots(copy) == {"latest": 2, "prev": 1}
+
+
+def test_an_old_copy_that_cannot_be_read_is_not_replaced(folders, mirror, target):
+    """Perhaps it is the only whole one: an error of the target, tried again."""
+    source, copy = folders
+    save(source, 1)
+    do_round(mirror, ["model_latest.pt"])
+    save(source, 2)
+    fault = fails(errno.EIO, operation="open rb")
+    target.before = lambda operation, path: fault(operation, path) if path == copy / "model_latest.pt" else None
+    do_round(mirror, ["model_latest.pt"])
+    assert "FAILED: [Errno 5]" in mirror.report()
     target.before = lambda *_: None
-    emptied = []
-    real = os.truncate
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "truncate", lambda path, size: (emptied.append(Path(path).name), real(path, size)))
-        do_round(mirror, [])
-        wait_for(lambda: not mirror._failing)
-    assert content(copy) == ["model_best.pt", "model_step_2.pt", "model_step_3.pt", "my_step_1.pt"]
-    assert sorted(emptied) == ["model_step_1 (1).pt", "model_step_1.pt"]
+    assert slots(copy) == {"latest": 1}
+    do_round(mirror, [])
+    assert slots(copy) == {"latest": 2, "prev": 1}
+
+
+def test_a_second_run_with_the_same_target_is_refused(folders, mirror, tmp_path):
+    """Before it trains and before it copies, with the lock's sentence; free when the first has closed."""
+    copy = folders[1]
+    do_round(mirror, ["model_latest.pt"])
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(UserError, match=rf"run mine\) is using {copy}: stop that process first, or use another folder"):
+        Mirror(other, copy, "theirs")
+    assert content(copy) == ["model_latest.pt"]
+    mirror.close()
+    assert not mirror.lock.path.exists()
+    with contextlib.closing(Mirror(other, copy, "theirs")) as second:
+        assert read_lock(second.lock.path)["run_id"] == "theirs"
+        assert second.lock.note is None
+
+
+def test_a_killed_run_leaves_its_target_to_the_next_one_at_once(folders):
+    """The same machine, any folder: while it lives it is respected; after kill -9 the process table decides, no clock."""
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            Mirror(*folders, "killed")
+            os.write(writing, b"x")
+            time.sleep(60)
+        finally:
+            os._exit(1)
+    os.close(writing)
+    try:
+        assert os.read(reading, 1) == b"x"
+        with pytest.raises(UserError, match=f"process {child} on this machine"):
+            Mirror(*folders, "next")
+    finally:
+        os.close(reading)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    with contextlib.closing(Mirror(*folders, "next")) as mirror:
+        assert f"run killed (process {child}" in mirror.lock.note
+        mirror.request(ALL)
+        wait_for(lambda: mirror.copied == 3)
+    assert_equal(folders)
+
+
+def test_the_lock_of_a_target_beats_slowly_wherever_it_lies(mirror):
+    """It may be a Drive that is mounted anywhere, and Drive counts operations."""
+    assert (mirror.lock.heartbeat_seconds, mirror.lock.stale_seconds) == (120, 600)
+    assert read_lock(mirror.lock.path)["stale_seconds"] == 600
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_a_lost_lock_stops_the_mirror_for_good_and_is_reported(folders, mirror, taken):
+    """Another run took the target, or came and went: nothing is copied any more, and the line says why and what is there."""
+    copy = folders[1]
+    do_round(mirror, ["model_latest.pt"], step=100)
+    path, theirs = mirror.lock.path, {"token": "t", "run_id": "theirs", "host": "elsewhere"}
+    if taken:
+        path.write_text(json.dumps(read_lock(path) | theirs))
+    else:
+        path.unlink()
+    do_round(mirror, step=200)
+    mirror._thread.join(5)
+    assert not mirror._thread.is_alive()
+    mirror.request(ALL, step=300)
+    mirror.close()
+    assert content(copy) == ["model_latest.pt"]
+    line = mirror.report()
+    assert line.startswith("mirror STOPPED for good: ") and "\n" not in line and ".;" not in line
+    assert line.endswith(f"; newest copy is step 100 in {copy}")
+    assert (rf"run theirs (process {os.getpid()} on elsewhere) has taken over" if taken else "run.lock is gone") in line
+    assert path.exists() == taken
+    assert not taken or read_lock(path)["run_id"] == "theirs"
+
+
+def test_a_lock_lost_in_the_middle_of_a_round_spares_the_rest(folders, mirror, target):
+    """The lock is looked at before every copy, not only before the first."""
+
+    def steal(operation, path):
+        if operation == "write":
+            found = read_lock(mirror.lock.path)
+            mirror.lock.path.write_text(json.dumps(found | {"token": "t"}))
+
+    target.before = steal
+    do_round(mirror, ["model_latest.pt", "logs/a.csv", "manifest.json"])
+    assert content(folders[1]) == ["model_latest.pt"]
+    assert "STOPPED" in mirror.report()
+
+
+def test_a_lock_that_cannot_be_read_is_an_error_like_any_other(folders, mirror, monkeypatch):
+    """Drive dropped out: the round fails and is tried again; nobody is said to have taken anything."""
+
+    def unmounted(path):
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lock_module, "read_lock", unmounted)
+        do_round(mirror)
+    assert content(folders[1]) == []
+    assert "mirror FAILED: [Errno 107]" in mirror.report()
+    assert mirror.retries > 0
+    do_round(mirror, [])
+    assert_equal(folders)
+    assert mirror.report().startswith("mirror: 3 files")
 
 
 def test_files_that_are_gone_are_left_out_and_foreign_ones_reported(folders, mirror, tmp_path):
-    """A step file rotated away before its turn is no failure; a path outside the source is."""
-    do_round(mirror, ["model_step_1.pt", "logs/a.csv"])
+    """A file that was renamed before its turn is no failure; a path outside the source is."""
+    do_round(mirror, ["model_best.pt", "logs/a.csv"])
     assert mirror.report().startswith("mirror: 1 files")
     (tmp_path / "secret").write_text("x")
     do_round(mirror, ["../secret"])
@@ -483,11 +695,11 @@ def test_bad_folders_are_refused_at_the_start(folders, tmp_path):
     source, copy = folders
     for inside in (source, source / "mirror", tmp_path):
         with pytest.raises(UserError, match="must not lie in each other"):
-            Mirror(source, inside)
+            Mirror(source, inside, "mine")
     with pytest.raises(UserError, match="mount Drive first"):
-        Mirror(source, tmp_path / "none" / "copy")
+        Mirror(source, tmp_path / "none" / "copy", "mine")
     with pytest.raises(UserError, match="not a folder"):
-        Mirror(copy, source / "model_latest.pt")
+        Mirror(copy, source / "model_latest.pt", "mine")
     assert not (tmp_path / "none").exists()
     assert content(source) == sorted(ALL)
 
@@ -497,9 +709,9 @@ def test_an_unmounted_drive_is_refused(folders, tmp_path, monkeypatch):
     monkeypatch.setattr(drive, "COLAB_DRIVE", folders[1])
     (folders[1] / "MyDrive").mkdir()
     with pytest.raises(UserError, match="mount Drive first"):
-        Mirror(folders[0], folders[1] / "MyDrive")
+        Mirror(folders[0], folders[1] / "MyDrive", "mine")
     monkeypatch.setattr(os.path, "ismount", lambda path: path == folders[1])
-    Mirror(folders[0], folders[1] / "MyDrive").close()
+    Mirror(folders[0], folders[1] / "MyDrive", "mine").close()
 
 
 def test_a_folder_that_cannot_sync_is_served(folders, mirror, monkeypatch):
