@@ -20,7 +20,7 @@ from newllm.reporting.banner import banner
 from newllm.reporting.runlog import RunLog, new_run_id
 from newllm.reporting.summary import context_line, summarize
 from newllm.training.checkpoint import Checkpointer
-from newllm.training.device import describe_device, open_runtime, peak_memory_mb
+from newllm.training.device import compile_cost, describe_device, open_runtime, peak_memory_mb
 from newllm.training.phase1 import train_phase1
 from newllm.training.phase2 import train_phase2
 from newllm.training.state import largest_state_bytes
@@ -90,6 +90,7 @@ def run_stages(config, runtime, data, model, checkpointer):
         "seconds": checkpointer.seconds,
         "saving_share": waited,
         "saving_share_background": written,
+        **(compile_cost() if runtime.compile else {}),
     }
     log.finish(summary)
     if unsaved:

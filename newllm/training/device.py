@@ -52,6 +52,14 @@ class StepFunction:
         self._call, self.compiled = self.eager, False
 
 
+def compile_cost():
+    """What torch.compile has cost this process: graphs made (recompilations included) and seconds spent on them."""
+    from torch._dynamo import utils  # private, the only place that tells; slow to import, so only where it was used
+
+    seconds = utils.cumulative_time_spent_ns["entire_frame_compile"] / 1e9
+    return {"compiled_graphs": utils.counters["stats"]["unique_graphs"], "compile_seconds": seconds}
+
+
 def open_runtime(config):
     """Resolve `device`, `precision` and `compile` of the configuration.
 
