@@ -4,18 +4,24 @@
     python3 test.py --num_samples 78      # every setting is a flag, as in train.py
     python3 test.py --ladder              # 50, 78, 195, 390 and 781 samples, each from scratch in a process of its own
 
-The exit status is 0 when every criterion passes and 1 otherwise.
+A ladder that was cut off is continued by the same command: sweep_state.json in checkpoint_dir holds what is done, and the
+budget in hand goes on from its own checkpoint. The exit status is 0 when every criterion passes and 1 otherwise.
 """
 
 import dataclasses
-import multiprocessing
 import sys
 
 import train
 from config import ResidualConfig
+from newllm.apart import call_apart
 from newllm.config import parse_args
 from newllm.errors import exit_on_user_error
+from newllm.interrupt import Interrupt
 from newllm.reporting.criteria import LADDER_COLUMNS, check, criteria_table, ladder_row, table
+from newllm.reporting.sweep import Sweep
+from newllm.storage import usable_folder
+from newllm.training.compatibility import BUDGET, HARMLESS
+from newllm.training.lock import FolderLock
 
 LADDER = (50, 78, 195, 390, 781)
 
@@ -26,14 +32,11 @@ def main(config, ladder=False):
     Returns:
         Whether every criterion passed.
     """
-    scratch = dataclasses.replace(config, save_checkpoint=False, load_checkpoint=False, phase="both")
+    config = dataclasses.replace(config, phase="both")
     if ladder:
-        configs = [dataclasses.replace(scratch, num_samples=size) for size in LADDER]
-        # A process of its own gives each budget its own peak memory.
-        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-            summaries = pool.map(train.main, configs, chunksize=1)
+        summaries = climb(config)
     else:
-        summaries = [train.main(scratch)]
+        summaries = [train.main(dataclasses.replace(config, save_checkpoint=False, load_checkpoint=False))]
     for summary in summaries:
         print(f"\n== {summary['train_tokens']:,} tokens, {summary['data_source']}, {summary['tokenizer']} ==")
         print("\n".join(criteria_table(check(summary))))
@@ -41,6 +44,26 @@ def main(config, ladder=False):
     passed = all(criterion.passed for summary in summaries for criterion in check(summary))
     print("\nPASS" if passed else "\nFAIL")
     return passed
+
+
+def climb(config):
+    """The summaries of all budgets; what an earlier, interrupted ladder has done is not done again.
+
+    Raises:
+        UserError: the folder holds another ladder, or a budget failed.
+        Stopped: a signal or max_minutes ended the ladder early.
+    """
+    folder = usable_folder(config.checkpoint_dir, "checkpoint_dir")
+    settings = {name: value for name, value in config.to_dict().items() if name not in HARMLESS | BUDGET}
+
+    def work(run):
+        # One backup_dir cannot mirror several runs; the time limit is the ladder's, and a stop is passed on to the run.
+        own = dict(num_samples=run["size"], checkpoint_dir=run["folder"], keep_last=0, backup_dir="", max_minutes=0.0)
+        return call_apart(train.main, dataclasses.replace(config, **own))
+
+    with Interrupt(config.max_minutes), FolderLock(folder, "ladder"):
+        sizes = {f"samples_{size}": size for size in LADDER}
+        return Sweep(folder, settings, sizes, fresh=not config.load_checkpoint).finish(work)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ carries its own proof and plain `torch.load` still opens it. torch itself checks
 
 import hashlib
 import os
+import shutil
 import struct
 from pathlib import Path
 
@@ -63,10 +64,13 @@ class _HashingWriter:
         self.file.flush()
 
 
-def save_sealed(value, path):
+def save_sealed(value, path, previous=None):
     """Write `value` (tensors and plain Python values) so that `path` is at every instant the old or the new file.
 
     The temporary file lies in the target's own folder, is synced and read back before it takes the name.
+
+    Args:
+        previous: a path by which to keep the file that had the name.
 
     Returns:
         The SHA-256 (hex) of the archive.
@@ -90,6 +94,8 @@ def save_sealed(value, path):
             file.flush()
             os.fsync(file.fileno())
         load_sealed(temporary, mmap=True)  # what cannot be loaded must not replace what can
+        if previous is not None and path.exists():
+            duplicate(path, previous)
         os.replace(temporary, path)
         sync_folder(path.parent)
     except (RuntimeError, Corrupt) as error:
@@ -99,6 +105,23 @@ def save_sealed(value, path):
     finally:
         temporary.unlink(missing_ok=True)
     return digest
+
+
+def duplicate(path, target):
+    """Give the file a second name, replacing what had it: a hard link where possible, else a synced copy."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        try:
+            os.link(path, temporary)
+        except OSError:  # Drive and other network folders have no hard links
+            with open(path, "rb") as source, open(temporary, "wb") as copy:
+                shutil.copyfileobj(source, copy)
+                copy.flush()
+                os.fsync(copy.fileno())
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)  # also where both were names of one file already: rename does nothing then
 
 
 def verify_seal(path):

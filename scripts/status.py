@@ -1,26 +1,35 @@
-"""Where a run is: phase, epoch, batch, progress, best loss, age of the last checkpoint, speed, ETA.
+"""Where a run or a sweep is: phase, epoch, batch, progress, best loss, age of the last checkpoint, speed, ETA.
 
     python3 -m scripts.status [--checkpoint_dir DIR] [--json]
 
-Reads a small file; works while training runs, on any machine that sees the folder.
+Reads a small file; works while training runs, on any machine that sees the folder. Of a sweep (`test.py --ladder`) it
+tells the runs done and remaining, the time, and where the run in hand is.
 """
 
 import argparse
 import json
+from pathlib import Path
 
 from config import ResidualConfig
 from newllm.errors import exit_on_user_error
-from newllm.reporting.status import read_status, status_lines
+from newllm.reporting.status import STATUS_NAME, read_status, status_lines
+from newllm.reporting.sweep import read_sweep, sweep_lines
 
 
 def main(arguments=None):
-    """Print the status of the run in a folder."""
+    """Print the status of the run or the sweep in a folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint_dir", default=ResidualConfig.checkpoint_dir, help="folder of the run")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     options = parser.parse_args(arguments)
-    fields = read_status(options.checkpoint_dir)
-    print(json.dumps(fields) if options.json else "\n".join(status_lines(fields)))
+    folder, sweep = Path(options.checkpoint_dir), read_sweep(options.checkpoint_dir)
+    if sweep:
+        folder = next((folder / run["name"] for run in sweep["runs"] if run["status"] == "running"), folder)
+    fields = read_status(folder) if not sweep or (folder / STATUS_NAME).exists() else {}
+    if options.json:
+        print(json.dumps(fields | ({"sweep": sweep} if sweep else {})))
+    else:
+        print("\n".join((sweep_lines(sweep) if sweep else []) + (status_lines(fields) if fields else [])))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,14 @@
-"""A small language to write corpora in, and settings as flags."""
+"""A small language to write corpora in, settings as flags, and a file that does harm to who unpickles it."""
 
+import hashlib
+import io
 import json
+import os
 import random
+
+import torch
+
+from newllm import storage
 
 WORDS = [f"{first}{last}" for first in ("ba", "do", "ki", "lu") for last in ("n", "r", "st", "ve", "m")]
 
@@ -29,3 +36,27 @@ def as_flags(settings):
     for name, value in settings.items():
         flags += [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     return flags
+
+
+class Evil:
+    """Unpickles by creating a folder."""
+
+    def __init__(self, harm):
+        self.harm = str(harm)
+
+    def __reduce__(self):
+        return os.mkdir, (self.harm,)
+
+
+def write_evil(path, harm, sealed=True):
+    """A torch archive whose unpickling would make the folder `harm`; `sealed` with the checksum that belongs to it."""
+    buffer = io.BytesIO()
+    torch.save({"model_state_dict": Evil(harm)}, buffer)
+    path.write_bytes(seal(buffer.getvalue()) if sealed else buffer.getvalue())
+
+
+def seal(archive):
+    """Bytes of an archive with empty comment -> the same with a correct seal."""
+    assert archive.endswith(storage.EMPTY_COMMENT)
+    digest = hashlib.sha256(archive).hexdigest().encode()
+    return archive[: -len(storage.EMPTY_COMMENT)] + storage.SEAL_COMMENT + storage.SEAL_PREFIX + digest

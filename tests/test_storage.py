@@ -1,7 +1,6 @@
 """Sealed files are whole or refused, and a failed write changes nothing."""
 
 import builtins
-import hashlib
 import io
 import os
 import pickle
@@ -11,6 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from helpers import Evil, seal, write_evil
 
 from newllm import storage
 from newllm.errors import UserError
@@ -31,13 +31,6 @@ def sealed(tmp_path):
     path = tmp_path / "model.pt"
     save_sealed(VALUE, path)
     return path, path.read_bytes()
-
-
-def seal(archive):
-    """Bytes of an archive with empty comment -> the same with a correct seal."""
-    assert archive.endswith(storage.EMPTY_COMMENT)
-    digest = hashlib.sha256(archive).hexdigest().encode()
-    return archive[: -len(storage.EMPTY_COMMENT)] + storage.SEAL_COMMENT + storage.SEAL_PREFIX + digest
 
 
 def assert_refused_untouched(path, content):
@@ -131,23 +124,11 @@ def test_a_missing_file_is_file_not_found(tmp_path):
         load_sealed(tmp_path / "none.pt")
 
 
-class Evil:
-    """Unpickles by creating a folder."""
-
-    def __init__(self, path):
-        self.path = str(path)
-
-    def __reduce__(self):
-        return os.mkdir, (self.path,)
-
-
 def test_an_evil_pickle_in_a_correct_seal_never_executes(tmp_path):
     """The seal proves wholeness, not good will: unpickling is restricted as well."""
     harm = tmp_path / "harm"
-    buffer = io.BytesIO()
-    torch.save({"x": Evil(harm)}, buffer)
     path = tmp_path / "evil.pt"
-    path.write_bytes(seal(buffer.getvalue()))
+    write_evil(path, harm)
     verify_seal(path)
     with pytest.raises(Corrupt):
         load_sealed(path)

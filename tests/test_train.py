@@ -1,7 +1,6 @@
 """train.py and test.py as a user runs them, and what a run leaves behind."""
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import train
 from config import ResidualConfig
 from newllm.errors import UserError
 from newllm.reporting.criteria import check
+from newllm.reporting.runlog import read_rows
 from newllm.storage import load_sealed
 
 ROOT = Path(__file__).parent.parent
@@ -25,7 +25,7 @@ KEYS = {
     "val_bpb", "val_acc", "val_ppl_untrained_context", "val_ppl_bigram", "val_ppl_kn", "tok_per_s_phase1",
     "peak_memory_mb", "seconds",
 }  # fmt: skip
-TIMES = ("seconds", "tok_per_s_phase1", "tok_per_s_phase2", "peak_memory_mb", "saving_share")
+TIMES = ("seconds", "tok_per_s_phase1", "tok_per_s_phase2", "peak_memory_mb", "saving_share", "saving_share_background")
 
 
 def run(command, settings, *extra):
@@ -56,7 +56,7 @@ def test_train_as_a_command_ends_with_the_block_and_leaves_a_checkpoint(tiny_set
     assert len(checkpoint["phase2_history"]["train_loss"]) == 3
     assert checkpoint["phase2_history"]["val_loss"][-1] > 0
     (log,) = (Path(tiny_settings["checkpoint_dir"]) / "dialogues" / "logs").glob("metrics_*.jsonl")
-    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = list(read_rows(log))
     assert [row["stage"] for row in rows if row["stage"] in ("start", "summary")] == ["start", "summary"]
     assert sum(row["stage"] == "phase1" for row in rows) == checkpoint["phase1_history"]["cvfp"].__len__()
 
@@ -90,8 +90,8 @@ def test_a_run_cut_at_any_save_continues_to_the_same_bits(tiny_settings, monkeyp
     def cut_after(number):
         saves = iter(range(1, number + 1))
 
-        def save(value, path):
-            digest = real(value, path)
+        def save(value, path, *previous):
+            digest = real(value, path, *previous)
             if next(saves) == number:
                 raise Cut
             return digest
@@ -181,9 +181,11 @@ def test_a_checkpoint_trained_on_other_text_is_refused(tiny_settings, tmp_path):
     source = write_dialogues(tmp_path / "own.jsonl", 30)
     config = ResidualConfig(**tiny_settings | {"data_source": str(source)}, phase="1")
     train.main(config)
+    before = (Path(config.checkpoint_dir) / "model_latest.pt").read_bytes()
     write_dialogues(source, 30, seed=1)
     with pytest.raises(UserError, match="other data"):
         train.main(config)
+    assert (Path(config.checkpoint_dir) / "model_latest.pt").read_bytes() == before
 
 
 def test_a_changed_schedule_warns_and_continues(tiny_settings, capsys):

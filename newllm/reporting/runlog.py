@@ -32,7 +32,7 @@ class RunLog:
     def log(self, stage, **values):
         """Append one row; NaN and infinity become null, so that any JSON reader takes the file.
 
-        A disk that refuses costs rows, not the run: the first time is said, and rows are written again as soon as it allows.
+        A disk that refuses costs rows, not the run: the first time is said, and rows are written again when it allows.
         """
         row = dict(time=datetime.now(timezone.utc).isoformat(timespec="seconds"), stage=stage, **values)
         try:

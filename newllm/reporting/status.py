@@ -10,7 +10,9 @@ from pathlib import Path
 from newllm.errors import UserError
 from newllm.storage import write_text
 
+STATUS_NAME = "status.json"
 SECONDS_BETWEEN_WRITES = 2.0
+CUT_OFF = "cut off; the same command continues it"
 
 
 class StatusFile:
@@ -21,7 +23,7 @@ class StatusFile:
     """
 
     def __init__(self, checkpoint_dir, **fixed):
-        self.path = Path(checkpoint_dir) / "status.json"
+        self.path = Path(checkpoint_dir) / STATUS_NAME
         self.fields = fixed | {"pid": os.getpid(), "host": socket.gethostname(), "state": "running", "saved_at": None}
         self.written = -SECONDS_BETWEEN_WRITES
 
@@ -40,7 +42,7 @@ def read_status(checkpoint_dir):
     Raises:
         UserError: there is no run in the folder, or the file is not readable.
     """
-    path = Path(checkpoint_dir) / "status.json"
+    path = Path(checkpoint_dir) / STATUS_NAME
     try:
         fields = json.loads(path.read_text())
     except FileNotFoundError:
@@ -51,10 +53,15 @@ def read_status(checkpoint_dir):
         raise UserError(f"{path} cannot be read ({error}).") from error
     saved_at = fields.pop("saved_at")
     fields["minutes_since_checkpoint"] = None if saved_at is None else (time.time() - saved_at) / 60
-    here = fields["host"] == socket.gethostname()
-    if fields["state"] == "running" and here and not Path(f"/proc/{fields['pid']}").exists() and Path("/proc").exists():
-        fields["state"] = "cut off; the same command continues it"
+    if fields["state"] == "running" and is_gone(fields):
+        fields["state"] = CUT_OFF
     return fields
+
+
+def is_gone(fields):
+    """Whether the process that wrote a state file (its pid and host are in the fields) is known to have ended."""
+    here = fields["host"] == socket.gethostname() and Path("/proc").exists()
+    return here and not Path(f"/proc/{fields['pid']}").exists()
 
 
 def status_lines(fields):

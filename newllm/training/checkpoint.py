@@ -133,7 +133,8 @@ class Checkpointer:
         """
         if not self.config.save_checkpoint:
             return
-        present = {(stat.st_dev, stat.st_ino): stat.st_size for stat in map(Path.stat, self.folder.glob("model_*.pt"))}
+        files = map(Path.stat, self.folder.glob("model_*.pt"))
+        present = {(stat.st_dev, stat.st_ino): stat.st_size for stat in files}  # hard links count once
         needed = STATES_ON_DISK * state_bytes - sum(present.values())
         free = shutil.disk_usage(self.folder).free
         if free < needed:
@@ -154,7 +155,13 @@ class Checkpointer:
         if self._found is None or stage != self.stage:
             return None
         found, self._found = self._found, None
-        model.load_state_dict(load_frozen(self.folder, model, found["frozen"]) | found["model_state_dict"])
+        try:
+            model.load_state_dict(load_frozen(self.folder, model, found["frozen"]) | found["model_state_dict"])
+        except RuntimeError as error:  # the settings agree, so the file or the code is of another version
+            reason = "; ".join(line.strip() for line in str(error).splitlines()[1:])
+            raise UserError(
+                f"{self.files.latest} does not fit the model ({reason}): start afresh with --no-load_checkpoint."
+            ) from error
         return found["stage_state"]
 
     def due(self, batch):

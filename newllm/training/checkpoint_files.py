@@ -6,14 +6,12 @@ read back. The manifest is written last and is only for people and `scripts.stat
 
 import contextlib
 import json
-import os
 import re
-import shutil
 import time
 from pathlib import Path
 
 from newllm.errors import UserError
-from newllm.storage import Corrupt, load_sealed, save_sealed, verify_seal, write_text
+from newllm.storage import Corrupt, duplicate, load_sealed, save_sealed, verify_seal, write_text
 from newllm.training.drive import copy_verified
 
 KEPT = ("model_epoch.pt", "model_phase1.pt", "model_backup.pt")  # end of an epoch, end of Phase 1, saved by hand
@@ -54,9 +52,7 @@ class CheckpointFiles:
         """
         for attempt in range(ATTEMPTS):
             try:
-                if self.latest.exists():
-                    duplicate(self.latest, self.previous)
-                digest = save_sealed(content, self.latest)
+                digest = save_sealed(content, self.latest, self.previous)
                 break
             except OSError:
                 if attempt + 1 == ATTEMPTS:
@@ -86,9 +82,16 @@ class CheckpointFiles:
             try:
                 found[path] = load_sealed(path, mmap=True)["save_number"]
             except FileNotFoundError:
-                continue
+                if path.is_symlink():
+                    raise UserError(
+                        f"{path} is a link to nowhere: mount what it leads to, or remove the link."
+                    ) from None
             except Corrupt as error:
                 damaged.append((path, error))
+            except OSError as error:
+                raise UserError(
+                    f"{path} cannot be read ({error.strerror or error}): mend that or move it away."
+                ) from error
             if path == self.latest and found:
                 break  # the usual case needs no other file
         if damaged and not found:
@@ -178,21 +181,6 @@ def _newest(files):
         if found is None or content["save_number"] > found["save_number"]:
             found = content
     return found
-
-
-def duplicate(path, target):
-    """Give the file a second name, replacing what had it: a hard link where possible, else a synced copy."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(path, temporary)
-    except OSError:  # Drive and other network folders have no hard links
-        with open(path, "rb") as source, open(temporary, "wb") as copy:
-            shutil.copyfileobj(source, copy)
-            copy.flush()
-            os.fsync(copy.fileno())
-    os.replace(temporary, target)
-    temporary.unlink(missing_ok=True)  # where both were names of one file already, rename does nothing
 
 
 def set_aside(path):

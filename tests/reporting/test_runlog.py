@@ -1,12 +1,21 @@
-"""The record of a run: any JSON reader takes it, the console shows a view of it."""
+"""The record of a run: any JSON reader takes it, the console shows a view of it, and no disk ends a run through it."""
 
+import builtins
 import json
 import math
+import os
 import re
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
-from newllm.reporting.runlog import RunLog, format_value, new_run_id
+from newllm.reporting.runlog import RunLog, format_value, new_run_id, read_rows
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -69,6 +78,95 @@ def test_two_runs_have_two_files(tmp_path, log):
     other = RunLog(tmp_path, "chitchat", "20260101_000001")
     other.log("phase1", iteration=2)
     assert [row["iteration"] for row in rows(log)] == [1]
+
+
+def iterations(path):
+    return [row["iteration"] for row in read_rows(path)]
+
+
+@pytest.mark.parametrize("error", [28, 30, 5, 2], ids=os.strerror)
+def test_a_disk_that_refuses_costs_rows_and_not_the_run(log, monkeypatch, capsys, error):
+    """Full, read-only, failing, gone: said once in one line, and rows are written again when it allows."""
+    log.log("phase1", iteration=1)
+    real = builtins.open
+
+    def refuse(path, mode="r", *args, **kwargs):
+        if str(path) == str(log.path) and mode != "rb":
+            raise OSError(error, os.strerror(error))
+        return real(path, mode, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builtins, "open", refuse)
+        for iteration in (2, 3):
+            log.log("phase1", iteration=iteration)
+    log.log("phase1", iteration=4)
+    (line,) = capsys.readouterr().out.splitlines()
+    reason = os.strerror(error)
+    assert line == f"warning: {log.path} cannot be written ({reason}); training goes on, its record has a gap"
+    assert iterations(log.path) == [1, 4]
+
+
+def test_a_disk_that_fills_up_within_a_row_corrupts_no_other(log, capsys):
+    """The kernel itself takes the first bytes of a row and refuses the rest."""
+    log.log("phase1", iteration=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (log.path.stat().st_size + 20, hard))
+    try:
+        for iteration in (2, 3):
+            log.log("phase1", iteration=iteration)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.log("phase1", iteration=4)
+    assert capsys.readouterr().out.count("cannot be written (File too large)") == 1
+    assert iterations(log.path) == [1, 4]
+    assert len(log.path.read_bytes().splitlines()) == 3  # one of them is what was left of the second row
+
+
+def test_a_torn_last_line_is_skipped_and_the_next_row_has_a_line_of_its_own(tmp_path, log):
+    """Cut after any byte, as by a lost machine: every row but the torn one is read, before and after the run goes on."""
+    for iteration in (1, 2):
+        log.log("phase1", iteration=iteration, name="\u00e4\n")
+    whole = log.path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for cut in range(first, len(whole) + 1):
+        log.path.write_bytes(whole[:cut])
+        kept = [1, 2] if cut >= len(whole) - 1 else [1]
+        assert iterations(log.path) == kept
+        RunLog(tmp_path, "chitchat", log.run_id).log("phase1", iteration=3)
+        assert iterations(log.path) == [*kept, 3]
+
+
+def test_bytes_that_are_no_text_are_skipped(log):
+    """What a file system makes of a block that was never written: zeros, or anything."""
+    log.log("phase1", iteration=1)
+    with open(log.path, "ab") as file:
+        file.write(b"\0" * 50 + b"\xff\xfe{")
+    log.log("phase1", iteration=2)
+    assert iterations(log.path) == [1, 2]
+
+
+WRITE_ROWS = """
+import sys
+from newllm.reporting.runlog import RunLog
+
+log = RunLog(sys.argv[1], "chitchat", "r")
+for iteration in range(10**9):
+    log.log("phase1", iteration=iteration, text="x" * 5000)
+"""
+
+
+def test_a_killed_process_leaves_rows_that_can_be_read(tmp_path):
+    """SIGKILL while rows are written: the next process appends, and nothing but a torn line is lost."""
+    path = tmp_path / "chitchat" / "logs" / "metrics_r.jsonl"
+    process = subprocess.Popen([sys.executable, "-c", WRITE_ROWS, str(tmp_path)], cwd=ROOT)
+    while not path.exists() or path.stat().st_size < 10**6:
+        assert process.poll() is None
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    lines = len(path.read_bytes().splitlines())
+    RunLog(tmp_path, "chitchat", "r").log("phase1", iteration="next")
+    *before, last = iterations(path)
+    assert last == "next" and before == list(range(len(before))) and len(before) >= lines - 1
 
 
 def test_finish_prints_the_block_and_records_it(log, capsys):

@@ -37,9 +37,9 @@ def on_save(monkeypatch, action):
     """Call `action(path)` before each file is written."""
     real = save_sealed
 
-    def save(value, path):
+    def save(value, path, *previous):
         action(path)
-        return real(value, path)
+        return real(value, path, *previous)
 
     monkeypatch.setattr(checkpoint, "save_sealed", save)
     monkeypatch.setattr(checkpoint_files, "save_sealed", save)

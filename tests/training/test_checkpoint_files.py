@@ -127,10 +127,10 @@ def test_a_write_that_fails_for_a_moment_is_tried_again(files, monkeypatch):
     """Two I/O errors, then success: the state is written."""
     real, failures = checkpoint_files.save_sealed, iter([errno.EIO, errno.ENOTCONN])
 
-    def flaky(value, path):
+    def flaky(value, path, previous):
         if number := next(failures, None):
             raise OSError(number, os.strerror(number))
-        return real(value, path)
+        return real(value, path, previous)
 
     monkeypatch.setattr(checkpoint_files, "save_sealed", flaky)
     monkeypatch.setattr(checkpoint_files, "WAIT", 0.0)
@@ -141,7 +141,7 @@ def test_a_write_that_fails_for_a_moment_is_tried_again(files, monkeypatch):
 def test_a_full_disk_leaves_every_file_as_it_was(files, monkeypatch):
     """The write is given up after its tries; latest is byte-identical and no temporary file stays."""
 
-    def full(value, path):
+    def full(value, path, previous):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     before = files.latest.read_bytes()
