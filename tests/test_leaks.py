@@ -13,7 +13,7 @@ def live_bytes():
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor):
+        if type(thing) in (torch.Tensor, torch.nn.Parameter):  # not the compiler's stand-ins, which have no storage
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

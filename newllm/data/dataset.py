@@ -83,6 +83,8 @@ def load_data(config):
     notes = []
     try:
         save_sealed(payload | {"recipe": path.name}, path)
+        for stray in path.parent.glob(f".{path.name}.*.tmp"):  # of builders that were killed, or lost the race to this one
+            stray.unlink(missing_ok=True)
         if path in unusable:
             notes.append(f"cache: {path} was damaged or foreign ({unusable.pop(path)}) and has been rebuilt")
     except OSError as error:

@@ -2,9 +2,8 @@
 
 On one machine the process table decides, so a killed run's lock is taken over at once. Of a run on another machine (the
 folder lies on a Drive) only the heartbeat is known; a lost virtual machine's lock is free `stale_seconds` after its last
-beat; the lock says how many, as only its writer knows how often it beats. As that rests on two clocks and on a network
-folder, it can go wrong; therefore `check` before every save: a run that was taken for dead and wakes up stops there, and
-never overwrites what its successor wrote.
+beat; the lock says how many. As that rests on two clocks and on a network folder, it can go wrong; therefore `check` before
+every save: a run that was taken for dead and wakes up stops there, and never overwrites what its successor wrote.
 """
 
 import contextlib
@@ -35,7 +34,7 @@ FIELDS = {"host": str, "boot_id": str, "pid_namespace": str, "pid": int, "starte
 
 
 class LockLost(UserError):
-    """The folder belongs to another run by now; nothing more may be written to it."""
+    """The folder belongs to another run by now."""
 
 
 class FolderLock:
@@ -74,7 +73,9 @@ class FolderLock:
         self._pid = os.getpid()
         try:
             with _one_taker(self.folder):
-                if not self._create():
+                try:
+                    self._write(_link_new)
+                except FileExistsError:
                     self._take_over()
             for stray in self.folder.glob(f".{LOCK_NAME}.*.tmp"):
                 stray.unlink(missing_ok=True)
@@ -102,8 +103,8 @@ class FolderLock:
                 break
         if self._lost_to:
             raise LockLost(
-                f"{_name(self._lost_to)} has taken over {self.folder} from this run ({self.run_id}), which was silent for too "
-                "long: this run writes nothing more there; let the other one go on, or use another folder."
+                f"{_name(self._lost_to)} has taken over {self.folder} from this run ({self.run_id}), silent for too long, which "
+                "writes nothing more there: let the other one go on, or use another folder."
             )
         if isinstance(failure, FileNotFoundError):
             if not self.folder.is_dir():
@@ -141,26 +142,15 @@ class FolderLock:
         mine |= {"token": self.token, "beat": self._beat, "time": time.time(), "stale_seconds": self.stale_seconds}
         return json.dumps(mine).encode()
 
-    def _create(self):
-        """Make the file where there is none. Returns whether that worked."""
+    def _write(self, place=None):
+        temporary = self.path.with_name(f".{LOCK_NAME}.{self.token}.tmp")
         try:
-            with open(self.path, "xb", buffering=0) as file:
+            with open(temporary, "wb", buffering=0) as file:
                 file.write(self._content())
                 os.fsync(file.fileno())
-        except FileExistsError:
-            return False
-        except OSError:  # an empty lock would keep everybody out for a while
-            with contextlib.suppress(OSError):
-                self.path.unlink()
-            raise
-        return True
-
-    def _write(self):
-        temporary = self.path.with_name(f".{LOCK_NAME}.{self.token}.tmp")
-        with open(temporary, "wb", buffering=0) as file:
-            file.write(self._content())
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+            (place or os.replace)(temporary, self.path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     def _take_over(self):
         found, age = _look(self.path)
@@ -188,6 +178,17 @@ class FolderLock:
                     self._write()
                 except OSError as error:  # also "not found": never made anew, another run may have come and gone
                     self.error = error
+
+
+def _link_new(temporary, path):
+    """os.replace for a name that must be free: raises FileExistsError, and the file is whole from its first instant."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        raise
+    except OSError:  # no hard links: who is killed between these two lines leaves an empty lock, to go stale
+        open(path, "xb").close()
+        os.replace(temporary, path)
 
 
 def holder(folder):
