@@ -1,5 +1,6 @@
 """Dialogues to packed samples of ids: packing, disjoint splits, the cache file, the order of samples in an epoch."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -63,6 +64,7 @@ def load_data(config):
             payload = _read_cache(_cache_path(folder, name, identity, "bpe", config), unusable)
         if payload is None:
             return None
+        _clear_strays(payload["path"])
         reason = choose()[1] if config.tokenizer == "auto" and payload["tokenizer_name"] == "bpe" else ""
         return _token_data(payload, note, reason, [f"cache hit: {payload['path']}", *_unused(unusable)], cache_hit=True)
 
@@ -83,8 +85,7 @@ def load_data(config):
     notes = []
     try:
         save_sealed(payload | {"recipe": path.name}, path)
-        for stray in path.parent.glob(f".{path.name}.*.tmp"):  # of builders that were killed, or lost the race to this one
-            stray.unlink(missing_ok=True)
+        _clear_strays(path)
         if path in unusable:
             notes.append(f"cache: {path} was damaged or foreign ({unusable.pop(path)}) and has been rebuilt")
     except OSError as error:
@@ -258,6 +259,13 @@ def _read_cache(path, unusable):
     except (Corrupt, OSError, KeyError) as error:
         unusable[path] = str(error).removeprefix(f"{path} ")
         return None
+
+
+def _clear_strays(path):
+    """Delete temporary files of builders that were killed, or that lost the race to a file that is there."""
+    for stray in path.parent.glob(f".{path.name}.*.tmp"):
+        with contextlib.suppress(OSError):
+            stray.unlink()
 
 
 def _unused(unusable):
