@@ -121,11 +121,8 @@ def batch_at(order, batches, index):
 def quick_subset(num_samples, fraction, seed):
     """The fixed samples of quick checks: int64 [max(1, round(fraction * num_samples))], sorted."""
     count = max(1, round(fraction * num_samples))
-    return (
-        torch.randperm(num_samples, generator=derived_generator(num_samples, seed, "quick subset", 0))[:count]
-        .sort()
-        .values
-    )
+    order = torch.randperm(num_samples, generator=derived_generator(num_samples, seed, "quick subset", 0))
+    return order[:count].sort().values
 
 
 # Packing
