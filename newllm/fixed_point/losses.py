@@ -1,8 +1,10 @@
 """Losses of Phase 1: fixed-point consistency and three distribution regularizers. All are bounded below.
 
-Everything is computed in fp32, because covariances of thousands of half-precision tokens lose their small eigenvalues.
+Everything is accumulated in fp32, because covariances summed in half precision lose their small eigenvalues.
 Shapes: N tokens, C context width.
 """
+
+import contextlib
 
 import torch
 
@@ -26,13 +28,50 @@ def covariance_loss(contexts_NC):
     return hinge + off_diagonal
 
 
+class _SteinLoss(torch.autograd.Function):
+    """Loss and gradient 2 (c - mean) (I - S^-1) / ((N - 1) C) together: half the products of differentiating through S."""
+
+    @staticmethod
+    def forward(ctx, contexts_NC):
+        with torch.autocast(contexts_NC.device.type, enabled=False), _half_precision_products(contexts_NC):
+            contexts = contexts_NC.to(torch.promote_types(contexts_NC.dtype, torch.float32))
+            centred = contexts - contexts.mean(0)
+            tokens, size = centred.shape
+            identity = torch.eye(size, device=contexts.device, dtype=contexts.dtype)
+            cov = centred.T @ centred / (tokens - 1) + 1e-3 * identity
+            factor = torch.linalg.cholesky(cov)
+            loss = (cov.trace() - 2 * factor.diagonal().log().sum() - size) / size
+            if ctx.needs_input_grad[0]:
+                pull = (identity - torch.cholesky_inverse(factor)) * (2 / (tokens - 1) / size)
+                ctx.save_for_backward((centred @ pull).to(contexts_NC.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return ctx.saved_tensors[0] * grad_output
+
+
+@contextlib.contextmanager
+def _half_precision_products(contexts):
+    """For half-precision contexts: let fp32 products round their inputs to it, accumulating in fp32 all the same.
+
+    The inputs come with that rounding, and the sums are what the small eigenvalues need; it is several times as fast.
+    """
+    if contexts.dtype not in (torch.bfloat16, torch.float16):
+        yield
+        return
+    backend, precision = (torch.backends.cuda, "tf32") if contexts.is_cuda else (torch.backends.mkldnn, "bf16")
+    before = backend.matmul.fp32_precision
+    backend.matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        backend.matmul.fp32_precision = before
+
+
 def logdet_loss(contexts_NC):
     """Stein loss (tr S - logdet S - C) / C of the covariance S: the divergence of N(0, S) from N(0, I), zero at S = I."""
-    cov = covariance(contexts_NC)
-    size = len(cov)
-    cov = cov + 1e-3 * torch.eye(size, device=cov.device)
-    logdet = 2 * torch.linalg.cholesky(cov).diagonal().log().sum()
-    return (cov.diagonal().sum() - logdet - size) / size
+    return _SteinLoss.apply(contexts_NC)
 
 
 def dispersion_loss(contexts_NC):

@@ -20,7 +20,7 @@ def make_optimizer(parts, learning_rate, weight_decay):
             decay = weight_decay if decays else 0.0
             groups.append(dict(params=members, lr=learning_rate * scale, weight_decay=decay))
     groups = [dict(group, peak_lr=group["lr"]) for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, betas=BETAS)
+    return torch.optim.AdamW(groups, betas=BETAS, fused=True)
 
 
 def prepare_optimizer(runtime, optimizer, saved):

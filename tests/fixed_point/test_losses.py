@@ -138,6 +138,34 @@ def test_logdet_loss_is_the_stein_loss():
     assert logdet_loss(contexts).item() == pytest.approx(expected, rel=1e-3)
 
 
+def stein(contexts):
+    """The definition, for autograd to differentiate."""
+    centred = contexts - contexts.mean(0)
+    cov = centred.T @ centred / (len(centred) - 1) + 1e-3 * torch.eye(C, dtype=contexts.dtype)
+    return (cov.trace() - torch.logdet(cov) - C) / C
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_the_gradient_of_logdet_is_that_of_its_definition(name):
+    """Worked out by hand in the code, here by autograd, in double precision."""
+    contexts = INPUTS[name]().double().requires_grad_()
+    (expected,) = torch.autograd.grad(3 * stein(contexts), contexts)
+    (found,) = torch.autograd.grad(3 * logdet_loss(contexts), contexts)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_half_precision_contexts_keep_their_small_eigenvalues():
+    """In bf16 value and gradient stay near those of the same contexts in double, far below the size of the smallest eigenvalue."""
+    spread = torch.logspace(0, -1, C, dtype=torch.float64)
+    contexts = (random_tokens(4000, C).double() * spread).bfloat16()
+    exact, rounded = contexts.double().requires_grad_(), contexts.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(stein(exact), exact)
+    (found,) = torch.autograd.grad(logdet_loss(rounded), rounded)
+    assert logdet_loss(rounded).item() == pytest.approx(stein(exact).item(), rel=2e-3)
+    assert (found.double() - expected).norm() < 0.01 * expected.norm()
+    assert torch.backends.mkldnn.matmul.fp32_precision != "bf16"
+
+
 @pytest.mark.parametrize("scale", [0.25, 2.0, 5.0])
 def test_logdet_loss_grows_with_the_distance_from_unit_scale_both_ways(scale):
     """For S = s^2 I it is s^2 - log s^2 - 1."""
