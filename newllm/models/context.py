@@ -7,6 +7,12 @@ import torch
 from torch import nn
 
 
+def in_compute_type(tensor):
+    """The tensor in the type that autocast computes in here, else as it is: one fp32 input would make all of F copy and widen."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
+
+
 class ResidualLayer(nn.Module):
     """o = ReLU(W [c; e] + b); c <- LN(c + o_c); e <- LN(e + o_e)."""
 

@@ -8,6 +8,8 @@ Shapes: N tokens, E width, V vocabulary.
 import torch
 from torch.nn import functional
 
+from newllm.models.context import in_compute_type
+
 CHUNK_ELEMENTS = 1 << 24  # logits held at a time: 64 MiB in fp32
 
 
@@ -16,19 +18,13 @@ def _chunks(num_tokens, vocab_size):
     return [slice(start, start + size) for start in range(0, num_tokens, size)]
 
 
-def _matmul_dtype(hidden):
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-
-
 class _LinearCrossEntropySum(torch.autograd.Function):
     """Sum over tokens of -log softmax(hidden @ weight.T + bias)[target]; gradients are made in the forward pass."""
 
     @staticmethod
     def forward(ctx, hidden_NE, weight_VE, bias_V, targets_N):
-        kind, dtype = hidden_NE.device.type, _matmul_dtype(hidden_NE)
-        with torch.autocast(kind, enabled=False):
-            hidden, weight = hidden_NE.to(dtype), weight_VE.to(dtype)
+        hidden, weight = in_compute_type(hidden_NE), in_compute_type(weight_VE)
+        with torch.autocast(hidden.device.type, enabled=False):
             loss = torch.zeros((), device=hidden.device)
             grad_hidden = torch.empty_like(hidden_NE)
             grad_weight = torch.zeros_like(weight_VE) if weight_VE.requires_grad else None
@@ -43,7 +39,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
                 gradient.scatter_add_(-1, targets_N[part, None], -torch.ones_like(log_total))
                 if bias_V is not None:
                     grad_bias += gradient.sum(0)
-                gradient = gradient.to(dtype)
+                gradient = gradient.to(hidden.dtype)
                 grad_hidden[part] = (gradient @ weight).to(grad_hidden.dtype)
                 if grad_weight is not None:
                     grad_weight += gradient.T @ hidden[part]

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from newllm.models.context import ContextMap, ResidualLayer
+from newllm.models.context import ContextMap, ResidualLayer, in_compute_type
 
 # The token stream still points along its own token's vector, so a tied model starts by predicting each token to repeat,
 # with a logit of about std * E: small enough here for the first loss to be ln(V) with thousands of ids.
@@ -63,8 +63,8 @@ class LanguageModel(nn.Module):
         self._frozen = ["context_embedding"] + ["embedding.weight"] * (not self.embedding.weight.requires_grad)
 
     def embed(self, ids):
-        """Token ids [...] -> normalised embeddings e_t [..., E] for F, from the frozen copy."""
-        return self.embed_norm(functional.embedding(ids, self.context_embedding))
+        """Token ids [...] -> normalised embeddings e_t [..., E] for F, from the frozen copy, in the type F computes in."""
+        return in_compute_type(self.embed_norm(functional.embedding(ids, self.context_embedding)))
 
     def step(self, context, token):
         """One step of F on normalised embeddings: (c_{t-1} [..., C], e_t [..., E]) -> (c_t, u_t)."""

@@ -1,6 +1,9 @@
 """Device and precision: what is in effect is what was asked for, or a sentence says why not."""
 
 import os
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -212,6 +215,36 @@ def test_the_share_of_the_gpu_is_a_limit_set_before_it_is_used(monkeypatch):
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
     open_runtime(config(device="auto"))
     assert limits == [0.85] and os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:512"
+
+
+FAULTS = """
+import resource, torch
+from newllm.training.device import keep_freed_memory
+if {keep}:
+    keep_freed_memory()
+def use():
+    for _ in range(5):
+        blocks = [torch.ones(2_000_000) for _ in range(8)]
+        del blocks
+use()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+use()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_used_again_without_new_pages():
+    """64 MB taken and given back again and again: tens of thousands of page faults by default, next to none if kept."""
+    faults = [
+        int(
+            subprocess.run(
+                [sys.executable, "-c", FAULTS.format(keep=keep)], capture_output=True, text=True, check=True
+            ).stdout
+        )
+        for keep in (True, False)
+    ]
+    assert faults[0] < 100 < 1000 < faults[1]
 
 
 def test_memory_in_use_is_that_of_the_process():
