@@ -17,16 +17,33 @@ from newllm.models.context import ContextMap, ResidualLayer, in_compute_type
 EMBEDDING_STD = 0.01
 
 
+class Dropout(nn.Module):
+    """Inverted dropout with one random byte an element, so in steps of 1/256: a CPU draws these eight at a time."""
+
+    def __init__(self, probability):
+        super().__init__()
+        self.dropped = min(255, round(256 * probability))  # of 256 values of a byte
+
+    def forward(self, values):
+        if not self.training or not self.dropped:
+            return values
+        if values.device.type != "cpu":
+            return functional.dropout(values, self.dropped / 256)
+        words = torch.randint(-(2**63), 2**63 - 1, [values.numel() // 8 + 1])
+        kept = words.view(torch.uint8)[: values.numel()].view(values.shape) >= self.dropped
+        return values * (kept.to(values.dtype) * (256 / (256 - self.dropped)))
+
+
 class TokenLayer(nn.Module):
     """u <- LN(u + MLP([c; u])): where the head reads the context."""
 
     def __init__(self, context_dim, embed_dim, dropout):
         super().__init__()
         self.mlp = nn.Sequential(
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(context_dim + embed_dim, context_dim + embed_dim),
             nn.GELU(),
-            nn.Dropout(dropout),
+            Dropout(dropout),
             nn.Linear(context_dim + embed_dim, embed_dim),
         )
         self.norm = nn.LayerNorm(embed_dim)
