@@ -34,7 +34,7 @@ def map_parts(work, count, size):
     Raises:
         the error itself, when a single row does not fit.
     """
-    results, start = [], 0
+    results, start, size = [], 0, max(1, min(size, count))
     while start < count:
         part = slice(start, min(start + size, count))
         try:
