@@ -117,7 +117,8 @@ class Bench:
         def once():
             context = torch.zeros(1, self.config.context_dim, device=self.device)
             token = torch.zeros(1, dtype=torch.long, device=self.device)
-            for _ in range(LOOP_TOKENS):  # in fp32: for a single token, converting the weights costs more than using them
+            # In fp32: for a single token, converting the weights costs more than using them.
+            for _ in range(LOOP_TOKENS):
                 context, stream = self.model.step(context, self.model.embed(token))
                 token = self.model.logits(context, stream).argmax(-1)
 

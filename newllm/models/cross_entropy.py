@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from newllm.models.context import in_compute_type
 
-CHUNK_ELEMENTS = 1 << 25  # logits held at a time, 256 MiB in fp32: each chunk also reads and writes the weight's gradient once
+CHUNK_ELEMENTS = 1 << 25  # logits held at a time, 128 MiB in fp32; each chunk also rewrites the weight's gradient
 
 
 def _chunks(num_tokens, vocab_size):

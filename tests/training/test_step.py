@@ -288,8 +288,9 @@ def test_a_run_short_of_memory_keeps_its_effective_batch(tiny_settings, monkeypa
         small = main(config)
     assert capsys.readouterr().out.count("2 samples at a time from now on, 4 a step as before") == 3  # once a stage
     assert small["phase1_steps"] == whole["phase1_steps"] and small["sample_order"] == whole["sample_order"]
+    # Not closer, because Adam makes much of gradients that are nearly zero.
     for key in ("val_loss", "phase1_param_change", "er_val", "val_ppl_untrained_context"):
-        assert small[key] == pytest.approx(whole[key], rel=1e-3), key  # Adam makes much of gradients that are nearly zero
+        assert small[key] == pytest.approx(whole[key], rel=1e-3), key
 
 
 def test_what_memory_taught_is_remembered_by_the_next_session(tiny_settings, monkeypatch, capsys):
