@@ -33,15 +33,18 @@ class _SteinLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, contexts_NC):
-        with torch.autocast(contexts_NC.device.type, enabled=False), _half_precision_products(contexts_NC):
-            contexts = contexts_NC.to(torch.promote_types(contexts_NC.dtype, torch.float32))
-            centred = contexts - contexts.mean(0)
+        with torch.autocast(contexts_NC.device.type, enabled=False):
+            wide = contexts_NC.to(torch.promote_types(contexts_NC.dtype, torch.float32))
+            # Rounded as the contexts are, so that their product can be taken at that precision without another error.
+            centred = (wide - wide.mean(0)).to(contexts_NC.dtype).to(wide.dtype)
             tokens, size = centred.shape
-            identity = torch.eye(size, device=contexts.device, dtype=contexts.dtype)
-            cov = centred.T @ centred / (tokens - 1) + 1e-3 * identity
+            identity = torch.eye(size, device=wide.device, dtype=wide.dtype)
+            with _half_precision_products(contexts_NC):
+                cov = centred.T @ centred / (tokens - 1) + 1e-3 * identity
             factor = torch.linalg.cholesky(cov)
             loss = (cov.trace() - 2 * factor.diagonal().log().sum() - size) / size
             if ctx.needs_input_grad[0]:
+                # In full precision: with fewer tokens than dimensions the inverse is large, and cancels, off their span.
                 pull = (identity - torch.cholesky_inverse(factor)) * (2 / (tokens - 1) / size)
                 ctx.save_for_backward((centred @ pull).to(contexts_NC.dtype))
         return loss
@@ -55,7 +58,7 @@ class _SteinLoss(torch.autograd.Function):
 def _half_precision_products(contexts):
     """For half-precision contexts: let fp32 products round their inputs to it, accumulating in fp32 all the same.
 
-    The inputs come with that rounding, and the sums are what the small eigenvalues need; it is several times as fast.
+    The inputs have that rounding already, and the sums are what the small eigenvalues need; it is several times as fast.
     """
     if contexts.dtype not in (torch.bfloat16, torch.float16):
         yield
