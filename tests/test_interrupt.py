@@ -55,7 +55,8 @@ def test_stopped_by_signals_again_and_again_a_run_ends_with_the_same_bits(tiny_s
         process.send_signal(source.choice((signal.SIGTERM, signal.SIGINT)))
         asked = time.monotonic()
         output, errors = process.communicate(timeout=60)
-        assert time.monotonic() - asked < 5
+        crowd = max(1.0, os.getloadavg()[0] / os.cpu_count())  # other work on this machine takes its share of the 5 s
+        assert time.monotonic() - asked < 5 * crowd
         if "\n---\n" in output:  # the run was complete; the signal came to a process that only had to exit
             break
         assert process.returncode == EXIT_STATUS, errors
