@@ -44,9 +44,11 @@ class _SteinLoss(torch.autograd.Function):
             factor = torch.linalg.cholesky(cov)
             loss = (cov.trace() - 2 * factor.diagonal().log().sum() - size) / size
             if ctx.needs_input_grad[0]:
-                # In full precision: with fewer tokens than dimensions the inverse is large, and cancels, off their span.
                 pull = (identity - torch.cholesky_inverse(factor)) * (2 / (tokens - 1) / size)
-                ctx.save_for_backward((centred @ pull).to(contexts_NC.dtype))
+                # With fewer tokens than dimensions the inverse is large, and cancels, off their span: full precision.
+                exact = contextlib.nullcontext() if tokens < 2 * size else _half_precision_products(contexts_NC)
+                with exact:
+                    ctx.save_for_backward((centred @ pull).to(contexts_NC.dtype))
         return loss
 
     @staticmethod

@@ -1,6 +1,7 @@
 """The trajectory of a recurrence, step by step and as the fixed point of parallel sweeps. Knows a callable, not a model.
 
-`step(context [..., C], token [..., E]) -> (context [..., C], stream [..., E])` is one step of F.
+`step(context [..., C], token [..., E]) -> (context [..., C], stream [..., E])` is one step of F. A step that makes no
+streams gives None in their place, and so do the functions here.
 Shapes: B sequences, T tokens, C context width, E embedding width.
 
 The sweep is Jacobi iteration over time (Song et al. 2021, arXiv 2002.03629): sweep k is exact for the first k tokens,
@@ -24,7 +25,7 @@ def sequential(step, tokens_BTE, context_dim, start_BC=None):
         context, stream = step(context, token_BE)
         contexts.append(context)
         streams.append(stream)
-    return torch.stack(contexts, 1), torch.stack(streams, 1)
+    return torch.stack(contexts, 1), None if streams[-1] is None else torch.stack(streams, 1)
 
 
 def shift(contexts_BTC):
@@ -46,20 +47,24 @@ def squared_change(new_BTC, old_BTC):
     return (new_BTC.float() - old_BTC.float()).square().mean(-1)
 
 
-def truncated(step, tokens_BTE, context_dim, sweeps):
+def truncated(step, tokens_BTE, context_dim, sweeps, context_step=None):
     """The trajectory, exact in value, with gradient through the last `sweeps` steps of time.
 
     The trajectory is computed without gradient; sweeping on from it changes nothing, but each sweep's gradient reaches one
     token further back, and all tokens' matrix products are one product (phantom gradient, arXiv 2111.05177, in time).
 
+    Args:
+        context_step: the step without streams, which only the last sweep needs; default: the same step.
+
     Returns:
         (contexts [B, T, C], streams [B, T, E]).
     """
+    context_step = context_step or step
     with torch.no_grad():
-        contexts, _ = sequential(step, tokens_BTE, context_dim)
-    for _ in range(sweeps):
-        contexts, streams = sweep(step, contexts, tokens_BTE)
-    return contexts, streams
+        contexts, _ = sequential(context_step, tokens_BTE, context_dim)
+    for _ in range(sweeps - 1):
+        contexts, _ = sweep(context_step, contexts, tokens_BTE)
+    return sweep(step, contexts, tokens_BTE)
 
 
 @dataclass

@@ -5,6 +5,7 @@ Shapes: `...` any leading axes, C context width, E embedding width.
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 
 def in_compute_type(tensor):
@@ -14,7 +15,7 @@ def in_compute_type(tensor):
 
 
 class ResidualLayer(nn.Module):
-    """o = ReLU(W [c; e] + b); c <- LN(c + o_c); e <- LN(e + o_e)."""
+    """o = ReLU(W [c; e] + b); c <- LN(c + o_c); e <- LN(e + o_e). Without `stream` the second half is left out (None)."""
 
     def __init__(self, context_dim, embed_dim):
         super().__init__()
@@ -23,9 +24,12 @@ class ResidualLayer(nn.Module):
         self.context_norm = nn.LayerNorm(context_dim)
         self.token_norm = nn.LayerNorm(embed_dim)
 
-    def forward(self, context, token):
-        update = torch.relu(self.mix(torch.cat([context, token], dim=-1)))
-        context_update, token_update = update.split(self.widths, dim=-1)
+    def forward(self, context, token, stream=True):
+        joined = torch.cat([context, token], dim=-1)
+        if not stream:
+            weight, bias = (part[: self.widths[0]] for part in (self.mix.weight, self.mix.bias))
+            return self.context_norm(context + torch.relu(functional.linear(joined, weight, bias))), None
+        context_update, token_update = torch.relu(self.mix(joined)).split(self.widths, dim=-1)
         return self.context_norm(context + context_update), self.token_norm(token + token_update)
 
 
@@ -37,16 +41,17 @@ class ContextMap(nn.Module):
         self.context_dim = context_dim
         self.layers = nn.ModuleList(ResidualLayer(context_dim, embed_dim) for _ in range(num_layers))
 
-    def forward(self, context, token):
+    def forward(self, context, token, stream=True):
         """One step of F.
 
         Args:
             context: previous context c_{t-1} [..., C].
             token: normalised embedding e_t of the current token [..., E].
+            stream: whether u_t is wanted; half of the last layer is for it alone.
 
         Returns:
-            (c_t [..., C], token stream u_t [..., E]).
+            (c_t [..., C], token stream u_t [..., E] or None).
         """
         for layer in self.layers:
-            context, token = layer(context, token)
+            context, token = layer(context, token, stream or layer is not self.layers[-1])
         return context, token

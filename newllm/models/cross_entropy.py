@@ -10,12 +10,19 @@ from torch.nn import functional
 
 from newllm.models.context import in_compute_type
 
-CHUNK_ELEMENTS = 1 << 25  # logits held at a time, 128 MiB in fp32; each chunk also rewrites the weight's gradient
+CHUNK_ELEMENTS = 1 << 26  # logits held at a time, 128 MiB in half precision; each chunk also rewrites the weight's gradient
+CACHE_ELEMENTS = 1 << 19  # of these, softmax is taken of so many at a time: in fp32 they fit into a CPU core's own cache
+
+
+def _slices(count, size):
+    size = max(1, size)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def _chunks(num_tokens, vocab_size):
+    """Nearly equal slices of the tokens with at most CHUNK_ELEMENTS logits each."""
     size = max(1, CHUNK_ELEMENTS // vocab_size)
-    return [slice(start, start + size) for start in range(0, num_tokens, size)]
+    return _slices(num_tokens, -(-num_tokens // -(-num_tokens // size)))
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
@@ -24,31 +31,37 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NE, weight_VE, bias_V, targets_N):
         hidden, weight = in_compute_type(hidden_NE), in_compute_type(weight_VE)
+        vocab_size, on_cpu = len(weight), hidden.device.type == "cpu"
         with torch.autocast(hidden.device.type, enabled=False):
             loss = torch.zeros((), device=hidden.device)
-            grad_hidden = torch.empty_like(hidden_NE)
+            grad_hidden = torch.empty_like(hidden)
             grad_weight = torch.zeros_like(weight_VE) if weight_VE.requires_grad else None
             grad_bias = torch.zeros_like(bias_V) if bias_V is not None else None
-            for part in _chunks(len(hidden), len(weight)):
-                logits = hidden[part] @ weight.T
-                if bias_V is not None:
-                    logits = logits + bias_V
-                log_share = torch.log_softmax(logits, -1, dtype=torch.float32)
-                loss -= log_share.gather(-1, targets_N[part, None]).sum()
-                gradient = log_share.exp_()  # softmax, in the same memory
-                gradient.scatter_add_(-1, targets_N[part, None], -gradient.new_ones(len(gradient), 1))
-                if bias_V is not None:
-                    grad_bias += gradient.sum(0)
-                gradient = gradient.to(hidden.dtype)
-                grad_hidden[part] = (gradient @ weight).to(grad_hidden.dtype)
-                if grad_weight is not None:
-                    grad_weight += gradient.T @ hidden[part]
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+            chunks = _chunks(len(hidden), vocab_size)
+            # One buffer for all chunks: fresh memory of this size costs as much time as the product that fills it.
+            buffer = hidden.new_empty(chunks[0].stop, vocab_size)
+            product = torch.empty_like(weight) if weight_VE.requires_grad else None
+            for part in chunks:
+                logits, targets = buffer[: part.stop - part.start], targets_N[part, None]
+                torch.mm(hidden[part], weight.T, out=logits)
+                for rows in _slices(len(logits), CACHE_ELEMENTS // vocab_size if on_cpu else len(logits)):
+                    biased = logits[rows] if bias_V is None else logits[rows] + bias_V
+                    log_share = torch.log_softmax(biased, -1, dtype=torch.float32)
+                    loss -= log_share.gather(-1, targets[rows]).sum()
+                    gradient = log_share.exp_()  # softmax, in the same memory
+                    gradient.scatter_add_(-1, targets[rows], -gradient.new_ones(len(gradient), 1))
+                    if bias_V is not None:
+                        grad_bias += gradient.sum(0)
+                    logits[rows] = gradient
+                torch.mm(logits, weight, out=grad_hidden[part])
+                if product is not None:
+                    grad_weight += torch.mm(logits.T, hidden[part], out=product)
+        ctx.save_for_backward(grad_hidden.to(hidden_NE.dtype), grad_weight, grad_bias)
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
-        return *(None if g is None else g * grad_output.to(g.dtype) for g in ctx.saved_tensors), None
+        return *(None if g is None else g.mul_(grad_output.to(g.dtype)) for g in ctx.saved_tensors), None
 
 
 def linear_cross_entropy(hidden, weight_VE, bias_V, targets):

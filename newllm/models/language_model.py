@@ -83,9 +83,9 @@ class LanguageModel(nn.Module):
         """Token ids [...] -> normalised embeddings e_t [..., E] for F, from the frozen copy, in the type F computes in."""
         return in_compute_type(self.embed_norm(functional.embedding(ids, self.context_embedding)))
 
-    def step(self, context, token):
-        """One step of F on normalised embeddings: (c_{t-1} [..., C], e_t [..., E]) -> (c_t, u_t)."""
-        return self.context_map(context, token)
+    def step(self, context, token, stream=True):
+        """One step of F on normalised embeddings: (c_{t-1} [..., C], e_t [..., E]) -> (c_t, u_t or, without stream, None)."""
+        return self.context_map(context, token, stream)
 
     def hidden(self, context, stream):
         """Head up to the logits: (c_t [..., C], u_t [..., E]) -> h [..., E]."""

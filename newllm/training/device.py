@@ -46,8 +46,12 @@ class StepFunction:
         self.eager, self.compiled = model.step, compiled
         self._call = torch.compile(model.step, dynamic=True) if compiled else model.step
 
-    def __call__(self, context, token):
-        return self._call(context, token)
+    def __call__(self, context, token, stream=True):
+        return self._call(context, token, stream)
+
+    def contexts(self, context, token):
+        """The step without its token stream."""
+        return self._call(context, token, stream=False)
 
     def fall_back(self):
         """Compute as written from now on; the model itself was never changed."""

@@ -62,7 +62,7 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
 
             def swept(part):
                 with runtime.autocast():
-                    return sweep(step, start_BTC[part], model.embed(ids[part]))[0]
+                    return sweep(step.contexts, start_BTC[part], model.embed(ids[part]))[0]
 
             if len(parts) == 1:
                 new_BTC = swept(parts[0])

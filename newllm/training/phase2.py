@@ -65,7 +65,9 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
                     contexts, streams = (f[samples[part]] for f in features["train"])
                 elif config.gradient_sweeps:
                     embeddings = model.embed(ids[part, :-1])
-                    contexts, streams = truncated(step, embeddings, model.context_dim, config.gradient_sweeps)
+                    contexts, streams = truncated(
+                        step, embeddings, model.context_dim, config.gradient_sweeps, step.contexts
+                    )
                 else:
                     contexts, streams = sequential(step, model.embed(ids[part, :-1]), model.context_dim)
                 hidden = model.hidden(contexts, streams)

@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from newllm.errors import UserError
 from newllm.interrupt import Stopped
@@ -80,7 +81,11 @@ class OptimizerStep:
             raise UserError(f"the loss is {loss} at {where}: stopped before the step; lower the learning rate.")
         accelerator = self.runtime.accelerator
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = state["grad_norm"] = accelerator.clip_grad_norm_(parameters, self.max_norm).item()
+        accelerator.unscale_gradients(self.optimizer)
+        total = get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = state["grad_norm"] = total.item()
+        if norm > self.max_norm:  # else every gradient would be read and written to be multiplied by one
+            clip_grads_with_norm_(parameters, self.max_norm, total)
         scaler = accelerator.scaler  # fp16: the scaler leaves such a step out and lowers its scale
         if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < SMALLEST_SCALE):
             raise UserError(f"the gradient is {norm} at {where}: stopped before the step; lower the learning rate.")
