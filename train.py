@@ -23,7 +23,7 @@ from newllm.training.checkpoint import Checkpointer
 from newllm.training.device import compile_cost, describe_device, open_runtime, peak_memory_mb
 from newllm.training.phase1 import train_phase1
 from newllm.training.phase2 import train_phase2
-from newllm.training.state import largest_state_bytes
+from newllm.training.state import require_space
 
 
 def main(config):
@@ -36,19 +36,24 @@ def main(config):
         UserError: bad settings, data, checkpoint or a training that diverged.
         Stopped: a signal or max_minutes ended the run early; everything is saved.
     """
-    with Interrupt(config.max_minutes):
+    with Interrupt(config.max_minutes) as interrupt:
         runtime = open_runtime(config)
-        data = load_data(config)
-        pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
-        model = LanguageModel(config, data.vocab_size, pretrained).to(runtime.device)
-        with Checkpointer(config, data.fingerprint, new_run_id()) as checkpointer:
-            checkpointer.require_space(largest_state_bytes(model, config.train_tokens, runtime.storage_dtype))
-            return run_stages(config, runtime, data, model, checkpointer)
+        interrupt.alone = runtime.group.size == 1
+        with runtime.group.run():
+            with runtime.group.main_first():
+                data = load_data(config)
+                pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
+            runtime.group.require_same("data", data.fingerprint)
+            model = LanguageModel(config, data.vocab_size, pretrained).to(runtime.device)
+            with Checkpointer(config, data.fingerprint, new_run_id(), runtime.group) as checkpointer:
+                if checkpointer.writes:
+                    require_space(checkpointer.folder, model, config, runtime.storage_dtype)
+                return run_stages(config, runtime, data, model, checkpointer)
 
 
 def run_stages(config, runtime, data, model, checkpointer):
     """The story: untrained row, Phase 1, Phase 2, report."""
-    log = RunLog(config.checkpoint_dir, data.source, checkpointer.run_id)
+    log = RunLog(config.checkpoint_dir, data.source, checkpointer.run_id, runtime.group.is_main)
     for line in banner(config, describe_device(runtime), data, model, checkpointer.notes):
         log.say(line)
     log.log(

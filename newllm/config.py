@@ -104,6 +104,7 @@ class Config:
     grad_clip: Positive
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
+    context_memory_mb: CountOrZero
     compile: bool
     gpu_memory_fraction: PositiveShare
     seed: CountOrZero

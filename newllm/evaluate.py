@@ -80,12 +80,13 @@ def evaluate_contexts(model, data, config, device):
 
 
 @torch.no_grad()
-def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None):
+def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None, totals=lambda *sums: sums):
     """Next-token loss on samples.
 
     Args:
         ids: samples [B, T+1]; token_bytes: UTF-8 bytes of each id [V].
-        features: (contexts, streams) of the samples when they are at hand.
+        features: function of a slice of the samples that gives their (contexts, streams), when these are at hand.
+        totals: function of several sums that adds those over other samples, which other processes evaluate.
 
     Returns:
         {"loss": nats per token, "ppl": its exponential, "acc": share of right argmaxes, "bpb": bits per UTF-8 byte}.
@@ -94,21 +95,22 @@ def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None
     targets = ids[:, 1:].to(device).long()
 
     def scored(part):
-        given = (f[part] for f in features) if features else trajectories(model, ids[part], autocast, device)
+        given = features(part) if features else trajectories(model, ids[part], autocast, device)
         with autocast():
             nll, correct = linear_token_nll(model.hidden(*given), *model.output_weights(), targets[part])
         return nll.double().sum().item(), correct.sum().item()
 
-    nats, right = (sum(side) for side in zip(*map_parts(scored, len(ids), SEQUENCES_AT_A_TIME), strict=True))
-    loss = nats / targets.numel()
+    scores = torch.tensor(map_parts(scored, len(ids), SEQUENCES_AT_A_TIME), dtype=torch.float64).view(-1, 2).sum(0)
+    nats, right, count, text = totals(*scores.tolist(), targets.numel(), text_bytes(ids, token_bytes))
+    loss = nats / count
     return {
         "loss": loss,
         "ppl": math.exp(min(loss, 700)),
-        "acc": right / targets.numel(),
-        "bpb": bits_per_byte(nats, ids, token_bytes),
+        "acc": right / count,
+        "bpb": nats / math.log(2) / text,
     }
 
 
-def bits_per_byte(nats, ids, token_bytes):
-    """Total nats over the targets of samples [B, T+1] -> bits per UTF-8 byte of the text those targets stand for."""
-    return nats / math.log(2) / token_bytes[ids[:, 1:].cpu().long()].sum().item()
+def text_bytes(ids, token_bytes):
+    """UTF-8 bytes of the text that the targets of samples [B, T+1] stand for."""
+    return token_bytes[ids[:, 1:].cpu().long()].sum().item()

@@ -21,6 +21,10 @@ class Interrupt:
 
     Args:
         max_minutes: minutes after which to stop, 0 for no limit.
+
+    Attributes:
+        alone: whether this process decides for itself when to stop. Of several that train together one must not stop
+            while the others wait for it: they go by what `agree` found.
     """
 
     current = None
@@ -28,6 +32,7 @@ class Interrupt:
     def __init__(self, max_minutes=0.0):
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
         self.signal, self.save_requested = None, False
+        self.alone, self.agreed = True, None
 
     def __enter__(self):
         self.listens = threading.current_thread() is threading.main_thread()  # elsewhere Python forbids handlers
@@ -45,7 +50,8 @@ class Interrupt:
                 signal.signal(number, handler)
 
     def _handle(self, number, frame):
-        if self.signal is not None:
+        # A launcher passes on as SIGTERM the Ctrl-C that its processes have had already.
+        if self.signal is not None and (self.alone or self.signal == number):
             os._exit(128 + number)
         self.signal = number
 
@@ -55,6 +61,11 @@ class Interrupt:
     @property
     def reason(self):
         """Why to stop, or None."""
+        return self.wish if self.alone else self.agreed
+
+    @property
+    def wish(self):
+        """Why this process wants to stop, or None."""
         if self.signal is not None:
             return f"{signal.Signals(self.signal).name} received"
         if self.deadline is not None and time.monotonic() >= self.deadline:
@@ -65,6 +76,17 @@ class Interrupt:
 def stop_reason():
     """Why the run should stop now, None when it should go on or nobody listens."""
     return Interrupt.current.reason if Interrupt.current else None
+
+
+def agree(first_reason):
+    """Let processes that train together stop together.
+
+    Args:
+        first_reason: collective function of this process's wish, a reason or None, that gives the same answer to all.
+    """
+    current = Interrupt.current
+    if current and not current.alone:
+        current.agreed = first_reason(current.wish)
 
 
 def save_requested(answered=False):

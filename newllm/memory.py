@@ -24,7 +24,7 @@ def free_memory():
 def split(count, parts):
     """`count` rows as at most `parts` consecutive slices of nearly equal length."""
     parts = min(parts, count)
-    bounds = [count * part // parts for part in range(parts + 1)]
+    bounds = [count * part // max(1, parts) for part in range(parts + 1)]
     return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 

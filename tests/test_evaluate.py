@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from config import ResidualConfig
 from newllm import evaluate
-from newllm.evaluate import bits_per_byte, evaluate_contexts, evaluate_prediction, trajectories
+from newllm.evaluate import evaluate_contexts, evaluate_prediction, text_bytes, trajectories
 from newllm.fixed_point.solver import sequential
 from newllm.models.language_model import LanguageModel
 
@@ -127,7 +127,7 @@ def test_features_at_hand_take_the_place_of_the_trajectories(model, small_parts)
     features = trajectories(model, ids, contextlib.nullcontext, "cpu")
     expected = predict(model, ids)
     model.context_map = None
-    assert predict(model, ids, features=features) == pytest.approx(expected, rel=1e-6)
+    assert predict(model, ids, features=lambda part: [f[part] for f in features]) == pytest.approx(expected, rel=1e-6)
 
 
 def test_dropout_is_off(model):
@@ -160,15 +160,18 @@ def test_a_hopeless_loss_has_a_finite_perplexity(model):
     assert math.isfinite(predict(model, samples(3))["ppl"])
 
 
-def test_bits_per_byte_by_hand():
-    """Two samples, targets of 1 + 2 and 3 + 1 bytes, 14 ln 2 nats: 14 bits over 7 bytes. First ids are no targets."""
+def test_bytes_of_targets_by_hand():
+    """Two samples, targets of 1 + 2 and 3 + 1 bytes. First ids are no targets."""
     ids, token_bytes = torch.tensor([[3, 0, 1], [3, 2, 0]]).int(), torch.tensor([1, 2, 3, 100])
-    assert bits_per_byte(14 * math.log(2), ids, token_bytes) == pytest.approx(2)
+    assert text_bytes(ids, token_bytes) == 7
 
 
-def test_bits_per_byte_of_a_uniform_guess_at_bytes_is_eight():
-    """256 equally likely ids of one byte each."""
-    assert bits_per_byte(5 * math.log(256), torch.zeros(1, 6).int(), torch.ones(256)) == pytest.approx(8)
+def test_bits_per_byte_are_nats_over_the_bytes_of_the_text(model):
+    """bpb * bytes * ln 2 = loss * targets."""
+    ids, token_bytes = samples(5), torch.arange(1, V + 1)
+    found = predict(model, ids, token_bytes)
+    bytes_of_text = (ids[:, 1:] + 1).sum().item()
+    assert found["bpb"] * bytes_of_text * math.log(2) == pytest.approx(found["loss"] * 5 * L)
 
 
 # Contexts

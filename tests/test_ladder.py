@@ -1,4 +1,7 @@
-"""`test.py --ladder` as a sweep: killed, stopped, with other settings, without stdin; only what is missing is made."""
+"""`test.py --ladder` as a sweep: killed, stopped, with other settings, without stdin; only what is missing is made.
+
+Its sizes come from the command line or from LADDER, and its table ends with how time and memory grow, also as a picture.
+"""
 
 import dataclasses
 import json
@@ -14,6 +17,7 @@ import pytest
 import test as scale_check
 import train
 from config import ResidualConfig
+from newllm.config import parse_args
 from newllm.errors import UserError
 from newllm.interrupt import EXIT_STATUS, Stopped
 from newllm.reporting.sweep import STATE_NAME
@@ -96,6 +100,8 @@ def test_killed_between_and_inside_runs_only_what_is_missing_is_made(tiny_settin
     out, _ = (process := start(tiny_settings)).communicate()
     assert process.returncode in (0, 1) and "\n---\n" not in out and out.count("criterion") == 3
     assert runs(tiny_settings) == third
+    fields = out.split("plot: ")
+    assert "time = " in fields[0] and "peak memory = " in fields[0] and Path(fields[1].splitlines()[0]).stat().st_size
 
 
 def test_stopped_by_a_signal_the_ladder_saves_and_says_how_to_go_on(tiny_settings):
@@ -165,3 +171,73 @@ def test_the_ladder_starts_afresh_when_asked_to(begun):
     with pytest.raises(Stopped):
         scale_check.main(dataclasses.replace(config, dropout=0.2, load_checkpoint=False), ladder=True)
     assert not calls[0].load_checkpoint
+
+
+def budgets_of(*flags):
+    return parse_args(ResidualConfig, [*flags], extra=scale_check.add_ladder)[1].ladder
+
+
+def test_sizes_come_in_ascending_order_and_default_to_those_of_the_ladder():
+    """`--ladder` alone is True, without it the check is of one budget; a list may have blanks and is sorted."""
+    assert budgets_of("--ladder") is True and budgets_of() is False
+    assert budgets_of("--ladder", "--seed", "3") is True
+    assert budgets_of("--ladder", "1953,195, 3906") == (195, 1953, 3906) and budgets_of("--ladder=7") == (7,)
+
+
+@pytest.mark.parametrize("text", ["", "0", "195,-3", "195,195", "195;1953", "1.5", "many", "195,"])
+def test_sizes_that_are_none_are_refused_in_one_sentence(text):
+    """Positive, whole, each once; the sentence shows what was given and what would do."""
+    with pytest.raises(UserError) as caught:
+        budgets_of(f"--ladder={text}")
+    assert str(caught.value) == (
+        f"--ladder takes numbers of samples, positive and each once, like 195,1953,3906, not '{text}'."
+    )
+
+
+def summary(config):
+    """An invented summary whose time and memory are lines in the tokens."""
+    tokens = config.train_tokens
+    same = {f"{key}{of}": 0.9 for key in ("er_train", "er_val", "converged_ratio") for of in ("", "_untrained")}
+    same |= dict.fromkeys(("er_ceiling", "cold_start_error_10", "cold_start_error_10_untrained"), 0.01)
+    same |= dict.fromkeys(("val_ppl", "val_ppl_untrained_context", "val_ppl_bigram", "memory_horizon"), 300.0)
+    same |= dict(phase1_steps=9, phase1_param_change=0.5, sweeps_to_convergence=4, data_source="x", tokenizer="bpe")
+    speeds = dict(tok_per_s_phase1=6543.0, tok_per_s_phase2=1234.0)
+    return same | speeds | dict(train_tokens=tokens, seconds=10 + tokens / 100, peak_memory_mb=500 + tokens / 50)
+
+
+def test_the_budgets_asked_for_are_made_and_their_growth_is_printed_and_drawn(tiny_settings, monkeypatch, capsys):
+    """Given sizes alone; done already, the same command makes none of them and draws again. 24 tokens a sample."""
+    made = []
+    monkeypatch.setattr(scale_check, "call_apart", lambda _, config: made.append(config.num_samples) or summary(config))
+    config = ResidualConfig(**tiny_settings)
+    for run in ("first", "second"):
+        monkeypatch.setattr(scale_check, "new_run_id", lambda run=run: run)
+        scale_check.main(config, ladder=(100, 200, 400))
+        out = capsys.readouterr().out
+        assert made == [100, 200, 400]
+        assert "time = 10.0 s + 10 s per 1,000 tokens, R^2 1.0000" in out
+        assert "peak memory = 500.0 MB + 20 MB per 1,000 tokens, R^2 1.0000" in out
+        assert "tokens x4.0, time x3.1, peak memory x1.26" in out
+        header, row = (line for line in out.splitlines() if line.startswith(("tokens |", "9,600")))
+        cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (header, row)), strict=True))
+        assert (cells["seconds"], cells["Phase 1 tok/s"], cells["Phase 2 tok/s"]) == ("106", "6,543", "1,234")
+        assert Path(config.checkpoint_dir, "outputs", "plots", f"scale_ladder_{run}.png").stat().st_size > 10_000
+
+
+def test_a_picture_that_cannot_be_written_costs_no_verdict(tiny_settings, monkeypatch, capsys):
+    """Its folder's name is taken by a file: one warning, then the verdict as ever."""
+    monkeypatch.setattr(scale_check, "call_apart", lambda _, config: summary(config))
+    config = ResidualConfig(**tiny_settings)
+    Path(config.checkpoint_dir).mkdir()
+    Path(config.checkpoint_dir, "outputs").touch()
+    scale_check.main(config, ladder=(100, 200))
+    out = capsys.readouterr().out
+    assert out.count("warning: ") == 1 and "cannot be written" in out and out.endswith("\nFAIL\n")
+
+
+def test_one_budget_has_no_growth(tiny_settings, monkeypatch, capsys):
+    """A line needs two points: no fit, no picture, but the table and the verdict."""
+    monkeypatch.setattr(scale_check, "call_apart", lambda _, config: summary(config))
+    config = ResidualConfig(**tiny_settings)
+    scale_check.main(config, ladder=(100,))
+    assert "R^2" not in capsys.readouterr().out and not Path(config.checkpoint_dir, "outputs").exists()

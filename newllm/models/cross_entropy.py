@@ -10,8 +10,12 @@ from torch.nn import functional
 
 from newllm.models.context import in_compute_type
 
-CHUNK_ELEMENTS = 1 << 26  # logits held at a time, 128 MiB in half precision; each chunk also rewrites the weight's gradient
-CACHE_ELEMENTS = 1 << 19  # of these, softmax is taken of so many at a time: in fp32 they fit into a CPU core's own cache
+CHUNK_ELEMENTS = (
+    1 << 26
+)  # logits held at a time, 128 MiB in half precision; each chunk also rewrites the weight's gradient
+CACHE_ELEMENTS = (
+    1 << 19
+)  # of these, softmax is taken of so many at a time: in fp32 they fit into a CPU core's own cache
 
 
 def _slices(count, size):

@@ -20,10 +20,11 @@ class RunLog:
         checkpoint_dir: root of everything a run writes.
         dataset: short name of the data source.
         run_id: a new id, or that of the run being continued.
+        writes: whether this process keeps the record; of several that train together one does.
     """
 
-    def __init__(self, checkpoint_dir, dataset, run_id):
-        self.run_id = run_id
+    def __init__(self, checkpoint_dir, dataset, run_id, writes=True):
+        self.run_id, self.writes = run_id, writes
         self.folder = usable_folder(Path(checkpoint_dir) / dataset / "logs", "logs")
         self.path = self.folder / f"metrics_{run_id}.jsonl"
         self._status = StatusFile(checkpoint_dir, run_id=run_id)
@@ -34,6 +35,8 @@ class RunLog:
 
         A disk that refuses costs rows, not the run: the first time is said, and rows are written again when it allows.
         """
+        if not self.writes:
+            return
         row = dict(time=datetime.now(timezone.utc).isoformat(timespec="seconds"), stage=stage, **values)
         try:
             _append_line(self.path, json.dumps(_plain(row)).encode())
@@ -49,6 +52,8 @@ class RunLog:
         Args:
             progress: the loop's Progress; position: stage, epoch, epochs, batch, batches, saved_at, best_val_loss.
         """
+        if not self.writes:
+            return
         left = (progress.total - progress.done) / max(progress.speed, 1e-9)
         counts = {
             "tokens_done": progress.done,
@@ -70,7 +75,8 @@ class RunLog:
     def finish(self, summary):
         """Record the summary and print it as the closing `---` block of `key: value` lines."""
         self.log("summary", **summary)
-        self._status.update(now=True, state="complete")
+        if self.writes:
+            self._status.update(now=True, state="complete")
         self.say("---")
         for key, value in summary.items():
             self.say(f"{key}: {format_value(value)}")

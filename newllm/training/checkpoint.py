@@ -8,16 +8,15 @@ A save copies the state and leaves hashing, writing, syncing and reading back to
 costs training no time. There is at most one save under way: the next one waits for it.
 """
 
-import shutil
 import time
 from datetime import datetime, timezone
-from pathlib import Path
 
 from newllm.errors import UserError
-from newllm.interrupt import Stopped, save_requested, stop_reason
+from newllm.interrupt import Stopped, agree, save_requested, stop_reason
 from newllm.storage import Corrupt, load_sealed, save_sealed, usable_folder
 from newllm.training.checkpoint_files import CheckpointFiles
 from newllm.training.compatibility import compare
+from newllm.training.contexts import FILES
 from newllm.training.frozen import frozen_path, load_frozen, store_frozen
 from newllm.training.lock import FolderLock, LockLost
 from newllm.training.mirror import Mirror
@@ -27,11 +26,12 @@ from newllm.training.state import provenance, snapshot
 FORMAT = 2
 STAGES = ("untrained", "phase1", "phase2", "complete")
 WITH_BEST = ("untrained", "phase2")  # stages that validate, and so have best weights
-STATES_ON_DISK = 5  # latest, previous, end of an epoch, end of Phase 1, and the one being written
 
 
 class Checkpointer:
     """Saves and restores one run in `checkpoint_dir`, which nobody else may write meanwhile. A context manager.
+
+    Of several processes that train together only the main one touches the folder; the others get from it what it found.
 
     Attributes:
         stage: the first stage that is not complete.
@@ -44,8 +44,9 @@ class Checkpointer:
         UserError: the folder or what lies in it cannot be used.
     """
 
-    def __init__(self, config, fingerprint, run_id, say=print):
-        self.config, self.fingerprint, self.run_id, self.say = config, fingerprint, run_id, say
+    def __init__(self, config, fingerprint, run_id, group, say=print):
+        self.config, self.fingerprint, self.group, self.say = config, fingerprint, group, say
+        self.run_id, self.writes = group.decided(run_id), config.save_checkpoint and group.is_main
         self.folder = usable_folder(config.checkpoint_dir, "checkpoint_dir")
         self.files = CheckpointFiles(self.folder, config.keep_last)
         self.stage, self.results = STAGES[0], {}
@@ -58,17 +59,17 @@ class Checkpointer:
         self.lock = self.mirror = None
         self.thread = SaveThread(lambda: self.lock.check(), say)
         try:
-            if config.save_checkpoint:
+            if self.writes:
                 self.lock = FolderLock(self.folder, run_id).acquire()
                 self.notes += [self.lock.note] if self.lock.note else []
                 self.files.remove_strays()
-            if config.save_checkpoint and config.backup_dir:
+            if self.writes and config.backup_dir:
                 self.mirror = Mirror(
                     self.folder, config.backup_dir, run_id, min_seconds=60 * config.backup_every_minutes
                 )
                 self.notes += [self.mirror.lock.note] if self.mirror.lock.note else []
                 self.files.recover(self.mirror.target, self.notes)
-            if found := self.files.read_newest(self.notes):
+            if found := group.decided(self.files.read_newest(self.notes) if group.is_main else None):
                 self._continue(found)
         except BaseException:
             self._let_go()
@@ -122,27 +123,6 @@ class Checkpointer:
     def is_done(self, stage):
         return STAGES.index(stage) < STAGES.index(self.stage)
 
-    def require_space(self, state_bytes):
-        """Refuse to begin what the disk cannot hold.
-
-        Args:
-            state_bytes: size of the largest state of this run.
-
-        Raises:
-            UserError: the folder has too little room.
-        """
-        if not self.config.save_checkpoint:
-            return
-        files = map(Path.stat, self.folder.glob("model_*.pt"))
-        present = {(stat.st_dev, stat.st_ino): stat.st_size for stat in files}  # hard links count once
-        needed = STATES_ON_DISK * state_bytes - sum(present.values())
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise UserError(
-                f"{self.folder} has {free / 1e9:.2f} GB free and the checkpoints of this run need about {needed / 1e9:.2f} GB "
-                "more: make room, choose another --checkpoint_dir, or train with --no-save_checkpoint."
-            )
-
     def restore(self, stage, model):
         """Load the saved weights into the model if they belong to this stage.
 
@@ -166,14 +146,14 @@ class Checkpointer:
 
     def due(self, batch):
         """Whether to save after this many batches of the stage: by count, by time, or because somebody asks for it."""
-        return (
+        agree(self.group.first_reason)
+        return stop_reason() is not None or self.group.decided(
             batch % self.config.save_every_n_batches == 0
             or (time.monotonic() - self._last_save) / 60 >= self.config.save_every_minutes > 0
-            or stop_reason() is not None
             or save_requested()
         )
 
-    def save(self, label, model, stage_state, best=None, names=(), optional=False):
+    def save(self, label, model, stage_state, best=None, names=(), optional=False, before=None):
         """Save the state in the background; stop here if the run is to stop. A failing disk does not stop training.
 
         Args:
@@ -181,6 +161,7 @@ class Checkpointer:
             best: {"weights", "metrics"} of the stage's lowest validation loss; written first, if not written yet.
             names: further names to keep it by, of checkpoint_files.KEPT.
             optional: leave it out while the save before is still being written; the next one holds the same and more.
+            before: called before anything is written, in the thread that writes.
 
         Raises:
             Stopped: when a signal or the time limit asks for it, and the state is on disk.
@@ -188,11 +169,11 @@ class Checkpointer:
             UserError: the run is to stop and its state could not be written.
         """
         reason = stop_reason()
-        if self.config.save_checkpoint and (reason or not (optional and self.thread.busy)):
+        if self.writes and (reason or not (optional and self.thread.busy)):
             names = [*names, *["model_backup.pt"] * save_requested(answered=True)]
             self.thread.start(
                 lambda: snapshot(self._content(label, model, stage_state)),
-                lambda content: self._write(content, model, best, names),
+                lambda content: (before and before(), self._write(content, model, best, names)),
             )
             self._last_save = time.monotonic()
         if reason:
@@ -209,7 +190,7 @@ class Checkpointer:
             UserError: the file is missing or damaged.
         """
         try:
-            found = load_sealed(self.best(stage))
+            found = self.group.decided(load_sealed(self.best(stage)) if self.group.is_main else None)
         except (Corrupt, FileNotFoundError) as error:
             raise UserError(
                 f"the best weights of this run cannot be read ({error}): put {self.best(stage).name} back, or start afresh "
@@ -223,6 +204,14 @@ class Checkpointer:
         self.results[stage] = results
         self.stage = STAGES[STAGES.index(stage) + 1]
         self.save(f"{stage}_complete", model, None, names=["model_phase1.pt"] * (stage == "phase1"))
+        if self.writes and (files := list(self.folder.glob(FILES))):
+            self.wait()
+            for path in files:
+                path.unlink()
+
+    def wait(self):
+        """Until what is being saved is on the disk, or has been refused by it."""
+        self.thread.wait()
 
     def _write(self, content, model, best, names):
         """In the thread: frozen tensors once, best weights, the state with its further names, and then word to the mirror."""
@@ -271,7 +260,7 @@ class Checkpointer:
         if verdict == "refuse":
             raise UserError(f"{latest} {reason}")
         if verdict == "begin":
-            if self.config.save_checkpoint:
+            if self.writes:
                 self._archived = self.files.archive(found["run_id"], [self.best(stage).name for stage in WITH_BEST])
                 self.notes.append(f"{reason}; the earlier run's files are kept as {', '.join(self._archived)}")
             return

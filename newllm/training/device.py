@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import resource
 import sys
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from newllm.errors import UserError
+from newllm.training.group import Group
 
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 STORAGE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -23,6 +25,7 @@ class Runtime:
     """Device, precision and the accelerate layer that applies them."""
 
     accelerator: Accelerator
+    group: Group
     precision: str
     compile: bool
 
@@ -108,7 +111,7 @@ def open_runtime(config):
             f"{started} processes were started but they form {accelerator.num_processes} group(s) of one and would train "
             "independently; on CPU start them with ACCELERATE_USE_CPU=true torchrun."
         )
-    return Runtime(accelerator, precision, config.compile)
+    return Runtime(accelerator, Group(accelerator), precision, config.compile)
 
 
 def best_precision(on_cpu):
@@ -150,5 +153,7 @@ def peak_memory_mb():
     """Largest memory so far in MB: of the device's allocator on CUDA, else resident memory of the process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e6
+    with contextlib.suppress(OSError):  # getrusage would begin with the peak of the process that started this one
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

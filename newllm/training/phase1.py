@@ -4,6 +4,8 @@ Contexts K of all training samples are stored. One iteration is one sweep over a
 K_new = G(K), loss, one optimizer step, K <- K_new. No label is used.
 """
 
+import math
+
 import torch
 
 from newllm.data.dataset import batch_at, batch_count, epoch_order, order_digest
@@ -12,6 +14,7 @@ from newllm.fixed_point.losses import phase1_loss
 from newllm.fixed_point.solver import sequential, sweep
 from newllm.reporting.progress import Progress
 from newllm.seeding import derived_seed
+from newllm.training.contexts import StoredContexts
 from newllm.training.device import StepFunction, memory_mb
 from newllm.training.optim import copy_of, distance, make_optimizer, optimizer_state, prepare_optimizer
 from newllm.training.step import OptimizerStep
@@ -35,10 +38,12 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
     parameters = model.context_parameters()
     initial = copy_of(parameters)  # before restoring: the untrained network, a function of the seed
     saved = checkpointer.restore(STAGE, model)
-    state = _fresh_state(model, data, runtime) | (saved or {})
+    state = _fresh_state() | (saved or {})
     optimizer = make_optimizer([(parameters, 1.0)], config.phase1_learning_rate, weight_decay=0.0)
     optimizer = prepare_optimizer(runtime, optimizer, saved)
-    contexts_NTC = state["contexts"] = state["contexts"].to(runtime.device, runtime.storage_dtype)
+    group, contexts = runtime.group, StoredContexts(data, config, runtime, checkpointer.folder)
+    if saved:
+        contexts.restore(state.pop("contexts"), model, data, runtime, log.warn)
     history = checkpointer.history["phase1_history"]
     step = StepFunction(model, runtime.compile)
     take_step = OptimizerStep(runtime, optimizer, step, config.grad_clip, log.warn)
@@ -48,40 +53,48 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
     def save(**how):
         state["seconds"] = earlier_seconds + progress.seconds
         label = f"phase1_iteration_{state['iteration'] + (state['batch'] > 0)}"
-        checkpointer.save(label, model, state | optimizer_state(runtime, optimizer), **how)
+        whole = state | {"contexts": contexts.state()} | optimizer_state(runtime, optimizer)
+        checkpointer.save(label, model, whole, before=contexts.sync, **how)
 
     def gradients_of(samples):
         """The batch's loss as a function of how it is cut into parts; what it returns besides: parts of the loss, contexts."""
-        ids = data.train[samples, :-1].to(runtime.device).long()
-        old_BTC = contexts_NTC[samples]
+        own = group.owned(samples)
+        ids = data.train[samples[own], :-1].to(runtime.device).long()
+        old_bTC = contexts[samples[own]]
 
         def gradients(parts):
-            start_BTC = old_BTC
+            start_bTC = old_bTC
             if config.context_noise:
-                start_BTC = old_BTC + config.context_noise * torch.randn_like(old_BTC)
+                start_bTC = old_bTC + config.context_noise * torch.randn_like(old_bTC)
 
             def swept(part):
                 with runtime.autocast():
-                    return sweep(step.contexts, start_BTC[part], model.embed(ids[part]))[0]
+                    return sweep(step.contexts, start_bTC[part], model.embed(ids[part]))[0]
 
-            if len(parts) == 1:
-                new_BTC = swept(parts[0])
-            else:  # the regularizer needs all contexts at once: their gradient first, then each part's (arXiv 2101.06983)
-                with torch.no_grad():
-                    new_BTC = torch.cat([swept(part) for part in parts])
-                new_BTC.requires_grad_()
-            loss, values = phase1_loss(
-                new_BTC,
-                old_BTC,
-                config.dist_reg_weight,
-                config.dist_reg,
-                config.phase1_convergence_threshold,
-                consistency=state["iteration"] > 0,
-            )
-            runtime.accelerator.backward(loss)
-            for part in parts if len(parts) > 1 else ():
-                swept(part).backward(new_BTC.grad[part])
-            return loss.item(), values, new_BTC.detach()
+            def loss_of(new_BTC, old_BTC):
+                loss, values = phase1_loss(
+                    new_BTC,
+                    old_BTC,
+                    config.dist_reg_weight,
+                    config.dist_reg,
+                    config.phase1_convergence_threshold,
+                    consistency=state["iteration"] > 0,
+                )
+                runtime.accelerator.backward(loss)
+                return loss.item(), values
+
+            if len(parts) == group.size == 1:
+                new_bTC = swept(parts[0])
+                return *loss_of(new_bTC, old_bTC), new_bTC.detach()
+            # The regularizer needs all contexts at once: their gradient first, then each part's (arXiv 2101.06983).
+            with torch.no_grad():
+                new_bTC = torch.cat([swept(part) for part in parts]) if len(own) else torch.empty_like(old_bTC)
+            new_BTC, old_BTC = (group.assemble(each, own, len(samples)) for each in (new_bTC, old_bTC))
+            found = loss_of(new_BTC.requires_grad_(), old_BTC)
+            gradient_bTC = new_BTC.grad[own]
+            for part in parts:
+                swept(part).backward(gradient_bTC[part])
+            return *found, new_bTC.detach()
 
         return gradients
 
@@ -94,8 +107,9 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
                 before = copy_of(parameters) if last else None
                 where = f"iteration {state['iteration'] + 1}, batch {state['batch'] + 1} of Phase 1"
                 seed = derived_seed(config.seed, STAGE, state["steps"])
-                _, values, new_BTC = take_step(gradients_of(samples), len(samples), state, seed, where)
-                contexts_NTC[samples] = new_BTC.to(contexts_NTC.dtype)
+                own_count = len(group.owned(samples))
+                _, values, new_bTC = take_step(gradients_of(samples), own_count, state, seed, where)
+                contexts[samples[group.owned(samples)]] = new_bTC
                 _accumulate(state["sums"], values, len(samples) / len(data.train))
                 state["sample_order"] = order_digest(state["sample_order"], samples)
                 state["batch"] += 1
@@ -114,8 +128,10 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
                 if checkpointer.due(state["steps"]) and not last:
                     save()
 
+            contexts.turn()
+            ranked = contexts.first(min(len(data.train), math.ceil(RANK_TOKENS / config.max_seq_length)))
             row = state["sums"] | {
-                "er": effective_rank(contexts_NTC.flatten(0, 1)[:RANK_TOKENS]) / model.context_dim,
+                "er": effective_rank(ranked.flatten(0, 1)[:RANK_TOKENS]) / model.context_dim,
                 "grad_norm": state["grad_norm"],
                 "update_norm": distance(parameters, before),
                 "optimizer_steps": state["steps"] - state["skipped"],
@@ -131,8 +147,12 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
                 f"grad {row['grad_norm']:.2g} | update {row['update_norm']:.2g} | steps {row['optimizer_steps']} | "
                 f"{row['tok_per_s']:,.0f} tok/s"
             )
-            save(names=["model_epoch.pt"], optional=True)
+            save(names=["model_epoch.pt"], optional=not contexts.in_files)
+            if contexts.in_files:
+                checkpointer.wait()  # the next iteration overwrites what the states before this one need
     model.eval()
+    settled = _settle(model, data, contexts.first(min(len(data.train), VERIFIED_SEQUENCES)), runtime)
+    contexts.close()
     return {
         "phase1_steps": state["steps"] - state["skipped"],
         "phase1_param_change": distance(parameters, initial)
@@ -140,15 +160,14 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
         "phase1_iterations": state["iteration"],
         "sample_order": state["sample_order"],
         "tok_per_s_phase1": state["tokens"] / state["seconds"],
-        **_settle(model, data, contexts_NTC, runtime),
+        **settled,
     }
 
 
-def _fresh_state(model, data, runtime):
-    shape = len(data.train), data.train.shape[1] - 1, model.context_dim
+def _fresh_state():
     return {
         "iteration": 0, "batch": 0, "steps": 0, "skipped": 0, "tokens": 0, "seconds": 0.0, "sums": {}, "grad_norm": 0.0,
-        "parts": 1, "sample_order": "", "contexts": torch.zeros(shape, dtype=runtime.storage_dtype),
+        "parts": 1, "sample_order": "",
     }  # fmt: skip
 
 
@@ -167,14 +186,15 @@ def _accumulate(sums, values, share):
 
 @torch.no_grad()
 def _settle(model, data, contexts_NTC, runtime):
-    """Sweep stored contexts on with the final weights until they are within SETTLE_ERROR of the sequential reference.
+    """Sweep stored contexts of the first samples on with the final weights until they are settled.
 
     Returns:
-        {"settle_sweeps": sweeps needed, "settle_error": relative error then}, over the first VERIFIED_SEQUENCES samples.
+        {"settle_sweeps": sweeps needed to come within SETTLE_ERROR of the sequential reference, "settle_error": relative
+        error then}.
     """
-    embeddings = model.embed(data.train[:VERIFIED_SEQUENCES, :-1].to(runtime.device).long())
+    embeddings = model.embed(data.train[: len(contexts_NTC), :-1].to(runtime.device).long())
     reference, _ = sequential(model.step, embeddings, model.context_dim)
-    contexts = contexts_NTC[:VERIFIED_SEQUENCES].float()
+    contexts = contexts_NTC.float()
 
     def error():
         return ((contexts - reference).norm() / reference.norm()).item()

@@ -2,8 +2,10 @@
 
 import time
 
+import torch
+
 from newllm.data.dataset import batch_at, batch_count, epoch_order, order_digest, quick_subset
-from newllm.evaluate import evaluate_prediction, trajectories
+from newllm.evaluate import SEQUENCES_AT_A_TIME, evaluate_prediction, trajectories
 from newllm.fixed_point.solver import sequential, truncated
 from newllm.interrupt import Stopped
 from newllm.models.cross_entropy import linear_cross_entropy
@@ -11,6 +13,7 @@ from newllm.reporting.progress import Progress
 from newllm.seeding import derived_seed
 from newllm.training.device import StepFunction, memory_mb
 from newllm.training.optim import make_optimizer, optimizer_state, prepare_optimizer, set_learning_rate, warmup_cosine
+from newllm.training.sample_store import SampleStore
 from newllm.training.step import OptimizerStep
 
 
@@ -42,10 +45,12 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
     total_steps = batches * config.phase2_epochs
     quick = quick_subset(len(data.val), config.val_quick_frac, config.seed)
     earlier_seconds = state["seconds"]
-    features = {}
+    group, features = runtime.group, {}
+    widths = [model.context_dim, model.embed_dim]
     if freeze_context:
         for name, ids in (("train", data.train), ("val", data.val)):
-            features[name] = trajectories(model, ids, runtime.autocast, runtime.device, runtime.storage_dtype)
+            own = ids[group.owned_of(len(ids))]
+            features[name] = _frozen_features(model, own, config, runtime, checkpointer.folder)
 
     def save(**how):
         state["seconds"] = earlier_seconds + progress.seconds
@@ -54,15 +59,17 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
 
     def gradients_of(samples):
         """The batch's loss as a function of how it is cut into parts."""
-        ids = data.train[samples].to(runtime.device).long()
+        own = samples[group.owned(samples)]
+        ids = data.train[own].to(runtime.device).long()
 
         def gradients(parts):
-            return (sum(part_gradients(part) for part in parts),)
+            loss = sum(part_gradients(part) for part in parts)
+            return group.totals(loss)
 
         def part_gradients(part):
             with runtime.autocast():
                 if freeze_context:
-                    contexts, streams = (f[samples[part]] for f in features["train"])
+                    contexts, streams = features["train"][own[part] // group.size].split(widths, dim=-1)
                 elif config.gradient_sweeps:
                     embeddings = model.embed(ids[part, :-1])
                     contexts, streams = truncated(
@@ -72,17 +79,18 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
                     contexts, streams = sequential(step, model.embed(ids[part, :-1]), model.context_dim)
                 hidden = model.hidden(contexts, streams)
                 loss = linear_cross_entropy(hidden, *model.output_weights(), ids[part, 1:])
-            loss = loss * (len(ids[part]) / len(ids))
+            loss = loss * (len(ids[part]) / len(samples))
             runtime.accelerator.backward(loss)
             return loss.item()
 
         return gradients
 
-    def validate(samples=slice(None)):
-        held = tuple(f[samples] for f in features["val"]) if features else None
-        ids = data.val[samples]
+    def validate(samples):
+        own = samples[group.owned(samples)]
+        held = (lambda part: features["val"][own[part] // group.size].split(widths, dim=-1)) if features else None
+        how = data.token_bytes, runtime.autocast, runtime.device, held, group.totals
         try:
-            return evaluate_prediction(model, ids, data.token_bytes, runtime.autocast, runtime.device, held)
+            return evaluate_prediction(model, data.val[own], *how)
         except Stopped:
             save()
             raise
@@ -101,7 +109,8 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
                 set_learning_rate(optimizer, warmup_cosine(state["steps"], total_steps, config.warmup_ratio))
                 where = f"epoch {state['epoch'] + 1}, batch {state['batch'] + 1} of {stage}"
                 seed = derived_seed(config.seed, stage, state["steps"])
-                (loss,) = take_step(gradients_of(samples), len(samples), state, seed, where)
+                own_count = len(group.owned(samples))
+                (loss,) = take_step(gradients_of(samples), own_count, state, seed, where)
                 state["train_loss"] += loss * len(samples) / len(data.train)
                 state["sample_order"] = order_digest(state["sample_order"], samples)
                 state["batch"] += 1
@@ -140,7 +149,7 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
                     save()
 
             started = time.monotonic()
-            metrics = validate()
+            metrics = validate(torch.arange(len(data.val)))
             row = {"train_loss": state["train_loss"]} | {f"val_{name}": value for name, value in metrics.items()}
             for name, value in row.items():
                 history.setdefault(name, []).append(value)
@@ -166,6 +175,18 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
         "sample_order": state["sample_order"],
         "tok_per_s": state["tokens"] / state["seconds"],
     }
+
+
+def _frozen_features(model, ids, config, runtime, folder):
+    """[c_t; u_t] of samples [B, T+1] in a store of rows [T, C + E]; in a file where they would take too much memory."""
+    shape = config.max_seq_length, model.context_dim + model.embed_dim
+    size = len(ids) * shape[0] * shape[1] * runtime.storage_dtype.itemsize
+    place = folder if size > config.context_memory_mb * 1e6 else None
+    store = SampleStore(len(ids), shape, runtime.storage_dtype, runtime.device, place)
+    for part in torch.arange(len(ids)).split(SEQUENCES_AT_A_TIME):
+        made = trajectories(model, ids[part], runtime.autocast, runtime.device, runtime.storage_dtype)
+        store[part] = torch.cat(made, -1)
+    return store
 
 
 def _fresh_state():

@@ -1,12 +1,17 @@
 """What a saved state is made of besides the stage's own figures: copies of tensors, and where the run comes from."""
 
 import platform
+import shutil
 import subprocess
 from pathlib import Path
 
 import torch
 
 from newllm import __version__
+from newllm.errors import UserError
+from newllm.training.contexts import contexts_in_files
+
+STATES_ON_DISK = 5  # latest, previous, end of an epoch, end of Phase 1, and the one being written
 
 
 def snapshot(value):
@@ -18,10 +23,31 @@ def snapshot(value):
     return [snapshot(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def largest_state_bytes(model, train_tokens, context_dtype):
-    """Size of a state of Phase 1: weights, two moments of each, and the contexts."""
+def disk_bytes(model, config, context_dtype):
+    """(bytes of the largest state, that of Phase 1: weights, two moments of each, contexts; bytes of the files beside it)."""
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.trained_state().values())
-    return 3 * weights + train_tokens * model.context_dim * context_dtype.itemsize
+    contexts = config.train_tokens * config.context_dim * context_dtype.itemsize
+    if contexts_in_files(config, context_dtype):
+        return 3 * weights, 2 * contexts
+    return 3 * weights + contexts, 0
+
+
+def require_space(folder, model, config, context_dtype):
+    """Refuse to begin what the disk cannot hold.
+
+    Raises:
+        UserError: the folder has too little room for the checkpoints and files of a run.
+    """
+    state, beside = disk_bytes(model, config, context_dtype)
+    files = map(Path.stat, Path(folder).glob("model_*.pt"))
+    present = {(stat.st_dev, stat.st_ino): stat.st_size for stat in files}  # hard links count once
+    needed = STATES_ON_DISK * state + beside - sum(present.values())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free / 1e9:.2f} GB free and the checkpoints of this run need about {needed / 1e9:.2f} GB "
+            "more: make room, choose another --checkpoint_dir, or train with --no-save_checkpoint."
+        )
 
 
 def provenance():

@@ -32,8 +32,9 @@ class OptimizerStep:
         """Take the step.
 
         Args:
-            gradients: function of a list of slices of the batch; adds up the gradients and returns (loss, anything).
-            count: samples in the batch.
+            gradients: function of a list of slices of these; adds up the gradients and returns (loss of the whole batch,
+                anything).
+            count: samples of the batch that this process owns.
             state: the stage's state: `parts` is read and may grow, `skipped` and `grad_norm` are written.
             seed: of everything random within the step. where: for messages.
 
@@ -45,7 +46,7 @@ class OptimizerStep:
         """
         done = None
         while done is None:
-            torch.manual_seed(seed)
+            torch.manual_seed(seed + self.runtime.group.rank)
             self.optimizer.zero_grad()
             try:
                 done = gradients(split(count, state["parts"]))
@@ -64,6 +65,9 @@ class OptimizerStep:
     def _change_plan(self, memory, reason, count, state, where):
         self.optimizer.zero_grad()
         free_memory()
+        if self.runtime.group.size > 1:  # the others are elsewhere in the batch and cannot begin it again
+            remedy = "use a smaller phase1_batch_size or phase2_batch_size" if memory else "train with --no_compile"
+            raise UserError(f"{reason} at {where}: {remedy}, or fewer processes.")
         if not memory:
             self.step.fall_back()
             self.note(f"warning: torch.compile failed at {where} ({reason}); going on without it")
@@ -81,6 +85,7 @@ class OptimizerStep:
             raise UserError(f"the loss is {loss} at {where}: stopped before the step; lower the learning rate.")
         accelerator = self.runtime.accelerator
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.runtime.group.sum_gradients(parameters)
         accelerator.unscale_gradients(self.optimizer)
         total = get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = state["grad_norm"] = total.item()

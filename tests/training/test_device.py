@@ -42,7 +42,12 @@ def opened(monkeypatch):
 
     def accelerator(**options):
         given.append(options)
-        return SimpleNamespace(num_processes=1, device=torch.device("cpu" if options["cpu"] else "cuda"))
+        return SimpleNamespace(
+            num_processes=1,
+            process_index=0,
+            is_main_process=True,
+            device=torch.device("cpu" if options["cpu"] else "cuda"),
+        )
 
     monkeypatch.setattr(device, "Accelerator", accelerator)
     return given
@@ -195,8 +200,8 @@ def test_the_description_is_one_line_of_what_is_in_effect():
 
 def test_a_step_function_is_compiled_until_it_falls_back(monkeypatch):
     """Then it is the model's own again, and says so."""
-    model = SimpleNamespace(step=lambda context, token: (context, token))
-    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda context, token: "compiled")
+    model = SimpleNamespace(step=lambda context, token, stream: (context, token))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda context, token, stream: "compiled")
     step = StepFunction(model, True)
     assert step.compiled and step(1, 2) == "compiled"
     step.fall_back()

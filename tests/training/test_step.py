@@ -161,7 +161,7 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step(runtime, ki
 
 
 @pytest.mark.parametrize(("scale", "stops"), [(2.0**16, False), (SMALLEST_SCALE, False), (SMALLEST_SCALE / 2, True)])
-def test_with_a_loss_scaler_an_infinite_gradient_is_the_scalers_business(scale, stops):
+def test_with_a_loss_scaler_an_infinite_gradient_is_the_scalers_business(runtime, scale, stops):
     """fp16: the scaler leaves such a step out and lowers its scale; the run goes on until the scale itself is nothing."""
     accelerator = SimpleNamespace(
         backward=lambda loss: (loss * float("inf")).backward(),
@@ -169,7 +169,9 @@ def test_with_a_loss_scaler_an_infinite_gradient_is_the_scalers_business(scale, 
         scaler=SimpleNamespace(get_scale=lambda: scale),
     )
     parameter = nn.Parameter(torch.ones(2))
-    take = taker(SimpleNamespace(accelerator=accelerator), make_optimizer([([parameter], 1.0)], 1e-2, 0.0))
+    take = taker(
+        SimpleNamespace(accelerator=accelerator, group=runtime.group), make_optimizer([([parameter], 1.0)], 1e-2, 0.0)
+    )
     if stops:
         with pytest.raises(UserError, match="gradient is inf at here"):
             take(lambda: parameter.sum())

@@ -1,0 +1,106 @@
+"""Pictures of finished runs: from plain numbers to a PNG file, all in one style. matplotlib loads with the first one."""
+
+import contextlib
+
+from newllm.reporting.criteria import scale_fits
+
+DPI = 150
+PANEL = (5.0, 3.6)  # inches
+
+# Okabe and Ito's colours, which colour-blind eyes tell apart; markers and dashes do so without any colour.
+TRAINED = dict(color="#0072B2", marker="o")
+TRAINING_DATA = dict(color="#CC79A7", marker="s")
+UNTRAINED = dict(color="#D55E00", marker="^", linestyle="--")
+COUNTED = dict(color="#009E73", marker="D", linestyle="-.")
+REFERENCE = dict(color="#666666", linestyle=":", linewidth=1.5)
+STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#E5E5E5",
+    "lines.linewidth": 1.8,
+    "lines.markersize": 5.5,
+    "legend.edgecolor": "none",
+    "figure.constrained_layout.w_pad": 0.1,
+    "figure.constrained_layout.h_pad": 0.1,
+}
+
+
+def scale_ladder(summaries, path):
+    """Time, memory, effective rank and perplexity against training tokens.
+
+    Args:
+        summaries: what train.main returns, of two or more budgets, ascending.
+        path: of the PNG file; its folder is made.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    from matplotlib.ticker import EngFormatter
+
+    tokens = [s["train_tokens"] for s in summaries]
+    first, growth = tokens[0], tokens[-1] / tokens[0]
+    with _figure(path, 2, 2) as ((time, memory), (rank, perplexity)):
+
+        def draw(panel, key, label=None, scale=1, **style):
+            panel.plot(tokens, [scale * s[key] for s in summaries], label=label, **style)
+
+        fits = zip((time, memory), scale_fits(summaries), ("seconds", "peak_memory_mb"), ("s", "MB"), strict=True)
+        for panel, fit, key, unit in fits:
+            line = [first * growth ** (step / 100) for step in range(101)]
+            label = f"{fit.text(unit)}\n$R^2$ = {fit.r_squared:.4f}"
+            panel.plot(line, [fit(x / 1000) for x in line], label=label, **REFERENCE)
+            draw(panel, key, **TRAINED | {"linestyle": "none"})
+        time.set(title="Time of a whole run", ylabel="wall time (s)")
+        memory.set(title="Peak memory", ylabel="peak memory (MB)")
+
+        draw(rank, "er_train", "training tokens", 100, **TRAINING_DATA)
+        draw(rank, "er_val", "validation tokens", 100, **TRAINED)
+        draw(rank, "er_val_untrained", "validation, untrained network", 100, **UNTRAINED)
+        draw(rank, "er_ceiling", "ceiling (Gaussian noise)", 100, **REFERENCE)
+        rank.set(title="Effective rank of the contexts", ylabel="effective rank (% of the width)")
+
+        draw(perplexity, "val_ppl", "trained", **TRAINED)
+        draw(perplexity, "val_ppl_untrained_context", "untrained contexts", **UNTRAINED)
+        draw(perplexity, "val_ppl_bigram", "bigram counts", **COUNTED)
+        perplexity.set(title="Language model", ylabel="validation perplexity")
+
+        if growth > 10:
+            # Memory stays linear: over a logarithmic axis of tokens a straight line would look like an explosion.
+            _logarithmic(time, "xy")
+            _logarithmic(rank, "x")
+            _logarithmic(perplexity, "x")
+        memory.set_ylim(bottom=0)
+        for panel in (time, memory, rank, perplexity):
+            panel.set_xlabel("training tokens")
+            panel.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k, 1M
+            panel.yaxis.set_major_formatter("{x:,g}")
+            panel.legend()
+
+
+@contextlib.contextmanager
+def _figure(path, rows, columns):
+    """Panels to draw on, [rows][columns]; at the end they are written to the path."""
+    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot, which would choose a screen and keep every figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(columns * PANEL[0], rows * PANEL[1]), layout="constrained")
+        yield figure.subplots(rows, columns, squeeze=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=DPI)
+
+
+def _logarithmic(panel, axes):
+    """Logarithmic axes, "x", "y" or "xy", with labels at 1, 2, 5, 10 and so on."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    for name in axes:
+        panel.set(**{f"{name}scale": "log"})
+        axis = getattr(panel, f"{name}axis")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_formatter(NullFormatter())

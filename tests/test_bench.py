@@ -1,0 +1,82 @@
+"""The bench times steps, not what happens between epochs, and a share is a share of the products' own rates."""
+
+import itertools
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from config import ResidualConfig
+from newllm.models.flops import Flops
+from newllm.training import phase1
+from scripts import bench
+
+MONITORING = 0.5  # seconds
+
+
+@pytest.fixture
+def config(tiny_settings):
+    return ResidualConfig(**tiny_settings)
+
+
+def test_a_step_is_what_lies_between_two_batches_of_an_epoch(monkeypatch):
+    """Batches of 3 and 2 samples at 10 samples a second, epochs 100 s apart, the first of them slower: 10 a second."""
+    clock, progress = SimpleNamespace(now=0.0), SimpleNamespace(done=0)
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    watch = bench.Stopwatch(lambda: None)
+    for epoch, seconds in ((1, 7.0), (2, 0.1)):
+        clock.now += 100
+        for batch, samples in enumerate((3, 2), start=1):
+            clock.now += samples * seconds
+            progress.done += samples
+            watch.status(progress, epoch=epoch, batch=batch)
+    assert watch.tok_per_s() == pytest.approx(10)
+
+
+def test_monitoring_at_the_end_of_an_iteration_is_no_training(config, monkeypatch):
+    """Effective rank that takes half a second changes no figure: steps of this network take milliseconds."""
+    rank = phase1.effective_rank
+    monkeypatch.setattr(phase1, "effective_rank", lambda contexts: time.sleep(MONITORING) or rank(contexts))
+    assert bench.Bench(config, 300).phase1() > config.phase1_batch_size * config.max_seq_length / (MONITORING / 5)
+
+
+def test_the_matrix_rate_counts_three_products(config, monkeypatch):
+    """2 * 3 * 5 * 7 operations each, in 2 seconds."""
+    each = bench.Bench(config, 300)
+    calls = []
+    monkeypatch.setattr(each, "seconds", lambda function: calls.append(function()) or 2.0)
+    assert each.matrix_rate(3, 5, 7, "bf16") == 3 * 2 * 3 * 5 * 7 / 2 and len(calls) == 1
+
+
+def test_shares_are_of_the_rates_at_the_shapes_used(config, monkeypatch):
+    """The head's products at the rate of its own shape, all others at the map's: the time at those rates over the time taken."""
+    map_rate, head_rate, speed = 1e9, 4e9, 1000.0
+    monkeypatch.setattr(bench, "VOCABULARIES", (300,))
+    monkeypatch.setattr(
+        bench.Bench, "matrix_rate", lambda _, rows, x, y, precision: head_rate if y == 300 else map_rate
+    )
+    for part in ("per_token_loop", "sweep_forward", "phase1", "sequential", "phase2", "generation"):
+        monkeypatch.setattr(bench.Bench, part, lambda *_: speed)
+    rows = {row["part"]: row for row in bench.bench(config, lambda line: None)}
+    flops, logits = Flops(config, 300), 6 * config.embed_dim * 300
+    expected = speed * ((flops.frozen - logits) / map_rate + logits / head_rate)
+    row = rows["Phase 2 frozen, V = 300"]
+    assert row["share"] == pytest.approx(expected) and row["gflops"] == pytest.approx(speed * flops.frozen / 1e9)
+    assert rows["Phase 1, loss + backward + step"]["share"] == pytest.approx(speed * flops.phase1 / map_rate)
+    assert rows["products fp32, 96 x 16 x 300"]["gflops"] == 4 and rows["products fp32, 96 x 32 x 32"]["gflops"] == 1
+
+
+def test_json_is_one_object_with_every_part_and_switch(config, monkeypatch, capsys):
+    """Nothing that the phases print is on stdout; every figure is positive; a switch has its speeds and its memory."""
+    monkeypatch.setattr(bench, "VOCABULARIES", (300, 500))
+    monkeypatch.setattr(bench, "SWITCHES", {"batches of 2": {"phase1_batch_size": 2, "phase2_batch_size": 2}})
+    bench.main(config, as_json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["config"] == config.to_dict()
+    assert all(row["gflops"] > 0 and row["share"] > 0 for row in found["parts"])
+    names = [f"{part}, V = {size}" for size, part in itertools.product((300, 500), ("Phase 2 frozen", "generation"))]
+    assert set(names) < {row["part"] for row in found["parts"]}
+    (row,) = found["switches"]
+    assert row["switch"] == "batches of 2" and row["phase1_tok_per_s"] > 0 and row["phase2_tok_per_s"] > 0
+    assert 50 < row["peak_memory_mb"] < 5000

@@ -1,0 +1,162 @@
+"""Contexts and features in files: the same run to the bit, however it was cut off, and no silent use of what was damaged."""
+
+import dataclasses
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import ResidualConfig
+from newllm.interrupt import Interrupt, Stopped
+from newllm.storage import load_sealed
+from newllm.training.checkpoint import Checkpointer
+from newllm.training.contexts import FILES
+from newllm.training.sample_store import SampleStore
+from train import main
+
+SPILLED = dict(context_memory_mb=0)
+
+
+def weights(config):
+    return load_sealed(Path(config.checkpoint_dir) / "model_latest.pt")["model_state_dict"]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def files(config):
+    return sorted(path.name for path in Path(config.checkpoint_dir).glob(FILES))
+
+
+def elsewhere(config, name, **changes):
+    return dataclasses.replace(config, checkpoint_dir=f"{config.checkpoint_dir}_{name}", **changes)
+
+
+def stopped(monkeypatch, config, saves):
+    """Run until so many saves have been due, then stop in order."""
+    asked, real = [], Checkpointer.due
+
+    def due(self, batch):
+        asked.append(batch)
+        if len(asked) == saves:
+            Interrupt.current.signal = signal.SIGTERM
+        return real(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, "due", due)
+        with pytest.raises(Stopped):
+            main(config)
+
+
+# The store
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("named", [True, False])
+def test_a_file_holds_what_memory_would(tmp_path, dtype, named):
+    """Any order, any subset, rows never written are zeros."""
+    memory = SampleStore(7, (3, 5), dtype, "cpu")
+    file = SampleStore(7, (3, 5), dtype, "cpu", tmp_path / "rows.bin" if named else tmp_path)
+    for samples in (torch.tensor([4, 1]), torch.tensor([6]), torch.tensor([1, 0])):
+        rows = torch.randn(len(samples), 3, 5)
+        memory[samples] = file[samples] = rows
+    everything = torch.tensor([3, 6, 0, 1, 2, 5, 4])
+    assert torch.equal(memory[everything], file[everything]) and file[everything].dtype == dtype
+    assert len(memory) == len(file) == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.bin"] * named
+
+
+def test_rows_are_adopted_only_if_they_are_those_that_were_written(tmp_path):
+    """Each row has a checksum of its own: a flipped bit, a missing end and a missing file are all found."""
+    path = tmp_path / "rows.bin"
+    store = SampleStore(4, (2, 3), torch.float32, "cpu", path)
+    store[torch.tensor([0, 2, 3])] = torch.randn(3, 2, 3)
+    store.sync()
+    digests, content = store.digests.clone(), path.read_bytes()
+
+    def adopted():
+        return SampleStore(4, (2, 3), torch.float32, "cpu", path).adopt(digests)
+
+    again = SampleStore(4, (2, 3), torch.float32, "cpu", path)
+    assert again.adopt(digests) and torch.equal(again[torch.arange(4)], store[torch.arange(4)])
+    size = len(content) // 4
+    path.write_bytes(content[: size + 3] + bytes([content[size + 3] ^ 1]) + content[size + 4 :])
+    assert adopted()  # row 1 was never written
+    path.write_bytes(content[:3] + bytes([content[3] ^ 1]) + content[4:])
+    assert not adopted()
+    path.write_bytes(content[:-1])
+    assert not adopted()
+    path.unlink()
+    assert not adopted()
+
+
+# Runs
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_run_on_files_ends_with_the_bits_of_one_in_memory(tiny_settings, freeze):
+    """Weights and metrics; and no file is left."""
+    config = ResidualConfig(**tiny_settings, freeze_context=freeze)
+    on_files = elsewhere(config, "files", **SPILLED)
+    expected, found = main(config), main(on_files)
+    assert same(weights(config), weights(on_files)) and not files(on_files)
+    for name in ("val_loss", "er_train", "settle_sweeps", "settle_error", "val_ppl_untrained_context"):
+        assert found[name] == expected[name], name
+
+
+@pytest.mark.parametrize("saves", [1, 2, 3, 4, 5, 6])
+def test_cut_off_in_any_batch_it_goes_on_to_the_same_bits(tiny_settings, monkeypatch, saves):
+    """In the first, a middle and the last iteration; also from files to memory and from memory to files."""
+    config = ResidualConfig(**tiny_settings, phase="1")
+    main(config)
+    expected = weights(config)
+    for before, after in ((0, 0), (0, 512), (512, 0)):
+        cut = elsewhere(config, f"{before}_{after}_{saves}", context_memory_mb=before)
+        stopped(monkeypatch, cut, 3 * 3 + saves)  # behind the untrained stage
+        assert len(files(cut)) == (2 if before == 0 else 0)
+        main(dataclasses.replace(cut, context_memory_mb=after))
+        assert same(weights(cut), expected) and not files(cut)
+
+
+@pytest.mark.parametrize("harm", ["lost", "damaged"])
+def test_without_its_files_a_run_says_so_and_goes_on(tiny_settings, monkeypatch, capsys, harm):
+    """Contexts are computed again from the weights; the run is complete, and nobody believes it is the same one."""
+    config = ResidualConfig(**tiny_settings, **SPILLED)
+    stopped(monkeypatch, config, 3 * 3 + 5)
+    for path in Path(config.checkpoint_dir).glob(FILES):
+        path.unlink() if harm == "lost" else path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
+    capsys.readouterr()
+    summary = main(config)
+    assert "stored contexts are gone, damaged" in capsys.readouterr().out
+    assert summary["phase1_steps"] == 9 and summary["val_loss"] > 0
+
+
+def test_files_of_an_iteration_wait_for_the_save_that_ends_it(tiny_settings, monkeypatch):
+    """The next iteration overwrites them: a process killed right after it began still finds all it needs."""
+    config = ResidualConfig(**tiny_settings, phase="1", **SPILLED)
+    main(config)
+    expected = weights(config)
+    cut = elsewhere(config, "cut")
+
+    class Killed(BaseException):
+        pass
+
+    real, steps = Checkpointer.due, []
+
+    def due(self, batch):
+        steps.append(batch)
+        if len(steps) == 9 + 4:  # the first batch of the second iteration has been written to the files
+            self.thread.wait()
+            raise Killed
+        return real(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, "due", due)
+        with pytest.raises(Killed):
+            main(cut)
+    state = load_sealed(Path(cut.checkpoint_dir) / "model_latest.pt")
+    assert state["epoch"] == "phase1_iteration_1" and state["stage_state"]["batch"] == 0
+    main(cut)
+    assert same(weights(cut), expected)
