@@ -12,7 +12,6 @@ from newllm.data.dataset import load_data
 from newllm.errors import UserError, exit_on_user_error
 from newllm.evaluate import evaluate_contexts
 from newllm.interrupt import Interrupt
-from newllm.memory import free_memory
 from newllm.models.language_model import LanguageModel
 from newllm.models.ngram import ngram_rows
 from newllm.models.pretrained import load_embedding
@@ -20,7 +19,8 @@ from newllm.reporting.banner import banner
 from newllm.reporting.runlog import RunLog, new_run_id
 from newllm.reporting.summary import context_line, summarize
 from newllm.training.checkpoint import Checkpointer
-from newllm.training.device import compile_cost, describe_device, open_runtime, peak_memory_mb
+from newllm.training.device import compile_cost, describe_device, memory_mb, open_runtime, peak_memory_mb
+from newllm.training.memory_estimate import predicted_peak
 from newllm.training.phase1 import train_phase1
 from newllm.training.phase2 import train_phase2
 from newllm.training.state import require_space
@@ -44,14 +44,16 @@ def main(config):
                 data = load_data(config)
                 pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
             runtime.group.require_same("data", data.fingerprint)
+            libraries = 0 if runtime.device.type == "cuda" else memory_mb()["memory_mb"] or 0
+            peak = predicted_peak(config, data.vocab_size, runtime.precision, libraries, runtime.device.type == "cuda")
             model = LanguageModel(config, data.vocab_size, pretrained).to(runtime.device)
             with Checkpointer(config, data.fingerprint, new_run_id(), runtime.group) as checkpointer:
                 if checkpointer.writes:
                     require_space(checkpointer.folder, model, config, runtime.storage_dtype)
-                return run_stages(config, runtime, data, model, checkpointer)
+                return run_stages(config, runtime, data, model, checkpointer, peak)
 
 
-def run_stages(config, runtime, data, model, checkpointer):
+def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
     """The story: untrained row, Phase 1, Phase 2, report."""
     log = RunLog(config.checkpoint_dir, data.source, checkpointer.run_id, runtime.group.is_main)
     for line in banner(config, describe_device(runtime), data, model, checkpointer.notes):
@@ -69,7 +71,7 @@ def run_stages(config, runtime, data, model, checkpointer):
         ngrams = ngram_rows(data.train.numpy(), data.val.numpy(), data.vocab_size)
         checkpointer.complete("untrained", model, {"contexts": contexts, "head": head, "ngrams": ngrams})
         del control
-        free_memory()
+        runtime.accelerator.free_memory()
 
     if not checkpointer.is_done("phase1"):
         log.say("\n== Phase 1: contexts ==")
@@ -78,7 +80,8 @@ def run_stages(config, runtime, data, model, checkpointer):
         log.say(context_line("untrained", checkpointer.results["untrained"]["contexts"]))
         log.say(context_line("phase 1", contexts))
         checkpointer.complete("phase1", model, {"training": training, "contexts": contexts})
-        free_memory()
+        model.zero_grad()
+        runtime.accelerator.free_memory()
 
     if config.phase == "both" and not checkpointer.is_done("phase2"):
         log.say(
@@ -92,6 +95,7 @@ def run_stages(config, runtime, data, model, checkpointer):
     waited, written = checkpointer.saving_share
     summary |= {
         "peak_memory_mb": peak_memory_mb(),
+        "peak_memory_mb_predicted": predicted_peak_mb,
         "seconds": checkpointer.seconds,
         "saving_share": waited,
         "saving_share_background": written,
