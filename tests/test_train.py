@@ -23,9 +23,17 @@ KEYS = {
     "phase1_steps", "phase1_param_change", "phase1_iterations", "converged_ratio", "er_train", "er_val",
     "er_val_untrained", "er_ceiling", "cold_start_error_10", "contraction", "memory_horizon", "val_loss", "val_ppl",
     "val_bpb", "val_acc", "val_ppl_untrained_context", "val_ppl_bigram", "val_ppl_kn", "tok_per_s_phase1",
-    "peak_memory_mb", "seconds",
+    "peak_memory_mb", "peak_memory_mb_predicted", "seconds",
 }  # fmt: skip
-TIMES = ("seconds", "tok_per_s_phase1", "tok_per_s_phase2", "peak_memory_mb", "saving_share", "saving_share_background")
+TIMES = (
+    "seconds",
+    "tok_per_s_phase1",
+    "tok_per_s_phase2",
+    "peak_memory_mb",
+    "peak_memory_mb_predicted",
+    "saving_share",
+    "saving_share_background",
+)
 
 
 def run(command, settings, *extra):
