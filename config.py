@@ -14,9 +14,13 @@ class ResidualConfig(Config):
     num_tokens = 0  # training tokens; when > 0 it sets num_samples = num_tokens // max_seq_length
     max_seq_length = 128  # predictions per sample
     val_samples = 160  # held-out samples from other dialogues; 20k tokens keep perplexity within about 2 %
+    tune_share = 0.0  # share of the training samples to validate on, instead of the held-out ones, to choose settings
     cache_dir = "cache"  # folder of tokenized data; may be a link to Google Drive
 
     # Model
+    model_type = (
+        "context"  # baselines: "gru", "lstm", "transformer"; controls: "window" (of tokens), "token" (no context)
+    )
     context_dim = 768  # width of the context c_t
     embed_dim = 768  # width of a token embedding
     num_layers = 6  # residual layers of the context map F
@@ -27,7 +31,8 @@ class ResidualConfig(Config):
 
     # Phase 1: the context
     phase = "both"  # "1" stops after Phase 1; run again with "both" to go on
-    phase1_max_iterations = 10  # sweeps over all training samples
+    phase1_max_iterations = 10  # sweeps over all training samples; 0: none, Phase 2 starts from the untrained network
+    phase1_shuffle = False  # control: sweep over samples whose tokens are in random order
     phase1_convergence_threshold = 0.05  # a token has converged when its squared change per dimension is below this
     phase1_min_converged_ratio = 0.95  # stop when this share of tokens has converged
     phase1_learning_rate = 0.002  # AdamW
@@ -40,7 +45,11 @@ class ResidualConfig(Config):
     phase2_epochs = 10  # passes over the training samples, at most
     phase2_learning_rate = 0.002  # AdamW, warm-up then cosine
     phase2_batch_size = 32  # samples per optimizer step
+    untrained_control = True  # also train the head on untrained contexts, to compare with
     freeze_context = False  # True trains only the head on fixed contexts; False also trains F, through time
+    whiten_context = (
+        False  # control: frozen contexts made uncorrelated and of unit variance, fitted on training samples
+    )
     context_lr_scale = 0.1  # learning rate of F relative to the head's
     gradient_sweeps = 3  # tokens back that fine-tuning's gradient reaches, one parallel sweep each; 0: the whole sample
     dropout = 0.3  # on the head's inputs and hidden units

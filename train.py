@@ -12,6 +12,8 @@ from newllm.data.dataset import load_data
 from newllm.errors import UserError, exit_on_user_error
 from newllm.evaluate import evaluate_contexts
 from newllm.interrupt import Interrupt
+from newllm.memory import free_memory
+from newllm.models.baselines import BASELINES, Baseline
 from newllm.models.language_model import LanguageModel
 from newllm.models.ngram import ngram_rows
 from newllm.models.pretrained import load_embedding
@@ -44,9 +46,11 @@ def main(config):
                 data = load_data(config)
                 pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
             runtime.group.require_same("data", data.fingerprint)
-            libraries = 0 if runtime.device.type == "cuda" else memory_mb()["memory_mb"] or 0
-            peak = predicted_peak(config, data.vocab_size, runtime.precision, libraries, runtime.device.type == "cuda")
-            model = LanguageModel(config, data.vocab_size, pretrained).to(runtime.device)
+            cuda = runtime.device.type == "cuda"
+            libraries = 0 if cuda else memory_mb()["memory_mb"] or 0
+            peak = predicted_peak(config, data.vocab_size, runtime.precision, libraries, cuda)
+            kind = Baseline if config.model_type in BASELINES else LanguageModel
+            model = kind(config, data.vocab_size, pretrained).to(runtime.device)
             with Checkpointer(config, data.fingerprint, new_run_id(), runtime.group) as checkpointer:
                 if checkpointer.writes:
                     require_space(checkpointer.folder, model, config, runtime.storage_dtype)
@@ -62,17 +66,23 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
         "start", config=config.to_dict(), device=describe_device(runtime), data=data.notes, fingerprint=data.fingerprint
     )
 
+    learns_context = bool(model.context_parameters())
     if not checkpointer.is_done("untrained"):
-        log.say("\n== Untrained network: the same head on contexts that nothing has trained ==")
-        control = copy.deepcopy(model)
-        contexts = evaluate_contexts(control, data, config, runtime.device)
-        log.say(context_line("untrained", contexts))
-        head = train_phase2(control, data, config, runtime, log, checkpointer, "untrained", freeze_context=True)
-        ngrams = ngram_rows(data.train.numpy(), data.val.numpy(), data.vocab_size)
-        checkpointer.complete("untrained", model, {"contexts": contexts, "head": head, "ngrams": ngrams})
-        del control
-        runtime.accelerator.free_memory()
+        results = {"ngrams": ngram_rows(data.train.numpy(), data.val.numpy(), data.vocab_size)}
+        if learns_context:
+            results["contexts"] = evaluate_contexts(model, data, config, runtime.device)
+        if learns_context and config.untrained_control:
+            log.say("\n== Untrained network: the same head on contexts that nothing has trained ==")
+            control = copy.deepcopy(model)
+            log.say(context_line("untrained", results["contexts"]))
+            results["head"] = train_phase2(control, data, config, runtime, log, checkpointer, "untrained", True)
+            del control
+        checkpointer.complete("untrained", model, results)
+        runtime.accelerator.free_memory()  # of the optimizers it has prepared
+        free_memory()
 
+    if not learns_context and not checkpointer.is_done("phase1"):
+        checkpointer.complete("phase1", model, {})
     if not checkpointer.is_done("phase1"):
         log.say("\n== Phase 1: contexts ==")
         training = train_phase1(model, data, config, runtime, log, checkpointer)
@@ -82,18 +92,20 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
         checkpointer.complete("phase1", model, {"training": training, "contexts": contexts})
         model.zero_grad()
         runtime.accelerator.free_memory()
+        free_memory()
 
     if config.phase == "both" and not checkpointer.is_done("phase2"):
-        log.say(
-            f"\n== Phase 2: next-token prediction, contexts {'frozen' if config.freeze_context else 'fine-tuned'} =="
-        )
-        head = train_phase2(model, data, config, runtime, log, checkpointer, "phase2", config.freeze_context)
+        frozen = isinstance(model, LanguageModel) and (config.freeze_context or not learns_context)
+        how = f"model type {config.model_type}" + f", contexts {'frozen' if frozen else 'fine-tuned'}" * learns_context
+        log.say(f"\n== Phase 2: next-token prediction, {how} ==")
+        head = train_phase2(model, data, config, runtime, log, checkpointer, "phase2", frozen)
         checkpointer.complete("phase2", model, {"head": head})
 
     summary = summarize(config, data, checkpointer.results)
     unsaved = checkpointer.unsaved
     waited, written = checkpointer.saving_share
     summary |= {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "peak_memory_mb": peak_memory_mb(),
         "peak_memory_mb_predicted": predicted_peak_mb,
         "seconds": checkpointer.seconds,
@@ -104,7 +116,8 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
     log.finish(summary)
     if unsaved:
         raise UserError(f"the last checkpoint could not be written ({unsaved}): free the disk and run again.")
-    return summary
+    nats = checkpointer.results.get("phase2", {}).get("head", {}).get("sample_nats")
+    return summary | {"val_sample_nats": nats}
 
 
 if __name__ == "__main__":

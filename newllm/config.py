@@ -67,8 +67,10 @@ class Config:
     num_tokens: CountOrZero
     max_seq_length: Annotated[int, Range(2)]
     val_samples: Count
+    tune_share: Annotated[float, Range(0, 0.9)]
     cache_dir: str
 
+    model_type: Literal["context", "window", "token", "gru", "lstm", "transformer"]
     context_dim: Annotated[int, Range(2)]
     embed_dim: Annotated[int, Range(2)]
     num_layers: Count
@@ -78,7 +80,8 @@ class Config:
     init_scale: Positive
 
     phase: Literal["both", "1"]
-    phase1_max_iterations: Count
+    phase1_max_iterations: CountOrZero
+    phase1_shuffle: bool
     phase1_convergence_threshold: Positive
     phase1_min_converged_ratio: PositiveShare
     phase1_learning_rate: Positive
@@ -90,7 +93,9 @@ class Config:
     phase2_epochs: Count
     phase2_learning_rate: Positive
     phase2_batch_size: Count
+    untrained_control: bool
     freeze_context: bool
+    whiten_context: bool
     context_lr_scale: NonNegative
     gradient_sweeps: CountOrZero
     dropout: Dropout
@@ -138,6 +143,11 @@ class Config:
                 )
             object.__setattr__(self, "num_samples", self.num_tokens // self.max_seq_length)
             object.__setattr__(self, "num_tokens", 0)  # said once: a copy with another num_samples has that many
+
+        if self.model_type != "context" and self.phase == "1":
+            raise UserError(
+                f"phase 1 trains contexts and model_type '{self.model_type}' learns none: use --phase both."
+            )
 
     def __setattr__(self, name, value=None):
         raise dataclasses.FrozenInstanceError(

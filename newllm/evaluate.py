@@ -13,12 +13,20 @@ from newllm.fixed_point import diagnostics
 from newllm.fixed_point.solver import sequential, solve
 from newllm.interrupt import poll
 from newllm.memory import map_parts
+from newllm.models.baselines import Baseline
 from newllm.models.cross_entropy import linear_token_nll
 
 RANK_TOKENS = 10_000  # tokens behind an effective rank; the ceiling is computed for the same number
 CURVE_SEQUENCES = 32  # sequences behind cold-start and memory curves
 MAX_SWEEPS = 16
 SEQUENCES_AT_A_TIME = 256
+
+
+def encode(model, ids):
+    """What the head reads: ids [B, T] -> (contexts [B, T, C], token streams [B, T, E]), of a baseline or step by step."""
+    if isinstance(model, Baseline):
+        return model.encode(ids)
+    return sequential(model.step, model.embed(ids), model.context_dim)
 
 
 @torch.no_grad()
@@ -28,8 +36,7 @@ def trajectories(model, ids, autocast, device, dtype=torch.float32):
     def evaluated(part):
         poll()
         with autocast():
-            embeddings = model.embed(ids[part, :-1].to(device).long())
-            contexts, streams = sequential(model.step, embeddings, model.context_dim)
+            contexts, streams = encode(model, ids[part, :-1].to(device).long())
         return contexts.to(dtype), streams.to(dtype)
 
     parts = map_parts(evaluated, len(ids), SEQUENCES_AT_A_TIME)
@@ -109,6 +116,21 @@ def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None
         "acc": right / count,
         "bpb": nats / math.log(2) / text,
     }
+
+
+@torch.no_grad()
+def sample_nats(model, ids, autocast, device, features=None):
+    """Nats of each of the samples [B, T+1], over all its targets, for paired comparisons: fp64 [B]."""
+    model.eval()
+
+    def scored(part):
+        given = features(part) if features else trajectories(model, ids[part], autocast, device)
+        with autocast():
+            targets = ids[part, 1:].to(device).long()
+            nll, _ = linear_token_nll(model.hidden(*given), *model.output_weights(), targets)
+        return nll.double().sum(-1)
+
+    return torch.cat([torch.empty(0, device=device), *map_parts(scored, len(ids), SEQUENCES_AT_A_TIME)])
 
 
 def text_bytes(ids, token_bytes):

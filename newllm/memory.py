@@ -1,5 +1,7 @@
 """When memory runs out: recognise it, give back what can be given back, do the work in smaller parts."""
 
+import contextlib
+import ctypes
 import gc
 import itertools
 
@@ -16,6 +18,8 @@ def is_out_of_memory(error):
 def free_memory():
     """Give unreferenced tensors and the allocator's cache back. Slow: for the time between phases and after failures."""
     gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps what is freed until it is told
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

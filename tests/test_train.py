@@ -31,6 +31,9 @@ TIMES = (
     "tok_per_s_phase2",
     "peak_memory_mb",
     "peak_memory_mb_predicted",
+    "seconds_phase1",
+    "seconds_phase2",
+    "seconds_training",
     "saving_share",
     "saving_share_background",
 )

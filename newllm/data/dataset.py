@@ -1,6 +1,7 @@
-"""Dialogues to packed samples of ids: packing, disjoint splits, the cache file, the order of samples in an epoch."""
+"""Dialogues to packed samples of ids: packing, disjoint splits, the cache file."""
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import importlib.metadata
@@ -15,7 +16,6 @@ from newllm.data.corpus import ULTRACHAT_IDENTITY, ULTRACHAT_NOTE, open_corpus
 from newllm.data.tokenizer import GPT2_FILES, Tokenizer, choose_tokenizer, train_bpe
 from newllm.errors import UserError
 from newllm.interrupt import poll
-from newllm.seeding import derived_generator
 from newllm.storage import Corrupt, load_sealed, save_sealed, usable_folder
 
 FORMAT_VERSION = (
@@ -45,7 +45,24 @@ class TokenData:
 
 
 def load_data(config):
-    """Samples for a configuration: from the cache, else built and cached.
+    """Samples for a configuration; with `tune_share`, the last training samples take the place of the held-out ones.
+
+    Raises:
+        UserError: the source, tokenizer or cache folder cannot be had, or there are too few dialogues.
+    """
+    data = load_samples(config)
+    if not config.tune_share:
+        return data
+    count = max(1, round(config.tune_share * len(data.train)))
+    parts = dict(val=data.train[-count:], val_dialogue=data.train_dialogue[-count:])
+    parts |= dict(train=data.train[:-count], train_dialogue=data.train_dialogue[:-count])
+    note = f"tuning: validates on the last {count:,} training samples and trains on the others"
+    fingerprint = hashlib.sha256(f"{data.fingerprint} {count}".encode()).hexdigest()
+    return dataclasses.replace(data, **parts, notes=[*data.notes, note], fingerprint=fingerprint)
+
+
+def load_samples(config):
+    """Training and held-out samples for a configuration: from the cache, else built and cached.
 
     Args:
         config: newllm.config.Config; its fields under "Data" count.
@@ -91,38 +108,6 @@ def load_data(config):
     except OSError as error:
         notes.append(f"cache: {path} could not be written ({error}), so the next run builds the data again")
     return _token_data(payload, corpus.note, reason, [*notes, *_unused(unusable)], cache_hit=False)
-
-
-def epoch_order(num_samples, seed, stage, epoch):
-    """Order of the samples in an epoch: int64 [num_samples], a permutation that depends on the arguments alone.
-
-    So resuming at any batch costs nothing for the batches before it, and no global random state is involved.
-    """
-    return torch.randperm(num_samples, generator=derived_generator(num_samples, seed, stage, epoch))
-
-
-def order_digest(digest, samples):
-    """The digest (hex, "" at first) of all sample ids so far, extended by those of one more batch: equal orders, equal digests."""
-    return hashlib.sha256(digest.encode() + samples.long().numpy().tobytes()).hexdigest()
-
-
-def batch_count(num_samples, batch_size, min_batches):
-    """Batches of an epoch: of about batch_size samples, of fewer where a small budget would give under min_batches."""
-    return max(num_samples // batch_size, min(min_batches, num_samples))
-
-
-def batch_at(order, batches, index):
-    """Samples of batch `index` when an epoch's order is cut into `batches` nearly equal parts, the larger ones first."""
-    size, larger = divmod(len(order), batches)
-    start = index * size + min(index, larger)
-    return order[start : start + size + (index < larger)]
-
-
-def quick_subset(num_samples, fraction, seed):
-    """The fixed samples of quick checks: int64 [max(1, round(fraction * num_samples))], sorted."""
-    count = max(1, round(fraction * num_samples))
-    order = torch.randperm(num_samples, generator=derived_generator(num_samples, seed, "quick subset", 0))
-    return order[:count].sort().values
 
 
 # Packing

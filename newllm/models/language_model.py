@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from newllm.models.context import ContextMap, ResidualLayer, in_compute_type
+from newllm.models.window import NoContext, Window
 
 # The token stream still points along its own token's vector, so a tied model starts by predicting each token to repeat,
 # with a logit of about std * E: small enough here for the first loss to be ln(V) with thousands of ids.
@@ -66,7 +67,12 @@ class LanguageModel(nn.Module):
         self.vocab_size, self.context_dim, self.embed_dim = vocab_size, config.context_dim, config.embed_dim
         self.embedding = nn.Embedding(vocab_size, config.embed_dim)
         self.embed_norm = nn.LayerNorm(config.embed_dim)
-        self.context_map = ContextMap(config.context_dim, config.embed_dim, config.num_layers)
+        if config.model_type == "window":
+            self.context_map = Window(config.context_dim, config.embed_dim, config.seed)
+        elif config.model_type == "token":
+            self.context_map = NoContext()
+        else:
+            self.context_map = ContextMap(config.context_dim, config.embed_dim, config.num_layers)
         self.token_layers = nn.ModuleList(
             TokenLayer(config.context_dim, config.embed_dim, config.dropout) for _ in range(config.token_layers)
         )
@@ -112,12 +118,13 @@ class LanguageModel(nn.Module):
         return {name: tensor for name, tensor in self.state_dict().items() if name not in self._frozen}
 
     def context_parameters(self):
-        """Parameters that move the contexts; Phase 1 trains exactly these."""
-        return [*self.embed_norm.parameters(), *self.context_map.parameters()]
+        """Parameters that move the contexts; Phase 1 trains exactly these. A window and an empty context have none."""
+        learned = [*self.context_map.parameters()]
+        return [*self.embed_norm.parameters(), *learned] if learned else []
 
     def head_parameters(self):
         """All other parameters that may train: token layers, output, and the embedding unless it is frozen."""
-        context = {id(p) for p in self.context_parameters()}
+        context = {id(p) for p in (*self.embed_norm.parameters(), *self.context_map.parameters())}
         return [p for p in self.parameters() if id(p) not in context and p.requires_grad]
 
 

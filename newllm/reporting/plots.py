@@ -82,6 +82,26 @@ def scale_ladder(summaries, path):
             panel.legend()
 
 
+def comparison_bars(comparison, tokens, path):
+    """Perplexity of every arm at a budget with its interval over seeds, and what a run of it takes.
+
+    Args:
+        comparison: newllm.reporting.comparison.Comparison. tokens: one of its budgets.
+        path: of the PNG file; its folder is made.
+    """
+    arms = comparison.arms(tokens)[::-1]
+    with _figure(path, 1, 2) as ((perplexity, seconds),):
+        for panel, key in ((perplexity, "val_ppl"), (seconds, "seconds_training")):
+            means, halves = zip(*(comparison.mean(tokens, arm, key) for arm in arms), strict=True)
+            colours = [(TRAINED if arm == comparison.reference else REFERENCE)["color"] for arm in arms]
+            panel.barh(arms, means, color=colours, xerr=halves, error_kw=dict(capsize=2.5, linewidth=1))
+            panel.grid(axis="y", visible=False)
+        perplexity.set(title=f"{tokens:,} training tokens", xlabel="validation perplexity (mean, 95 % over seeds)")
+        perplexity.set_xlim(left=0.8 * comparison.mean(tokens, arms[-1], "val_ppl")[0])
+        seconds.set(title="Time", xlabel="training time (s)")
+        seconds.set_yticklabels([])
+
+
 @contextlib.contextmanager
 def _figure(path, rows, columns):
     """Panels to draw on, [rows][columns]; at the end they are written to the path."""

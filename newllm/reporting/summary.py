@@ -31,6 +31,7 @@ def summarize(config, data, results):
         "tokenizer": data.tokenizer.name,
         "vocab_size": data.vocab_size,
         "train_tokens": config.train_tokens,
+        "model_type": config.model_type,
         "contexts": "frozen" if config.freeze_context else "fine-tuned",
     }
     if phase1:
@@ -47,10 +48,12 @@ def summarize(config, data, results):
             "phase2_steps": head["steps"],
             "phase2_best_epoch": head["epoch"],
             "tok_per_s_phase2": head["tok_per_s"],
+            "seconds_phase2": head["seconds"],
+            "seconds_training": head["seconds"] + summary.get("seconds_phase1", 0.0),
         }
+    if "head" in untrained:
+        summary |= {f"val_{key}_untrained_context": untrained["head"][key] for key in ("ppl", "bpb")}
     summary |= {
-        "val_ppl_untrained_context": untrained["head"]["ppl"],
-        "val_bpb_untrained_context": untrained["head"]["bpb"],
         **{f"val_ppl_{name}": math.exp(nats) for name, nats in untrained["ngrams"].items()},
     }
     return summary

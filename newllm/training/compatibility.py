@@ -3,7 +3,8 @@
 BUDGET = {"num_samples", "num_tokens"}
 IDENTITY = {
     "preset", "data_source", "tokenizer", "vocab_size", "max_seq_length", "val_samples", "context_dim", "embed_dim",
-    "num_layers", "token_layers", "tie_weights", "embeddings", "init_scale", "seed", "freeze_context",
+    "num_layers", "token_layers", "tie_weights", "embeddings", "init_scale", "seed", "freeze_context", "model_type",
+    "phase1_shuffle", "whiten_context", "tune_share",
 }  # fmt: skip
 HARMLESS = {
     "cache_dir", "checkpoint_dir", "save_checkpoint", "load_checkpoint", "keep_last", "save_every_n_batches",

@@ -43,14 +43,14 @@ class Runtime:
 
 
 class StepFunction:
-    """The model's step of F, compiled if asked for, until a compiled call fails and `fall_back` is called."""
+    """The model's step of F, or a baseline's pass over samples, compiled if asked for until a compiled call fails."""
 
-    def __init__(self, model, compiled):
-        self.eager, self.compiled = model.step, compiled
-        self._call = torch.compile(model.step, dynamic=True) if compiled else model.step
+    def __init__(self, function, compiled):
+        self.eager, self.compiled = function, compiled
+        self._call = torch.compile(function, dynamic=True) if compiled else function
 
-    def __call__(self, context, token, stream=True):
-        return self._call(context, token, stream)
+    def __call__(self, *inputs):
+        return self._call(*inputs)
 
     def contexts(self, context, token):
         """The step without its token stream."""

@@ -59,7 +59,8 @@ class Group:
         """[count, ...] from the rows that each process has at its own positions."""
         if self.size == 1:
             return rows
-        wide = rows.float() if rows.is_floating_point() else rows  # zeros added to a value leave it as it is
+        half = rows.dtype in (torch.bfloat16, torch.float16)
+        wide = rows.float() if half else rows  # zeros added to a value leave it as it is
         whole = wide.new_zeros(count, *rows.shape[1:])
         whole[positions] = wide
         return self.total(whole).to(rows.dtype)

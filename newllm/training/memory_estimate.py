@@ -7,7 +7,7 @@ Letters: n tokens of a batch, C context width, E embedding width, W = C + E, V v
 
 from dataclasses import dataclass
 
-from newllm.data.dataset import batch_count
+from newllm.data.order import batch_count
 from newllm.evaluate import RANK_TOKENS, SEQUENCES_AT_A_TIME
 from newllm.fixed_point.diagnostics import PROBE_DIMS, PROBE_LAGS
 from newllm.models.cross_entropy import CACHE_ELEMENTS, CHUNK_ELEMENTS
@@ -37,18 +37,22 @@ def predict(moments, base, cuda=False):
     Returns:
         List of (moment, {thing: bytes}); the values of a dict add up to the memory held then.
     """
-    rows = []
+    rows, stage, heap = [], None, 0
     for moment in moments:
         things = {"process and libraries": base} | {name: sum(sizes) for name, sizes in moment.things.items()}
         if not cuda:
             small = sum(size for sizes in moment.things.values() for size in sizes if size < HEAP_LIMIT)
-            things["holes between blocks"] = round(FRAGMENTATION * small)
+            # What is freed stays in the heap until the stage ends.
+            stage, heap = moment.stage, max(heap if moment.stage == stage else 0, (1 + FRAGMENTATION) * small)
+            things["free within the heap"] = round(heap - small)
         rows.append((moment, things))
     return rows
 
 
 def predicted_peak(config, vocab_size, precision, libraries_mb, cuda=False):
-    """MB of the largest moment; other arguments as of `moments`."""
+    """MB of the largest moment, None for a baseline or a control; other arguments as of `moments`."""
+    if config.model_type != "context":
+        return None
     rows = predict(moments(config, vocab_size, precision, cuda), 1e6 * libraries_mb, cuda)
     return max(sum(things.values()) for _, things in rows) / 1e6
 

@@ -56,8 +56,9 @@ def set_learning_rate(optimizer, factor):
 
 
 @torch.no_grad()
-def distance(parameters, others):
-    """Euclidean distance between two lists of tensors."""
+def distance(parameters, others=None):
+    """Euclidean distance between two lists of tensors; of one from zero."""
+    others = others or [torch.zeros_like(p) for p in parameters]
     return torch.stack([(a - b).norm() for a, b in zip(parameters, others, strict=True)]).norm().item()
 
 

@@ -4,16 +4,17 @@ Contexts K of all training samples are stored. One iteration is one sweep over a
 K_new = G(K), loss, one optimizer step, K <- K_new. No label is used.
 """
 
+import dataclasses
 import math
 
 import torch
 
-from newllm.data.dataset import batch_at, batch_count, epoch_order, order_digest
+from newllm.data.order import batch_at, batch_count, epoch_order, order_digest
 from newllm.fixed_point.diagnostics import effective_rank
 from newllm.fixed_point.losses import phase1_loss
 from newllm.fixed_point.solver import sequential, sweep
 from newllm.reporting.progress import Progress
-from newllm.seeding import derived_seed
+from newllm.seeding import derived_generator, derived_seed
 from newllm.training.contexts import StoredContexts
 from newllm.training.device import StepFunction, memory_mb
 from newllm.training.optim import copy_of, distance, make_optimizer, optimizer_state, prepare_optimizer
@@ -41,11 +42,13 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
     state = _fresh_state() | (saved or {})
     optimizer = make_optimizer([(parameters, 1.0)], config.phase1_learning_rate, weight_decay=0.0)
     optimizer = prepare_optimizer(runtime, optimizer, saved)
+    if config.phase1_shuffle:
+        data = shuffled(data, config.seed)
     group, contexts = runtime.group, StoredContexts(data, config, runtime, checkpointer.folder)
     if saved:
         contexts.restore(state.pop("contexts"), model, data, runtime, log.warn)
     history = checkpointer.history["phase1_history"]
-    step = StepFunction(model, runtime.compile)
+    step = StepFunction(model.step, runtime.compile)
     take_step = OptimizerStep(runtime, optimizer, step, config.grad_clip, log.warn)
     batches = batch_count(len(data.train), config.phase1_batch_size, config.min_batches)
     earlier_seconds = state["seconds"]
@@ -99,7 +102,7 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
         return gradients
 
     model.train()
-    with Progress("phase 1", config.phase1_max_iterations * config.train_tokens, state["tokens"]) as progress:
+    with Progress("phase 1", config.phase1_max_iterations * data.train[:, 1:].numel(), state["tokens"]) as progress:
         while not _finished(state, history, config):
             order = epoch_order(len(data.train), config.seed, STAGE, state["iteration"])
             while state["batch"] < batches:
@@ -155,11 +158,11 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
     contexts.close()
     return {
         "phase1_steps": state["steps"] - state["skipped"],
-        "phase1_param_change": distance(parameters, initial)
-        / distance(initial, [torch.zeros_like(p) for p in initial]),
+        "phase1_param_change": distance(parameters, initial) / distance(initial),
         "phase1_iterations": state["iteration"],
         "sample_order": state["sample_order"],
-        "tok_per_s_phase1": state["tokens"] / state["seconds"],
+        "seconds_phase1": state["seconds"],
+        "tok_per_s_phase1": state["tokens"] / max(state["seconds"], 1e-9),
         **settled,
     }
 
@@ -171,11 +174,19 @@ def _fresh_state():
     }  # fmt: skip
 
 
+def shuffled(data, seed):
+    """The data with the tokens of each training sample in random order: what a context can learn without any."""
+    length = data.train.shape[1]
+    keys = torch.rand(len(data.train), length, generator=derived_generator(seed, "shuffled tokens"))
+    return dataclasses.replace(data, train=data.train.gather(1, keys.argsort(1)))
+
+
 def _finished(state, history, config):
-    if state["batch"] or not state["iteration"]:
+    if state["batch"]:
         return False
-    converged = history["converged"][-1] >= config.phase1_min_converged_ratio
-    return converged or state["iteration"] >= config.phase1_max_iterations
+    if state["iteration"] and history["converged"][-1] >= config.phase1_min_converged_ratio:
+        return True
+    return state["iteration"] >= config.phase1_max_iterations
 
 
 def _accumulate(sums, values, share):

@@ -4,16 +4,17 @@ import time
 
 import torch
 
-from newllm.data.dataset import batch_at, batch_count, epoch_order, order_digest, quick_subset
-from newllm.evaluate import SEQUENCES_AT_A_TIME, evaluate_prediction, trajectories
+from newllm.data.order import batch_at, batch_count, epoch_order, order_digest, quick_subset
+from newllm.evaluate import evaluate_prediction, sample_nats
 from newllm.fixed_point.solver import sequential, truncated
 from newllm.interrupt import Stopped
+from newllm.models.baselines import Baseline
 from newllm.models.cross_entropy import linear_cross_entropy
 from newllm.reporting.progress import Progress
 from newllm.seeding import derived_seed
 from newllm.training.device import StepFunction, memory_mb
+from newllm.training.features import FrozenFeatures
 from newllm.training.optim import make_optimizer, optimizer_state, prepare_optimizer, set_learning_rate, warmup_cosine
-from newllm.training.sample_store import SampleStore
 from newllm.training.step import OptimizerStep
 
 
@@ -39,18 +40,15 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
     optimizer = make_optimizer(parts, config.phase2_learning_rate, config.weight_decay)
     optimizer = prepare_optimizer(runtime, optimizer, saved)
     history = checkpointer.history["phase2_history"] if stage == "phase2" else state["history"]
-    step = StepFunction(model, runtime.compile)
+    baseline = isinstance(model, Baseline)
+    step = StepFunction(model.encode if baseline else model.step, runtime.compile)
     take_step = OptimizerStep(runtime, optimizer, step, config.grad_clip, log.warn)
     batches = batch_count(len(data.train), config.phase2_batch_size, config.min_batches)
     total_steps = batches * config.phase2_epochs
     quick = quick_subset(len(data.val), config.val_quick_frac, config.seed)
     earlier_seconds = state["seconds"]
-    group, features = runtime.group, {}
-    widths = [model.context_dim, model.embed_dim]
-    if freeze_context:
-        for name, ids in (("train", data.train), ("val", data.val)):
-            own = ids[group.owned_of(len(ids))]
-            features[name] = _frozen_features(model, own, config, runtime, checkpointer.folder)
+    group = runtime.group
+    features = FrozenFeatures(model, data, config, runtime, checkpointer.folder) if freeze_context else None
 
     def save(**how):
         state["seconds"] = earlier_seconds + progress.seconds
@@ -66,18 +64,20 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
             loss = sum(part_gradients(part) for part in parts)
             return group.totals(loss)
 
+        def encoded(part):
+            """What the head reads, with gradient where the context trains."""
+            if features:
+                return features("train", own[part])
+            if baseline:
+                return step(ids[part, :-1])
+            embeddings = model.embed(ids[part, :-1])
+            if config.gradient_sweeps:
+                return truncated(step, embeddings, model.context_dim, config.gradient_sweeps, step.contexts)
+            return sequential(step, embeddings, model.context_dim)
+
         def part_gradients(part):
             with runtime.autocast():
-                if freeze_context:
-                    contexts, streams = features["train"][own[part] // group.size].split(widths, dim=-1)
-                elif config.gradient_sweeps:
-                    embeddings = model.embed(ids[part, :-1])
-                    contexts, streams = truncated(
-                        step, embeddings, model.context_dim, config.gradient_sweeps, step.contexts
-                    )
-                else:
-                    contexts, streams = sequential(step, model.embed(ids[part, :-1]), model.context_dim)
-                hidden = model.hidden(contexts, streams)
+                hidden = model.hidden(*encoded(part))
                 loss = linear_cross_entropy(hidden, *model.output_weights(), ids[part, 1:])
             loss = loss * (len(ids[part]) / len(samples))
             runtime.accelerator.backward(loss)
@@ -87,7 +87,7 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
 
     def validate(samples):
         own = samples[group.owned(samples)]
-        held = (lambda part: features["val"][own[part] // group.size].split(widths, dim=-1)) if features else None
+        held = (lambda part: features("val", own[part])) if features else None
         how = data.token_bytes, runtime.autocast, runtime.device, held, group.totals
         try:
             return evaluate_prediction(model, data.val[own], *how)
@@ -101,7 +101,7 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
     if best:  # a run killed between the two files has a newer best than its state, which is as true
         state["best"] = best["metrics"]
     model.train()
-    with Progress(stage, config.phase2_epochs * config.train_tokens, state["tokens"]) as progress:
+    with Progress(stage, config.phase2_epochs * data.train[:, 1:].numel(), state["tokens"]) as progress:
         while not _finished(state, config):
             order = epoch_order(len(data.train), config.seed, stage, state["epoch"])
             while state["batch"] < batches:
@@ -169,24 +169,17 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
             save(names=["model_epoch.pt"], optional=not _finished(state, config))
     model.load_state_dict(model.frozen_state() | best["weights"])
     model.eval()
+    own = group.owned_of(len(data.val))
+    held = (lambda part: features("val", own[part])) if features else None
+    nats = sample_nats(model, data.val[own], runtime.autocast, runtime.device, held)
     return state["best"] | {
+        "sample_nats": group.assemble(nats.double(), own, len(data.val)).tolist(),
         "steps": state["steps"] - state["skipped"],
         "epochs": state["epoch"],
         "sample_order": state["sample_order"],
+        "seconds": state["seconds"],
         "tok_per_s": state["tokens"] / state["seconds"],
     }
-
-
-def _frozen_features(model, ids, config, runtime, folder):
-    """[c_t; u_t] of samples [B, T+1] in a store of rows [T, C + E]; in a file where they would take too much memory."""
-    shape = config.max_seq_length, model.context_dim + model.embed_dim
-    size = len(ids) * shape[0] * shape[1] * runtime.storage_dtype.itemsize
-    place = folder if size > config.context_memory_mb * 1e6 else None
-    store = SampleStore(len(ids), shape, runtime.storage_dtype, runtime.device, place)
-    for part in torch.arange(len(ids)).split(SEQUENCES_AT_A_TIME):
-        made = trajectories(model, ids[part], runtime.autocast, runtime.device, runtime.storage_dtype)
-        store[part] = torch.cat(made, -1)
-    return store
 
 
 def _fresh_state():

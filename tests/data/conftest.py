@@ -104,6 +104,8 @@ def settings(tmp_path):
 
     def make(**changes):
         values = dict(data_source="auto", tokenizer="bpe", vocab_size=300, num_samples=5, max_seq_length=8)
-        return SimpleNamespace(**values | dict(val_samples=3, cache_dir=str(tmp_path / "cache")) | changes)
+        return SimpleNamespace(
+            **values | dict(val_samples=3, tune_share=0.0, cache_dir=str(tmp_path / "cache")) | changes
+        )
 
     return make

@@ -15,7 +15,8 @@ from helpers import write_evil
 from hub_fakes import ReadTimeout, dialogue
 
 from newllm.data import corpus, dataset, tokenizer
-from newllm.data.dataset import batch_at, batch_count, epoch_order, load_data, pack, quick_subset
+from newllm.data.dataset import load_data, pack
+from newllm.data.order import batch_at, batch_count, epoch_order, quick_subset
 from newllm.errors import UserError
 from newllm.storage import load_sealed, save_sealed
 
@@ -453,3 +454,11 @@ def test_quick_subset_is_fixed_and_sorted(count, fraction, size):
     subset = quick_subset(count, fraction, 42)
     assert len(subset) == size and torch.equal(subset, quick_subset(count, fraction, 42))
     assert subset.tolist() == sorted(set(subset.tolist())) and subset.max() < count
+
+
+def test_a_share_of_the_training_samples_takes_the_place_of_the_held_out_ones(settings):
+    """For choosing settings: no held-out sample is seen, the rest trains, and the identity of the data is another."""
+    whole, tuning = load_data(settings(num_samples=6)), load_data(settings(num_samples=6, tune_share=0.3))
+    assert torch.equal(torch.cat([tuning.train, tuning.val]), whole.train) and len(tuning.val) == 2
+    assert torch.equal(tuning.val_dialogue, whole.train_dialogue[-2:])
+    assert tuning.fingerprint != whole.fingerprint and "last 2 training samples" in tuning.notes[-1]

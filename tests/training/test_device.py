@@ -200,13 +200,13 @@ def test_the_description_is_one_line_of_what_is_in_effect():
 
 def test_a_step_function_is_compiled_until_it_falls_back(monkeypatch):
     """Then it is the model's own again, and says so."""
-    model = SimpleNamespace(step=lambda context, token, stream: (context, token))
-    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda context, token, stream: "compiled")
-    step = StepFunction(model, True)
+    model = SimpleNamespace(step=lambda context, token, stream=True: (context, token))
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda context, token, stream=True: "compiled")
+    step = StepFunction(model.step, True)
     assert step.compiled and step(1, 2) == "compiled"
     step.fall_back()
     assert not step.compiled and step(1, 2) == (1, 2)
-    assert StepFunction(model, False)(1, 2) == (1, 2)
+    assert StepFunction(model.step, False)(1, 2) == (1, 2)
 
 
 def test_the_share_of_the_gpu_is_a_limit_set_before_it_is_used(monkeypatch):

@@ -1,0 +1,174 @@
+"""From the results of many runs to a table, a CSV and verdicts: means over seeds, intervals, paired differences. No torch.
+
+A result is a dict: what train.main returns, with arm, seed and max_seq_length. Its val_sample_nats are the nats of each
+validation sample; a sample has the same place in all runs, and starts with a dialogue of its own.
+"""
+
+import csv
+import json
+import math
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+from newllm.errors import UserError
+
+COUNTED = ("unigram", "bigram", "kn")  # rows that only count n-grams, the same for every seed
+RESAMPLES = 2000
+T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t, two-sided 95 %, 1 ... 10 degrees
+COLUMNS = (
+    "tokens",
+    "arm",
+    "seeds",
+    "val ppl",
+    "95 %",
+    "bits/byte",
+    "parameters",
+    "training s",
+    "against reference",
+    "95 %",
+)
+CLAIMS = (  # sentence, the arm it is about, the arms of which it must beat the best
+    ("Phase 1 gives better contexts than an untrained network", "phase1_frozen", ("untrained_frozen", "untrained_whitened")),
+    ("Phase 1 gives better contexts than a window of tokens", "phase1_frozen", ("window", "window_whitened", "token")),
+    ("Phase 1 learns from the order of tokens", "phase1_frozen", ("phase1_shuffled",)),
+    ("Both terms of Phase 1 are needed", "phase1_frozen", ("phase1_consistency_only", "phase1_spread_only")),
+    ("Phase 1 and fine-tuning beat the same network end to end", "phase1_finetuned", ("end_to_end",)),
+    ("Phase 1 and fine-tuning beat a GRU, an LSTM and a Transformer", "phase1_finetuned", ("gru", "lstm", "transformer")),
+)  # fmt: skip
+
+
+def read_results(folder):
+    """All results in a folder, one JSON file each, in the order of their names.
+
+    Raises:
+        UserError: there is none, or one cannot be read.
+    """
+    results = []
+    for path in sorted(Path(folder).glob("*-*.json")):
+        try:
+            results.append(json.loads(path.read_text()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read ({error}): remove it and run the comparison again.") from error
+    if not results:
+        raise UserError(f"there are no results in {folder}: run scripts.compare without --report first.")
+    return results
+
+
+def mean_interval(values):
+    """(mean, half width of its 95 % interval over seeds; nan for a single seed)."""
+    if len(values) < 2:
+        return values[0], math.nan
+    quantile = T_975[min(len(values) - 1, len(T_975)) - 1]
+    return statistics.mean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def paired_difference(ours, theirs, length, seed=0):
+    """Difference of mean loss, ours minus theirs, over the seeds and samples that both have, with its 95 % interval.
+
+    Bootstrap that draws seeds and dialogues, both with replacement; the same draw for both arms.
+
+    Args:
+        ours, theirs: {seed: nats of each sample}. length: targets of a sample.
+
+    Returns:
+        (difference, low, high) in nats per token; None when they have no seed in common.
+    """
+    common = sorted(ours.keys() & theirs.keys())
+    if not common:
+        return None
+    gap = np.array([np.subtract(ours[s], theirs[s]) for s in common]) / length  # [seeds, samples]
+    generator = np.random.default_rng(seed)
+    seeds = generator.integers(gap.shape[0], size=(RESAMPLES, gap.shape[0]))
+    samples = generator.integers(gap.shape[1], size=(RESAMPLES, gap.shape[1]))
+    means = [gap[np.ix_(s, d)].mean() for s, d in zip(seeds, samples, strict=True)]
+    return gap.mean(), *np.quantile(means, (0.025, 0.975))
+
+
+class Comparison:
+    """Results of several arms, by budget.
+
+    Args:
+        results: list of dicts as above. reference: the arm that the others are compared with.
+    """
+
+    def __init__(self, results, reference="phase1_finetuned"):
+        self.reference, self.by = reference, {}
+        for result in results:
+            self.by.setdefault((result["train_tokens"], result["arm"]), []).append(result)
+        self.budgets = sorted({tokens for tokens, _ in self.by})
+
+    def arms(self, tokens):
+        """Arms at a budget, best mean loss first."""
+        found = [arm for budget, arm in self.by if budget == tokens]
+        return sorted(found, key=lambda arm: self.mean(tokens, arm, "val_loss")[0])
+
+    def mean(self, tokens, arm, key):
+        """(mean, half width of the interval) over seeds."""
+        return mean_interval([result[key] for result in self.by[tokens, arm]])
+
+    def difference(self, tokens, ours, theirs):
+        """paired_difference of two arms at a budget; None unless both are there."""
+        if not {(tokens, ours), (tokens, theirs)} <= self.by.keys():
+            return None
+        nats = [{r["seed"]: r["val_sample_nats"] for r in self.by[tokens, arm]} for arm in (ours, theirs)]
+        return paired_difference(*nats, self.by[tokens, ours][0]["max_seq_length"])
+
+    def rows(self):
+        """The table: a row for each budget and arm."""
+        for tokens in self.budgets:
+            for arm in self.arms(tokens):
+                ppl, half = self.mean(tokens, arm, "val_ppl")
+                against = self.difference(tokens, arm, self.reference) if arm != self.reference else None
+                yield (
+                    f"{tokens:,}", arm, len(self.by[tokens, arm]), f"{ppl:.1f}", f"+- {half:.1f}",
+                    f"{self.mean(tokens, arm, 'val_bpb')[0]:.3f}", f"{self.by[tokens, arm][0]['parameters']:,}",
+                    f"{self.mean(tokens, arm, 'seconds_training')[0]:.0f}",
+                    f"{math.expm1(against[0]):+.1%}" if against else "",
+                    f"{math.expm1(against[1]):+.1%} ... {math.expm1(against[2]):+.1%}" if against else "",
+                )  # fmt: skip
+            any_run = self.by[tokens, self.arms(tokens)[0]][0]
+            for name in COUNTED:
+                ppl = any_run[f"val_ppl_{name}"]
+                bpb = any_run["val_bpb"] * math.log(ppl) / any_run["val_loss"]
+                yield f"{tokens:,}", f"({name})", "", f"{ppl:.1f}", "", f"{bpb:.3f}", "", "", "", ""
+
+    def verdicts(self):
+        """A sentence for each claim and budget: it holds, is refuted, or is undecided, and by which row."""
+        for tokens in self.budgets:
+            for claim, ours, others in CLAIMS:
+                there = [arm for arm in others if (tokens, arm) in self.by]
+                if (tokens, ours) not in self.by or not there:
+                    continue
+                best = min(there, key=lambda arm: self.mean(tokens, arm, "val_loss")[0])
+                found = self.difference(tokens, ours, best)
+                if found is None:
+                    continue
+                gap, low, high = (math.expm1(value) for value in found)
+                verdict = "holds" if high < 0 else "is refuted" if low > 0 else "is undecided"
+                yield (
+                    f"{tokens:,} tokens: {claim}: {verdict}. {ours} against {best}: perplexity {gap:+.1%} "
+                    f"({low:+.1%} ... {high:+.1%})."
+                )
+
+
+def markdown(header, rows):
+    """Lines of a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+
+
+def write_report(comparison, folder):
+    """comparison.md and comparison.csv in the folder.
+
+    Returns:
+        The lines of comparison.md.
+    """
+    rows = list(comparison.rows())
+    lines = [*markdown(COLUMNS, rows), "", *(f"- {sentence}" for sentence in comparison.verdicts())]
+    folder = Path(folder)
+    (folder / "comparison.md").write_text("\n".join(lines) + "\n")
+    with open(folder / "comparison.csv", "w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *rows])
+    return lines

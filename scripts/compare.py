@@ -1,0 +1,165 @@
+"""The evidence: every arm at every seed and budget, then tables, pictures and verdicts.
+
+    python3 -m scripts.compare --data_source dialogues.jsonl --tokenizer bpe --seeds 5 --tokens 6400,25000,100000
+    python3 -m scripts.compare --arms phase1_frozen,gru --seeds 3    # some arms; other settings are flags, as in train.py
+    python3 -m scripts.compare --tune                                # the grid of each arm, on a split of the training samples
+    python3 -m scripts.compare --report                              # tables and pictures from the results that are there
+
+Cut off and started again it makes what is missing: sweep_state.json in checkpoint_dir holds what is done, and a run in hand
+goes on from its own checkpoint. Each run leaves one small JSON file in `results/`, from which the tables are made.
+"""
+
+import dataclasses
+import itertools
+import json
+
+import train
+from config import ResidualConfig
+from newllm.apart import call_apart
+from newllm.config import parse_args
+from newllm.errors import UserError, exit_on_user_error
+from newllm.interrupt import Interrupt
+from newllm.reporting.comparison import Comparison, read_results, write_report
+from newllm.reporting.plots import comparison_bars
+from newllm.reporting.sweep import Sweep
+from newllm.storage import usable_folder, write_text
+from newllm.training.compatibility import BUDGET, HARMLESS
+from newllm.training.lock import FolderLock
+
+UNTRAINED = dict(phase1_max_iterations=0)
+FROZEN = dict(freeze_context=True)
+ARMS = {  # name: settings in which it differs from the settings of the command
+    "token": dict(model_type="token"),
+    "window": dict(model_type="window"),
+    "window_whitened": dict(model_type="window", whiten_context=True),
+    "untrained_frozen": UNTRAINED | FROZEN,
+    "untrained_whitened": UNTRAINED | FROZEN | dict(whiten_context=True),
+    "phase1_frozen": FROZEN,
+    "phase1_shuffled": FROZEN | dict(phase1_shuffle=True),
+    "phase1_consistency_only": FROZEN | dict(dist_reg_weight=0.0),
+    "phase1_spread_only": FROZEN | dict(dist_reg_weight=1.0),
+    "phase1_finetuned": {},
+    "end_to_end": UNTRAINED | dict(context_lr_scale=1.0),
+    "gru": dict(model_type="gru"),
+    "lstm": dict(model_type="lstm"),
+    "transformer": dict(model_type="transformer"),
+}
+GRID = dict(phase2_learning_rate=(0.0005, 0.001, 0.002), dropout=(0.15, 0.3, 0.45))  # the same for every arm
+TUNE_SHARE, TUNE_SEED = 0.2, 1000  # neither the validation samples nor the seeds of the comparison
+TUNED = "tuned.json"
+
+
+def plan(arms, seeds, budgets, tuned):
+    """{name of a run: its settings} for all arms, seeds and numbers of samples."""
+    runs = {}
+    for samples, seed, arm in itertools.product(budgets, range(seeds), arms):
+        runs[f"{arm}-{samples}-{seed}"] = dict(num_samples=samples, seed=seed) | ARMS[arm] | tuned.get(arm, {})
+    return runs
+
+
+def grid(arms):
+    """{name of a run: its settings} for every point of the grid of each arm, validated on training dialogues."""
+    runs = {}
+    for arm, values in itertools.product(arms, itertools.product(*GRID.values())):
+        name = "-".join([arm, *(f"{value:g}" for value in values)])
+        runs[name] = ARMS[arm] | dict(zip(GRID, values, strict=True)) | dict(tune_share=TUNE_SHARE, seed=TUNE_SEED)
+    return runs
+
+
+def make(config, runs, results):
+    """Train what is missing; each run's figures go into a file of its own in the folder `results`.
+
+    Raises:
+        UserError: checkpoint_dir holds another comparison, or a run failed.
+        Stopped: a signal or max_minutes ended the comparison early.
+    """
+    folder = usable_folder(config.checkpoint_dir, "checkpoint_dir")
+    shared = {name: value for name, value in config.to_dict().items() if name not in HARMLESS | BUDGET | {"seed"}}
+
+    def work(run):
+        changes = runs[run["name"]]
+        own = dict(checkpoint_dir=run["folder"], keep_last=0, backup_dir="", max_minutes=0.0, untrained_control=False)
+        configured = dataclasses.replace(config, **own | changes)
+        summary = call_apart(train.main, configured)
+        result = {"arm": run["name"].split("-")[0], "seed": configured.seed, "changes": changes} | summary
+        result["val_sample_nats"] = [round(nats, 3) for nats in summary["val_sample_nats"]]
+        result["max_seq_length"] = config.max_seq_length
+        write_text(results / f"{run['name']}.json", json.dumps(result) + "\n")
+        return {key: value for key, value in summary.items() if not isinstance(value, list)}
+
+    with Interrupt(config.max_minutes), FolderLock(folder, "comparison"):
+        sizes = {name: changes.get("num_samples", config.num_samples) for name, changes in runs.items()}
+        Sweep(folder, shared | {"runs_settings": runs}, sizes, fresh=not config.load_checkpoint).finish(work)
+
+
+def choose(results):
+    """{arm: its point of the grid with the lowest loss on the tuning split}."""
+    best = {}
+    for result in results:
+        if result["arm"] not in best or result["val_loss"] < best[result["arm"]]["val_loss"]:
+            best[result["arm"]] = result
+    return {arm: {name: result["changes"][name] for name in GRID} for arm, result in best.items()}
+
+
+def read_tuned(path):
+    """What --tune has chosen, {} before it has been run."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def main(config, arguments):
+    """Make what is missing, choose or report."""
+    arms, results = chosen_arms(arguments.arms), usable_folder(arguments.results, "results")
+    if arguments.tune:
+        folder = usable_folder(results / "tuning", "results")
+        make(config, grid(arms), folder)
+        tuned = read_tuned(results / TUNED) | choose(read_results(folder))
+        write_text(results / TUNED, json.dumps(tuned, indent=1) + "\n")
+        for arm, values in tuned.items():
+            print(f"{arm}: " + ", ".join(f"{name} = {value:g}" for name, value in values.items()))
+        return
+    if not arguments.report:
+        budgets = [tokens // config.max_seq_length for tokens in whole_numbers(arguments.tokens)]
+        make(config, plan(arms, arguments.seeds, budgets, read_tuned(results / TUNED)), results)
+    comparison = Comparison(read_results(results))
+    print("\n".join(write_report(comparison, results)))
+    for tokens in comparison.budgets:
+        comparison_bars(comparison, tokens, results / f"comparison_{tokens}.png")
+
+
+def chosen_arms(text):
+    """Names of arms from "a,b,c"; all of them from "all".
+
+    Raises:
+        UserError: there is no such arm.
+    """
+    arms = list(ARMS) if text == "all" else text.split(",")
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise UserError(f"there is no arm '{unknown[0]}': choose from {', '.join(ARMS)}.")
+    return arms
+
+
+def whole_numbers(text):
+    """Numbers from "6400,100000".
+
+    Raises:
+        UserError: something else is among them.
+    """
+    try:
+        return [int(word.replace("_", "")) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"--tokens takes numbers with commas between them, not '{text}'.") from None
+
+
+def flags(parser):
+    """The command's own flags."""
+    parser.add_argument("--arms", default="all", help=f"comma-separated, of {', '.join(ARMS)}")
+    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 ... N-1")
+    parser.add_argument("--tokens", default="100000", help="training tokens, comma-separated")
+    parser.add_argument("--results", default="results", help="folder of the figures, one small file a run")
+    parser.add_argument("--tune", action="store_true", help="choose each arm's learning rate and dropout by the grid")
+    parser.add_argument("--report", action="store_true", help="train nothing, make tables and pictures")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(*parse_args(ResidualConfig, description=__doc__.splitlines()[0], extra=flags))

@@ -1,0 +1,67 @@
+"""The comparison on a tiny corpus: every arm trains, resumes as a sweep, and ends in a table."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+
+from config import ResidualConfig
+from newllm.errors import UserError
+from scripts import compare
+
+
+def arguments(tmp_path, **changes):
+    plain = dict(arms="all", seeds=1, tokens="288", results=str(tmp_path / "results"), tune=False, report=False)
+    return Namespace(**plain | changes)
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Runs in this process: the arms are what is tested, not the processes."""
+    monkeypatch.setattr(compare, "call_apart", lambda function, *given: function(*given))
+
+
+def test_every_arm_trains_and_has_its_row(tiny_settings, tmp_path, here, capsys):
+    """All arms, one seed; files, table, picture; asked again, nothing is trained again."""
+    config = ResidualConfig(**tiny_settings | dict(context_dim=24, embed_dim=16, phase2_epochs=2))
+    compare.main(config, arguments(tmp_path))
+    results = Path(tmp_path / "results")
+    assert {path.name for path in results.glob("*.json")} == {f"{arm}-12-0.json" for arm in compare.ARMS}
+    losses = {}
+    for path in results.glob("*.json"):
+        found = json.loads(path.read_text())
+        losses[found["arm"]] = found["val_loss"]
+        assert len(found["val_sample_nats"]) == 6
+        assert sum(found["val_sample_nats"]) / 6 / 24 == pytest.approx(found["val_loss"], rel=1e-3)
+    assert len(set(losses.values())) == len(losses)  # no two arms are the same run under two names
+    lines = (results / "comparison.md").read_text()
+    assert all(f"| {arm} |" in lines for arm in compare.ARMS) and "| (kn) |" in lines
+    assert (results / "comparison_288.png").exists()
+    capsys.readouterr()
+    compare.main(config, arguments(tmp_path))
+    assert "epoch" not in capsys.readouterr().out
+
+
+def test_tuning_uses_training_dialogues_alone_and_its_choice_is_used(tiny_settings, tmp_path, here, monkeypatch):
+    """The grid validates on a share of the training samples; the best point is written down and taken by the next runs."""
+    monkeypatch.setattr(compare, "GRID", dict(phase2_learning_rate=(0.002, 0.02), dropout=(0.0,)))
+    config = ResidualConfig(**tiny_settings | dict(phase2_epochs=2))
+    compare.main(config, arguments(tmp_path, arms="token", tune=True))
+    points = [json.loads(path.read_text()) for path in Path(tmp_path / "results" / "tuning").glob("*.json")]
+    assert len(points) == 2 and all(len(point["val_sample_nats"]) == round(0.2 * 12) for point in points)
+    best = min(points, key=lambda point: point["val_loss"])
+    tuned = json.loads((tmp_path / "results" / "tuned.json").read_text())
+    assert tuned == {"token": {name: best["changes"][name] for name in compare.GRID}}
+    other = ResidualConfig(**tiny_settings | dict(phase2_epochs=2, checkpoint_dir=str(tmp_path / "main")))
+    compare.main(other, arguments(tmp_path, arms="token"))
+    found = json.loads((tmp_path / "results" / "token-12-0.json").read_text())
+    assert found["changes"]["phase2_learning_rate"] == best["changes"]["phase2_learning_rate"]
+
+
+def test_unknown_arms_and_numbers_are_refused():
+    """One sentence each."""
+    with pytest.raises(UserError, match="there is no arm 'gpt'"):
+        compare.chosen_arms("gru,gpt")
+    with pytest.raises(UserError, match="--tokens takes numbers"):
+        compare.whole_numbers("6400,many")
