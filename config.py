@@ -18,9 +18,7 @@ class ResidualConfig(Config):
     cache_dir = "cache"  # folder of tokenized data; may be a link to Google Drive
 
     # Model
-    model_type = (
-        "context"  # baselines: "gru", "lstm", "transformer"; controls: "window" (of tokens), "token" (no context)
-    )
+    model_type = "context"  # baselines: "gru", "lstm", "transformer"; controls: "window" of tokens, "token" alone
     context_dim = 768  # width of the context c_t
     embed_dim = 768  # width of a token embedding
     num_layers = 6  # residual layers of the context map F
