@@ -43,7 +43,7 @@ RUNS = {
 }
 FILES = LATEST, "model_best.pt", "model_untrained_best.pt"
 PROVEN = "model_state_dict", "results", "phase1_history", "phase2_history"
-TIMED = "seconds", "tok_per_s", "tok_per_s_phase1"  # of a session, not of the run
+TIMED = "seconds", "seconds_phase1", "tok_per_s", "tok_per_s_phase1"  # of a session, not of the run
 
 
 class Broken(Exception):
