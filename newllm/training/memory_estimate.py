@@ -16,7 +16,7 @@ from newllm.training.device import STORAGE_DTYPE
 HEAP_LIMIT = 32 << 20  # bytes; a block of this size has pages of its own, smaller ones lie in the heap
 # torch aligns a block to 64 bytes, for which glibc wants a hole larger than the block: what a freed one leaves is too small
 # for the next of its size, and the heap outgrows what is alive in it, by a quarter to a half where it was measured.
-FRAGMENTATION = 0.5
+FRAGMENTATION = 0.3
 
 
 @dataclass(frozen=True)
