@@ -122,7 +122,8 @@ class Comparison:
                 ppl, half = self.mean(tokens, arm, "val_ppl")
                 against = self.difference(tokens, arm, self.reference) if arm != self.reference else None
                 yield (
-                    f"{tokens:,}", arm, len(self.by[tokens, arm]), f"{ppl:.1f}", f"+- {half:.1f}",
+                    f"{tokens:,}", arm, len(self.by[tokens, arm]), f"{ppl:.1f}",
+                    "" if math.isnan(half) else f"+- {half:.1f}",
                     f"{self.mean(tokens, arm, 'val_bpb')[0]:.3f}", f"{self.by[tokens, arm][0]['parameters']:,}",
                     f"{self.mean(tokens, arm, 'seconds_training')[0]:.0f}",
                     f"{math.expm1(against[0]):+.1%}" if against else "",
@@ -147,9 +148,10 @@ class Comparison:
                     continue
                 gap, low, high = (math.expm1(value) for value in found)
                 verdict = "holds" if high < 0 else "is refuted" if low > 0 else "is undecided"
+                seeds = min(len(self.by[tokens, arm]) for arm in (ours, best))
                 yield (
                     f"{tokens:,} tokens: {claim}: {verdict}. {ours} against {best}: perplexity {gap:+.1%} "
-                    f"({low:+.1%} ... {high:+.1%})."
+                    f"({low:+.1%} ... {high:+.1%}), {seeds} seed{'s' * (seeds > 1)}."
                 )
 
 
