@@ -38,6 +38,8 @@ def main(config):
         UserError: bad settings, data, checkpoint or a training that diverged.
         Stopped: a signal or max_minutes ended the run early; everything is saved.
     """
+    if config.whiten_context and config.model_type == "context" and not config.freeze_context:
+        raise UserError("whiten_context whitens contexts that no longer change: use --freeze_context with it.")
     with Interrupt(config.max_minutes) as interrupt:
         runtime = open_runtime(config)
         interrupt.alone = runtime.group.size == 1

@@ -148,6 +148,10 @@ class Config:
             raise UserError(
                 f"phase 1 trains contexts and model_type '{self.model_type}' learns none: use --phase both."
             )
+        if self.model_type in ("gru", "lstm", "transformer") and (self.freeze_context or self.whiten_context):
+            raise UserError(
+                f"model_type '{self.model_type}' has no context: leave out freeze_context and whiten_context."
+            )
 
     def __setattr__(self, name, value=None):
         raise dataclasses.FrozenInstanceError(

@@ -268,3 +268,16 @@ def test_a_wrong_value_in_the_file_is_refused():
 
     with pytest.raises(UserError, match="dropout"):
         Wrong()
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        (dict(model_type="gru", phase="1"), "learns none"),
+        (dict(model_type="lstm", freeze_context=True), "has no context"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(settings, match):
+    """A setting that would be passed over in silence is said."""
+    with pytest.raises(UserError, match=match):
+        ResidualConfig(**settings)

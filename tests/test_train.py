@@ -313,3 +313,9 @@ def test_an_interrupted_download_of_pretrained_embeddings_is_no_random_matrix(ti
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", unreachable)
     with pytest.raises(UserError, match="embeddings 'gpt2' cannot be had"):
         train.main(ResidualConfig(**tiny_settings, embeddings="gpt2"))
+
+
+def test_whitening_what_still_changes_is_refused(tiny_settings):
+    """Said before anything is read or written."""
+    with pytest.raises(UserError, match="use --freeze_context"):
+        train.main(ResidualConfig(**tiny_settings, whiten_context=True))

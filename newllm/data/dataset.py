@@ -54,6 +54,8 @@ def load_data(config):
     if not config.tune_share:
         return data
     count = max(1, round(config.tune_share * len(data.train)))
+    if count >= len(data.train):
+        raise UserError(f"tune_share leaves none of the {len(data.train)} training samples: use more num_samples.")
     parts = dict(val=data.train[-count:], val_dialogue=data.train_dialogue[-count:])
     parts |= dict(train=data.train[:-count], train_dialogue=data.train_dialogue[:-count])
     note = f"tuning: validates on the last {count:,} training samples and trains on the others"

@@ -10,12 +10,10 @@ from torch.nn import functional
 
 from newllm.models.context import in_compute_type
 
-CHUNK_ELEMENTS = (
-    1 << 26
-)  # logits held at a time, 128 MiB in half precision; each chunk also rewrites the weight's gradient
-CACHE_ELEMENTS = (
-    1 << 19
-)  # of these, softmax is taken of so many at a time: in fp32 they fit into a CPU core's own cache
+# Logits held at a time, 128 MiB in half precision; each chunk also rewrites the weight's gradient. Softmax is taken of fewer
+# of them, which in fp32 fit into a CPU core's own cache.
+CHUNK_ELEMENTS = 1 << 26
+CACHE_ELEMENTS = 1 << 19
 
 
 def _slices(count, size):

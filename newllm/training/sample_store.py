@@ -3,12 +3,15 @@
 A file is read and written, not mapped: the pages of a mapping would count as memory of this process.
 """
 
+import contextlib
 import os
 import tempfile
 import zlib
 from pathlib import Path
 
 import torch
+
+from newllm.errors import UserError
 
 
 class SampleStore:
@@ -21,6 +24,9 @@ class SampleStore:
     Attributes:
         rows: the tensor itself, in memory.
         digests: CRC-32 of each row in a file, -1 where none has been written (int64 [count]); None in memory.
+
+    Raises:
+        UserError: by reading and writing too, when the file refuses.
     """
 
     def __init__(self, count, shape, dtype, device, path=None):
@@ -29,10 +35,11 @@ class SampleStore:
             self.rows = torch.zeros(count, *self.shape, dtype=dtype, device=device)
             return
         self.digests = torch.full((count,), -1)
-        if Path(path).is_dir():
-            self._file = tempfile.TemporaryFile(dir=path, buffering=0)  # noqa: SIM115, open as long as the store
-        else:
-            self._file = open(path, "r+b" if os.path.exists(path) else "w+b", buffering=0)  # noqa: SIM115
+        with self._said():
+            if Path(path).is_dir():
+                self._file = tempfile.TemporaryFile(dir=path, buffering=0)  # noqa: SIM115, open as long as the store
+            else:
+                self._file = open(path, "r+b" if os.path.exists(path) else "w+b", buffering=0)  # noqa: SIM115
 
     def __len__(self):
         return len(self.rows if self.digests is None else self.digests)
@@ -43,8 +50,9 @@ class SampleStore:
         rows = torch.zeros(len(samples), *self.shape, dtype=self.dtype)
         for sample, row in zip(samples.tolist(), _bytes_of(rows), strict=True):
             if self.digests[sample] >= 0:
-                self._seek(sample, row)
-                _fill(self._file, row)
+                with self._said():
+                    self._seek(sample, row)
+                    _fill(self._file, row)
         return rows.to(self.device)
 
     def __setitem__(self, samples, rows):
@@ -52,10 +60,11 @@ class SampleStore:
             self.rows[samples] = rows.to(self.dtype)
             return
         for sample, row in zip(samples.tolist(), _bytes_of(rows.to("cpu", self.dtype).contiguous()), strict=True):
-            self._seek(sample, row)
-            written = 0
-            while written < len(row):
-                written += self._file.write(row[written:])
+            with self._said():
+                self._seek(sample, row)
+                written = 0
+                while written < len(row):
+                    written += self._file.write(row[written:])
             self.digests[sample] = zlib.crc32(row)
 
     def adopt(self, digests):
@@ -84,6 +93,16 @@ class SampleStore:
     def close(self):
         if self.digests is not None:
             self._file.close()
+
+    @contextlib.contextmanager
+    def _said(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"contexts cannot be kept in files at {self.path} ({error.strerror or error}): mend that, or raise "
+                "--context_memory_mb, and run again to continue from the last checkpoint."
+            ) from error
 
     def _seek(self, sample, row):
         self._file.seek(sample * len(row))

@@ -462,3 +462,5 @@ def test_a_share_of_the_training_samples_takes_the_place_of_the_held_out_ones(se
     assert torch.equal(torch.cat([tuning.train, tuning.val]), whole.train) and len(tuning.val) == 2
     assert torch.equal(tuning.val_dialogue, whole.train_dialogue[-2:])
     assert tuning.fingerprint != whole.fingerprint and "last 2 training samples" in tuning.notes[-1]
+    with pytest.raises(UserError, match="leaves none of the 1 training samples"):
+        load_data(settings(num_samples=1, tune_share=0.9))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from config import ResidualConfig
+from newllm.errors import UserError
 from newllm.models.baselines import BASELINES, Baseline
 from newllm.models.language_model import LanguageModel
 from newllm.models.window import LAGS, TIME_CONSTANTS, Window
@@ -127,3 +128,10 @@ def test_no_context_is_none():
     token = model.embed(torch.tensor([3]))
     context, stream = model.step(torch.ones(1, 24), token)
     assert not context.any() and torch.equal(stream, token)
+
+
+def test_a_window_too_wide_for_its_context_is_refused():
+    """One sentence, with the least that does."""
+    with pytest.raises(UserError, match="context_dim of at least 12"):
+        Window(11, 16, seed=0)
+    Window(12, 16, seed=0)

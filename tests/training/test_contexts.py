@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from config import ResidualConfig
+from newllm.errors import UserError
 from newllm.interrupt import Interrupt, Stopped
 from newllm.storage import load_sealed
 from newllm.training.checkpoint import Checkpointer
@@ -90,6 +91,16 @@ def test_rows_are_adopted_only_if_they_are_those_that_were_written(tmp_path):
     assert not adopted()
     path.unlink()
     assert not adopted()
+
+
+def test_a_full_disk_is_a_sentence():
+    """Nothing is half kept: the row has no checksum, and the run ends with what to do."""
+    store = SampleStore(2, (3,), torch.float32, "cpu", "/dev/full")
+    with pytest.raises(
+        UserError, match=r"/dev/full \(No space left on device\): mend that, or raise --context_memory_mb"
+    ):
+        store[torch.tensor([1])] = torch.ones(1, 3)
+    assert (store.digests == -1).all()
 
 
 # Runs
