@@ -20,7 +20,7 @@ from newllm.config import parse_args
 from newllm.errors import UserError, exit_on_user_error
 from newllm.interrupt import Interrupt
 from newllm.reporting.comparison import Comparison, read_results, write_report
-from newllm.reporting.plots import comparison_bars
+from newllm.reporting.plots import comparison_points
 from newllm.reporting.sweep import Sweep
 from newllm.storage import usable_folder, write_text
 from newllm.training.compatibility import BUDGET, HARMLESS
@@ -123,7 +123,7 @@ def main(config, arguments):
     comparison = Comparison(read_results(results))
     print("\n".join(write_report(comparison, results)))
     for tokens in comparison.budgets:
-        comparison_bars(comparison, tokens, results / f"comparison_{tokens}.png")
+        comparison_points(comparison, tokens, results / f"comparison_{tokens}.png")
 
 
 def chosen_arms(text):

@@ -82,7 +82,7 @@ def scale_ladder(summaries, path):
             panel.legend()
 
 
-def comparison_bars(comparison, tokens, path):
+def comparison_points(comparison, tokens, path):
     """Perplexity of every arm at a budget with its interval over seeds, and what a run of it takes.
 
     Args:
@@ -92,13 +92,14 @@ def comparison_bars(comparison, tokens, path):
     arms = comparison.arms(tokens)[::-1]
     with _figure(path, 1, 2) as ((perplexity, seconds),):
         for panel, key in ((perplexity, "val_ppl"), (seconds, "seconds_training")):
-            means, halves = zip(*(comparison.mean(tokens, arm, key) for arm in arms), strict=True)
-            colours = [(TRAINED if arm == comparison.reference else REFERENCE)["color"] for arm in arms]
-            panel.barh(arms, means, color=colours, xerr=halves, error_kw=dict(capsize=2.5, linewidth=1))
-            panel.grid(axis="y", visible=False)
+            for arm in arms:
+                mean, half = comparison.mean(tokens, arm, key)
+                style = TRAINED if arm == comparison.reference else REFERENCE | {"marker": "o"}
+                # Points, not bars: an axis that does not begin at zero would make lengths lie.
+                panel.errorbar(mean, arm, xerr=half, color=style["color"], marker=style["marker"], capsize=2.5)
         perplexity.set(title=f"{tokens:,} training tokens", xlabel="validation perplexity (mean, 95 % over seeds)")
-        perplexity.set_xlim(left=0.8 * comparison.mean(tokens, arms[-1], "val_ppl")[0])
         seconds.set(title="Time", xlabel="training time (s)")
+        seconds.set_xlim(left=0)
         seconds.set_yticklabels([])
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from newllm.errors import UserError
 from newllm.reporting.comparison import Comparison, mean_interval, paired_difference, read_results, write_report
-from newllm.reporting.plots import comparison_bars
+from newllm.reporting.plots import comparison_points
 
 LENGTH = 10
 
@@ -105,11 +105,11 @@ def test_results_are_read_or_refused(tmp_path):
         read_results(tmp_path)
 
 
-def test_the_bars_are_a_picture(tmp_path):
+def test_the_points_are_a_picture(tmp_path):
     """A PNG of two panels at 150 DPI."""
     from PIL import Image
 
-    path = tmp_path / "plots" / "bars.png"
-    comparison_bars(Comparison(results(("gru", 5.1), ("phase1_finetuned", 5.0))), 1000, path)
+    path = tmp_path / "plots" / "points.png"
+    comparison_points(Comparison(results(("gru", 5.1), ("phase1_finetuned", 5.0))), 1000, path)
     with Image.open(path) as image:
         assert image.size == (1500, 540) and round(image.info["dpi"][0]) == 150
