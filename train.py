@@ -10,7 +10,7 @@ from config import ResidualConfig
 from newllm.config import parse_args
 from newllm.data.dataset import load_data
 from newllm.errors import UserError, exit_on_user_error
-from newllm.evaluate import evaluate_contexts
+from newllm.evaluate import bpb_by_context, evaluate_contexts
 from newllm.interrupt import Interrupt
 from newllm.memory import free_memory
 from newllm.models.baselines import BASELINES, Baseline
@@ -19,7 +19,7 @@ from newllm.models.ngram import ngram_rows
 from newllm.models.pretrained import load_embedding
 from newllm.reporting.banner import banner
 from newllm.reporting.runlog import RunLog, new_run_id
-from newllm.reporting.summary import context_line, summarize
+from newllm.reporting.summary import context_line, curves, summarize
 from newllm.training.checkpoint import Checkpointer
 from newllm.training.device import compile_cost, describe_device, memory_mb, open_runtime, peak_memory_mb
 from newllm.training.memory_estimate import predicted_peak
@@ -32,7 +32,7 @@ def main(config):
     """Run all stages that are not complete yet.
 
     Returns:
-        The summary: what the closing block prints, as a dict.
+        The summary: what the closing block prints, as a dict, and the curves of pictures.
 
     Raises:
         UserError: bad settings, data, checkpoint or a training that diverged.
@@ -101,7 +101,13 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
         how = f"model type {config.model_type}" + f", contexts {'frozen' if frozen else 'fine-tuned'}" * learns_context
         log.say(f"\n== Phase 2: next-token prediction, {how} ==")
         head = train_phase2(model, data, config, runtime, log, checkpointer, "phase2", frozen)
-        checkpointer.complete("phase2", model, {"head": head})
+        results = {"head": head}
+        if learns_context and not frozen:
+            results["contexts"] = evaluate_contexts(model, data, config, runtime.device)
+            log.say(context_line("phase 2", results["contexts"]))
+        if isinstance(model, LanguageModel):
+            results["bpb_by_context"] = bpb_by_context(model, data.val, data.token_bytes, runtime.autocast, runtime.device)
+        checkpointer.complete("phase2", model, results)
 
     summary = summarize(config, data, checkpointer.results)
     unsaved = checkpointer.unsaved
@@ -118,8 +124,7 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
     log.finish(summary)
     if unsaved:
         raise UserError(f"the last checkpoint could not be written ({unsaved}): free the disk and run again.")
-    nats = checkpointer.results.get("phase2", {}).get("head", {}).get("sample_nats")
-    return summary | {"val_sample_nats": nats}
+    return summary | curves(checkpointer.results)
 
 
 if __name__ == "__main__":

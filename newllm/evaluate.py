@@ -10,7 +10,7 @@ import math
 import torch
 
 from newllm.fixed_point import diagnostics
-from newllm.fixed_point.solver import sequential, solve
+from newllm.fixed_point.solver import sequential, solve, sweep
 from newllm.interrupt import poll
 from newllm.memory import map_parts
 from newllm.models.baselines import Baseline
@@ -19,6 +19,7 @@ from newllm.models.cross_entropy import linear_token_nll
 RANK_TOKENS = 10_000  # tokens behind an effective rank; the ceiling is computed for the same number
 CURVE_SEQUENCES = 32  # sequences behind cold-start and memory curves
 MAX_SWEEPS = 16
+SPECTRUM_POINTS = 64  # singular values kept of a spectrum, evenly over its ranks
 SEQUENCES_AT_A_TIME = 256
 
 
@@ -51,7 +52,7 @@ def evaluate_contexts(model, data, config, device):
         Dict of floats and curves: er_train, er_val and er_ceiling as shares of C, over rank_tokens; converged_ratio after
         10 cold sweeps and sweeps_to_convergence (None: not within MAX_SWEEPS), by the thresholds of the configuration;
         cold_start_error_10, cold_start_curve, contraction, memory_horizon, memory_curve, past_capacity,
-        past_capacity_by_lag, identity_r2.
+        past_capacity_by_lag, identity_r2; spectrum: {rank: share of the sum of singular values}, of validation tokens.
     """
     model.eval()
     length = data.val.shape[1] - 1
@@ -68,6 +69,8 @@ def evaluate_contexts(model, data, config, device):
     capacity = diagnostics.past_capacity(sides["train"], sides["val"])
     tokens = min(RANK_TOKENS, count * length)
     rank = {name: diagnostics.effective_rank(c.flatten(0, 1)[:tokens]) for name, (c, _) in sides.items()}
+    spectrum = diagnostics.spectrum(sides["val"][0].flatten(0, 1)[:tokens]).tolist()
+    ranks = sorted({round(1 + i * (len(spectrum) - 1) / SPECTRUM_POINTS) for i in range(SPECTRUM_POINTS + 1)})
     return {
         "er_train": rank["train"] / model.context_dim,
         "er_val": rank["val"] / model.context_dim,
@@ -83,6 +86,7 @@ def evaluate_contexts(model, data, config, device):
         "past_capacity": sum(capacity),
         "past_capacity_by_lag": capacity,
         "identity_r2": diagnostics.identity_r2(sides["train"], sides["val"]),
+        "spectrum": {rank: spectrum[rank - 1] for rank in ranks},
     }
 
 
@@ -116,6 +120,38 @@ def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None
         "acc": right / count,
         "bpb": nats / math.log(2) / text,
     }
+
+
+@torch.no_grad()
+def bpb_by_context(model, ids, token_bytes, autocast, device):
+    """Bits per byte of a model whose contexts are made of the last k tokens alone: k sweeps from a cold start.
+
+    Where the curve is flat, what lies further back is not used, whatever a horizon says. Other arguments as of
+    evaluate_prediction; the model has a `step`, and the first CURVE_SEQUENCES samples count.
+
+    Returns:
+        {k: bits per byte} for k = 1, 2, 4, ... below T, and T, where nothing is cut off.
+    """
+    model.eval()
+    ids = ids[:CURVE_SEQUENCES]
+    inputs, targets = ids[:, :-1].to(device).long(), ids[:, 1:].to(device).long()
+    length, bits_per_nat = inputs.shape[1], 1 / math.log(2) / text_bytes(ids, token_bytes)
+
+    def bpb(contexts, streams):
+        nll, _ = linear_token_nll(model.hidden(contexts, streams), *model.output_weights(), targets)
+        return nll.double().sum().item() * bits_per_nat
+
+    curve = {}
+    with autocast():
+        tokens = model.embed(inputs)
+        contexts = tokens.new_zeros(*tokens.shape[:2], model.context_dim)
+        for sweeps in range(1, 2 ** ((length - 1).bit_length() - 1) + 1):
+            poll()
+            contexts, streams = sweep(model.step, contexts, tokens)
+            if sweeps.bit_count() == 1:
+                curve[sweeps] = bpb(contexts, streams)
+        curve[length] = bpb(*sequential(model.step, tokens, model.context_dim))
+    return curve
 
 
 @torch.no_grad()

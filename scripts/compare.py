@@ -5,8 +5,9 @@
     python3 -m scripts.compare --tune                                # the grid of each arm, on a split of the training samples
     python3 -m scripts.compare --report                              # tables and pictures from the results that are there
 
-Cut off and started again it makes what is missing: sweep_state.json in checkpoint_dir holds what is done, and a run in hand
-goes on from its own checkpoint. Each run leaves one small JSON file in `results/`, from which the tables are made.
+Each run leaves one small JSON file in `results/`, from which the tables are made. Cut off and started again, also with more
+arms, seeds or budgets, it makes what is missing there; a run in hand goes on from its own checkpoint. Several of these may share
+`results/` at a time, each with arms and a checkpoint_dir of its own.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ from newllm.apart import call_apart
 from newllm.config import parse_args
 from newllm.errors import UserError, exit_on_user_error
 from newllm.interrupt import Interrupt
-from newllm.reporting.comparison import Comparison, read_results, write_report
+from newllm.reporting.comparison import Comparison, read_result, read_results, write_report
 from newllm.reporting.plots import comparison_points
 from newllm.reporting.sweep import Sweep
 from newllm.storage import usable_folder, write_text
@@ -67,29 +68,54 @@ def grid(arms):
 
 
 def make(config, runs, results):
-    """Train what is missing; each run's figures go into a file of its own in the folder `results`.
+    """Train what is missing; each run's figures go into a file of its own in the folder `results`, which says what is made.
 
     Raises:
-        UserError: checkpoint_dir holds another comparison, or a run failed.
+        UserError: `results` holds such a run with other settings, or a run failed.
         Stopped: a signal or max_minutes ended the comparison early.
     """
     folder = usable_folder(config.checkpoint_dir, "checkpoint_dir")
     shared = {name: value for name, value in config.to_dict().items() if name not in HARMLESS | BUDGET | {"seed"}}
 
+    def configured(name):
+        own = dict(checkpoint_dir=str(folder / name), keep_last=0, backup_dir="", max_minutes=0.0)
+        return dataclasses.replace(config, **own | dict(untrained_control=False) | runs[name])
+
+    def made(name):
+        path = results / f"{name}.json"
+        if not path.exists():
+            return None
+        found, settings = read_result(path), meaning(configured(name))
+        if found["settings"] != settings:
+            changed = [key for key in {**found["settings"], **settings} if found["settings"].get(key) != settings.get(key)]
+            raise UserError(
+                f"{path} was made with other settings ({', '.join(changed)}): choose another --results, or move it away."
+            )
+        return plain(found)
+
     def work(run):
-        changes = runs[run["name"]]
-        own = dict(checkpoint_dir=run["folder"], keep_last=0, backup_dir="", max_minutes=0.0, untrained_control=False)
-        configured = dataclasses.replace(config, **own | changes)
-        summary = call_apart(train.main, configured)
-        result = {"arm": run["name"].split("-")[0], "seed": configured.seed, "changes": changes} | summary
-        result["val_sample_nats"] = [round(nats, 3) for nats in summary["val_sample_nats"]]
-        result["max_seq_length"] = config.max_seq_length
-        write_text(results / f"{run['name']}.json", json.dumps(result) + "\n")
-        return {key: value for key, value in summary.items() if not isinstance(value, list)}
+        name = run["name"]
+        if found := made(name):  # in the meantime, by another process
+            return found
+        summary = call_apart(train.main, configured(name))
+        summary["val_sample_nats"] = [round(nats, 3) for nats in summary["val_sample_nats"]]
+        result = {"arm": name.split("-")[0], "seed": configured(name).seed, "changes": runs[name]} | summary
+        write_text(results / f"{name}.json", json.dumps(result | {"settings": meaning(configured(name))}) + "\n")
+        return plain(summary)
 
     with Interrupt(config.max_minutes), FolderLock(folder, "comparison"):
-        sizes = {name: changes.get("num_samples", config.num_samples) for name, changes in runs.items()}
-        Sweep(folder, shared | {"runs_settings": runs}, sizes, fresh=not config.load_checkpoint).finish(work)
+        sizes = {name: configured(name).num_samples for name in runs}
+        Sweep(folder, shared, sizes, fresh=not config.load_checkpoint, made=made).finish(work)
+
+
+def meaning(config):
+    """The settings that shape a run's figures. Where its text lies and what machine it ran on do not."""
+    return {name: value for name, value in config.to_dict().items() if name not in HARMLESS | {"data_source"}}
+
+
+def plain(result):
+    """The figures of a result that are single values."""
+    return {key: value for key, value in result.items() if not isinstance(value, list | dict)}
 
 
 def choose(results):

@@ -43,6 +43,20 @@ def test_every_arm_trains_and_has_its_row(tiny_settings, tmp_path, here, capsys)
     assert "epoch" not in capsys.readouterr().out
 
 
+def test_more_arms_and_seeds_keep_what_is_made(tiny_settings, tmp_path, here, monkeypatch):
+    """Extended, from an empty checkpoint_dir too, only what is missing is trained; other settings are refused by name."""
+    trained = []
+    monkeypatch.setattr(compare, "call_apart", lambda function, config: trained.append(config) or function(config))
+    config = ResidualConfig(**tiny_settings | dict(phase2_epochs=1))
+    compare.main(config, arguments(tmp_path, arms="token"))
+    elsewhere = ResidualConfig(**tiny_settings | dict(phase2_epochs=1, checkpoint_dir=str(tmp_path / "elsewhere")))
+    compare.main(elsewhere, arguments(tmp_path, arms="token,window", seeds=2))
+    assert [(c.model_type, c.seed) for c in trained] == [("token", 0), ("window", 0), ("token", 1), ("window", 1)]
+    other = ResidualConfig(**tiny_settings | dict(phase2_epochs=2, checkpoint_dir=str(tmp_path / "other")))
+    with pytest.raises(UserError, match=r"token-12-0\.json was made with other settings \(phase2_epochs\)"):
+        compare.main(other, arguments(tmp_path, arms="token"))
+
+
 def test_tuning_uses_training_dialogues_alone_and_its_choice_is_used(tiny_settings, tmp_path, here, monkeypatch):
     """The grid validates on a share of the training samples; the best point is written down and taken by the next runs."""
     monkeypatch.setattr(compare, "GRID", dict(phase2_learning_rate=(0.002, 0.02), dropout=(0.0,)))

@@ -19,7 +19,7 @@ V, L = 30, 12
 KEYS = {
     *("er_train", "er_val", "er_ceiling", "rank_tokens"),
     *("converged_ratio", "sweeps_to_convergence", "cold_start_error_10", "cold_start_curve", "contraction"),
-    *("memory_horizon", "memory_curve", "past_capacity", "past_capacity_by_lag", "identity_r2"),
+    *("memory_horizon", "memory_curve", "past_capacity", "past_capacity_by_lag", "identity_r2", "spectrum"),
 }
 
 
@@ -174,6 +174,23 @@ def test_bits_per_byte_are_nats_over_the_bytes_of_the_text(model):
     assert found["bpb"] * bytes_of_text * math.log(2) == pytest.approx(found["loss"] * 5 * L)
 
 
+def test_a_cut_context_is_made_of_the_last_tokens_alone(model):
+    """The point at k is what prediction gives when each context is computed from the last k tokens in a sample of their own."""
+    model.eval()
+    ids, token_bytes = samples(4), torch.ones(V)
+    curve = evaluate.bpb_by_context(model, ids, token_bytes, contextlib.nullcontext, "cpu")
+    assert list(curve) == [1, 2, 4, 8, L]
+    assert curve[L] == pytest.approx(predict(model, ids)["bpb"], rel=1e-5)
+    for k in (1, 4):
+        nats = 0.0
+        for t in range(L):
+            window = model.embed(ids[:, max(0, t + 1 - k) : t + 1].long())
+            contexts, streams = sequential(model.step, window, model.context_dim)
+            logits = model.logits(contexts[:, -1], streams[:, -1])
+            nats += functional.cross_entropy(logits, ids[:, t + 1].long(), reduction="sum").item()
+        assert curve[k] == pytest.approx(nats / math.log(2) / (4 * L), rel=1e-5)
+
+
 # Contexts
 
 
@@ -188,6 +205,8 @@ def test_context_metrics_have_their_names(model):
     assert all(isinstance(v, int | float | list | dict | None) for v in got.values())
     for name in ("er_train", "er_val", "er_ceiling"):
         assert 0.1 <= got[name] <= 1
+    assert list(got["spectrum"]) == list(range(1, 11)) and sum(got["spectrum"].values()) == pytest.approx(1)
+    assert sorted(got["spectrum"].values(), reverse=True) == list(got["spectrum"].values())
 
 
 def test_context_metrics_are_the_same_twice(model):

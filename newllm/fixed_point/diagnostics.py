@@ -18,11 +18,15 @@ PROBE_DIMS = 64  # random projections of an embedding that a probe predicts
 RIDGE = 1e-3  # ridge strength relative to the mean variance of a context dimension
 
 
+def spectrum(contexts_NC):
+    """Singular values of the centred contexts as shares of their sum [C], largest first, fp64."""
+    values = torch.linalg.eigvalsh(covariance(contexts_NC.double())).clamp(min=0).sqrt().flip(0)
+    return values / values.sum().clamp(min=1e-30)
+
+
 def effective_rank(contexts_NC):
     """exp(entropy of s / sum(s)) for the singular values s of the centred contexts (Roy & Vetterli 2007): 1 ... C."""
-    variances = torch.linalg.eigvalsh(covariance(contexts_NC.double())).clamp(min=0)
-    share = variances.sqrt() / variances.sqrt().sum().clamp(min=1e-30)
-    return torch.special.entr(share).sum().exp().item()
+    return torch.special.entr(spectrum(contexts_NC)).sum().exp().item()
 
 
 def effective_rank_ceiling(num_tokens, context_dim, seed=0):

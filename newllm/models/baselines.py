@@ -8,56 +8,60 @@ import math
 import torch
 from torch import nn
 
-from newllm.models.language_model import EMBEDDING_STD, Dropout
+from newllm.models.language_model import EMBEDDING_STD, TokenLayer
 
 BASELINES = ("gru", "lstm", "transformer")
 STD = 0.02  # of the Transformer's weights (GPT-2)
 
 
 class Baseline(nn.Module):
-    """Embedding -> body -> logits through the embedding matrix, with dropout between them.
+    """Embedding -> body -> logits through the embedding matrix, with the interface of LanguageModel.
 
-    To training and evaluation it looks like LanguageModel with an empty context: `encode` gives all token streams at once.
+    A GRU or LSTM stands where the context map does: its state is the context, the normalised embedding the token stream, and
+    the same head reads both. A Transformer has its own way to join a token with what came before: its context is empty.
 
     Args:
-        config: model_type, widths, num_layers, dropout, tying and seed (newllm.config.Config).
+        config: model_type, widths, depths, dropout, tying and seed (newllm.config.Config).
         vocab_size: number of token ids V.
         pretrained: optional embedding matrix [V, E]; it is then frozen.
     """
 
     def __init__(self, config, vocab_size, pretrained=None):
         super().__init__()
-        self.vocab_size, self.embed_dim, self.context_dim = vocab_size, config.embed_dim, 0
-        self.kind = config.model_type
+        self.vocab_size, self.embed_dim, self.kind = vocab_size, config.embed_dim, config.model_type
+        self.context_dim = 0 if self.kind == "transformer" else config.context_dim
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.embedding = nn.Embedding(vocab_size, config.embed_dim)
             self.body = _transformer(config) if self.kind == "transformer" else _recurrent(config)
-            wide = config.context_dim != config.embed_dim and self.kind != "transformer"
-            self.project = nn.Linear(config.context_dim, config.embed_dim) if wide else nn.Identity()
+            self.embed_norm = nn.Identity() if self.kind == "transformer" else nn.LayerNorm(config.embed_dim)
+            self.token_layers = nn.ModuleList(
+                TokenLayer(config.context_dim, config.embed_dim, config.dropout)
+                for _ in range(config.token_layers * (self.kind != "transformer"))
+            )
             self.output = None if config.tie_weights else nn.Linear(config.embed_dim, vocab_size)
             std = STD if self.kind == "transformer" else EMBEDDING_STD
             for matrix in (self.embedding, self.output):
                 if matrix is not None:
                     nn.init.normal_(matrix.weight, std=std)
-        self.dropout = Dropout(config.dropout)
         self._frozen = []
         if pretrained is not None:
             self.embedding.weight = nn.Parameter(pretrained.float().clone(), requires_grad=False)
             self._frozen = ["embedding.weight"]
 
     def encode(self, ids):
-        """Ids [B, T] -> (contexts [B, T, 0], streams [B, T, E]); stream t has read tokens up to t."""
-        embedded = self.embedding(ids)
+        """Ids [B, T] -> (contexts [B, T, C], streams [B, T, E]) that have read tokens up to t."""
+        embedded = self.embed_norm(self.embedding(ids))
         if self.kind == "transformer":
             streams = self.body(inputs_embeds=embedded).last_hidden_state
-        else:
-            streams = self.project(self.body(self.dropout(embedded))[0])
-        return streams[..., :0], streams
+            return streams[..., :0], streams
+        return self.body(embedded)[0], embedded
 
     def hidden(self, context, stream):
-        """What the logits are made of: (nothing, u_t [..., E]) -> h [..., E]."""
-        return stream if self.kind == "transformer" else self.dropout(stream)
+        """What the logits are made of: (c_t [..., C], u_t [..., E]) -> h [..., E]."""
+        for layer in self.token_layers:
+            stream = layer(context, stream)
+        return stream
 
     def output_weights(self):
         """(matrix [V, E], bias [V] or None) such that logits = h @ matrix.T + bias."""

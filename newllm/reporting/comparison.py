@@ -1,6 +1,6 @@
 """From the results of many runs to a table, a CSV and verdicts: means over seeds, intervals, paired differences. No torch.
 
-A result is a dict: what train.main returns, with arm, seed and max_seq_length. Its val_sample_nats are the nats of each
+A result is a dict: what train.main returns, with arm, seed and the settings. Its val_sample_nats are the nats of each
 validation sample; a sample has the same place in all runs, and starts with a dialogue of its own.
 """
 
@@ -45,15 +45,22 @@ def read_results(folder):
     Raises:
         UserError: there is none, or one cannot be read.
     """
-    results = []
-    for path in sorted(Path(folder).glob("*-*.json")):
-        try:
-            results.append(json.loads(path.read_text()))
-        except (OSError, ValueError) as error:
-            raise UserError(f"{path} cannot be read ({error}): remove it and run the comparison again.") from error
+    results = [read_result(path) for path in sorted(Path(folder).glob("*-*.json"))]
     if not results:
         raise UserError(f"there are no results in {folder}: run scripts.compare without --report first.")
     return results
+
+
+def read_result(path):
+    """One of them.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it and run the comparison again.") from error
 
 
 def mean_interval(values):
@@ -113,7 +120,7 @@ class Comparison:
         if not {(tokens, ours), (tokens, theirs)} <= self.by.keys():
             return None
         nats = [{r["seed"]: r["val_sample_nats"] for r in self.by[tokens, arm]} for arm in (ours, theirs)]
-        return paired_difference(*nats, self.by[tokens, ours][0]["max_seq_length"])
+        return paired_difference(*nats, self.by[tokens, ours][0]["settings"]["max_seq_length"])
 
     def rows(self):
         """The table: a row for each budget and arm."""

@@ -57,3 +57,23 @@ def summarize(config, data, results):
         **{f"val_ppl_{name}": math.exp(nats) for name, nats in untrained["ngrams"].items()},
     }
     return summary
+
+
+CURVES = ("cold_start_curve", "memory_curve", "past_capacity_by_lag", "spectrum")
+
+
+def curves(results):
+    """What pictures and paired comparisons need of a run: curves of its final and its untrained contexts, nats of each sample.
+
+    Args:
+        results: metrics by stage, as train.py records them.
+    """
+    last = results.get("phase2", {})
+    contexts = last.get("contexts") or results.get("phase1", {}).get("contexts") or {}
+    untrained = results["untrained"].get("contexts", {})
+    return {
+        "val_sample_nats": last.get("head", {}).get("sample_nats"),
+        "bpb_by_context": last.get("bpb_by_context"),
+        **{name: contexts.get(name) for name in CURVES},
+        **{f"{name}_untrained": untrained.get(name) for name in CURVES},
+    }

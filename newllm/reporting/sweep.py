@@ -14,6 +14,7 @@ from newllm.reporting.status import CUT_OFF, is_gone
 from newllm.storage import write_text
 
 STATE_NAME = "sweep_state.json"
+KEPT = ("status", "metrics", "seconds", "time")  # of a run that an earlier start of the sweep knew
 NOT_FINITE = ("nan", "inf", "-inf")  # JSON has no such numbers: they are kept as text
 
 
@@ -26,14 +27,17 @@ class Sweep:
     Args:
         folder: an existing folder; each run gets one of its own in it, by its name.
         settings: plain values that shape the figures of all runs; with others the sweep is another one.
-        sizes: {name of a run: its cost relative to the others'}, in the order in which to run.
+        sizes: {name of a run: its cost relative to the others'}, in the order in which to run. May differ from those of an
+            earlier start: what that has done stays in the file.
         fresh: begin all runs anew, whatever the file says.
+        made: function of a run's name to its metrics, None when it is still to be made; it then says what is done, not the
+            file.
 
     Raises:
         UserError: the file is of another sweep, or cannot be read.
     """
 
-    def __init__(self, folder, settings, sizes, fresh=False):
+    def __init__(self, folder, settings, sizes, fresh=False, made=None):
         self.path, self.settings, self._warned = Path(folder) / STATE_NAME, settings, False
         self.runs = [
             {"index": index, "name": name, "size": size, "status": "pending", "folder": str(Path(folder) / name),
@@ -43,9 +47,14 @@ class Sweep:
         found = None if fresh else _read(self.path)
         if found:
             self._require_same(found)
-            for run, earlier in zip(self.runs, found["runs"], strict=True):
-                run |= {key: earlier[key] for key in ("metrics", "seconds", "time")}
-                run["status"] = "done" if earlier["status"] == "done" else "pending"
+        earlier = {run["name"]: run for run in found["runs"]} if found else {}
+        self._others = [run for run in earlier.values() if run["name"] not in sizes and run["status"] == "done"]
+        for run in self.runs:
+            run |= {key: earlier[run["name"]][key] for key in KEPT if run["name"] in earlier}
+            if made and not fresh:
+                run["metrics"] = made(run["name"])
+                run["status"] = "done" if run["metrics"] else "pending"
+            run["status"] = "done" if run["status"] == "done" else "pending"
         self._write()
 
     def finish(self, work):
@@ -98,7 +107,8 @@ class Sweep:
         self._write()
 
     def _write(self):
-        state = {"pid": os.getpid(), "host": socket.gethostname(), "settings": self.settings, "runs": self.runs}
+        runs = self._others + self.runs
+        state = {"pid": os.getpid(), "host": socket.gethostname(), "settings": self.settings, "runs": runs}
         try:
             write_text(self.path, json.dumps(state, indent=1, allow_nan=False) + "\n")
         except OSError as error:
@@ -111,8 +121,7 @@ class Sweep:
             self._warned = True
 
     def _require_same(self, found):
-        before = found["settings"] | {"runs": [run["name"] for run in found["runs"]]}
-        now = self.settings | {"runs": [run["name"] for run in self.runs]}
+        before, now = found["settings"], self.settings
         changed = [
             f"{name} {before.get(name)!r} -> {now.get(name)!r}"
             for name in {**before, **now}

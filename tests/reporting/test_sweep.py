@@ -103,9 +103,8 @@ def test_a_failed_run_is_named_and_keeps_no_other_from_being_made(tmp_path):
     [
         (SETTINGS | {"seed": 43}, SIZES, "seed 42 -> 43"),
         (SETTINGS | {"dropout": 0.1}, SIZES, "dropout None -> 0.1"),
-        (SETTINGS, {"small": 1}, "runs ['small', 'middle', 'large'] -> ['small']"),
     ],
-    ids=["value", "new", "runs"],
+    ids=["value", "new"],
 )
 def test_another_sweep_is_refused_with_the_difference(tmp_path, settings, sizes, difference):
     """Figures made with different settings do not stand in one table; the file stays as it is."""
@@ -118,6 +117,27 @@ def test_another_sweep_is_refused_with_the_difference(tmp_path, settings, sizes,
     made = []
     Sweep(tmp_path, settings, sizes, fresh=True).finish(recorder(made))
     assert made == list(sizes)
+
+
+def test_other_runs_of_the_same_settings_keep_what_is_done(tmp_path):
+    """Fewer, then more: nothing is made twice, figures are of the runs asked for alone, the file keeps them all."""
+    made = []
+    Sweep(tmp_path, SETTINGS, SIZES).finish(recorder(made))
+    figures = Sweep(tmp_path, SETTINGS, {"huge": 8, "small": 1}).finish(recorder(made))
+    assert [row["val_loss"] for row in figures] == [8.0, 1.0] and made == [*SIZES, "huge"]
+    assert [run["name"] for run in strict(tmp_path / STATE_NAME)["runs"]] == ["middle", "large", "huge", "small"]
+    assert read_sweep(tmp_path)["state"] == "complete"
+    Sweep(tmp_path, SETTINGS, SIZES).finish(recorder(made))
+    assert made == [*SIZES, "huge"]
+
+
+def test_what_is_made_may_be_known_elsewhere(tmp_path):
+    """Then the file does not count: a run that it calls done is made when its figures are gone, and the other way round."""
+    Sweep(tmp_path, SETTINGS, {"small": 1}).finish(recorder([]))
+    made = []
+    elsewhere = {"middle": {"val_loss": 7.0}}
+    figures = Sweep(tmp_path, SETTINGS, SIZES, made=elsewhere.get).finish(recorder(made))
+    assert made == ["small", "large"] and [row["val_loss"] for row in figures] == [1.0, 7.0, 4.0]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"runs": 3, "settings": {}}', "\x00"])
