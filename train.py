@@ -53,6 +53,7 @@ def main(config):
             peak = predicted_peak(config, data.vocab_size, runtime.precision, libraries, cuda)
             kind = Baseline if config.model_type in BASELINES else LanguageModel
             model = kind(config, data.vocab_size, pretrained).to(runtime.device)
+            model.start_at_frequencies(data.train[:, 1:])
             with Checkpointer(config, data.fingerprint, new_run_id(), runtime.group) as checkpointer:
                 if checkpointer.writes:
                     require_space(checkpointer.folder, model, config, runtime.storage_dtype)
@@ -106,7 +107,9 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
             results["contexts"] = evaluate_contexts(model, data, config, runtime.device)
             log.say(context_line("phase 2", results["contexts"]))
         if isinstance(model, LanguageModel):
-            results["bpb_by_context"] = bpb_by_context(model, data.val, data.token_bytes, runtime.autocast, runtime.device)
+            results["bpb_by_context"] = bpb_by_context(
+                model, data.val, data.token_bytes, runtime.autocast, runtime.device
+            )
         checkpointer.complete("phase2", model, results)
 
     summary = summarize(config, data, checkpointer.results)

@@ -134,24 +134,30 @@ def bpb_by_context(model, ids, token_bytes, autocast, device):
     """
     model.eval()
     ids = ids[:CURVE_SEQUENCES]
-    inputs, targets = ids[:, :-1].to(device).long(), ids[:, 1:].to(device).long()
-    length, bits_per_nat = inputs.shape[1], 1 / math.log(2) / text_bytes(ids, token_bytes)
+    length = ids.shape[1] - 1
+    cuts = [2**i for i in range((length - 1).bit_length())]
 
-    def bpb(contexts, streams):
-        nll, _ = linear_token_nll(model.hidden(contexts, streams), *model.output_weights(), targets)
-        return nll.double().sum().item() * bits_per_nat
+    def nats(part):
+        """Of these samples, at each cut and without one."""
+        ids_BT, found = ids[part].to(device).long(), []
 
-    curve = {}
-    with autocast():
-        tokens = model.embed(inputs)
-        contexts = tokens.new_zeros(*tokens.shape[:2], model.context_dim)
-        for sweeps in range(1, 2 ** ((length - 1).bit_length() - 1) + 1):
-            poll()
-            contexts, streams = sweep(model.step, contexts, tokens)
-            if sweeps.bit_count() == 1:
-                curve[sweeps] = bpb(contexts, streams)
-        curve[length] = bpb(*sequential(model.step, tokens, model.context_dim))
-    return curve
+        def score(contexts, streams):
+            nll, _ = linear_token_nll(model.hidden(contexts, streams), *model.output_weights(), ids_BT[:, 1:])
+            found.append(nll.double().sum().item())
+
+        with autocast():
+            tokens = model.embed(ids_BT[:, :-1])
+            contexts = tokens.new_zeros(*tokens.shape[:2], model.context_dim)
+            for sweeps in range(1, cuts[-1] + 1):
+                poll()
+                contexts, streams = sweep(model.step, contexts, tokens)
+                if sweeps in cuts:
+                    score(contexts, streams)
+            score(*sequential(model.step, tokens, model.context_dim))
+        return found
+
+    total = torch.tensor(map_parts(nats, len(ids), CURVE_SEQUENCES), dtype=torch.float64).sum(0)
+    return dict(zip([*cuts, length], (total / math.log(2) / text_bytes(ids, token_bytes)).tolist(), strict=True))
 
 
 @torch.no_grad()

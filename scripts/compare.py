@@ -87,7 +87,9 @@ def make(config, runs, results):
             return None
         found, settings = read_result(path), meaning(configured(name))
         if found["settings"] != settings:
-            changed = [key for key in {**found["settings"], **settings} if found["settings"].get(key) != settings.get(key)]
+            changed = [
+                key for key in {**found["settings"], **settings} if found["settings"].get(key) != settings.get(key)
+            ]
             raise UserError(
                 f"{path} was made with other settings ({', '.join(changed)}): choose another --results, or move it away."
             )

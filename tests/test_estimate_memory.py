@@ -139,7 +139,7 @@ def test_activations_are_what_autograd_saves(precision, dropout):
     def loss(contexts, streams):
         return linear_cross_entropy(model.hidden(contexts, streams), *model.output_weights(), ids)
 
-    embedded, output = sizes.embedding(n)[0] + 8 * n, V * config.embed_dim * 4
+    embedded, output = sizes.embedding(n)[0] + 8 * n, V * (config.embed_dim + 1) * 4
     step = StepFunction(model.step, compiled=False)
     assert found(lambda: sweep(step.contexts, contexts, model.embed(ids))[0]) == embedded + sum(
         sizes.sweeps(n, stream=False)

@@ -8,17 +8,18 @@ import math
 import torch
 from torch import nn
 
-from newllm.models.language_model import EMBEDDING_STD, TokenLayer
+from newllm.models.head import EMBEDDING_STD, TokenPredictor
 
 BASELINES = ("gru", "lstm", "transformer")
 STD = 0.02  # of the Transformer's weights (GPT-2)
 
 
-class Baseline(nn.Module):
-    """Embedding -> body -> logits through the embedding matrix, with the interface of LanguageModel.
+class Baseline(TokenPredictor):
+    """Embedding -> body -> head, with the interface of LanguageModel.
 
     A GRU or LSTM stands where the context map does: its state is the context, the normalised embedding the token stream, and
-    the same head reads both. A Transformer has its own way to join a token with what came before: its context is empty.
+    the same head reads both. A Transformer has its own way to join a token with what came before: no context, no layers of
+    the head.
 
     Args:
         config: model_type, widths, depths, dropout, tying and seed (newllm.config.Config).
@@ -27,27 +28,18 @@ class Baseline(nn.Module):
     """
 
     def __init__(self, config, vocab_size, pretrained=None):
-        super().__init__()
-        self.vocab_size, self.embed_dim, self.kind = vocab_size, config.embed_dim, config.model_type
-        self.context_dim = 0 if self.kind == "transformer" else config.context_dim
+        transformer = config.model_type == "transformer"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.embedding = nn.Embedding(vocab_size, config.embed_dim)
-            self.body = _transformer(config) if self.kind == "transformer" else _recurrent(config)
-            self.embed_norm = nn.Identity() if self.kind == "transformer" else nn.LayerNorm(config.embed_dim)
-            self.token_layers = nn.ModuleList(
-                TokenLayer(config.context_dim, config.embed_dim, config.dropout)
-                for _ in range(config.token_layers * (self.kind != "transformer"))
-            )
-            self.output = None if config.tie_weights else nn.Linear(config.embed_dim, vocab_size)
-            std = STD if self.kind == "transformer" else EMBEDDING_STD
+            super().__init__(config, vocab_size, None if transformer else config.context_dim)
+            self.embed_norm = nn.Identity() if transformer else nn.LayerNorm(config.embed_dim)
+            self.body = _transformer(config) if transformer else _recurrent(config)
             for matrix in (self.embedding, self.output):
                 if matrix is not None:
-                    nn.init.normal_(matrix.weight, std=std)
-        self._frozen = []
+                    nn.init.normal_(matrix.weight, std=STD if transformer else EMBEDDING_STD)
+        self.kind = config.model_type
         if pretrained is not None:
-            self.embedding.weight = nn.Parameter(pretrained.float().clone(), requires_grad=False)
-            self._frozen = ["embedding.weight"]
+            self.freeze_embedding(pretrained)
 
     def encode(self, ids):
         """Ids [B, T] -> (contexts [B, T, C], streams [B, T, E]) that have read tokens up to t."""
@@ -56,26 +48,6 @@ class Baseline(nn.Module):
             streams = self.body(inputs_embeds=embedded).last_hidden_state
             return streams[..., :0], streams
         return self.body(embedded)[0], embedded
-
-    def hidden(self, context, stream):
-        """What the logits are made of: (c_t [..., C], u_t [..., E]) -> h [..., E]."""
-        for layer in self.token_layers:
-            stream = layer(context, stream)
-        return stream
-
-    def output_weights(self):
-        """(matrix [V, E], bias [V] or None) such that logits = h @ matrix.T + bias."""
-        if self.output is None:
-            return self.embedding.weight, None
-        return self.output.weight, self.output.bias
-
-    def frozen_state(self):
-        """The part of the state dict that no training changes, by name."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name in self._frozen}
-
-    def trained_state(self):
-        """The rest of the state dict."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name not in self._frozen}
 
     def context_parameters(self):
         """None: there is no Phase 1."""

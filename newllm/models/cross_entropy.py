@@ -32,28 +32,26 @@ class _LinearCrossEntropySum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_NE, weight_VE, bias_V, targets_N):
-        hidden, weight = in_compute_type(hidden_NE), in_compute_type(weight_VE)
+        hidden, weight, bias = in_compute_type(hidden_NE), in_compute_type(weight_VE), in_compute_type(bias_V)
         vocab_size, on_cpu = len(weight), hidden.device.type == "cpu"
         with torch.autocast(hidden.device.type, enabled=False):
             loss = torch.zeros((), device=hidden.device)
             grad_hidden = torch.empty_like(hidden)
             grad_weight = torch.zeros_like(weight_VE) if weight_VE.requires_grad else None
-            grad_bias = torch.zeros_like(bias_V) if bias_V is not None else None
+            grad_bias = torch.zeros_like(bias_V)
             chunks = _chunks(len(hidden), vocab_size)
             # One buffer for all chunks: fresh memory of this size costs as much time as the product that fills it.
             buffer = hidden.new_empty(chunks[0].stop, vocab_size)
             product = torch.empty_like(weight) if weight_VE.requires_grad else None
             for part in chunks:
                 logits, targets = buffer[: part.stop - part.start], targets_N[part, None]
-                torch.mm(hidden[part], weight.T, out=logits)
+                torch.addmm(bias, hidden[part], weight.T, out=logits)
                 for rows in _slices(len(logits), CACHE_ELEMENTS // vocab_size if on_cpu else len(logits)):
-                    biased = logits[rows] if bias_V is None else logits[rows] + bias_V
-                    log_share = torch.log_softmax(biased, -1, dtype=torch.float32)
+                    log_share = torch.log_softmax(logits[rows], -1, dtype=torch.float32)
                     loss -= log_share.gather(-1, targets[rows]).sum()
                     gradient = log_share.exp_()  # softmax, in the same memory
                     gradient.scatter_add_(-1, targets[rows], -gradient.new_ones(len(gradient), 1))
-                    if bias_V is not None:
-                        grad_bias += gradient.sum(0)
+                    grad_bias += gradient.sum(0)
                     logits[rows] = gradient
                 torch.mm(logits, weight, out=grad_hidden[part])
                 if product is not None:
@@ -70,7 +68,7 @@ def linear_cross_entropy(hidden, weight_VE, bias_V, targets):
     """Mean cross-entropy in nats, with gradient to hidden, weight and bias.
 
     Args:
-        hidden: [..., E]; targets: ids [...]; weight_VE, bias_V: the output layer (bias may be None).
+        hidden: [..., E]; targets: ids [...]; weight_VE, bias_V: the output layer.
     """
     total = _LinearCrossEntropySum.apply(hidden.flatten(0, -2), weight_VE, bias_V, targets.flatten().long())
     return total / targets.numel()

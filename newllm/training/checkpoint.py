@@ -23,7 +23,7 @@ from newllm.training.mirror import Mirror
 from newllm.training.save_thread import SaveThread
 from newllm.training.state import provenance, snapshot
 
-FORMAT = 2
+FORMAT = 3
 STAGES = ("untrained", "phase1", "phase2", "complete")
 WITH_BEST = ("untrained", "phase2")  # stages that validate, and so have best weights
 

@@ -76,7 +76,7 @@ class Sizes:
         """(context map, head, frozen tensors): lists of bytes."""
         c, C, E, W, V = self.config, self.C, self.E, self.W, self.V
         context = [E, E] + c.num_layers * [W * W, W, C, C, E, E]
-        head = c.token_layers * [W * W, W, W * E, E, E, E] + [V * E] * self.trains_output + [V] * (not c.tie_weights)
+        head = c.token_layers * [W * W, W, W * E, E, E, E] + [V * E] * self.trains_output + [V]
         frozen = (2 - (c.tie_weights and self.trains_output)) * [V * E]
         return tuple([4 * size for size in part] for part in (context, head, frozen))
 

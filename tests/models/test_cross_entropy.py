@@ -18,34 +18,30 @@ def chunk(request, monkeypatch):
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", request.param)
 
 
-def layer(bias=True, dtype=torch.float64):
-    """(hidden [B, T, E], weight [V, E], bias [V] or None, targets [B, T])."""
+def layer(dtype=torch.float64):
+    """(hidden [B, T, E], weight [V, E], bias [V], targets [B, T])."""
     generator = torch.Generator().manual_seed(0)
     draw = [torch.randn(*shape, generator=generator, dtype=dtype) for shape in ((B, T, E), (V, E), (V,))]
-    hidden, weight, offset = (part.requires_grad_() for part in draw)
-    return hidden, weight, offset if bias else None, torch.randint(V, (B, T), generator=generator)
+    return *(part.requires_grad_() for part in draw), torch.randint(V, (B, T), generator=generator)
 
 
 def reference(hidden, weight, bias, targets):
     return functional.cross_entropy(functional.linear(hidden, weight, bias).flatten(0, -2), targets.flatten())
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_loss_and_gradients_are_torchs(chunk, bias):
+def test_loss_and_gradients_are_torchs(chunk):
     """Mean over tokens, and the gradient of hidden states, matrix and bias, for every size of chunk."""
-    *inputs, targets = layer(bias)
-    trained = [part for part in inputs if part is not None]
+    *inputs, targets = layer()
     got, expected = linear_cross_entropy(*inputs, targets), reference(*inputs, targets)
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
-    for ours, torchs in zip(torch.autograd.grad(got, trained), torch.autograd.grad(expected, trained), strict=True):
+    for ours, torchs in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True):
         assert ours.dtype == torchs.dtype
         torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_frozen_matrix_gets_no_gradient_and_changes_no_other(chunk, bias):
+def test_a_frozen_matrix_gets_no_gradient_and_changes_no_other(chunk):
     """Pretrained embeddings stay; the hidden states learn as before."""
-    hidden, weight, offset, targets = layer(bias)
+    hidden, weight, offset, targets = layer()
     (expected,) = torch.autograd.grad(reference(hidden, weight, offset, targets), hidden)
     linear_cross_entropy(hidden, weight.detach(), offset, targets).backward()
     assert weight.grad is None
@@ -78,38 +74,35 @@ def test_gradients_add_to_those_of_another_use_of_the_matrix():
     torch.testing.assert_close(weight.grad, expected + 1, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_under_autocast_products_are_bf16_and_sums_are_fp32(chunk, bias):
+def test_under_autocast_products_are_bf16_and_sums_are_fp32(chunk):
     """Loss and gradients within the precision of bf16 of the exact ones, and in the parameters' own type."""
-    *inputs, targets = layer(bias, torch.float32)
-    trained = [part for part in inputs if part is not None]
+    *inputs, targets = layer(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         got = linear_cross_entropy(*inputs, targets)
     expected = reference(*inputs, targets)
     assert got.dtype == torch.float32
     assert got.item() == pytest.approx(expected.item(), rel=1e-2)
-    hidden, weight, offset, targets = (None if part is None else part.detach() for part in (*inputs, targets))
-    rounded = (hidden.bfloat16() @ weight.bfloat16().T).float() + (0 if offset is None else offset)
+    hidden, weight, offset, targets = (part.detach() for part in (*inputs, targets))
+    rounded = functional.linear(*(part.bfloat16() for part in (hidden, weight, offset))).float()
     assert got.item() == pytest.approx(
         functional.cross_entropy(rounded.flatten(0, 1), targets.flatten()).item(), rel=1e-5
     )
-    for ours, torchs in zip(torch.autograd.grad(got, trained), torch.autograd.grad(expected, trained), strict=True):
+    for ours, torchs in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True):
         assert ours.dtype == torch.float32
         assert (ours - torchs).norm() < 2e-2 * torchs.norm()
 
 
 def test_huge_logits_do_not_overflow():
     """exp of 1e4 is infinite; the loss and its gradient are not."""
-    hidden, weight, offset, targets = layer(dtype=torch.float32)
+    hidden, weight, offset, targets = layer(torch.float32)
     loss = linear_cross_entropy(1e4 * hidden, weight, offset, targets)
     assert loss.isfinite()
     assert all(g.isfinite().all() for g in torch.autograd.grad(loss, [hidden, weight, offset]))
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_token_nll_is_torchs_and_its_hits_are_the_argmax(chunk, bias):
+def test_token_nll_is_torchs_and_its_hits_are_the_argmax(chunk):
     """Per token, in the shape of the targets, fp32 and without gradient."""
-    hidden, weight, offset, targets = layer(bias)
+    hidden, weight, offset, targets = layer()
     targets[0] = functional.linear(hidden, weight, offset)[0].argmax(-1)  # so that some are right
     nll, correct = linear_token_nll(hidden, weight, offset, targets)
     logits = functional.linear(hidden, weight, offset)

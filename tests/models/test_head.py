@@ -1,0 +1,40 @@
+"""What all models share: logits that begin at the frequencies of tokens, and a state in two parts."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from config import ResidualConfig
+from newllm.models.baselines import Baseline
+from newllm.models.language_model import LanguageModel
+
+V = 40
+
+
+@pytest.fixture(params=["context", "gru", "transformer"])
+def model(request):
+    config = ResidualConfig(model_type=request.param, context_dim=16, embed_dim=16, num_layers=1, max_seq_length=32)
+    return (LanguageModel if request.param == "context" else Baseline)(config, V)
+
+
+def streams(model, count):
+    generator = torch.Generator().manual_seed(0)
+    return torch.zeros(count, model.context_dim), torch.randn(count, 16, generator=generator)
+
+
+def test_before_training_a_token_is_as_likely_as_it_is_frequent(model):
+    """Whatever the head reads; ids that never occur are unlikely, not impossible; the first loss is that of a unigram."""
+    ids = torch.tensor([[1] * 600 + [2] * 300 + [3] * 100]).int()
+    model.start_at_frequencies(ids)
+    shares = model.eval().logits(*streams(model, 200)).softmax(-1).mean(0)
+    expected = (torch.bincount(ids[0].long(), minlength=V) + 1) / (1000 + V)
+    torch.testing.assert_close(shares, expected, rtol=0.2, atol=1e-4)
+    loss = functional.cross_entropy(model.logits(*streams(model, 1000)), ids[0].long())
+    entropy = -(expected[ids[0].long()].log().mean())
+    assert loss.item() == pytest.approx(entropy.item(), abs=0.05)
+
+
+def test_the_bias_trains_and_is_part_of_the_state(model):
+    """It starts at the frequencies and is not held there."""
+    assert any(p is model.output_bias for p in model.head_parameters())
+    assert "output_bias" in model.trained_state() and "output_bias" not in model.frozen_state()
