@@ -77,6 +77,7 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
         if learns_context and config.untrained_control:
             log.say("\n== Untrained network: the same head on contexts that nothing has trained ==")
             control = copy.deepcopy(model)
+            control.keep_context_embedding()
             log.say(context_line("untrained", results["contexts"]))
             results["head"] = train_phase2(control, data, config, runtime, log, checkpointer, "untrained", True)
             del control

@@ -21,7 +21,7 @@ from newllm.config import parse_args
 from newllm.errors import UserError, exit_on_user_error
 from newllm.interrupt import Interrupt
 from newllm.reporting.comparison import Comparison, read_result, read_results, write_report
-from newllm.reporting.plots import comparison_points
+from newllm.reporting.plots import comparison_points, context_curves
 from newllm.reporting.sweep import Sweep
 from newllm.storage import usable_folder, write_text
 from newllm.training.compatibility import BUDGET, HARMLESS
@@ -37,8 +37,7 @@ ARMS = {  # name: settings in which it differs from the settings of the command
     "untrained_whitened": UNTRAINED | FROZEN | dict(whiten_context=True),
     "phase1_frozen": FROZEN,
     "phase1_shuffled": FROZEN | dict(phase1_shuffle=True),
-    "phase1_consistency_only": FROZEN | dict(dist_reg_weight=0.0),
-    "phase1_spread_only": FROZEN | dict(dist_reg_weight=1.0),
+    **{f"phase1_w{weight:g}": FROZEN | dict(dist_reg_weight=weight) for weight in (0.0, 0.1, 0.5, 0.9, 1.0)},
     "phase1_finetuned": {},
     "end_to_end": UNTRAINED | dict(context_lr_scale=1.0),
     "gru": dict(model_type="gru"),
@@ -152,6 +151,7 @@ def main(config, arguments):
     print("\n".join(write_report(comparison, results)))
     for tokens in comparison.budgets:
         comparison_points(comparison, tokens, results / f"comparison_{tokens}.png")
+        context_curves(comparison, tokens, results / f"contexts_{tokens}.png")
 
 
 def chosen_arms(text):

@@ -1,7 +1,7 @@
 """The language model: embedding -> context map F -> head -> logits. Knows no training and no solver.
 
-Two embeddings exist: `embedding` trains and gives the logits when tied; `context_embedding` is frozen and feeds F, so that
-Phase 2 can train embeddings without moving the contexts. Both start equal.
+Where contexts are to stay as Phase 1 made them, F reads a copy of the embedding that nothing trains; where they are
+fine-tuned, there is one embedding, and F learns how to read it.
 
 Shapes: B sequences, T tokens, C context width, E embedding width, V vocabulary.
 """
@@ -21,7 +21,7 @@ class LanguageModel(TokenPredictor):
     Args:
         config: widths, depths, dropout, tying and initial scale (newllm.config.Config).
         vocab_size: number of token ids V.
-        pretrained: optional embedding matrix [V, E]; it is then frozen, and shared by both embeddings.
+        pretrained: optional embedding matrix [V, E]; it is then frozen.
     """
 
     def __init__(self, config, vocab_size, pretrained=None):
@@ -36,13 +36,24 @@ class LanguageModel(TokenPredictor):
         init_weights(self, config.init_scale, config.seed)
         if pretrained is not None:
             self.freeze_embedding(pretrained)
-        self.register_buffer("context_embedding", self.embedding.weight.detach().clone())
-        if not config.tie_weights:
-            self.embedding.weight.requires_grad_(False)  # F reads its own copy, so nothing would train it
+        self.register_buffer("context_embedding", None)
+        if config.freeze_context or config.model_type != "context":
+            self.keep_context_embedding()
 
-    def embed(self, ids):
-        """Token ids [...] -> normalised embeddings e_t [..., E] for F, from the frozen copy, in the type F computes in."""
-        return in_compute_type(self.embed_norm(functional.embedding(ids, self.context_embedding)))
+    def keep_context_embedding(self):
+        """Let F read a copy of the embedding from now on, so that training the embedding does not move the contexts."""
+        self.context_embedding = self.embedding.weight.detach().clone()
+        if self.output is not None:
+            self.embedding.weight.requires_grad_(False)  # nothing would train it
+
+    def embed(self, ids, fixed=False):
+        """Token ids [...] -> normalised embeddings e_t [..., E] for F, in the type F computes in.
+
+        Args:
+            fixed: no gradient to the embedding itself.
+        """
+        weight = self.embedding.weight if self.context_embedding is None else self.context_embedding
+        return in_compute_type(self.embed_norm(functional.embedding(ids, weight.detach() if fixed else weight)))
 
     def step(self, context, token, stream=True):
         """One step of F on normalised embeddings: (c_{t-1} [..., C], e_t [..., E]) -> (c_t, u_t or, without stream, None)."""
@@ -59,7 +70,8 @@ class LanguageModel(TokenPredictor):
         return [p for p in self.parameters() if id(p) not in context and p.requires_grad]
 
     def _frozen(self):
-        return ["context_embedding", *super()._frozen()]
+        own = [] if self.context_embedding is None else ["context_embedding"]
+        return own + super()._frozen()
 
 
 @torch.no_grad()

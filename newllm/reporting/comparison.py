@@ -33,7 +33,7 @@ CLAIMS = (  # sentence, the arm it is about, the arms of which it must beat the 
     ("Phase 1 gives better contexts than an untrained network", "phase1_frozen", ("untrained_frozen", "untrained_whitened")),
     ("Phase 1 gives better contexts than a window of tokens", "phase1_frozen", ("window", "window_whitened", "token")),
     ("Phase 1 learns from the order of tokens", "phase1_frozen", ("phase1_shuffled",)),
-    ("Both terms of Phase 1 are needed", "phase1_frozen", ("phase1_consistency_only", "phase1_spread_only")),
+    ("Both terms of Phase 1 are needed", "phase1_frozen", ("phase1_w0", "phase1_w1")),
     ("Phase 1 and fine-tuning beat the same network end to end", "phase1_finetuned", ("end_to_end",)),
     ("Phase 1 and fine-tuning beat a GRU, an LSTM and a Transformer", "phase1_finetuned", ("gru", "lstm", "transformer")),
 )  # fmt: skip
@@ -114,6 +114,23 @@ class Comparison:
     def mean(self, tokens, arm, key):
         """(mean, half width of the interval) over seeds."""
         return mean_interval([result[key] for result in self.by[tokens, arm]])
+
+    def curve(self, tokens, arm, key):
+        """{x: mean over seeds of y} of a curve that each run has, a list counting from 1; None for an arm without it."""
+        curves = [result[key] for result in self.by.get((tokens, arm), []) if result.get(key)]
+        if not curves:
+            return None
+        curves = [curve if isinstance(curve, dict) else dict(enumerate(curve, 1)) for curve in curves]
+        return {float(x): statistics.mean(curve[x] for curve in curves) for x in curves[0]}
+
+    def by_setting(self, tokens, name, prefix):
+        """(value of a setting, arm) of all frozen arms at a budget whose names begin so and whose changes are that setting."""
+        return [
+            (results[0]["settings"][name], arm)
+            for (budget, arm), results in self.by.items()
+            if budget == tokens and arm.startswith(prefix) and results[0]["contexts"] == "frozen"
+            and not results[0]["settings"]["phase1_shuffle"]
+        ]  # fmt: skip
 
     def difference(self, tokens, ours, theirs):
         """paired_difference of two arms at a budget; None unless both are there."""

@@ -103,6 +103,64 @@ def comparison_points(comparison, tokens, path):
         seconds.set_yticklabels([])
 
 
+ARM_STYLES = {  # arms whose contexts are drawn, in this order
+    "untrained_frozen": UNTRAINED | {"label": "untrained"},
+    "phase1_frozen": TRAINED | {"label": "Phase 1"},
+    "phase1_shuffled": TRAINING_DATA | {"label": "Phase 1, shuffled tokens", "linestyle": ":"},
+    "phase1_finetuned": dict(color="#000000", marker="s", label="Phase 1, fine-tuned"),
+    "end_to_end": COUNTED | {"label": "end to end"},
+    "window": dict(color="#E69F00", marker="v", linestyle=":", label="window"),
+}
+
+
+def context_curves(comparison, tokens, path):
+    """What the contexts of several arms are like, as means over seeds: convergence, memory, rank, use, and what w trades.
+
+    Args:
+        comparison: newllm.reporting.comparison.Comparison. tokens: one of its budgets.
+        path: of the PNG file; its folder is made.
+    """
+    with _figure(path, 2, 3) as ((cold, memory, past), (spectrum, use, trade)):
+
+        def draw(panel, key, x=float, y=float):
+            for arm, style in ARM_STYLES.items():
+                if curve := comparison.curve(tokens, arm, key):
+                    many = {"marker": None} if len(curve) > 20 else {}
+                    panel.plot([x(k) for k in curve], [y(v) for v in curve.values()], **style | many)
+
+        draw(cold, "cold_start_curve")
+        cold.set(
+            title="Convergence from a cold start", xlabel="sweeps", ylabel="distance from the trajectory", yscale="log"
+        )
+        draw(memory, "memory_curve", x=lambda k: k or 0.5)
+        memory.set(title="Memory", xlabel="tokens since a token was replaced (first point: none)", yscale="log",
+                   ylabel="change of the context")  # fmt: skip
+        memory.axhline(1e-2, **REFERENCE)
+        draw(past, "past_capacity_by_lag")
+        past.set(title="Tokens that a linear probe reads", xlabel="tokens back", ylabel="held-out $R^2$")
+        draw(spectrum, "spectrum")
+        spectrum.set(title="Singular values", xlabel="rank", ylabel="share of their sum", yscale="log")
+        draw(use, "bpb_by_context")
+        use.set(title="What the model uses", xlabel="tokens that the context is made of", ylabel="bits per byte")
+        _logarithmic(memory, "x")
+        _logarithmic(use, "x")
+
+        weights = sorted(comparison.by_setting(tokens, "dist_reg_weight", "phase1_"))
+        for key, style, label in (
+            ("er_val", TRAINED, "effective rank (share)"),
+            ("val_ppl", UNTRAINED, "perplexity / best"),
+        ):
+            points = [comparison.mean(tokens, arm, key)[0] for _, arm in weights]
+            scale = min(points, default=1) if key == "val_ppl" else 1
+            trade.plot([w for w, _ in weights], [p / scale for p in points], **style, label=label)
+        horizons = [comparison.mean(tokens, arm, "memory_horizon")[0] / 16 for _, arm in weights]
+        trade.plot([w for w, _ in weights], horizons, **COUNTED, label="memory horizon / 16 tokens")
+        trade.set(title="The trade-off", xlabel="dist_reg_weight")
+        for panel in (cold, trade):
+            if panel.lines:
+                panel.legend()
+
+
 @contextlib.contextmanager
 def _figure(path, rows, columns):
     """Panels to draw on, [rows][columns]; at the end they are written to the path."""

@@ -52,7 +52,8 @@ class Checkpointer:
         self.stage, self.results = STAGES[0], {}
         self.history = {"phase1_history": {}, "phase2_history": {}}
         self.notes, self.saved_at = [], None
-        self._found = self._frozen = self._best_written = None
+        self._found = self._best_written = None
+        self._frozen = None, ""  # (model, digest of what it keeps)
         self._save_number, self._archived = 0, []
         self._last_save = self._started = time.monotonic()
         self._earlier_seconds, self._provenance = 0.0, provenance()
@@ -215,7 +216,9 @@ class Checkpointer:
 
     def _write(self, content, model, best, names):
         """In the thread: frozen tensors once, best weights, the state with its further names, and then word to the mirror."""
-        content["frozen"] = self._frozen = self._frozen or store_frozen(self.folder, model)
+        if self._frozen[0] is not model:  # the control keeps other tensors than the run's own
+            self._frozen = model, store_frozen(self.folder, model)
+        content["frozen"] = self._frozen[1]
         stage = content["stage"]
         if best and (stage, best["metrics"]) != self._best_written:
             save_sealed(
@@ -229,7 +232,7 @@ class Checkpointer:
         self.saved_at = time.time()
         if self.mirror:
             bests = [self.best(stage).name for stage in WITH_BEST]
-            others = [frozen_path(self.folder, self._frozen).name, *self._archived, *bests, "model_phase1.pt"]
+            others = [frozen_path(self.folder, content["frozen"]).name, *self._archived, *bests, "model_phase1.pt"]
             self.mirror.request([*others, "model_latest.pt", "manifest.json"], content["save_number"])
 
     def _content(self, label, model, stage_state):

@@ -28,7 +28,7 @@ def store_frozen(folder, model):
     """
     tensors = {name: tensor.cpu() for name, tensor in model.frozen_state().items()}
     digest = frozen_digest(tensors)
-    if not frozen_path(folder, digest).exists():
+    if tensors and not frozen_path(folder, digest).exists():
         save_sealed(tensors, frozen_path(folder, digest))
     return digest
 

@@ -70,14 +70,16 @@ class Sizes:
         self.half = STORAGE_DTYPE[precision].itemsize  # of products, and of contexts between steps
         self.mixed = precision != "fp32"
         self.trains_output = not config.tie_weights or config.embeddings == "random"
+        self.trains_embedding = config.embeddings == "random" and (config.tie_weights or not config.freeze_context)
         self.between = 4 if cuda else self.half  # layers: CUDA normalises in fp32, a CPU in the type of what comes
 
     def parameters(self):
         """(context map, head, frozen tensors): lists of bytes."""
         c, C, E, W, V = self.config, self.C, self.E, self.W, self.V
         context = [E, E] + c.num_layers * [W * W, W, C, C, E, E]
-        head = c.token_layers * [W * W, W, W * E, E, E, E] + [V * E] * self.trains_output + [V]
-        frozen = (2 - (c.tie_weights and self.trains_output)) * [V * E]
+        matrices = self.trains_embedding + (not c.tie_weights)
+        head = c.token_layers * [W * W, W, W * E, E, E, E] + matrices * [V * E] + [V]
+        frozen = ((not self.trains_embedding) + c.freeze_context) * [V * E]
         return tuple([4 * size for size in part] for part in (context, head, frozen))
 
     def batch_tokens(self, batch_size):
@@ -98,9 +100,10 @@ class Sizes:
         """Half-precision copies of weights of so many elements, which the graph keeps."""
         return [elements * self.half for elements in weights] if self.mixed else []
 
-    def embedding(self, n):
-        """Of tokens, before and after the norm, and its statistics."""
-        return [n * self.E * 4, n * self.E * self.half, 8 * n]
+    def embedding(self, n, fixed):
+        """Of tokens, before and after the norm, and its statistics; where it trains, ids and a gradient of its own too."""
+        sizes = [n * self.E * 4, n * self.E * self.half, 8 * n]
+        return sizes if fixed or not self.trains_embedding else [*sizes, 8 * n, self.V * self.E * 4]
 
     def sweeps(self, n, count=1, stream=True):
         """What sweeps save for the backward pass; `stream`: whether the last one makes streams, as the others do not."""
@@ -159,7 +162,8 @@ def moments(config, vocab_size, precision, cuda=False):
     sizes = Sizes(config, vocab_size, precision, cuda)
     context, head, frozen = sizes.parameters()
     weights = {"weights": context + head + frozen}
-    found = _phase2(sizes, "untrained", {"weights": 2 * weights["weights"]}, context, head, frozen=True)
+    control = context + head + max(frozen, [4 * sizes.V * sizes.E], key=sum)  # which keeps what F reads
+    found = _phase2(sizes, "untrained", {"weights": weights["weights"] + control}, context, head, frozen=True)
     found += _phase1(sizes, weights, context, head)
     if config.phase == "both":
         found += _phase2(sizes, "phase2", weights, context, head, config.freeze_context)
@@ -174,7 +178,7 @@ def _phase1(sizes, held, context, head):
     snapshot = {"snapshot being saved": sizes.snapshot(3 * context + head + contexts)}
     batch = 2 * [n * C * sizes.half] + 2 * [n * C * sizes.between]  # contexts old and new
     loss = 4 * [n * C * 4 + C * C * 4]  # in fp32: change, contexts, centred, gradient; covariance and its factors
-    step = {"activations": sizes.sweeps(n, stream=False) + sizes.embedding(n) + batch + loss}
+    step = {"activations": sizes.sweeps(n, stream=False) + sizes.embedding(n, fixed=True) + batch + loss}
     gradients = {"gradients": context}
     return [
         Moment("phase1", "step", state | step | snapshot),
@@ -194,7 +198,11 @@ def _phase2(sizes, stage, held, context, head, frozen):
         part = min(SEQUENCES_AT_A_TIME, max(config.num_samples, config.val_samples))
         found = [Moment(stage, "contexts made", held | {"evaluation": sizes.sequential(part, sizes.half)})]
     else:
-        made = sizes.sweeps(n, max(1, config.gradient_sweeps)) + sizes.embedding(n) + [n * sizes.C * sizes.between]
+        made = (
+            sizes.sweeps(n, max(1, config.gradient_sweeps))
+            + sizes.embedding(n, fixed=False)
+            + [n * sizes.C * sizes.between]
+        )
     state = held | {"optimizer": 2 * trains, "copies of weights": trained}  # those of the best epoch
     snapshot = {"snapshot being saved": sizes.snapshot(trained + 2 * trains)}
     gradients = {"gradients": trains}

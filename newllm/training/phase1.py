@@ -72,7 +72,7 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
 
             def swept(part):
                 with runtime.autocast():
-                    return sweep(step.contexts, start_bTC[part], model.embed(ids[part]))[0]
+                    return sweep(step.contexts, start_bTC[part], model.embed(ids[part], fixed=True))[0]
 
             def loss_of(new_BTC, old_BTC):
                 loss, values = phase1_loss(

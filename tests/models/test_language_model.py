@@ -136,18 +136,19 @@ def test_context_and_head_parameters_are_all_that_trains_each_once(head, pretrai
     assert set(listed) == {id(p) for p in model.parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize("freeze", [True, False])
 @pytest.mark.parametrize("head", HEADS)
-def test_an_embedding_trains_if_the_logits_read_it(head):
-    """Untied it has no part in any loss, F reading a copy of its own, so it is frozen; every other parameter is not."""
-    model = small_model(**head)
+def test_an_embedding_trains_if_logits_or_moving_contexts_read_it(head, freeze):
+    """Untied beside contexts that stay it has no part in any loss, so it is frozen; every other parameter is not."""
+    model = small_model(freeze_context=freeze, **head)
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    assert frozen == (set() if head.get("tie_weights", True) else {"embedding.weight"})
+    assert frozen == ({"embedding.weight"} if freeze and not head.get("tie_weights", True) else set())
 
 
 @pytest.mark.parametrize("head", HEADS)
 def test_the_contexts_depend_on_every_context_parameter_and_on_no_other(head):
-    """Gradient of contexts and streams reaches `context_parameters` and stops there."""
-    model = small_model(**head)
+    """Gradient of contexts and streams reaches `context_parameters` and stops there; that of fixed embeddings too."""
+    model = small_model(freeze_context=True, **head)
     contexts, streams = contexts_of(model, random_ids(B, T))
     (contexts.square().sum() + (streams * torch.arange(8)).sum()).backward()
     assert all(p.grad is not None for p in model.context_parameters())
@@ -157,7 +158,7 @@ def test_the_contexts_depend_on_every_context_parameter_and_on_no_other(head):
 @pytest.mark.parametrize("head", HEADS)
 def test_training_the_head_and_the_embedding_does_not_move_the_contexts(head):
     """F reads a frozen copy of the embedding."""
-    model, ids = small_model(**head), random_ids(B, T + 1)
+    model, ids = small_model(freeze_context=True, **head), random_ids(B, T + 1)
     before = [part.detach() for part in contexts_of(model, ids)]
     weights = [p.detach().clone() for p in model.head_parameters()]
     optimizer = torch.optim.AdamW(model.head_parameters(), lr=0.1)
@@ -166,6 +167,26 @@ def test_training_the_head_and_the_embedding_does_not_move_the_contexts(head):
     assert any(not torch.equal(p, w) for p, w in zip(model.head_parameters(), weights, strict=True))
     for old, new in zip(before, contexts_of(model, ids), strict=True):
         assert torch.equal(old, new)
+
+
+def test_contexts_that_move_learn_to_read_the_embedding():
+    """One embedding for F and the logits: its gradient has both; asked to keep it fixed, F adds none."""
+    model, ids = small_model(tie_weights=False), random_ids(B, T + 1)
+    (gradient,) = torch.autograd.grad(loss_of(model, ids), [model.embedding.weight])
+    assert gradient.abs().sum() > 0 and "context_embedding" not in model.state_dict()
+    assert model.embed(ids).requires_grad and torch.equal(model.embed(ids), model.embed(ids, fixed=True))
+    model.embed(ids, fixed=True).square().sum().backward()
+    assert model.embedding.weight.grad is None and model.embed_norm.weight.grad is not None
+
+
+def test_a_kept_embedding_is_the_one_of_the_moment():
+    """From then on contexts stay, whatever becomes of the embedding."""
+    model, ids = small_model(), random_ids(B, T)
+    before = model.embed(ids)
+    model.keep_context_embedding()
+    with torch.no_grad():
+        model.embedding.weight.add_(torch.randn_like(model.embedding.weight))
+    assert torch.equal(model.embed(ids), before)
 
 
 def test_a_tied_embedding_trains():
@@ -221,7 +242,7 @@ def test_dropout_acts_on_the_head_in_training_only():
 def test_a_pretrained_embedding_is_shared_by_value_and_frozen(head):
     """Both embeddings are the given matrix; the given tensor is copied, in fp32, and nothing trains it."""
     given = torch.randn(V, 8, generator=torch.Generator().manual_seed(0)).double()
-    model = small_model(pretrained=given, **head)
+    model = small_model(pretrained=given, freeze_context=True, **head)
     expected = given.float()
     given.zero_()
     assert torch.equal(model.embedding.weight, expected) and torch.equal(model.context_embedding, expected)

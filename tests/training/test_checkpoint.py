@@ -106,7 +106,7 @@ def test_a_stop_whose_state_cannot_be_written_says_so(tiny_settings, monkeypatch
 
 def test_frozen_tensors_are_stored_once_and_referred_to(tiny_settings):
     """One file of them beside checkpoints without them, and the same after a second run with the same seed."""
-    config = ResidualConfig(**tiny_settings)
+    config = ResidualConfig(**tiny_settings, freeze_context=True)
     main(config)
     folder = Path(config.checkpoint_dir)
     (frozen,) = folder.glob("model_frozen_*.pt")
@@ -121,7 +121,7 @@ def test_frozen_tensors_are_stored_once_and_referred_to(tiny_settings):
 
 def test_other_frozen_tensors_come_from_the_file(tiny_settings, monkeypatch):
     """A torch that draws other numbers from the same seed must not change a run; without the file it is refused."""
-    config = ResidualConfig(**tiny_settings, phase="1")
+    config = ResidualConfig(**tiny_settings, phase="1", freeze_context=True)
     main(config)
     expected = main(dataclasses.replace(config, phase="both"))["val_loss"]
     moved = elsewhere(config, "moved")
