@@ -28,18 +28,19 @@ def sequential(step, tokens_BTE, context_dim, start_BC=None):
     return torch.stack(contexts, 1), None if streams[-1] is None else torch.stack(streams, 1)
 
 
-def shift(contexts_BTC):
-    """Contexts one token later, led by c_0 = 0: what each token's step starts from."""
-    return torch.cat([torch.zeros_like(contexts_BTC[:, :1]), contexts_BTC[:, :-1]], dim=1)
+def shift(contexts_BTC, start_BC=None):
+    """Contexts one token later, led by c_0 (default: 0): what each token's step starts from."""
+    first = torch.zeros_like(contexts_BTC[:, :1]) if start_BC is None else start_BC[:, None]
+    return torch.cat([first, contexts_BTC[:, :-1]], dim=1)
 
 
-def sweep(step, contexts_BTC, tokens_BTE):
-    """G(K)_t = F(K_{t-1}, e_t) for all tokens at once.
+def sweep(step, contexts_BTC, tokens_BTE, start_BC=None):
+    """G(K)_t = F(K_{t-1}, e_t) for all tokens at once, from c_0 = 0 unless a start is given.
 
     Returns:
         (G(K) [B, T, C], streams [B, T, E]).
     """
-    return step(shift(contexts_BTC), tokens_BTE)
+    return step(shift(contexts_BTC, start_BC), tokens_BTE)
 
 
 def squared_change(new_BTC, old_BTC):
@@ -100,3 +101,59 @@ def solve(step, tokens_BTE, context_dim, max_sweeps, threshold, ratio=1.0, start
         if stats.converged[-1] >= ratio:
             break
     return contexts, stats
+
+
+@dataclass
+class PrefillStats:
+    """What a prefill did, one entry a piece."""
+
+    tokens: list = field(default_factory=list)  # length of the piece
+    sweeps: list = field(default_factory=list)
+    change: list = field(default_factory=list)  # relative change by its last sweep
+    converged: list = field(default_factory=list)  # whether that was below the tolerance, or the piece is exact anyhow
+
+    @property
+    def mean_sweeps(self):
+        """Sweeps over an average token: the work, in passes over the whole sequence."""
+        return sum(n * k for n, k in zip(self.tokens, self.sweeps, strict=True)) / sum(self.tokens)
+
+
+@torch.no_grad()
+def prefill(step, tokens_BTE, context_dim, tolerance, max_sweeps, piece=4096, start_BC=None, guess_BTC=None):
+    """The trajectory of a long sequence by parallel sweeps instead of T dependent steps, without gradient.
+
+    Piece after piece: each is swept until a sweep changes it by |new - old| / |new| < tolerance, and the next one starts
+    from its last context (block Gauss-Seidel). So what a sweep holds does not grow with T, no token is swept more often
+    than its piece needs, and the pieces change the result only within the tolerance. Where each sweep shrinks the error
+    by a factor g < 1, the error left in a piece is at most its last change * g / (1 - g), beside what its start brings.
+
+    A map that does not converge costs max_sweeps a piece and is reported, not raised. After as many sweeps as it has tokens
+    a piece is exact, whatever the map, so it never gets more.
+
+    Args:
+        tolerance: relative change, over all tokens of a piece. max_sweeps: a piece's, at most.
+        piece: tokens swept at once: enough to keep the device busy, few enough for memory.
+        start_BC: context before the first token, default 0. guess_BTC: contexts to sweep from, default 0 (cold).
+
+    Returns:
+        (contexts [B, T, C], streams [B, T, E] of the last sweeps, PrefillStats).
+    """
+    shape = *tokens_BTE.shape[:2], context_dim
+    contexts = tokens_BTE.new_zeros(shape) if guess_BTC is None else guess_BTC.to(tokens_BTE.dtype, copy=True)
+    streams, stats, start = [], PrefillStats(), start_BC
+    for tokens, old in zip(tokens_BTE.split(piece, 1), contexts.split(piece, 1), strict=True):
+        held, length = old, tokens.shape[1]
+        for sweeps in range(1, min(max_sweeps, length) + 1):
+            new, stream = sweep(step, old, tokens, start)
+            change = ((new - old).float().norm() / new.float().norm().clamp(min=1e-30)).item()
+            old = new
+            if change < tolerance:
+                break
+        held.copy_(new)
+        start = new[:, -1]
+        streams.append(stream)
+        stats.tokens.append(length)
+        stats.sweeps.append(sweeps)
+        stats.change.append(change)
+        stats.converged.append(change < tolerance or sweeps == length)
+    return contexts, None if streams[-1] is None else torch.cat(streams, 1), stats

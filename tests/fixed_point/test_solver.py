@@ -4,7 +4,7 @@ import pytest
 import torch
 from maps import chaotic, cosine, leaky, memoryless, network, random_tokens
 
-from newllm.fixed_point.solver import SweepStats, sequential, shift, solve, squared_change, sweep, truncated
+from newllm.fixed_point.solver import SweepStats, prefill, sequential, shift, solve, squared_change, sweep, truncated
 
 B, T, C, E = 3, 7, 6, 5
 
@@ -247,3 +247,81 @@ def test_truncated_gradient_reaches_as_many_tokens_as_sweeps(step, sweeps):
     assert (got[: T - sweeps] == 0).all()
     assert (got[T - sweeps :].abs().sum(-1) > 0).all() and (through_time.abs().sum(-1) > 0).all()
     torch.testing.assert_close(got[T - sweeps :], through_time[T - sweeps :], rtol=1e-10, atol=1e-12)
+
+
+# Long sequences, piece by piece
+
+
+@pytest.mark.parametrize("piece", [25, 50, 64, 1000])
+def test_prefill_comes_within_the_tolerance_whatever_the_pieces(piece):
+    """A contraction by 0.5 a sweep: the error is below the last change, however the sequence is cut."""
+    tokens = random_tokens(2, 150, 3)
+    contexts, streams, stats = prefill(leaky(0.5), tokens, 3, 1e-4, 40, piece)
+    reference, _ = sequential(leaky(0.5), tokens, 3)
+    assert 0 < (contexts - reference).norm() / reference.norm() < 1e-4
+    assert torch.equal(streams, tokens)
+    assert all(stats.converged) and sum(stats.tokens) == 150 and len(stats.tokens) == -(-150 // piece)
+    assert max(stats.sweeps) <= 16 and max(stats.change) < 1e-4
+
+
+@pytest.mark.parametrize("piece", [1, 3, T, 100])
+def test_prefill_of_as_many_sweeps_as_tokens_is_exact(piece):
+    """Of a chaotic map too; more sweeps than a piece has tokens are never made, and streams are those of the loop."""
+    tokens = random_tokens(B, T, C)
+    for step in (chaotic, network(C, C)):
+        contexts, streams, stats = prefill(step, tokens, C, 0.0, T + 5, piece)
+        for got, expected in zip((contexts, streams), sequential(step, tokens, C), strict=True):
+            torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+        assert all(stats.converged) and stats.sweeps == stats.tokens
+
+
+def test_prefill_of_one_piece_makes_the_sweeps_of_solve():
+    """Few sweeps, no tolerance: the very bits of as many cold sweeps over the whole."""
+    step, tokens = network(C, E), random_tokens(B, 30, E)
+    contexts, streams, stats = prefill(step, tokens, C, 0.0, 4)
+    for got, expected in zip((contexts, streams), swept(step, tokens, C, 4), strict=True):
+        assert torch.equal(got, expected)
+    assert stats.sweeps == [4] and stats.converged == [False] and stats.mean_sweeps == 4
+
+
+def test_prefill_goes_on_from_a_given_context():
+    """The rest of a sequence, started from the last context before it, is the rest of the trajectory."""
+    step, tokens = network(C, E), random_tokens(B, T, E)
+    whole, _ = sequential(step, tokens, C)
+    rest, _, _ = prefill(step, tokens[:, 3:], C, 0.0, T, 2, start_BC=whole[:, 2])
+    torch.testing.assert_close(rest, whole[:, 3:], rtol=0, atol=1e-12)
+
+
+def test_prefill_from_the_trajectory_needs_one_sweep():
+    """A guess takes the place of the cold start, and is left as it was."""
+    tokens = random_tokens(2, 40, 3)
+    guess = sequential(leaky(0.9), tokens, 3)[0]
+    original = guess.clone()
+    contexts, _, stats = prefill(leaky(0.9), tokens, 3, 1e-9, 40, 10, guess_BTC=guess)
+    assert stats.sweeps == [1, 1, 1, 1] and torch.equal(guess, original)
+    torch.testing.assert_close(contexts, guess, rtol=0, atol=1e-12)
+
+
+def test_prefill_of_a_chaotic_map_ends_and_says_that_it_has_not_converged():
+    """Every piece gets its sweeps and no more; the work is counted over tokens, not over pieces."""
+    contexts, _, stats = prefill(chaotic, random_tokens(1, 205, 3), 3, 1e-2, 20, 100)
+    assert stats.tokens == [100, 100, 5] and stats.sweeps == [20, 20, 5] and stats.converged == [False, False, True]
+    assert stats.mean_sweeps == pytest.approx((20 * 200 + 5 * 5) / 205) and contexts.isfinite().all()
+
+
+def test_prefill_of_a_map_that_gives_nan_has_not_converged():
+    """A change that is not a number is below no tolerance."""
+    stats = prefill(lambda c, e: (c + float("nan"), e), torch.ones(1, 4, 1), 1, 1.0, 2)[2]
+    assert stats.converged == [False]
+
+
+def test_prefill_sees_as_many_tokens_at_a_time_as_a_piece_has():
+    """What a sweep holds does not grow with the sequence, and no gradient is kept."""
+    seen = []
+
+    def step(context, token):
+        seen.append(token.shape[1])
+        return 0.5 * context + token, None
+
+    contexts, streams, _ = prefill(step, random_tokens(1, 1000, 2).requires_grad_(), 2, 1e-3, 50, 64)
+    assert max(seen) == 64 and streams is None and not contexts.requires_grad
