@@ -249,6 +249,20 @@ def test_truncated_gradient_reaches_as_many_tokens_as_sweeps(step, sweeps):
     torch.testing.assert_close(got[T - sweeps :], through_time[T - sweeps :], rtol=1e-10, atol=1e-12)
 
 
+def test_truncated_sweeps_on_from_the_trajectory_it_is_given():
+    """A faster evaluation takes the place of the reference: asked once, from a start of zeros."""
+    step, tokens, asked = network(C, E), random_tokens(B, T, E), []
+
+    def trajectory(given, start):
+        asked.append((given is tokens, start.shape, start.abs().sum().item()))
+        return sequential(step, given, C, start)[0]
+
+    got = truncated(step, tokens, C, 2, trajectory=trajectory)
+    for values, expected in zip(got, truncated(step, tokens, C, 2), strict=True):
+        assert torch.equal(values, expected)
+    assert asked == [(True, (B, C), 0)]
+
+
 # Long sequences, piece by piece
 
 
