@@ -28,19 +28,18 @@ def sequential(step, tokens_BTE, context_dim, start_BC=None):
     return torch.stack(contexts, 1), None if streams[-1] is None else torch.stack(streams, 1)
 
 
-def shift(contexts_BTC, start_BC=None):
-    """Contexts one token later, led by c_0 (default: 0): what each token's step starts from."""
-    first = torch.zeros_like(contexts_BTC[:, :1]) if start_BC is None else start_BC[:, None]
-    return torch.cat([first, contexts_BTC[:, :-1]], dim=1)
+def shift(contexts_BTC):
+    """Contexts one token later, led by c_0 = 0: what each token's step starts from."""
+    return torch.cat([torch.zeros_like(contexts_BTC[:, :1]), contexts_BTC[:, :-1]], dim=1)
 
 
-def sweep(step, contexts_BTC, tokens_BTE, start_BC=None):
-    """G(K)_t = F(K_{t-1}, e_t) for all tokens at once, from c_0 = 0 unless a start is given.
+def sweep(step, contexts_BTC, tokens_BTE):
+    """G(K)_t = F(K_{t-1}, e_t) for all tokens at once.
 
     Returns:
         (G(K) [B, T, C], streams [B, T, E]).
     """
-    return step(shift(contexts_BTC, start_BC), tokens_BTE)
+    return step(shift(contexts_BTC), tokens_BTE)
 
 
 def squared_change(new_BTC, old_BTC):
@@ -109,53 +108,63 @@ def solve(step, tokens_BTE, context_dim, max_sweeps, threshold, ratio=1.0, start
 
 @dataclass
 class PrefillStats:
-    """What a prefill did, one entry a piece."""
+    """What a prefill did."""
 
-    tokens: list = field(default_factory=list)  # length of the piece
-    sweeps: list = field(default_factory=list)
-    change: list = field(default_factory=list)  # relative change by its last sweep
-    converged: list = field(default_factory=list)  # whether that was below the tolerance, or the piece is exact anyhow
+    tokens: int  # of all sequences
+    evaluations: int = 0  # of F, over all tokens
+    sweeps: list = field(default_factory=list)  # of each piece
+    converged: list = field(default_factory=list)  # whether each piece did
 
     @property
-    def mean_sweeps(self):
-        """Sweeps over an average token: the work, in passes over the whole sequence."""
-        return sum(n * k for n, k in zip(self.tokens, self.sweeps, strict=True)) / sum(self.tokens)
+    def passes(self):
+        """Evaluations of F for an average token: the work, where the loop's is 1."""
+        return self.evaluations / self.tokens
 
 
 @torch.no_grad()
 def prefill(step, tokens_BTE, context_dim, tolerance, max_sweeps, piece=4096, start_BC=None, guess_BTC=None):
-    """The trajectory of a long sequence by parallel sweeps instead of T dependent steps, without gradient.
+    """The trajectory of long sequences by parallel sweeps instead of T dependent steps, without gradient.
 
-    Piece after piece: each is swept until a sweep changes it by |new - old| / |new| < tolerance, and the next one starts
-    from its last context (block Gauss-Seidel). So what a sweep holds does not grow with T, no token is swept more often
-    than its piece needs, and the pieces change the result only within the tolerance. Where each sweep shrinks the error
-    by a factor g < 1, the error left in a piece is at most its last change * g / (1 - g), beside what its start brings.
+    A sweep evaluates only the tokens before which the context has moved in the last one, and a context moves only by more
+    than the tolerance. So each token costs as many evaluations as it needs, and where sweeps end by themselves every
+    context obeys |F(c_{t-1}, e_t) - c_t| <= tolerance * |F(c_{t-1}, e_t)|; if F shrinks differences by a factor g < 1, no
+    context is further from the trajectory's than about tolerance / (1 - g). They do end: a sequence of n tokens is exact
+    after n sweeps, whatever the map. Stopped before that by max_sweeps it is reported as not converged, not raised.
 
-    A map that does not converge costs max_sweeps a piece and is reported, not raised. After as many sweeps as it has tokens
-    a piece is exact, whatever the map, so it never gets more.
+    A long sequence goes piece by piece, each from the last context of the one before (block Gauss-Seidel): what a sweep
+    holds does not grow with T, and where the cuts lie changes the contexts only within the tolerance.
 
     Args:
-        tolerance: relative change, over all tokens of a piece. max_sweeps: a piece's, at most.
+        tolerance: relative change of one token's context. max_sweeps: of a piece, at most.
         piece: tokens swept at once: enough to keep the device busy, few enough for memory.
         start_BC: context before the first token, default 0. guess_BTC: contexts to sweep from, default 0 (cold).
 
     Returns:
-        (contexts [B, T, C], streams [B, T, E] of the last sweeps, PrefillStats).
+        (contexts [B, T, C], streams [B, T, E], PrefillStats).
     """
-    shape = *tokens_BTE.shape[:2], context_dim
-    contexts = tokens_BTE.new_zeros(shape) if guess_BTC is None else guess_BTC.to(tokens_BTE.dtype, copy=True)
-    streams, stats, start = [], PrefillStats(), start_BC
-    for tokens, old in zip(tokens_BTE.split(piece, 1), contexts.split(piece, 1), strict=True):
-        held, length, sweeps, change = old, tokens.shape[1], 0, float("inf")
-        while sweeps < min(max_sweeps, length) and not change < tolerance:  # NaN is below nothing
-            new, stream = sweep(step, old, tokens, start)
-            change = ((new - old).float().norm() / new.float().norm().clamp(min=1e-30)).item()
-            old, sweeps = new, sweeps + 1
-        held.copy_(new)
-        start = new[:, -1]
-        streams.append(stream)
-        stats.tokens.append(length)
+    batch, length, _ = tokens_BTE.shape
+    shape = batch, length + 1, context_dim
+    contexts, streams = tokens_BTE.new_zeros(shape), None  # contexts[:, t] is what token t starts from
+    if start_BC is not None:
+        contexts[:, 0] = start_BC
+    if guess_BTC is not None:
+        contexts[:, 1:] = guess_BTC
+    stats = PrefillStats(batch * length)
+    for first in range(0, length, piece):
+        last, sweeps = min(first + piece, length), 0
+        b, t = tokens_BTE.new_ones(batch, last - first).nonzero().T
+        t = t + first
+        while len(t) and sweeps < max_sweeps:
+            old, (new, stream) = contexts[b, t + 1], step(contexts[b, t], tokens_BTE[b, t])
+            if stream is not None:
+                streams = tokens_BTE.new_empty(batch, length, stream.shape[-1]) if streams is None else streams
+                streams[b, t] = stream
+            stats.evaluations += len(t)
+            sweeps += 1
+            moved = ~((new - old).norm(dim=-1) <= tolerance * new.norm(dim=-1))  # as NaN does
+            b, t = b[moved], t[moved] + 1
+            contexts[b, t] = new[moved]
+            b, t = b[t < last], t[t < last]
         stats.sweeps.append(sweeps)
-        stats.change.append(change)
-        stats.converged.append(change < tolerance or sweeps == length)
-    return contexts, None if streams[-1] is None else torch.cat(streams, 1), stats
+        stats.converged.append(not len(t))
+    return contexts[:, 1:], streams, stats
