@@ -26,7 +26,7 @@ from newllm.data.dataset import load_data
 from newllm.errors import UserError, exit_on_user_error
 from newllm.fixed_point.diagnostics import cold_start_curve
 from newllm.fixed_point.solver import prefill
-from newllm.models.language_model import LanguageModel
+from newllm.models.baselines import build_model
 from newllm.models.pretrained import load_embedding
 from newllm.reporting.criteria import table
 from newllm.reporting.plots import prefill_speed
@@ -156,7 +156,7 @@ def report(config, options, say):
     runtime, data = open_runtime(config), load_data(config)
     pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
     ids, line = one_sequence(data, options.lengths[-1])
-    model = LanguageModel(config, data.vocab_size, pretrained).to(runtime.device).eval()
+    model = build_model(config, data.vocab_size, pretrained).to(runtime.device).eval()
     found = {"device": describe_device(runtime), "sequence": line, "trained": None, "rows": [], "curves": {}}
     say(f"device: {found['device']}\n" + "\n".join([*data.notes, line]))
 
