@@ -61,7 +61,7 @@ class ResidualConfig(Config):
     device = "auto"  # "cuda" if there is one, else "cpu"
     precision = "auto"  # "bf16" where the hardware has it, "fp16" on older GPUs, else "fp32"
     context_memory_mb = 512  # contexts and features of the training samples beyond this live in files in checkpoint_dir
-    compile = False  # torch.compile of the context map
+    compile = False  # torch.compile of the context map; on CUDA also its steps through time as one CUDA graph
     gpu_memory_fraction = 1.0  # share of the GPU's memory this process may take; less where others share it
     seed = 42  # fixes data order, initialisation and dropout
 

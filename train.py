@@ -13,7 +13,7 @@ from newllm.errors import UserError, exit_on_user_error
 from newllm.evaluate import bpb_by_context, evaluate_contexts
 from newllm.interrupt import Interrupt
 from newllm.memory import free_memory
-from newllm.models.baselines import BASELINES, Baseline
+from newllm.models.baselines import build_model
 from newllm.models.language_model import LanguageModel
 from newllm.models.ngram import ngram_rows
 from newllm.models.pretrained import load_embedding
@@ -51,8 +51,7 @@ def main(config):
             cuda = runtime.device.type == "cuda"
             libraries = 0 if cuda else memory_mb()["memory_mb"] or 0
             peak = predicted_peak(config, data.vocab_size, runtime.precision, libraries, cuda)
-            kind = Baseline if config.model_type in BASELINES else LanguageModel
-            model = kind(config, data.vocab_size, pretrained).to(runtime.device)
+            model = build_model(config, data.vocab_size, pretrained).to(runtime.device)
             model.start_at_frequencies(data.train[:, 1:])
             with Checkpointer(config, data.fingerprint, new_run_id(), runtime.group) as checkpointer:
                 if checkpointer.writes:

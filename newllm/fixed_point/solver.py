@@ -47,7 +47,7 @@ def squared_change(new_BTC, old_BTC):
     return (new_BTC.float() - old_BTC.float()).square().mean(-1)
 
 
-def truncated(step, tokens_BTE, context_dim, sweeps, context_step=None):
+def truncated(step, tokens_BTE, context_dim, sweeps, context_step=None, trajectory=None):
     """The trajectory, exact in value, with gradient through the last `sweeps` steps of time.
 
     The trajectory is computed without gradient; sweeping on from it changes nothing, but each sweep's gradient reaches one
@@ -55,13 +55,17 @@ def truncated(step, tokens_BTE, context_dim, sweeps, context_step=None):
 
     Args:
         context_step: the step without streams, which only the last sweep needs; default: the same step.
+        trajectory: function (tokens, start [B, C]) -> contexts that does what `sequential` does, faster.
 
     Returns:
         (contexts [B, T, C], streams [B, T, E]).
     """
     context_step = context_step or step
     with torch.no_grad():
-        contexts, _ = sequential(context_step, tokens_BTE, context_dim)
+        if trajectory:
+            contexts = trajectory(tokens_BTE, tokens_BTE.new_zeros(len(tokens_BTE), context_dim))
+        else:
+            contexts, _ = sequential(context_step, tokens_BTE, context_dim)
     for _ in range(sweeps - 1):
         contexts, _ = sweep(context_step, contexts, tokens_BTE)
     return sweep(step, contexts, tokens_BTE)
@@ -100,3 +104,67 @@ def solve(step, tokens_BTE, context_dim, max_sweeps, threshold, ratio=1.0, start
         if stats.converged[-1] >= ratio:
             break
     return contexts, stats
+
+
+@dataclass
+class PrefillStats:
+    """What a prefill did."""
+
+    tokens: int  # of all sequences
+    evaluations: int = 0  # of F, over all tokens
+    sweeps: list = field(default_factory=list)  # of each piece
+    converged: list = field(default_factory=list)  # whether each piece did
+
+    @property
+    def passes(self):
+        """Evaluations of F for an average token: the work, where the loop's is 1."""
+        return self.evaluations / self.tokens
+
+
+@torch.no_grad()
+def prefill(step, tokens_BTE, context_dim, tolerance, max_sweeps, piece=4096, start_BC=None, guess_BTC=None):
+    """The trajectory of long sequences by parallel sweeps instead of T dependent steps, without gradient.
+
+    A sweep evaluates only the tokens before which the context has moved in the last one, and a context moves only by more
+    than the tolerance. So each token costs as many evaluations as it needs, and where sweeps end by themselves every
+    context obeys |F(c_{t-1}, e_t) - c_t| <= tolerance * |F(c_{t-1}, e_t)|; if F shrinks differences by a factor g < 1, no
+    context is further from the trajectory's than about tolerance / (1 - g). They do end: a sequence of n tokens is exact
+    after n sweeps, whatever the map. Stopped before that by max_sweeps it is reported as not converged, not raised.
+
+    A long sequence goes piece by piece, each from the last context of the one before (block Gauss-Seidel): what a sweep
+    holds does not grow with T, and where the cuts lie changes the contexts only within the tolerance.
+
+    Args:
+        tolerance: relative change of one token's context. max_sweeps: of a piece, at most.
+        piece: tokens swept at once: enough to keep the device busy, few enough for memory.
+        start_BC: context before the first token, default 0. guess_BTC: contexts to sweep from, default 0 (cold).
+
+    Returns:
+        (contexts [B, T, C], streams [B, T, E], PrefillStats).
+    """
+    batch, length, _ = tokens_BTE.shape
+    shape = batch, length + 1, context_dim
+    contexts, streams = tokens_BTE.new_zeros(shape), None  # contexts[:, t] is what token t starts from
+    if start_BC is not None:
+        contexts[:, 0] = start_BC
+    if guess_BTC is not None:
+        contexts[:, 1:] = guess_BTC
+    stats = PrefillStats(batch * length)
+    for first in range(0, length, piece):
+        last, sweeps = min(first + piece, length), 0
+        b, t = tokens_BTE.new_ones(batch, last - first).nonzero().T
+        t = t + first
+        while len(t) and sweeps < max_sweeps:
+            old, (new, stream) = contexts[b, t + 1], step(contexts[b, t], tokens_BTE[b, t])
+            if stream is not None:
+                streams = tokens_BTE.new_empty(batch, length, stream.shape[-1]) if streams is None else streams
+                streams[b, t] = stream
+            stats.evaluations += len(t)
+            sweeps += 1
+            moved = ~((new - old).norm(dim=-1) <= tolerance * new.norm(dim=-1))  # as NaN does
+            b, t = b[moved], t[moved] + 1
+            contexts[b, t] = new[moved]
+            b, t = b[t < last], t[t < last]
+        stats.sweeps.append(sweeps)
+        stats.converged.append(not len(t))
+    return contexts[:, 1:], streams, stats

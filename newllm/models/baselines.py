@@ -9,9 +9,15 @@ import torch
 from torch import nn
 
 from newllm.models.head import EMBEDDING_STD, TokenPredictor
+from newllm.models.language_model import LanguageModel
 
 BASELINES = ("gru", "lstm", "transformer")
 STD = 0.02  # of the Transformer's weights (GPT-2)
+
+
+def build_model(config, vocab_size, pretrained=None):
+    """The network of a configuration's model_type: a Baseline, else a LanguageModel, which describes the arguments."""
+    return (Baseline if config.model_type in BASELINES else LanguageModel)(config, vocab_size, pretrained)
 
 
 class Baseline(TokenPredictor):

@@ -1,6 +1,7 @@
 """Pictures of finished runs: from plain numbers to a PNG file, all in one style. matplotlib loads with the first one."""
 
 import contextlib
+import itertools
 
 from newllm.reporting.criteria import scale_fits
 
@@ -159,6 +160,47 @@ def context_curves(comparison, tokens, path):
         for panel in (cold, trade):
             if panel.lines:
                 panel.legend()
+
+
+def prefill_speed(rows, curves, path):
+    """Error after each cold sweep, and how much sooner than the loop sweeps have a sequence, by its length.
+
+    Args:
+        rows: dicts of weights ("trained" or "untrained"), tokens, tolerance and speed_up, which is None where sweeps did not
+            reach the tolerance; by length, each with the loosest tolerance first.
+        curves: {weights: errors after 1, 2, ... sweeps}.
+        path: of the PNG file; its folder is made.
+    """
+    from matplotlib.ticker import EngFormatter
+
+    weights = {"trained": TRAINED, "untrained": UNTRAINED}
+    with _figure(path, 1, 2) as ((error, speed),):
+        for name, errors in curves.items():
+            error.plot(range(1, len(errors) + 1), errors, label=name, **weights[name])
+        error.set(title="Cold start", xlabel="sweeps", ylabel="distance to the loop's contexts, relative", yscale="log")
+        error.set_ylim(
+            min(0.01, *(e for errors in curves.values() for e in errors if e > 0)) / 2, 4
+        )  # slow stays slow to the eye
+
+        tolerances = sorted({row["tolerance"] for row in rows}, reverse=True)
+        styles = dict(zip(tolerances, itertools.cycle((TRAINED, TRAINING_DATA, COUNTED)), strict=False))
+        for name, tolerance in itertools.product(weights, tolerances):
+            points = [r for r in rows if (r["weights"], r["tolerance"]) == (name, tolerance) and r["speed_up"]]
+            if points:
+                style = styles[tolerance] | ({"linestyle": "--"} if name == "untrained" else {})
+                pairs = [r["tokens"] for r in points], [r["speed_up"] for r in points]
+                speed.plot(*pairs, label=f"{name}, to {tolerance:g}", **style)
+        for name in curves:
+            if not any(r["speed_up"] for r in rows if r["weights"] == name):
+                speed.plot([], [], label=f"{name}: does not converge", **weights[name])
+        speed.axhline(1, label="the loop", **REFERENCE)
+        speed.set(title="Speed of sweeps", xlabel="tokens of one sequence", ylabel="times as fast as the loop")
+        speed.set_ylim(0, 1.6 * max([1, *(r["speed_up"] or 0 for r in rows)]))  # room for the legend
+        _logarithmic(speed, "x")
+        speed.set_xlim(min(r["tokens"] for r in rows) / 1.2, max(r["tokens"] for r in rows) * 1.2)
+        speed.xaxis.set_major_formatter(EngFormatter(sep=""))
+        speed.legend(loc="upper left", ncols=2)
+        error.legend()
 
 
 @contextlib.contextmanager

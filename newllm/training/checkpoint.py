@@ -15,15 +15,15 @@ from newllm.errors import UserError
 from newllm.interrupt import Stopped, agree, save_requested, stop_reason
 from newllm.storage import Corrupt, load_sealed, save_sealed, usable_folder
 from newllm.training.checkpoint_files import CheckpointFiles
-from newllm.training.compatibility import compare
+from newllm.training.compatibility import FORMAT, compare
 from newllm.training.contexts import FILES
-from newllm.training.frozen import frozen_path, load_frozen, store_frozen
+from newllm.training.frozen import frozen_path, store_frozen
 from newllm.training.lock import FolderLock, LockLost
 from newllm.training.mirror import Mirror
 from newllm.training.save_thread import SaveThread
 from newllm.training.state import provenance, snapshot
+from newllm.training.trained import load_weights
 
-FORMAT = 3
 STAGES = ("untrained", "phase1", "phase2", "complete")
 WITH_BEST = ("untrained", "phase2")  # stages that validate, and so have best weights
 
@@ -136,13 +136,7 @@ class Checkpointer:
         if self._found is None or stage != self.stage:
             return None
         found, self._found = self._found, None
-        try:
-            model.load_state_dict(load_frozen(self.folder, model, found["frozen"]) | found["model_state_dict"])
-        except RuntimeError as error:  # the settings agree, so the file or the code is of another version
-            reason = "; ".join(line.strip() for line in str(error).splitlines()[1:])
-            raise UserError(
-                f"{self.files.latest} does not fit the model ({reason}): start afresh with --no-load_checkpoint."
-            ) from error
+        load_weights(self.files, model, found)
         return found["stage_state"]
 
     def due(self, batch):
@@ -257,8 +251,6 @@ class Checkpointer:
     def _continue(self, found):
         """Take over the state of a file if it is of this very run; else refuse, or begin another run beside it."""
         latest = self.files.latest
-        if found.get("format") != FORMAT:
-            raise UserError(f"{latest} has format {found.get('format')}, this version reads {FORMAT}: move it away.")
         verdict, reason = compare(found, self.config, self.fingerprint)
         if verdict == "refuse":
             raise UserError(f"{latest} {reason}")

@@ -126,7 +126,7 @@ class CheckpointFiles:
             ) from error
 
     def _recover(self, mirror, notes):
-        theirs, ours = _newest(mirror), _newest(self)
+        theirs, ours = newest(mirror), newest(self)
         if theirs is None:
             return
         if ours is not None and ours["run_id"] != theirs["run_id"]:
@@ -165,7 +165,7 @@ class CheckpointFiles:
         return kept
 
 
-def _newest(files):
+def newest(files):
     """The newest whole state of a folder, without touching anything in it; None when there is none.
 
     That is the latest if it is whole: a previous one of an earlier run, with more saves behind it, is not newer.

@@ -1,5 +1,6 @@
 """Whether a saved run may be continued with the settings and the data of today, and if not, in one sentence why."""
 
+FORMAT = 3  # of a checkpoint's content
 BUDGET = {"num_samples", "num_tokens"}
 IDENTITY = {
     "preset", "data_source", "tokenizer", "vocab_size", "max_seq_length", "val_samples", "context_dim", "embed_dim",
@@ -22,6 +23,8 @@ def compare(found, config, fingerprint):
     Returns:
         (verdict, reason): "continue" with None or a warning; "begin" another run beside it; "refuse".
     """
+    if found.get("format") != FORMAT:
+        return "refuse", f"has format {found.get('format')}, this version reads {FORMAT}: move it away."
     changed = {
         name: (found["config"].get(name), value)
         for name, value in config.to_dict().items()

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import re
 import resource
@@ -14,6 +15,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from newllm.errors import UserError
+from newllm.fixed_point.solver import sequential
+from newllm.training.cuda_graph import Graphed
 from newllm.training.group import Group
 
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
@@ -48,6 +51,9 @@ class StepFunction:
     def __init__(self, function, compiled):
         self.eager, self.compiled = function, compiled
         self._call = torch.compile(function, dynamic=True) if compiled else function
+        # Of the step as written: a compiled one would convert the weights to the compute type at every step, not once.
+        steps = functools.partial(sequential, functools.partial(function, stream=False))
+        self._graphed = Graphed(lambda tokens, start: steps(tokens, start.shape[-1], start)[0])
 
     def __call__(self, *inputs):
         return self._call(*inputs)
@@ -55,6 +61,13 @@ class StepFunction:
     def contexts(self, context, token):
         """The step without its token stream."""
         return self._call(context, token, stream=False)
+
+    def trajectory(self, tokens_BTE, start_BC):
+        """Contexts [B, T, C] step by step from a start, without gradient: on CUDA, if compiled, replayed as one graph."""
+        with torch.no_grad():
+            if self.compiled and tokens_BTE.is_cuda:
+                return self._graphed(tokens_BTE, start_BC)
+            return sequential(self.contexts, tokens_BTE, start_BC.shape[-1], start_BC)[0]
 
     def fall_back(self):
         """Compute as written from now on; the model itself was never changed."""

@@ -72,7 +72,8 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
                 return step(ids[part, :-1])
             embeddings = model.embed(ids[part, :-1])
             if config.gradient_sweeps:
-                return truncated(step, embeddings, model.context_dim, config.gradient_sweeps, step.contexts)
+                sizes = model.context_dim, config.gradient_sweeps
+                return truncated(step, embeddings, *sizes, step.contexts, step.trajectory)
             return sequential(step, embeddings, model.context_dim)
 
         def part_gradients(part):

@@ -9,7 +9,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from newllm.reporting.criteria import linear_fit, scale_lines
-from newllm.reporting.plots import COUNTED, DPI, PANEL, TRAINED, TRAINING_DATA, UNTRAINED, scale_ladder
+from newllm.reporting.plots import COUNTED, DPI, PANEL, TRAINED, TRAINING_DATA, UNTRAINED, prefill_speed, scale_ladder
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,3 +83,24 @@ def test_a_command_without_plots_does_not_load_matplotlib():
     """Its import takes longer than a small run's first steps."""
     code = "import sys, test; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def prefill_rows(weights, speed_up):
+    """Two lengths at two tolerances."""
+    return [
+        dict(weights=weights, tokens=n, tolerance=t, speed_up=speed_up) for n in (1000, 10000) for t in (1e-2, 1e-4)
+    ]
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_picture_of_a_prefill_shows_both_networks(tmp_path, trained):
+    """Curves of both, speeds where sweeps converged; without a trained network, or any that converged, it is drawn too."""
+    rows, curves = prefill_rows("untrained", None), {"untrained": [1.0, 0.98, 0.97]}
+    if trained:
+        rows, curves = rows + prefill_rows("trained", 5.0), curves | {"trained": [0.5, 0.1, 0.0]}
+    path = tmp_path / "outputs" / "prefill.png"
+    prefill_speed(rows, curves, path)
+    image = imread(path)
+    assert image.shape[:2] == (PANEL[1] * DPI, 2 * PANEL[0] * DPI)
+    for style, there in ((UNTRAINED, True), (TRAINED, trained), (TRAINING_DATA, trained)):
+        assert ((abs(image[..., :3] - to_rgb(style["color"])).max(-1) < 0.01).sum() > 100) == there, style

@@ -1,0 +1,59 @@
+"""The weights of a saved run: for the run that continues it, and for who only reads them."""
+
+from pathlib import Path
+
+from newllm.errors import UserError
+from newllm.training.checkpoint_files import CheckpointFiles, newest
+from newllm.training.compatibility import compare
+from newllm.training.frozen import load_frozen
+
+
+def load_weights(files, model, found):
+    """Give the model the weights of a state, trained and frozen.
+
+    Args:
+        files: the CheckpointFiles of the folder it lies in. found: its content.
+
+    Raises:
+        UserError: tensors that the state refers to are not there, or it does not fit the model.
+    """
+    try:
+        model.load_state_dict(load_frozen(files.folder, model, found["frozen"]) | found["model_state_dict"])
+    except RuntimeError as error:  # the settings agree, so the file or the code is of another version
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[1:])
+        raise UserError(
+            f"{files.latest} does not fit the model ({reason}): start afresh with --no-load_checkpoint."
+        ) from error
+
+
+def load_trained(config, model, fingerprint):
+    """Give the model what the run of these settings has trained so far; its folder is only read.
+
+    A complete run's weights are those of its lowest validation loss.
+
+    Args:
+        fingerprint: digest of the data that the settings give.
+
+    Returns:
+        A line about the weights; None, with the model untouched, where no such run has trained anything.
+
+    Raises:
+        UserError: there are checkpoints, and none can be read or the newest is of another run.
+    """
+    files = CheckpointFiles(Path(config.checkpoint_dir).resolve(), 0)
+    if not config.load_checkpoint or not files.folder.is_dir():
+        return None
+    found = newest(files)
+    if found is None:
+        if any(path.exists() for path in files.states()):
+            raise UserError(f"no checkpoint in {files.folder} can be read: put a whole copy in its place.")
+        return None
+    verdict, reason = compare(found, config, fingerprint)
+    if verdict == "refuse":
+        raise UserError(f"{files.latest} {reason}")
+    if verdict == "begin":
+        raise UserError(f"{files.latest} is of another run ({reason}): give the settings that it was trained with.")
+    if found["stage"] == "untrained":
+        return None
+    load_weights(files, model, found)
+    return f"{found['epoch']} of run {found['run_id']}, saved {found['saved_at']}"

@@ -1,0 +1,230 @@
+"""How fast the contexts of one long sequence come by parallel sweeps, beside the loop over its tokens, and how exact they are.
+
+    python3 -m scripts.prefill --num_samples 781       # untrained, and trained where checkpoint_dir has the run of these settings
+    python3 -m scripts.prefill --trained --lengths 1000,10000 --tolerance 1e-2
+    python3 -m scripts.prefill --json
+
+The sequence is the run's data, training and validation ids end to end. The loop takes one step a token, in fp32: for one
+token, converting the weights costs more than using them. Sweeps begin cold and go on until no token's context would change by
+more than a tolerance: in the precision in effect as far as its rounding lets them, from there on in fp32. Passes count the
+evaluations of an average token, sweeps those that depend on each other. Both ways make contexts alone, from embeddings that
+are there already. Errors are distances to the loop's contexts, relative to their norm: over all tokens, and of the worst one.
+"""
+
+import contextlib
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from config import ResidualConfig
+from newllm.config import parse_args
+from newllm.data.dataset import load_data
+from newllm.errors import UserError, exit_on_user_error
+from newllm.fixed_point.diagnostics import cold_start_curve
+from newllm.fixed_point.solver import prefill
+from newllm.models.baselines import build_model
+from newllm.models.pretrained import load_embedding
+from newllm.reporting.criteria import table
+from newllm.reporting.plots import prefill_speed
+from newllm.reporting.progress import Progress
+from newllm.reporting.runlog import new_run_id
+from newllm.training.device import StepFunction, describe_device, open_runtime, peak_memory_mb
+from newllm.training.trained import load_trained
+
+LOOP_PIECE = 256  # tokens of the loop between two looks at the clock
+CURVE_TOKENS, CURVE_SWEEPS = 2048, 32  # of the curve of errors, in fp32
+COLUMNS = ("weights", "tokens", "tolerance", "passes", "sweeps", "error", "worst token", "loop s", "sweeps s", "loop tok/s", "sweeps tok/s", "speed-up")  # fmt: skip
+
+
+class Stream:
+    """One long sequence and a network: its contexts by the loop and by sweeps, and what each takes.
+
+    Args:
+        ids: int64 [T] on the device. options: max_sweeps and piece.
+    """
+
+    def __init__(self, model, ids, runtime, options):
+        self.width, self.runtime, self.options = model.context_dim, runtime, options
+        self.step = StepFunction(model.step, runtime.compile)
+        self.embeddings = model.embed(ids)[None]
+
+    def clock(self):
+        if self.runtime.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def loop(self, lengths, label):
+        """The reference: contexts [1, T, C], and the seconds after which it had each of the lengths."""
+        length = self.embeddings.shape[1]
+        contexts, seconds = self.embeddings.new_zeros(1, length, self.width), {}
+        start = contexts[:, 0]
+        self.step.trajectory(self.embeddings[:, :LOOP_PIECE], start)  # not timed: first calls allocate and compile
+        bounds = sorted({*range(0, length, LOOP_PIECE), *lengths, length})
+        with Progress(label, length) as progress:
+            started = self.clock()
+            for first, last in itertools.pairwise(bounds):
+                contexts[:, first:last] = self.step.trajectory(self.embeddings[:, first:last], start)
+                start = contexts[:, last - 1]
+                seconds[last] = self.clock() - started
+                progress.update(last - first)
+        return contexts, seconds
+
+    def swept(self, length, tolerance):
+        """Contexts [1, length, C] by sweeps, how many these were by precision, whether they converged, seconds."""
+        embeddings, contexts, work = self.embeddings[:, :length], None, {}
+        stages, rounding = [("fp32", torch.float32, contextlib.nullcontext, tolerance)], 0.0
+        if (dtype := self.runtime.storage_dtype) != torch.float32:
+            rounding = torch.finfo(dtype).eps
+            rough = self.runtime.precision, dtype, self.runtime.autocast, max(tolerance, rounding)
+            stages = [rough, *stages] if tolerance < rounding else [rough]
+        started = self.clock()
+        for precision, dtype, autocast, enough in stages:
+            how = self.width, enough, self.options.max_sweeps, self.options.piece
+            with autocast():
+                contexts, _, stats = prefill(self.step.contexts, embeddings.to(dtype), *how, guess_BTC=contexts)
+            work[precision] = {"passes": stats.passes, "sweeps": max(stats.sweeps)}
+            if not all(stats.converged):
+                break
+        return contexts.float(), work, all(stats.converged), self.clock() - started
+
+    def curve(self, reference):
+        """Error after each of the first cold sweeps, over the first tokens."""
+        sides = self.embeddings[:, :CURVE_TOKENS], reference[:, :CURVE_TOKENS]
+        return cold_start_curve(self.step.contexts, *sides, min(CURVE_SWEEPS, self.options.max_sweeps))
+
+
+@torch.no_grad()
+def measure(stream, options, weights, say):
+    """Errors and speeds of one network, a row for each length and tolerance, and its curve.
+
+    A tolerance that sweeps do not reach is the last of its length: a tighter one would make the same sweeps.
+    """
+    reference, loop_seconds = stream.loop(options.lengths, f"loop, {weights}")
+    stream.swept(min(options.lengths[0], options.piece), options.tolerance[0])  # not timed
+    rows = []
+    for length, tolerance in itertools.product(options.lengths, options.tolerance):
+        if rows and rows[-1]["tokens"] == length and not rows[-1]["converged"]:
+            continue
+        contexts, work, converged, seconds = stream.swept(length, tolerance)
+        truth = reference[:, :length]
+        difference, loop = contexts - truth, loop_seconds[length]
+        rows.append(
+            dict(weights=weights, tokens=length, tolerance=tolerance, work=work, converged=converged,
+                 error=(difference.norm() / truth.norm()).item(),
+                 worst_token_error=(difference.norm(dim=-1) / truth.norm(dim=-1)).max().item(),
+                 loop_seconds=loop, sweeps_seconds=seconds, loop_tok_per_s=length / loop, sweeps_tok_per_s=length / seconds,
+                 speed_up=loop / seconds if converged else None)
+        )  # fmt: skip
+        say(" | ".join(shown(rows[-1])))
+    return rows, stream.curve(reference)
+
+
+def shown(row):
+    """A row of the table; without convergence there is no speed-up, since what the loop gives was not reached."""
+    passes = " + ".join(f"{done['passes']:.1f} {precision}" for precision, done in row["work"].items())
+    sweeps = " + ".join(str(done["sweeps"]) for done in row["work"].values())
+    if not row["converged"]:
+        sweeps = f"not in {sweeps}"
+    return (
+        row["weights"], f"{row['tokens']:,}", f"{row['tolerance']:g}", passes, sweeps, f"{row['error']:.1e}", f"{row['worst_token_error']:.1e}",
+        f"{row['loop_seconds']:.2f}", f"{row['sweeps_seconds']:.2f}", f"{row['loop_tok_per_s']:,.0f}", f"{row['sweeps_tok_per_s']:,.0f}",
+        f"{row['speed_up']:.1f}x" if row["converged"] else "-",
+    )  # fmt: skip
+
+
+def one_sequence(data, length):
+    """int64 [length] of all samples end to end, and a line about them; repeated where that is longer."""
+    ids = torch.cat([data.train.flatten(), data.val.flatten()])
+    line = f"sequence: {len(ids):,} ids of {data.source}, training and validation samples end to end"
+    if length > len(ids):
+        line += f", repeated {length / len(ids):.1f} times for {length:,}"
+    return ids.repeat(-(-length // len(ids)))[:length].long(), line
+
+
+def report(config, options, say):
+    """All that the command says, as a dict of plain values.
+
+    Raises:
+        UserError: bad data or checkpoint, a model without contexts, or no trained weights where they are asked for.
+    """
+    if config.model_type not in ("context", "window"):
+        raise UserError(f"model_type '{config.model_type}' has no context to sweep: use context or window.")
+    runtime, data = open_runtime(config), load_data(config)
+    pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
+    ids, line = one_sequence(data, options.lengths[-1])
+    model = build_model(config, data.vocab_size, pretrained).to(runtime.device).eval()
+    found = {"device": describe_device(runtime), "sequence": line, "trained": None, "rows": [], "curves": {}}
+    say(f"device: {found['device']}\n" + "\n".join([*data.notes, line]))
+
+    def add(weights):
+        rows, curve = measure(Stream(model, ids.to(runtime.device), runtime, options), options, weights, say)
+        found["rows"] += rows
+        found["curves"][weights] = curve
+
+    if not options.trained:
+        add("untrained")
+    found["trained"] = load_trained(config, model, data.fingerprint)
+    if found["trained"]:
+        say(f"trained: {found['trained']}")
+        add("trained")
+    elif options.trained:
+        raise UserError(f"{config.checkpoint_dir} holds no trained weights of these settings: run train.py first.")
+    else:
+        say(f"trained: none in {config.checkpoint_dir}, which train.py would leave there")
+    return found | {"peak_memory_mb": peak_memory_mb(), "config": config.to_dict()}
+
+
+def main(config, options):
+    """Measure, print and draw."""
+    say = (lambda line: None) if options.json else (lambda line: print(line, flush=True))
+    with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+        found = report(config, options, say)
+    path = Path(options.plot or Path(config.checkpoint_dir) / "outputs" / "plots" / f"prefill_{new_run_id()}.png")
+    try:
+        prefill_speed(found["rows"], found["curves"], path)
+        line = f"plot: {path}"
+    except OSError as error:  # a folder that refuses costs the picture, not the figures
+        line = f"warning: {path} cannot be written ({error.strerror or error})"
+    if options.json:
+        print(line, file=sys.stderr)
+        print(json.dumps(found))
+        return
+    print("\n" + "\n".join(table(COLUMNS, map(shown, found["rows"]))))
+    print(f"\npeak memory: {found['peak_memory_mb']:,.0f} MB\n{line}")
+
+
+def numbers(kind, low, high):
+    """Parser of `a,b,c`: different numbers within bounds, ascending."""
+
+    def parse(text):
+        try:
+            found = sorted({kind(word.replace("_", "")) for word in text.split(",")})
+        except ValueError:
+            found = []
+        if not found or not low <= found[0] <= found[-1] <= high:
+            raise UserError(f"numbers from {low:g} to {high:g} with commas between them are wanted, not '{text}'.")
+        return found
+
+    return parse
+
+
+def flags(parser):
+    """The command's own flags."""
+    whole = numbers(int, 1, 10**9)
+    parser.add_argument("--lengths", type=whole, default="1000,10000,100000", help="tokens, comma-separated")
+    parser.add_argument("--tolerance", type=lambda text: numbers(float, 1e-6, 1)(text)[::-1], default="1e-2,1e-3,1e-4",
+                        help="relative changes of a sweep that are small enough, comma-separated")  # fmt: skip
+    parser.add_argument("--max_sweeps", type=lambda text: whole(text)[0], default="64", help="of a piece, at most")
+    parser.add_argument("--piece", type=lambda text: whole(text)[0], default="4096", help="tokens swept at once")
+    parser.add_argument("--trained", action="store_true", help="trained weights alone; without them an error")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--plot", help="PNG file (default: in outputs/plots of checkpoint_dir)")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main(*parse_args(ResidualConfig, description=__doc__.splitlines()[0], extra=flags))

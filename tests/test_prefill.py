@@ -1,0 +1,145 @@
+"""The command measures what it says: the loop's contexts and those of sweeps, of the weights it names, and writes nothing else."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train
+from config import ResidualConfig
+from newllm.config import parse_args
+from newllm.errors import UserError
+from newllm.fixed_point.solver import sequential
+from newllm.models.language_model import LanguageModel
+from newllm.training.device import open_runtime
+from scripts import prefill
+
+LENGTHS = [20, 50]
+
+
+def options(**changes):
+    return SimpleNamespace(
+        **dict(lengths=LENGTHS, tolerance=[1e-2, 1e-4], max_sweeps=64, piece=16, trained=False, json=False, plot=None) | changes
+    )  # fmt: skip
+
+
+def stream(length=40, precision="fp32", **changes):
+    """A tiny untrained network on random ids."""
+    config = ResidualConfig(context_dim=16, embed_dim=16, num_layers=1, device="cpu", precision=precision)
+    ids = torch.randint(300, (length,), generator=torch.Generator().manual_seed(0))
+    return prefill.Stream(LanguageModel(config, 300), ids, open_runtime(config), options(**changes))
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_the_loop_is_the_reference_with_a_time_for_every_length(monkeypatch):
+    """In pieces that go on from each other, whatever the lengths are; what comes later has taken longer."""
+    monkeypatch.setattr(prefill, "LOOP_PIECE", 16)
+    each = stream()
+    with torch.no_grad():
+        contexts, seconds = each.loop([5, 20, 40], "loop")
+        expected, _ = sequential(each.step.contexts, each.embeddings, 16)
+    assert torch.equal(contexts, expected)
+    assert 0 < seconds[5] < seconds[20] < seconds[40]
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance", "stages"),
+    [
+        ("fp32", 1e-2, ["fp32"]),
+        ("fp32", 1e-5, ["fp32"]),
+        ("bf16", 1e-2, ["bf16"]),
+        ("bf16", 1e-3, ["bf16", "fp32"]),
+        ("bf16", 1e-5, ["bf16", "fp32"]),
+    ],
+)
+def test_sweeps_reach_the_tolerance_in_as_low_a_precision_as_it_allows(precision, tolerance, stages):
+    """A tolerance below the rounding of bf16 is finished in fp32, from where bf16 came to."""
+    each = stream(precision=precision)
+    with torch.no_grad():
+        contexts, work, converged, seconds = each.swept(40, tolerance)
+        expected, _ = sequential(each.step.contexts, each.embeddings, 16)
+    assert list(work) == stages and converged and seconds > 0 and contexts.dtype == torch.float32
+    assert (contexts - expected).norm() / expected.norm() < 5 * tolerance
+    assert all(0 < done["passes"] <= done["sweeps"] <= 16 for done in work.values())
+
+
+def test_a_tolerance_that_is_not_reached_is_the_last_of_its_length():
+    """Two sweeps are not enough: one row a length, without a speed-up, with the error of what was made, and nothing in fp32."""
+    each = stream(precision="bf16", length=50, max_sweeps=2)
+    rows, curve = prefill.measure(each, each.options, "untrained", lambda line: None)
+    assert [row["tokens"] for row in rows] == LENGTHS and len(curve) == 2
+    for row in rows:
+        assert not row["converged"] and row["speed_up"] is None and list(row["work"]) == ["bf16"]
+        assert 0.01 < row["error"] <= row["worst_token_error"]
+        assert prefill.shown(row)[4] == "not in 2" and prefill.shown(row)[-1] == "-"
+
+
+def test_trained_and_untrained_weights_are_measured_and_the_run_is_left_alone(tiny_settings, tmp_path, capsys):
+    """Rows of both for each length and tolerance, a picture, one JSON object; --trained leaves the untrained out."""
+    config = ResidualConfig(**tiny_settings)
+    train.main(config)
+    folder = tmp_path / "checkpoints"
+    before = contents(folder)
+    capsys.readouterr()
+    prefill.main(config, options())
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("sequence: 450 ids of dialogues") for line in lines)  # 12 + 6 samples of 25
+    assert any(line.startswith("trained: phase2_complete of run ") for line in lines)
+    picture = lines[-1].removeprefix("plot: ")
+    assert (tmp_path / picture).exists() and "outputs/plots/prefill_" in picture
+
+    picture = tmp_path / "own" / "picture.png"
+    prefill.main(config, options(json=True, plot=picture))
+    found = json.loads(capsys.readouterr().out)
+    keys = [(row["weights"], row["tokens"], row["tolerance"]) for row in found["rows"]]
+    assert keys == [(w, n, t) for w in ("untrained", "trained") for n in LENGTHS for t in (1e-2, 1e-4)]
+    assert all(row["converged"] and row["error"] < 5 * row["tolerance"] for row in found["rows"])
+    assert all(row["speed_up"] == pytest.approx(row["loop_seconds"] / row["sweeps_seconds"]) for row in found["rows"])
+    assert found["curves"]["trained"] != found["curves"]["untrained"] and picture.exists()
+    assert contents(folder) == before
+
+    found = prefill.report(config, options(trained=True), lambda line: None)
+    assert {row["weights"] for row in found["rows"]} == {"trained"}
+
+
+def test_without_a_checkpoint_there_is_the_untrained_network_unless_trained_is_asked_for(tiny_settings):
+    """A line says so, or a sentence."""
+    config, said = ResidualConfig(**tiny_settings), []
+    found = prefill.report(config, options(), said.append)
+    assert {row["weights"] for row in found["rows"]} == {"untrained"} and found["trained"] is None
+    assert said[-1].startswith("trained: none in ")
+    with pytest.raises(UserError, match=r"holds no trained weights of these settings: run train\.py first"):
+        prefill.report(config, options(trained=True), said.append)
+
+
+def test_a_sequence_longer_than_the_data_repeats_it_and_says_so():
+    """Training ids, then validation ids, then all again."""
+    data = SimpleNamespace(train=torch.tensor([[1, 2], [3, 4]]), val=torch.tensor([[5, 6]]), source="somewhere")
+    ids, line = prefill.one_sequence(data, 15)
+    assert ids.tolist() == [1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6, 1, 2, 3] and "repeated 2.5 times" in line
+    ids, line = prefill.one_sequence(data, 5)
+    assert ids.tolist() == [1, 2, 3, 4, 5] and "repeated" not in line
+
+
+def test_a_model_without_contexts_is_refused(tiny_settings):
+    """A baseline has nothing to sweep."""
+    with pytest.raises(UserError, match="'gru' has no context to sweep"):
+        prefill.report(ResidualConfig(**tiny_settings | {"model_type": "gru"}), options(), print)
+
+
+def test_flags_are_numbers_in_order():
+    """Lengths ascending, the loosest tolerance first; anything else is a sentence."""
+
+    def parsed(*argv):
+        return parse_args(ResidualConfig, argv, extra=prefill.flags)[1]
+
+    given = parsed("--lengths", "10_000,100", "--tolerance", "1e-4,0.01", "--piece", "8")
+    assert (given.lengths, given.tolerance, given.piece, given.max_sweeps) == ([100, 10000], [0.01, 1e-4], 8, 64)
+    assert parsed().lengths == [1000, 10000, 100000] and parsed().tolerance == [1e-2, 1e-3, 1e-4]
+    for argv in (("--lengths", "0"), ("--lengths", "1,x"), ("--tolerance", "0"), ("--tolerance", "2"), ("--piece", "")):
+        with pytest.raises(UserError, match="are wanted, not"):
+            parsed(*argv)
