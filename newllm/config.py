@@ -99,6 +99,7 @@ class Config:
     context_lr_scale: NonNegative
     gradient_sweeps: CountOrZero
     dropout: Dropout
+    token_dropout: Dropout
     warmup_ratio: Share
     patience: Count
     val_quick_frac: PositiveShare

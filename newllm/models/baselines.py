@@ -49,7 +49,7 @@ class Baseline(TokenPredictor):
 
     def encode(self, ids):
         """Ids [B, T] -> (contexts [B, T, C], streams [B, T, E]) that have read tokens up to t."""
-        embedded = self.embed_norm(self.embedding(ids))
+        embedded = self.token_dropout(self.embed_norm(self.embedding(ids)))
         if self.kind == "transformer":
             streams = self.body(inputs_embeds=embedded).last_hidden_state
             return streams[..., :0], streams

@@ -29,6 +29,19 @@ class Dropout(nn.Module):
         return values * (kept.to(values.dtype) * (256 / (256 - self.dropped)))
 
 
+class TokenDropout(nn.Module):
+    """Zero vectors in place of some tokens' embeddings [..., T, E]: what comes before must do without them."""
+
+    def __init__(self, probability):
+        super().__init__()
+        self.probability = probability
+
+    def forward(self, embeddings):
+        if not self.training or not self.probability:
+            return embeddings
+        return embeddings * (torch.rand_like(embeddings[..., :1], dtype=torch.float32) >= self.probability)
+
+
 class TokenLayer(nn.Module):
     """u <- LN(u + MLP([c; u])): where the head reads the context."""
 
@@ -51,7 +64,7 @@ class TokenPredictor(nn.Module):
     """Embedding and head; what makes context and stream from tokens is for the classes that inherit it.
 
     Args:
-        config: embed_dim, token_layers, dropout, tie_weights (newllm.config.Config).
+        config: embed_dim, token_layers, dropouts, tie_weights (newllm.config.Config).
         vocab_size: number of token ids V.
         context_dim: width C of the context that the head reads; None: no context, and no layers to read one.
     """
@@ -66,6 +79,7 @@ class TokenPredictor(nn.Module):
         )
         self.output = None if config.tie_weights else nn.Linear(config.embed_dim, vocab_size, bias=False)
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
+        self.token_dropout = TokenDropout(config.token_dropout)
 
     def hidden(self, context, stream):
         """Head up to the logits: (c_t [..., C], u_t [..., E]) -> h [..., E]."""

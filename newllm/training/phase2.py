@@ -70,7 +70,7 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
                 return features("train", own[part])
             if baseline:
                 return step(ids[part, :-1])
-            embeddings = model.embed(ids[part, :-1])
+            embeddings = model.token_dropout(model.embed(ids[part, :-1]))
             if config.gradient_sweeps:
                 sizes = model.context_dim, config.gradient_sweeps
                 return truncated(step, embeddings, *sizes, step.contexts, step.trajectory)

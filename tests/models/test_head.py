@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from config import ResidualConfig
 from newllm.models.baselines import Baseline
+from newllm.models.head import TokenDropout
 from newllm.models.language_model import LanguageModel
 
 V = 40
@@ -38,3 +39,14 @@ def test_the_bias_trains_and_is_part_of_the_state(model):
     """It starts at the frequencies and is not held there."""
     assert any(p is model.output_bias for p in model.head_parameters())
     assert "output_bias" in model.trained_state() and "output_bias" not in model.frozen_state()
+
+
+def test_token_dropout_hides_whole_tokens_in_training_alone():
+    """About the share asked for, all of a vector or nothing; what is left is as it was; none in evaluation."""
+    torch.manual_seed(0)
+    drop, embeddings = TokenDropout(0.2), torch.randn(40, 50, 8).abs() + 1
+    hidden = drop(embeddings)
+    gone = (hidden == 0).all(-1)
+    assert gone.float().mean().item() == pytest.approx(0.2, abs=0.03)
+    assert torch.equal(hidden[~gone], embeddings[~gone])
+    assert drop.eval()(embeddings) is embeddings
