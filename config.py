@@ -46,7 +46,7 @@ class ResidualConfig(Config):
     untrained_control = True  # also train the head on untrained contexts, to compare with
     freeze_context = False  # True trains only the head on fixed contexts; False also trains F, through time
     whiten_context = False  # control: frozen contexts made uncorrelated, of unit variance on training samples
-    context_lr_scale = 0.1  # learning rate of F relative to the head's
+    context_lr_scale = 1.0  # learning rate of F relative to the head's
     gradient_sweeps = 3  # tokens back that fine-tuning's gradient reaches, one parallel sweep each; 0: the whole sample
     dropout = 0.3  # on the head's inputs and hidden units
     token_dropout = 0.2  # share of the tokens that contexts in training do not see, others each time; not if frozen

@@ -39,12 +39,12 @@ ARMS = {  # name: settings in which it differs from the settings of the command
     "phase1_shuffled": FROZEN | dict(phase1_shuffle=True),
     **{f"phase1_w{weight:g}": FROZEN | dict(dist_reg_weight=weight) for weight in (0.0, 0.1, 0.5, 0.9, 1.0)},
     "phase1_finetuned": {},
-    "end_to_end": UNTRAINED | dict(context_lr_scale=1.0),
+    "end_to_end": UNTRAINED,
     "gru": dict(model_type="gru"),
     "lstm": dict(model_type="lstm"),
     "transformer": dict(model_type="transformer"),
 }
-GRID = dict(phase2_learning_rate=(0.0005, 0.001, 0.002), dropout=(0.15, 0.3, 0.45))  # the same for every arm
+GRID = dict(phase2_learning_rate=(0.001, 0.002), dropout=(0.15, 0.3))  # the same for every arm
 TUNE_SHARE, TUNE_SEED = 0.2, 1000  # neither the validation samples nor the seeds of the comparison
 TUNED = "tuned.json"
 
