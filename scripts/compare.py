@@ -2,7 +2,7 @@
 
     python3 -m scripts.compare --data_source dialogues.jsonl --tokenizer bpe --seeds 5 --tokens 6400,25000,100000
     python3 -m scripts.compare --arms phase1_frozen,gru --seeds 3    # some arms; other settings are flags, as in train.py
-    python3 -m scripts.compare --tune                                # the grid of each arm, on a split of the training samples
+    python3 -m scripts.compare --tune --tokens 25000                 # the grid of each arm, on a split of the training samples
     python3 -m scripts.compare --report                              # tables and pictures from the results that are there
 
 Each run leaves one small JSON file in `results/`, from which the tables are made. Cut off and started again, also with more
@@ -39,6 +39,7 @@ ARMS = {  # name: settings in which it differs from the settings of the command
     "phase1_shuffled": FROZEN | dict(phase1_shuffle=True),
     **{f"phase1_w{weight:g}": FROZEN | dict(dist_reg_weight=weight) for weight in (0.0, 0.1, 0.5, 0.9, 1.0)},
     "phase1_finetuned": {},
+    "phase1_finetuned_gpt2": dict(tokenizer="gpt2"),  # other tokens: compare bits per byte
     "end_to_end": UNTRAINED,
     "gru": dict(model_type="gru"),
     "lstm": dict(model_type="lstm"),
@@ -53,16 +54,18 @@ def plan(arms, seeds, budgets, tuned):
     """{name of a run: its settings} for all arms, seeds and numbers of samples."""
     runs = {}
     for samples, seed, arm in itertools.product(budgets, range(seeds), arms):
-        runs[f"{arm}-{samples}-{seed}"] = dict(num_samples=samples, seed=seed) | ARMS[arm] | tuned.get(arm, {})
+        chosen = tuned.get(str(samples), {}).get(arm, {})
+        runs[f"{arm}-{samples}-{seed}"] = dict(num_samples=samples, seed=seed) | ARMS[arm] | chosen
     return runs
 
 
-def grid(arms):
-    """{name of a run: its settings} for every point of the grid of each arm, validated on training dialogues."""
+def grid(arms, budgets):
+    """{name of a run: its settings} for every point of the grid of each arm and budget, validated on training dialogues."""
     runs = {}
-    for arm, values in itertools.product(arms, itertools.product(*GRID.values())):
-        name = "-".join([arm, *(f"{value:g}" for value in values)])
-        runs[name] = ARMS[arm] | dict(zip(GRID, values, strict=True)) | dict(tune_share=TUNE_SHARE, seed=TUNE_SEED)
+    for samples, arm, values in itertools.product(budgets, arms, itertools.product(*GRID.values())):
+        name = "-".join([arm, str(samples), *(f"{value:g}" for value in values)])
+        split = dict(num_samples=samples, tune_share=TUNE_SHARE, seed=TUNE_SEED)
+        runs[name] = ARMS[arm] | dict(zip(GRID, values, strict=True)) | split
     return runs
 
 
@@ -120,12 +123,16 @@ def plain(result):
 
 
 def choose(results):
-    """{arm: its point of the grid with the lowest loss on the tuning split}."""
+    """{number of samples, as text: {arm: its point of the grid with the lowest loss on the tuning split}}."""
     best = {}
     for result in results:
-        if result["arm"] not in best or result["val_loss"] < best[result["arm"]]["val_loss"]:
-            best[result["arm"]] = result
-    return {arm: {name: result["changes"][name] for name in GRID} for arm, result in best.items()}
+        at = best.setdefault(str(result["changes"]["num_samples"]), {})
+        if result["arm"] not in at or result["val_loss"] < at[result["arm"]]["val_loss"]:
+            at[result["arm"]] = result
+    return {
+        samples: {arm: {name: result["changes"][name] for name in GRID} for arm, result in at.items()}
+        for samples, at in best.items()
+    }
 
 
 def read_tuned(path):
@@ -136,16 +143,17 @@ def read_tuned(path):
 def main(config, arguments):
     """Make what is missing, choose or report."""
     arms, results = chosen_arms(arguments.arms), usable_folder(arguments.results, "results")
+    budgets = [tokens // config.max_seq_length for tokens in whole_numbers(arguments.tokens)]
     if arguments.tune:
         folder = usable_folder(results / "tuning", "results")
-        make(config, grid(arms), folder)
-        tuned = read_tuned(results / TUNED) | choose(read_results(folder))
+        make(config, grid(arms, budgets), folder)
+        tuned = choose(read_results(folder))
         write_text(results / TUNED, json.dumps(tuned, indent=1) + "\n")
-        for arm, values in tuned.items():
-            print(f"{arm}: " + ", ".join(f"{name} = {value:g}" for name, value in values.items()))
+        for samples, arm in ((samples, arm) for samples, chosen in tuned.items() for arm in chosen):
+            values = ", ".join(f"{name} = {value:g}" for name, value in tuned[samples][arm].items())
+            print(f"{samples} samples, {arm}: {values}")
         return
     if not arguments.report:
-        budgets = [tokens // config.max_seq_length for tokens in whole_numbers(arguments.tokens)]
         make(config, plan(arms, arguments.seeds, budgets, read_tuned(results / TUNED)), results)
     comparison = Comparison(read_results(results))
     print("\n".join(write_report(comparison, results)))

@@ -66,7 +66,7 @@ def test_tuning_uses_training_dialogues_alone_and_its_choice_is_used(tiny_settin
     assert len(points) == 2 and all(len(point["val_sample_nats"]) == round(0.2 * 12) for point in points)
     best = min(points, key=lambda point: point["val_loss"])
     tuned = json.loads((tmp_path / "results" / "tuned.json").read_text())
-    assert tuned == {"token": {name: best["changes"][name] for name in compare.GRID}}
+    assert tuned == {"12": {"token": {name: best["changes"][name] for name in compare.GRID}}}
     other = ResidualConfig(**tiny_settings | dict(phase2_epochs=2, checkpoint_dir=str(tmp_path / "main")))
     compare.main(other, arguments(tmp_path, arms="token"))
     found = json.loads((tmp_path / "results" / "token-12-0.json").read_text())

@@ -30,16 +30,22 @@ class Dropout(nn.Module):
 
 
 class TokenDropout(nn.Module):
-    """Zero vectors in place of some tokens' embeddings [..., T, E]: what comes before must do without them."""
+    """One fixed vector in place of some tokens' embeddings [..., T, E] (blank noising, Xie et al. 2017, arXiv 1703.02573).
 
-    def __init__(self, probability):
+    Not zeros: an untrained F makes zero contexts of them, whose norms have gradients that multiply from layer to layer.
+    """
+
+    def __init__(self, probability, embed_dim):
         super().__init__()
         self.probability = probability
+        blank = torch.randn(embed_dim, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("blank", blank, persistent=False)
 
     def forward(self, embeddings):
         if not self.training or not self.probability:
             return embeddings
-        return embeddings * (torch.rand_like(embeddings[..., :1], dtype=torch.float32) >= self.probability)
+        hidden = torch.rand(*embeddings.shape[:-1], 1, device=embeddings.device) < self.probability
+        return torch.where(hidden, (self.blank * embeddings.detach().float().std()).to(embeddings.dtype), embeddings)
 
 
 class TokenLayer(nn.Module):
@@ -79,7 +85,7 @@ class TokenPredictor(nn.Module):
         )
         self.output = None if config.tie_weights else nn.Linear(config.embed_dim, vocab_size, bias=False)
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
-        self.token_dropout = TokenDropout(config.token_dropout)
+        self.token_dropout = TokenDropout(config.token_dropout, config.embed_dim)
 
     def hidden(self, context, stream):
         """Head up to the logits: (c_t [..., C], u_t [..., E]) -> h [..., E]."""

@@ -133,11 +133,17 @@ class Comparison:
         ]  # fmt: skip
 
     def difference(self, tokens, ours, theirs):
-        """paired_difference of two arms at a budget; None unless both are there."""
-        if not {(tokens, ours), (tokens, theirs)} <= self.by.keys():
+        """paired_difference of two arms at a budget; None unless both are there, with the same tokens to predict."""
+        if not {(tokens, ours), (tokens, theirs)} <= self.by.keys() or self.vocabulary(tokens, ours) != self.vocabulary(
+            tokens, theirs
+        ):
             return None
         nats = [{r["seed"]: r["val_sample_nats"] for r in self.by[tokens, arm]} for arm in (ours, theirs)]
         return paired_difference(*nats, self.by[tokens, ours][0]["settings"]["max_seq_length"])
+
+    def vocabulary(self, tokens, arm):
+        """(tokenizer, number of its ids) of an arm: nats and perplexities of another are of other tokens."""
+        return tuple(self.by[tokens, arm][0][key] for key in ("tokenizer", "vocab_size"))
 
     def rows(self):
         """The table: a row for each budget and arm."""
@@ -153,7 +159,7 @@ class Comparison:
                     f"{math.expm1(against[0]):+.1%}" if against else "",
                     f"{math.expm1(against[1]):+.1%} ... {math.expm1(against[2]):+.1%}" if against else "",
                 )  # fmt: skip
-            any_run = self.by[tokens, self.arms(tokens)[0]][0]
+            any_run = self.by.get((tokens, self.reference), self.by[tokens, self.arms(tokens)[0]])[0]
             for name in COUNTED:
                 ppl = any_run[f"val_ppl_{name}"]
                 bpb = any_run["val_bpb"] * math.log(ppl) / any_run["val_loss"]
@@ -163,14 +169,11 @@ class Comparison:
         """A sentence for each claim and budget: it holds, is refuted, or is undecided, and by which row."""
         for tokens in self.budgets:
             for claim, ours, others in CLAIMS:
-                there = [arm for arm in others if (tokens, arm) in self.by]
-                if (tokens, ours) not in self.by or not there:
+                there = [arm for arm in others if self.difference(tokens, ours, arm)]
+                if not there:
                     continue
                 best = min(there, key=lambda arm: self.mean(tokens, arm, "val_loss")[0])
-                found = self.difference(tokens, ours, best)
-                if found is None:
-                    continue
-                gap, low, high = (math.expm1(value) for value in found)
+                gap, low, high = (math.expm1(value) for value in self.difference(tokens, ours, best))
                 verdict = "holds" if high < 0 else "is refuted" if low > 0 else "is undecided"
                 seeds = min(len(self.by[tokens, arm]) for arm in (ours, best))
                 yield (

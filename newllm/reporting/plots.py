@@ -143,8 +143,9 @@ def context_curves(comparison, tokens, path):
         spectrum.set(title="Singular values", xlabel="rank", ylabel="share of their sum", yscale="log")
         draw(use, "bpb_by_context")
         use.set(title="What the model uses", xlabel="tokens that the context is made of", ylabel="bits per byte")
-        _logarithmic(memory, "x")
-        _logarithmic(use, "x")
+        for panel in (memory, use):
+            if panel.lines:
+                _logarithmic(panel, "x")
 
         weights = sorted(comparison.by_setting(tokens, "dist_reg_weight", "phase1_"))
         for key, style, label in (

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional
 
 from config import ResidualConfig
+from newllm.fixed_point.solver import truncated
 from newllm.models.baselines import Baseline
 from newllm.models.head import TokenDropout
 from newllm.models.language_model import LanguageModel
@@ -42,11 +43,24 @@ def test_the_bias_trains_and_is_part_of_the_state(model):
 
 
 def test_token_dropout_hides_whole_tokens_in_training_alone():
-    """About the share asked for, all of a vector or nothing; what is left is as it was; none in evaluation."""
+    """About the share asked for, all of a vector by the same other one; what is left is as it was; none in evaluation."""
     torch.manual_seed(0)
-    drop, embeddings = TokenDropout(0.2), torch.randn(40, 50, 8).abs() + 1
-    hidden = drop(embeddings)
-    gone = (hidden == 0).all(-1)
-    assert gone.float().mean().item() == pytest.approx(0.2, abs=0.03)
-    assert torch.equal(hidden[~gone], embeddings[~gone])
-    assert drop.eval()(embeddings) is embeddings
+    drop, embeddings = TokenDropout(0.2, 8), 3 * torch.randn(40, 50, 8)
+    seen = drop(embeddings)
+    hidden = (seen != embeddings).all(-1)
+    assert hidden.float().mean().item() == pytest.approx(0.2, abs=0.03)
+    assert torch.equal(seen[~hidden], embeddings[~hidden]) and (seen[hidden] == seen[hidden][0]).all()
+    assert seen[hidden][0].norm().item() == pytest.approx(3 * drop.blank.norm().item(), rel=0.05)
+    assert drop.eval()(embeddings) is embeddings and not drop.state_dict()
+
+
+def test_hidden_first_tokens_do_not_blow_up_the_gradient_of_a_deep_untrained_network():
+    """Six layers through three sweeps, every first token hidden: a gradient of ordinary size."""
+    config = ResidualConfig(context_dim=64, embed_dim=64, num_layers=6, token_dropout=0.95, dropout=0.0)
+    model = LanguageModel(config, V).train()
+    torch.manual_seed(0)
+    tokens = model.token_dropout(model.embed(torch.randint(V, (8, 12))))
+    contexts, streams = truncated(model.step, tokens, 64, 3)
+    model.hidden(contexts, streams).square().sum(-1).mean().backward()
+    gradients = [p.grad.norm() for p in model.context_parameters()]
+    assert 0 < torch.stack(gradients).norm() < 1e3

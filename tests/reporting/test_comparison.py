@@ -9,7 +9,7 @@ import pytest
 
 from newllm.errors import UserError
 from newllm.reporting.comparison import Comparison, mean_interval, paired_difference, read_results, write_report
-from newllm.reporting.plots import comparison_points
+from newllm.reporting.plots import TRAINED, UNTRAINED, comparison_points, context_curves
 
 LENGTH = 10
 
@@ -20,7 +20,7 @@ def result(arm, seed, loss, tokens=1000, samples=40):
     dialogues = source.normal(0, 10, samples)
     nats = (loss * LENGTH + dialogues - dialogues.mean() + np.random.default_rng(seed).normal(0, 0.2, samples)).tolist()
     return dict(
-        arm=arm, seed=seed, train_tokens=tokens, val_loss=loss, val_ppl=math.exp(loss), val_bpb=loss / 3, parameters=10,
+        arm=arm, seed=seed, tokenizer="bpe", vocab_size=300, train_tokens=tokens, val_loss=loss, val_ppl=math.exp(loss), val_bpb=loss / 3, parameters=10,
         seconds_training=5.0 + seed, settings={"max_seq_length": LENGTH}, val_sample_nats=nats, val_ppl_unigram=600.0,
         val_ppl_bigram=200.0, val_ppl_kn=150.0,
     )  # fmt: skip
@@ -103,6 +103,61 @@ def test_results_are_read_or_refused(tmp_path):
     (tmp_path / "gru-5-1.json").write_text("{")
     with pytest.raises(UserError, match=r"gru-5-1\.json cannot be read"):
         read_results(tmp_path)
+
+
+def with_curves(found):
+    """The result with curves as JSON gives them back, keys as text."""
+    weight = float(found["arm"].partition("_w")[2] or 0.05)
+    curves = {
+        "cold_start_curve": [0.5**k for k in range(1, 17)], "memory_curve": {"0": 1.0, "1": 0.3, "2": 0.02, "4": 0.001},
+        "past_capacity_by_lag": [0.3 / k for k in range(1, 41)], "spectrum": {str(k): 0.1 / k for k in range(1, 30)},
+        "bpb_by_context": {"1": 3.0, "2": 2.8, "4": 2.7, "10": 2.7},
+    }  # fmt: skip
+    settings = found["settings"] | {"dist_reg_weight": weight, "phase1_shuffle": False}
+    return found | curves | dict(settings=settings, contexts="frozen", er_val=0.5 + weight / 2, memory_horizon=4)
+
+
+def test_another_vocabulary_is_not_paired():
+    """Its nats are of other tokens: a row without a difference, no verdict; the counted rows are those of the reference."""
+    runs = results(("phase1_finetuned", 5.0), ("gru", 4.0))
+    for run in runs:
+        if run["arm"] == "gru":
+            run |= {"tokenizer": "gpt2", "val_ppl_kn": 1.0}
+    comparison = Comparison(runs)
+    rows = list(comparison.rows())
+    assert rows[0][1] == "gru" and rows[0][-2:] == ("", "") and rows[-1][1:4] == ("(kn)", "", "150.0")
+    assert not list(comparison.verdicts())
+
+
+def test_curves_are_means_over_seeds():
+    """Point by point, lists counted from one; an arm without the curve has none."""
+    runs = [with_curves(result("phase1_frozen", seed, 5.0)) for seed in range(2)]
+    runs[1]["cold_start_curve"] = [3 * 0.5**k for k in range(1, 17)]
+    comparison = Comparison([*runs, result("gru", 0, 5.1)])
+    assert comparison.curve(1000, "phase1_frozen", "cold_start_curve")[3.0] == pytest.approx(2 * 0.5**3)
+    assert comparison.curve(1000, "phase1_frozen", "memory_curve")[4.0] == pytest.approx(0.001)
+    assert comparison.curve(1000, "gru", "cold_start_curve") is None
+
+
+def test_the_curves_are_a_picture(tmp_path):
+    """Six panels; arms with contexts are drawn in their colours, those without are left out."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.image import imread
+
+    arms = ("untrained_frozen", "phase1_frozen", "phase1_w0", "phase1_w0.5", "phase1_w1")
+    runs = [with_curves(result(arm, 0, 5.0)) for arm in arms] + [result("gru", 0, 5.1)]
+    comparison, path = Comparison(runs), tmp_path / "plots" / "curves.png"
+    assert [weight for weight, _ in sorted(comparison.by_setting(1000, "dist_reg_weight", "phase1_"))] == [
+        0,
+        0.05,
+        0.5,
+        1,
+    ]
+    context_curves(comparison, 1000, path)
+    image = imread(path)[..., :3]
+    assert image.shape[:2] == (1080, 2250)
+    for style in (TRAINED, UNTRAINED):
+        assert (abs(image - np.array(to_rgb(style["color"]))) < 0.02).all(-1).sum() > 200
 
 
 def test_the_points_are_a_picture(tmp_path):
