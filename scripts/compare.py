@@ -45,7 +45,7 @@ ARMS = {  # name: settings in which it differs from the settings of the command
     "lstm": dict(model_type="lstm"),
     "transformer": dict(model_type="transformer"),
 }
-GRID = dict(phase2_learning_rate=(0.001, 0.002), dropout=(0.15, 0.3))  # the same for every arm
+GRID = dict(phase2_learning_rate=(0.0005, 0.001, 0.002), dropout=(0.15, 0.3))  # the same for every arm
 TUNE_SHARE, TUNE_SEED = 0.2, 1000  # neither the validation samples nor the seeds of the comparison
 TUNED = "tuned.json"
 
