@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "newllm.models": {"newllm.models", "newllm.errors"},
     "newllm.fixed_point": {"newllm.fixed_point"},
     "newllm.evaluate": {"newllm.fixed_point", "newllm.models", "newllm.interrupt", "newllm.memory"},
+    "newllm.generate": {"newllm.interrupt"},
     "newllm.reporting": {"newllm.reporting", "newllm.storage", "newllm.errors"},
     "newllm.training": {
         "newllm.training", "newllm.data", "newllm.models", "newllm.fixed_point", "newllm.evaluate", "newllm.reporting",

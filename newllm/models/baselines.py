@@ -55,6 +55,23 @@ class Baseline(TokenPredictor):
             return streams[..., :0], streams
         return self.body(embedded)[0], embedded
 
+    def advance(self, ids, state=None):
+        """One token further: ids [B] and what the last call left -> (logits [B, V], for the next call).
+
+        A Transformer is left with the ids that it has positions for, and reads them all again.
+        """
+        if self.kind == "transformer":
+            read = (
+                ids[:, None]
+                if state is None
+                else torch.cat([state, ids[:, None]], 1)[:, -self.body.config.n_positions :]
+            )
+            contexts, streams = self.encode(read)
+            return self.logits(contexts[:, -1], streams[:, -1]), read
+        embedded = self.embed_norm(self.embedding(ids[:, None]))
+        contexts, state = self.body(embedded, state)
+        return self.logits(contexts[:, 0], embedded[:, 0]), state
+
     def context_parameters(self):
         """None: there is no Phase 1."""
         return []

@@ -59,6 +59,13 @@ class LanguageModel(TokenPredictor):
         """One step of F on normalised embeddings: (c_{t-1} [..., C], e_t [..., E]) -> (c_t, u_t or, without stream, None)."""
         return self.context_map(context, token, stream)
 
+    def advance(self, ids, state=None):
+        """One token further: ids [B] and what the last call left -> (logits [B, V], the context [B, C] for the next call)."""
+        tokens = self.embed(ids)
+        context = tokens.new_zeros(len(ids), self.context_dim) if state is None else state
+        context, stream = self.step(context, tokens)
+        return self.logits(context, stream), context
+
     def context_parameters(self):
         """Parameters that move the contexts; Phase 1 trains exactly these. A window and an empty context have none."""
         learned = [*self.context_map.parameters()]

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from newllm.errors import UserError
+from newllm.storage import Corrupt, load_sealed
 from newllm.training.checkpoint_files import CheckpointFiles, newest
-from newllm.training.compatibility import compare
+from newllm.training.compatibility import FORMAT, compare
 from newllm.training.frozen import load_frozen
 
 
@@ -24,6 +25,30 @@ def load_weights(files, model, found):
         raise UserError(
             f"{files.latest} does not fit the model ({reason}): start afresh with --no-load_checkpoint."
         ) from error
+
+
+def open_saved(path):
+    """The newest whole state of a folder, or that of one file; nothing is touched.
+
+    Returns:
+        (CheckpointFiles of its folder, content).
+
+    Raises:
+        UserError: there is none that can be read, or it is of another version.
+    """
+    path = Path(path).resolve()
+    files = CheckpointFiles(path if path.is_dir() else path.parent, 0)
+    try:
+        found = newest(files) if path.is_dir() else load_sealed(path)
+    except (Corrupt, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): give a checkpoint, or the folder that holds them."
+        ) from error
+    if found is None:
+        raise UserError(f"there is no whole checkpoint in {path}: run train.py first, or give another folder.")
+    if found.get("format") != FORMAT:
+        raise UserError(f"{path} has format {found.get('format')}, this version reads {FORMAT}.")
+    return files, found
 
 
 def load_trained(config, model, fingerprint):

@@ -1,0 +1,54 @@
+"""Text from a model, token by token: the state of the recurrence is all that is kept, so memory does not grow with the length."""
+
+import torch
+
+from newllm.interrupt import poll
+
+
+@torch.inference_mode()
+def generate(model, prompt_ids, count, seed, temperature=1.0, top_k=0, top_p=1.0, eos_id=None):
+    """Continue a prompt.
+
+    Args:
+        model: a model with `advance`. prompt_ids: list of at least one id.
+        count: tokens, at most. seed: of the draws.
+        temperature: 0 takes the likeliest token (greedy), less than 1 prefers likely ones.
+        top_k: draw among so many likeliest tokens; 0: all. top_p: draw among the likeliest that have this probability together
+            (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
+        eos_id: id that ends the text, and is not given out; None: none does.
+
+    Yields:
+        Ids, as they are drawn.
+    """
+    model.eval()
+    device = model.embedding.weight.device
+    generator = torch.Generator().manual_seed(seed)
+    narrow, state, logits = _narrowing(temperature, top_k, top_p), None, None
+    for token in prompt_ids:
+        poll()
+        logits, state = model.advance(torch.tensor([token], device=device), state)
+    for _ in range(count):
+        poll()
+        if temperature == 0:
+            token = logits.argmax(-1)
+        else:
+            shares = narrow(None, logits.float().cpu()).softmax(-1)
+            token = torch.multinomial(shares, 1, generator=generator)[0].to(device)
+        if token.item() == eos_id:
+            return
+        yield token.item()
+        logits, state = model.advance(token, state)
+
+
+def _narrowing(temperature, top_k, top_p):
+    """transformers' filters of logits [1, V], in its own order."""
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+    filters = LogitsProcessorList()
+    if temperature not in (0, 1):
+        filters.append(TemperatureLogitsWarper(temperature))
+    if top_k:
+        filters.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        filters.append(TopPLogitsWarper(top_p))
+    return filters
