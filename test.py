@@ -23,6 +23,7 @@ from newllm.interrupt import Interrupt
 from newllm.reporting.criteria import LADDER_COLUMNS, check, criteria_table, ladder_row, scale_lines, table
 from newllm.reporting.plots import scale_ladder
 from newllm.reporting.runlog import new_run_id
+from newllm.reporting.summary import plain
 from newllm.reporting.sweep import Sweep
 from newllm.storage import usable_folder
 from newllm.training.compatibility import BUDGET, HARMLESS
@@ -79,7 +80,7 @@ def climb(config, ladder):
     def work(run):
         # One backup_dir cannot mirror several runs; the time limit is the ladder's, and a stop is passed on to the run.
         own = dict(num_samples=run["size"], checkpoint_dir=run["folder"], keep_last=0, backup_dir="", max_minutes=0.0)
-        return call_apart(train.main, dataclasses.replace(config, **own))
+        return plain(call_apart(train.main, dataclasses.replace(config, **own)))
 
     with Interrupt(config.max_minutes), FolderLock(folder, "ladder"):
         sizes = {f"samples_{size}": size for size in ladder}

@@ -68,12 +68,12 @@ def evaluate_contexts(model, data, config, device):
     memory = diagnostics.memory_curve(model.step, embeddings, contexts)
     capacity = diagnostics.past_capacity(sides["train"], sides["val"])
     tokens = min(RANK_TOKENS, count * length)
-    rank = {name: diagnostics.effective_rank(c.flatten(0, 1)[:tokens]) for name, (c, _) in sides.items()}
-    spectrum = diagnostics.spectrum(sides["val"][0].flatten(0, 1)[:tokens]).tolist()
+    spectra = {name: diagnostics.spectrum(c.flatten(0, 1)[:tokens]) for name, (c, _) in sides.items()}
+    spectrum = spectra["val"].tolist()
     ranks = sorted({round(1 + i * (len(spectrum) - 1) / SPECTRUM_POINTS) for i in range(SPECTRUM_POINTS + 1)})
     return {
-        "er_train": rank["train"] / model.context_dim,
-        "er_val": rank["val"] / model.context_dim,
+        "er_train": diagnostics.rank_of(spectra["train"]) / model.context_dim,
+        "er_val": diagnostics.rank_of(spectra["val"]) / model.context_dim,
         "er_ceiling": diagnostics.effective_rank_ceiling(tokens, model.context_dim) / model.context_dim,
         "rank_tokens": tokens,
         "converged_ratio": stats.converged[min(10, stats.sweeps) - 1],

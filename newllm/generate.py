@@ -23,21 +23,20 @@ def generate(model, prompt_ids, count, seed, temperature=1.0, top_k=0, top_p=1.0
     model.eval()
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
-    narrow, state, logits = _narrowing(temperature, top_k, top_p), None, None
-    for token in prompt_ids:
-        poll()
-        logits, state = model.advance(torch.tensor([token], device=device), state)
+    narrow, state, read = _narrowing(temperature, top_k, top_p), None, prompt_ids
     for _ in range(count):
-        poll()
+        for token in read:
+            poll()
+            logits, state = model.advance(torch.tensor([token], device=device), state)
         if temperature == 0:
-            token = logits.argmax(-1)
+            token = logits.argmax().item()
         else:
             shares = narrow(None, logits.float().cpu()).softmax(-1)
-            token = torch.multinomial(shares, 1, generator=generator)[0].to(device)
-        if token.item() == eos_id:
+            token = torch.multinomial(shares, 1, generator=generator).item()
+        if token == eos_id:
             return
-        yield token.item()
-        logits, state = model.advance(token, state)
+        yield token
+        read = [token]
 
 
 def _narrowing(temperature, top_k, top_p):

@@ -13,6 +13,7 @@ arms, seeds or budgets, it makes what is missing there; a run in hand goes on fr
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import train
 from config import ResidualConfig
@@ -20,8 +21,9 @@ from newllm.apart import call_apart
 from newllm.config import parse_args
 from newllm.errors import UserError, exit_on_user_error
 from newllm.interrupt import Interrupt
-from newllm.reporting.comparison import Comparison, read_result, read_results, write_report
+from newllm.reporting.comparison import Comparison, read_json, read_result, read_results, write_report
 from newllm.reporting.plots import comparison_points, context_curves
+from newllm.reporting.summary import plain
 from newllm.reporting.sweep import Sweep
 from newllm.storage import usable_folder, write_text
 from newllm.training.compatibility import BUDGET, HARMLESS
@@ -113,13 +115,9 @@ def make(config, runs, results):
 
 
 def meaning(config):
-    """The settings that shape a run's figures. Where its text lies and what machine it ran on do not."""
-    return {name: value for name, value in config.to_dict().items() if name not in HARMLESS | {"data_source"}}
-
-
-def plain(result):
-    """The figures of a result that are single values."""
-    return {key: value for key, value in result.items() if not isinstance(value, list | dict)}
+    """The settings that shape a run's figures. In which folder its text lies and what machine it ran on do not."""
+    settings = {name: value for name, value in config.to_dict().items() if name not in HARMLESS}
+    return settings | {"data_source": Path(config.data_source).name}
 
 
 def choose(results):
@@ -133,11 +131,6 @@ def choose(results):
         samples: {arm: {name: result["changes"][name] for name in GRID} for arm, result in at.items()}
         for samples, at in best.items()
     }
-
-
-def read_tuned(path):
-    """What --tune has chosen, {} before it has been run."""
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def main(config, arguments):
@@ -154,7 +147,8 @@ def main(config, arguments):
             print(f"{samples} samples, {arm}: {values}")
         return
     if not arguments.report:
-        make(config, plan(arms, arguments.seeds, budgets, read_tuned(results / TUNED)), results)
+        tuned = read_json(results / TUNED) if (results / TUNED).exists() else {}
+        make(config, plan(arms, arguments.seeds, budgets, tuned), results)
     comparison = Comparison(read_results(results))
     print("\n".join(write_report(comparison, results)))
     for tokens in comparison.budgets:

@@ -25,6 +25,8 @@ class Writer:
 
     def __init__(self, options):
         files, found = open_saved(options.model_path)
+        if found["stage"] == "untrained":
+            raise UserError(f"the run in {options.model_path} has trained nothing yet: go on with train.py first.")
         changes = {"cache_dir": options.cache_dir} if options.cache_dir else {}
         config = ResidualConfig(**found["config"] | changes)
         data = load_data(config)
@@ -42,24 +44,23 @@ class Writer:
 
     def write(self, prompt, stop=None):
         """Print a continuation as it comes, up to the text `stop`; returns it."""
-        options, written, ids = self.options, "", []
+        options, written, waiting = self.options, "", ""
         how = dict(
             temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, eos_id=self.tokenizer.eos_id
         )
         prompt_ids = self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]
+        decode = self.tokenizer.decoder()
         for token in generate(self.model, prompt_ids, options.max_tokens, options.seed, **how):
-            ids.append(token)
-            text = self.tokenizer.decode(ids)
-            if stop and stop in text:
+            waiting += decode(token)
+            if stop and stop in waiting:
+                waiting = waiting.partition(stop)[0]
                 break
-            # An unfinished character waits for its other bytes, what may be the beginning of `stop` for its end.
-            if not text.endswith("\ufffd") and not (
-                stop and text.endswith(tuple(stop[:n] for n in range(1, len(stop))))
-            ):
-                print(text[len(written) :], end="", flush=True)
-                written = text
-        print(flush=True)
-        return written
+            # What may be the beginning of `stop` waits for its end.
+            if not (stop and any(waiting.endswith(stop[:n]) for n in range(1, len(stop)))):
+                print(waiting, end="", flush=True)
+                written, waiting = written + waiting, ""
+        print(waiting, flush=True)
+        return written + waiting
 
 
 def chat(writer, turns):

@@ -1,5 +1,6 @@
 """The comparison on a tiny corpus: every arm trains, resumes as a sweep, and ends in a table."""
 
+import dataclasses
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -55,6 +56,27 @@ def test_more_arms_and_seeds_keep_what_is_made(tiny_settings, tmp_path, here, mo
     other = ResidualConfig(**tiny_settings | dict(phase2_epochs=2, checkpoint_dir=str(tmp_path / "other")))
     with pytest.raises(UserError, match=r"token-12-0\.json was made with other settings \(phase2_epochs\)"):
         compare.main(other, arguments(tmp_path, arms="token"))
+    text = tmp_path / "another.jsonl"
+    text.write_bytes(Path(config.data_source).read_bytes())
+    other = dataclasses.replace(elsewhere, data_source=str(text), checkpoint_dir=str(tmp_path / "third"))
+    with pytest.raises(UserError, match=r"other settings \(data_source\)"):
+        compare.main(other, arguments(tmp_path, arms="token"))
+
+
+def test_files_that_are_not_what_they_should_be_are_refused(tiny_settings, tmp_path, here):
+    """A torn choice of the grid, a file that is no result: a sentence each, and the file stays."""
+    results = tmp_path / "results"
+    results.mkdir()
+    for name, content, sentence in (
+        ("tuned.json", "{", r"tuned\.json cannot be read"),
+        ("tuned.json", "3", r"tuned\.json cannot be read"),
+        ("token-12-0.json", '{"arm": "token"}', r"token-12-0\.json is no result of this version"),
+    ):
+        (results / name).write_text(content)
+        with pytest.raises(UserError, match=sentence):
+            compare.main(ResidualConfig(**tiny_settings), arguments(tmp_path, arms="token"))
+        assert (results / name).read_text() == content
+        (results / name).unlink()
 
 
 def test_tuning_uses_training_dialogues_alone_and_its_choice_is_used(tiny_settings, tmp_path, here, monkeypatch):

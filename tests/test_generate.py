@@ -72,5 +72,9 @@ def test_the_command_writes_with_what_was_trained(tiny_settings, tmp_path, capsy
     assert "User:" not in capsys.readouterr().out
     with pytest.raises(UserError, match="no whole checkpoint"):
         script.main(["--model_path", str(tmp_path)])
+    real = script.open_saved
+    monkeypatch.setattr(script, "open_saved", lambda path: (real(path)[0], real(path)[1] | {"stage": "untrained"}))
+    with pytest.raises(UserError, match="has trained nothing yet"):
+        script.main(["--model_path", folder])
     with pytest.raises(UserError, match="top_p lies in"):
         script.main(["--top_p", "0"])

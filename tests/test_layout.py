@@ -31,8 +31,8 @@ MAY_IMPORT = {
     "newllm.generate": {"newllm.interrupt"},
     "newllm.reporting": {"newllm.reporting", "newllm.storage", "newllm.errors"},
     "newllm.training": {
-        "newllm.training", "newllm.data", "newllm.models", "newllm.fixed_point", "newllm.evaluate", "newllm.reporting",
-        "newllm.storage", "newllm.seeding", "newllm.errors", "newllm.interrupt", "newllm.memory",
+        "newllm.training", "newllm.data", "newllm.models", "newllm.fixed_point", "newllm.evaluate", "newllm.generate",
+        "newllm.reporting", "newllm.storage", "newllm.seeding", "newllm.errors", "newllm.interrupt", "newllm.memory",
         "newllm",
     },
 }  # fmt: skip

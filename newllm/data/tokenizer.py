@@ -66,6 +66,13 @@ class Tokenizer:
         """Text of a list of int, the end-of-text id as "<|endoftext|>"; bytes that are no UTF-8 become U+FFFD."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
+    def decoder(self):
+        """Function that takes ids one after the other and gives the text that each completes, which may be "" (part of a character)."""
+        from tokenizers.decoders import DecodeStream
+
+        stream = DecodeStream(skip_special_tokens=False)
+        return lambda token: stream.step(self._tokenizer, token) or ""
+
     def token_bytes(self):
         """UTF-8 bytes each id stands for: int32 [V], 0 for the end of text."""
         import torch

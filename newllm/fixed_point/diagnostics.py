@@ -26,7 +26,12 @@ def spectrum(contexts_NC):
 
 def effective_rank(contexts_NC):
     """exp(entropy of s / sum(s)) for the singular values s of the centred contexts (Roy & Vetterli 2007): 1 ... C."""
-    return torch.special.entr(spectrum(contexts_NC)).sum().exp().item()
+    return rank_of(spectrum(contexts_NC))
+
+
+def rank_of(shares):
+    """Effective rank of a spectrum, as `spectrum` gives it."""
+    return torch.special.entr(shares).sum().exp().item()
 
 
 def effective_rank_ceiling(num_tokens, context_dim, seed=0):

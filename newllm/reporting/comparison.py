@@ -55,12 +55,24 @@ def read_result(path):
     """One of them.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is no result.
+    """
+    found = read_json(path)
+    if not {"arm", "seed", "changes", "settings", "val_sample_nats"} <= found.keys():
+        raise UserError(f"{path} is no result of this version: move it away and run the comparison again.")
+    return found
+
+
+def read_json(path):
+    """The object in a file.
+
+    Raises:
+        UserError: it cannot be read, or holds none.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove it and run the comparison again.") from error
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it and run the command again.") from error
 
 
 def mean_interval(values):
@@ -124,7 +136,7 @@ class Comparison:
         return {float(x): statistics.mean(curve[x] for curve in curves) for x in curves[0]}
 
     def by_setting(self, tokens, name, prefix):
-        """(value of a setting, arm) of all frozen arms at a budget whose names begin so and whose changes are that setting."""
+        """(value of a setting, arm) of all frozen arms at a budget whose names begin so, without the shuffled one."""
         return [
             (results[0]["settings"][name], arm)
             for (budget, arm), results in self.by.items()
@@ -132,18 +144,19 @@ class Comparison:
             and not results[0]["settings"]["phase1_shuffle"]
         ]  # fmt: skip
 
+    def comparable(self, tokens, ours, theirs):
+        """Whether both arms are there with a common seed and the same tokens to predict: nats of other ones are of others."""
+        sides = [self.by.get((tokens, arm), []) for arm in (ours, theirs)]
+        seeds, vocabularies = ([{r[key] for r in side} for side in sides] for key in ("seed", "vocab_size"))
+        tokenizers = [{r["tokenizer"] for r in side} for side in sides]
+        return bool(seeds[0] & seeds[1]) and vocabularies[0] == vocabularies[1] and tokenizers[0] == tokenizers[1]
+
     def difference(self, tokens, ours, theirs):
-        """paired_difference of two arms at a budget; None unless both are there, with the same tokens to predict."""
-        if not {(tokens, ours), (tokens, theirs)} <= self.by.keys() or self.vocabulary(tokens, ours) != self.vocabulary(
-            tokens, theirs
-        ):
+        """paired_difference of two arms at a budget; None unless they are comparable."""
+        if not self.comparable(tokens, ours, theirs):
             return None
         nats = [{r["seed"]: r["val_sample_nats"] for r in self.by[tokens, arm]} for arm in (ours, theirs)]
         return paired_difference(*nats, self.by[tokens, ours][0]["settings"]["max_seq_length"])
-
-    def vocabulary(self, tokens, arm):
-        """(tokenizer, number of its ids) of an arm: nats and perplexities of another are of other tokens."""
-        return tuple(self.by[tokens, arm][0][key] for key in ("tokenizer", "vocab_size"))
 
     def rows(self):
         """The table: a row for each budget and arm."""
@@ -169,7 +182,7 @@ class Comparison:
         """A sentence for each claim and budget: it holds, is refuted, or is undecided, and by which row."""
         for tokens in self.budgets:
             for claim, ours, others in CLAIMS:
-                there = [arm for arm in others if self.difference(tokens, ours, arm)]
+                there = [arm for arm in others if self.comparable(tokens, ours, arm)]
                 if not there:
                     continue
                 best = min(there, key=lambda arm: self.mean(tokens, arm, "val_loss")[0])

@@ -146,6 +146,7 @@ def context_curves(comparison, tokens, path):
         for panel in (memory, use):
             if panel.lines:
                 _logarithmic(panel, "x")
+                panel.xaxis.set_major_formatter("{x:g}")
 
         weights = sorted(comparison.by_setting(tokens, "dist_reg_weight", "phase1_"))
         for key, style, label in (

@@ -77,3 +77,8 @@ def curves(results):
         **{name: contexts.get(name) for name in CURVES},
         **{f"{name}_untrained": untrained.get(name) for name in CURVES},
     }
+
+
+def plain(summary):
+    """The figures of a summary that are single values, without its curves."""
+    return {key: value for key, value in summary.items() if not isinstance(value, list | dict)}

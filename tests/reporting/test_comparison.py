@@ -20,7 +20,7 @@ def result(arm, seed, loss, tokens=1000, samples=40):
     dialogues = source.normal(0, 10, samples)
     nats = (loss * LENGTH + dialogues - dialogues.mean() + np.random.default_rng(seed).normal(0, 0.2, samples)).tolist()
     return dict(
-        arm=arm, seed=seed, tokenizer="bpe", vocab_size=300, train_tokens=tokens, val_loss=loss, val_ppl=math.exp(loss), val_bpb=loss / 3, parameters=10,
+        arm=arm, seed=seed, changes={}, tokenizer="bpe", vocab_size=300, train_tokens=tokens, val_loss=loss, val_ppl=math.exp(loss), val_bpb=loss / 3, parameters=10,
         seconds_training=5.0 + seed, settings={"max_seq_length": LENGTH}, val_sample_nats=nats, val_ppl_unigram=600.0,
         val_ppl_bigram=200.0, val_ppl_kn=150.0,
     )  # fmt: skip
