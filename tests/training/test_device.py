@@ -241,15 +241,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_used_again_without_new_pages():
     """64 MB taken and given back again and again: tens of thousands of page faults by default, next to none if kept."""
-    faults = [
-        int(
-            subprocess.run(
-                [sys.executable, "-c", FAULTS.format(keep=keep)], capture_output=True, text=True, check=True
-            ).stdout
-        )
-        for keep in (True, False)
-    ]
-    assert faults[0] < 100 < 1000 < faults[1]
+    faults = {}
+    for keep in (True, False):
+        command = [sys.executable, "-c", FAULTS.format(keep=keep)]
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        faults[keep] = int(printed)
+    assert faults[True] < 100
+    if not faults[False]:
+        pytest.skip("this kernel counts no page faults, or keeps freed memory by itself")
+    assert faults[False] > 1000
 
 
 def test_memory_in_use_is_that_of_the_process():
