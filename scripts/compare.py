@@ -2,7 +2,7 @@
 
     python3 -m scripts.compare --data_source dialogues.jsonl --tokenizer bpe --seeds 5 --tokens 6400,25000,100000
     python3 -m scripts.compare --arms phase1_frozen,gru --seeds 3    # some arms; other settings are flags, as in train.py
-    python3 -m scripts.compare --tune --tokens 25000                 # the grid of each arm, on a split of the training samples
+    python3 -m scripts.compare --tune --tokens 25000                 # each arm's rate and dropout, on a split of the training samples
     python3 -m scripts.compare --report                              # tables and pictures from the results that are there
 
 Each run leaves one small JSON file in `results/`, from which the tables are made. Cut off and started again, also with more
@@ -47,7 +47,12 @@ ARMS = {  # name: settings in which it differs from the settings of the command
     "lstm": dict(model_type="lstm"),
     "transformer": dict(model_type="transformer"),
 }
-GRID = dict(phase2_learning_rate=(0.0005, 0.001, 0.002), dropout=(0.15, 0.3))  # the same for every arm
+GRID = dict(phase2_learning_rate=(0.0005, 0.001, 0.002, 0.004), dropout=(0.0, 0.15, 0.3, 0.5))  # the same for every arm
+TUNING_START = (0.002, 0.3)
+TUNED_AS = {  # an ablation differs from its arm in one thing: it takes what that arm was tuned to
+    **{arm: "phase1_frozen" for arm in ARMS if arm.startswith(("phase1_w", "phase1_shuffled"))},
+    "phase1_finetuned_gpt2": "phase1_finetuned",
+}
 TUNE_SHARE, TUNE_SEED = 0.2, 1000  # neither the validation samples nor the seeds of the comparison
 TUNED = "tuned.json"
 
@@ -56,19 +61,45 @@ def plan(arms, seeds, budgets, tuned):
     """{name of a run: its settings} for all arms, seeds and numbers of samples."""
     runs = {}
     for samples, seed, arm in itertools.product(budgets, range(seeds), arms):
-        chosen = tuned.get(str(samples), {}).get(arm, {})
+        chosen = tuned.get(str(samples), {}).get(TUNED_AS.get(arm, arm), {})
         runs[f"{arm}-{samples}-{seed}"] = dict(num_samples=samples, seed=seed) | ARMS[arm] | chosen
     return runs
 
 
-def grid(arms, budgets):
-    """{name of a run: its settings} for every point of the grid of each arm and budget, validated on training dialogues."""
-    runs = {}
-    for samples, arm, values in itertools.product(budgets, arms, itertools.product(*GRID.values())):
-        name = "-".join([arm, str(samples), *(f"{value:g}" for value in values)])
-        split = dict(num_samples=samples, tune_share=TUNE_SHARE, seed=TUNE_SEED)
-        runs[name] = ARMS[arm] | dict(zip(GRID, values, strict=True)) | split
-    return runs
+def tune(config, arms, budgets, folder):
+    """Walk each arm's grid, from TUNING_START, until no neighbour of its best point is better on training dialogues held back.
+
+    Raises:
+        UserError, Stopped: as `make`.
+    """
+    for samples, arm in itertools.product(budgets, [arm for arm in arms if arm not in TUNED_AS]):
+        split = ARMS[arm] | dict(num_samples=samples, tune_share=TUNE_SHARE, seed=TUNE_SEED)
+        points = {TUNING_START}
+        while points:
+            runs = {
+                "-".join([arm, str(samples), *(f"{value:g}" for value in point)]): split
+                | dict(zip(GRID, point, strict=True))
+                for point in sorted(points)
+            }
+            make(config, runs, folder)
+            made = [r for r in read_results(folder) if r["arm"] == arm and r["changes"]["num_samples"] == samples]
+            best = min(made, key=lambda result: result["val_loss"])
+            points = neighbours(place(best)) - {place(result) for result in made}
+
+
+def place(result):
+    """The point of the grid at which a result was made."""
+    return tuple(result["changes"][name] for name in GRID)
+
+
+def neighbours(point):
+    """Points of the grid one step away along one axis."""
+    found = set()
+    for axis, values in enumerate(GRID.values()):
+        at = values.index(point[axis])
+        for value in values[max(at - 1, 0) : at + 2]:
+            found.add((*point[:axis], value, *point[axis + 1 :]))
+    return found - {point}
 
 
 def make(config, runs, results):
@@ -128,7 +159,7 @@ def choose(results):
         if result["arm"] not in at or result["val_loss"] < at[result["arm"]]["val_loss"]:
             at[result["arm"]] = result
     return {
-        samples: {arm: {name: result["changes"][name] for name in GRID} for arm, result in at.items()}
+        samples: {arm: dict(zip(GRID, place(result), strict=True)) for arm, result in at.items()}
         for samples, at in best.items()
     }
 
@@ -139,7 +170,7 @@ def main(config, arguments):
     budgets = [tokens // config.max_seq_length for tokens in whole_numbers(arguments.tokens)]
     if arguments.tune:
         folder = usable_folder(results / "tuning", "results")
-        make(config, grid(arms, budgets), folder)
+        tune(config, arms, budgets, folder)
         tuned = choose(read_results(folder))
         write_text(results / TUNED, json.dumps(tuned, indent=1) + "\n")
         for samples, arm in ((samples, arm) for samples, chosen in tuned.items() for arm in chosen):
@@ -186,7 +217,7 @@ def flags(parser):
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 ... N-1")
     parser.add_argument("--tokens", default="100000", help="training tokens, comma-separated")
     parser.add_argument("--results", default="results", help="folder of the figures, one small file a run")
-    parser.add_argument("--tune", action="store_true", help="choose each arm's learning rate and dropout by the grid")
+    parser.add_argument("--tune", action="store_true", help="choose each arm's learning rate and dropout, from a grid")
     parser.add_argument("--report", action="store_true", help="train nothing, make tables and pictures")
 
 

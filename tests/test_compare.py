@@ -80,8 +80,9 @@ def test_files_that_are_not_what_they_should_be_are_refused(tiny_settings, tmp_p
 
 
 def test_tuning_uses_training_dialogues_alone_and_its_choice_is_used(tiny_settings, tmp_path, here, monkeypatch):
-    """The grid validates on a share of the training samples; the best point is written down and taken by the next runs."""
+    """Points are judged on a share of the training samples; the best is written down and taken by the next runs."""
     monkeypatch.setattr(compare, "GRID", dict(phase2_learning_rate=(0.002, 0.02), dropout=(0.0,)))
+    monkeypatch.setattr(compare, "TUNING_START", (0.002, 0.0))
     config = ResidualConfig(**tiny_settings | dict(phase2_epochs=2))
     compare.main(config, arguments(tmp_path, arms="token", tune=True))
     points = [json.loads(path.read_text()) for path in Path(tmp_path / "results" / "tuning").glob("*.json")]
@@ -93,6 +94,27 @@ def test_tuning_uses_training_dialogues_alone_and_its_choice_is_used(tiny_settin
     compare.main(other, arguments(tmp_path, arms="token"))
     found = json.loads((tmp_path / "results" / "token-12-0.json").read_text())
     assert found["changes"]["phase2_learning_rate"] == best["changes"]["phase2_learning_rate"]
+
+
+def test_the_walk_over_the_grid_ends_where_no_neighbour_is_better(tiny_settings, tmp_path, monkeypatch):
+    """On a bowl it finds the bottom, in a corner too, without the far side; an ablation has its arm's choice."""
+    tried = []
+
+    def make(config, runs, folder):
+        for name, changes in runs.items():
+            rate, dropout = (changes[axis] for axis in compare.GRID)
+            tried.append((rate, dropout))
+            result = dict(arm="gru", seed=0, changes=changes, settings={}, val_sample_nats=[])
+            loss = abs(rate - 0.0005) * 1000 + abs(dropout - 0.15)
+            (folder / f"{name}.json").write_text(json.dumps(result | {"val_loss": loss}))
+
+    monkeypatch.setattr(compare, "make", make)
+    compare.main(ResidualConfig(**tiny_settings), arguments(tmp_path, arms="gru,phase1_w1", tune=True))
+    tuned = json.loads((tmp_path / "results" / "tuned.json").read_text())
+    assert tuned == {"12": {"gru": dict(phase2_learning_rate=0.0005, dropout=0.15)}}
+    assert len(set(tried)) == len(tried) < 14 and (0.004, 0.5) not in tried
+    plan = compare.plan(["phase1_w1"], 1, [12], {"12": {"phase1_frozen": dict(dropout=0.1)}})
+    assert plan["phase1_w1-12-0"]["dropout"] == 0.1
 
 
 def test_unknown_arms_and_numbers_are_refused():
