@@ -17,15 +17,18 @@ from newllm.models.baselines import build_model
 from newllm.models.language_model import LanguageModel
 from newllm.models.ngram import ngram_rows
 from newllm.models.pretrained import load_embedding
+from newllm.reporting.artifacts import artifact_paths, write_artifacts
 from newllm.reporting.banner import banner
+from newllm.reporting.record import read_record
 from newllm.reporting.runlog import RunLog, new_run_id
-from newllm.reporting.summary import context_line, curves, summarize
+from newllm.reporting.summary import context_line, curves, plain, summarize
 from newllm.training.checkpoint import Checkpointer
 from newllm.training.device import compile_cost, describe_device, memory_mb, open_runtime, peak_memory_mb
 from newllm.training.memory_estimate import predicted_peak
 from newllm.training.phase1 import train_phase1
 from newllm.training.phase2 import train_phase2
-from newllm.training.state import require_space
+from newllm.training.state import provenance, require_space
+from newllm.training.trained import save_model
 
 
 def main(config):
@@ -65,8 +68,9 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
     for line in banner(config, describe_device(runtime), data, model, checkpointer.notes):
         log.say(line)
     log.log(
-        "start", config=config.to_dict(), device=describe_device(runtime), data=data.notes, fingerprint=data.fingerprint
-    )
+        "start", config=config.to_dict(), device=describe_device(runtime), data=data.notes, fingerprint=data.fingerprint,
+        **provenance(),
+    )  # fmt: skip
 
     learns_context = bool(model.context_parameters())
     if not checkpointer.is_done("untrained"):
@@ -106,10 +110,14 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
         if learns_context and not frozen:
             results["contexts"] = evaluate_contexts(model, data, config, runtime.device)
             log.say(context_line("phase 2", results["contexts"]))
-        if isinstance(model, LanguageModel):
+        if isinstance(model, LanguageModel) and not config.whiten_context:
             results["bpb_by_context"] = bpb_by_context(
                 model, data.val, data.token_bytes, runtime.autocast, runtime.device
             )
+        if config.artifacts and log.writes:
+            about = {"run_id": log.run_id, "data_source": data.source, "metrics": plain(head), **provenance()}
+            path = artifact_paths(log.folder.parent, config.model_type, log.run_id)["model"]
+            attempt(log, lambda: save_model(path, model, config, data.tokenizer, about))
         checkpointer.complete("phase2", model, results)
 
     summary = summarize(config, data, checkpointer.results)
@@ -124,10 +132,24 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
         "saving_share_background": written,
         **(compile_cost() if runtime.compile else {}),
     }
+    log.log("curves", **curves(checkpointer.results))
+    log.log("summary", **summary)
+    if config.artifacts and log.writes:
+        attempt(log, lambda: log.say(f"report: {write_artifacts(read_record(log.path))['report']}"))
     log.finish(summary)
     if unsaved:
         raise UserError(f"the last checkpoint could not be written ({unsaved}): free the disk and run again.")
     return summary | curves(checkpointer.results)
+
+
+def attempt(log, write):
+    """Call a function that writes what the run could do without: a disk that refuses costs that, not the run."""
+    try:
+        write()
+    except OSError as error:
+        log.warn(
+            f"warning: {error.filename or 'an artefact'} cannot be written ({error.strerror or error}); the run goes on"
+        )
 
 
 if __name__ == "__main__":

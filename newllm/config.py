@@ -124,6 +124,7 @@ class Config:
     backup_dir: str
     backup_every_minutes: NonNegative
     max_minutes: NonNegative
+    artifacts: bool
 
     def __init__(self, **given):
         known = field_types()

@@ -4,7 +4,8 @@
     python3 -m scripts.generate --model_path checkpoints/model_best.pt --prompt "Once" --temperature 0     # greedy
     python3 -m scripts.generate --chat                                                                     # a conversation
 
-Data and tokenizer are those of the run, from its cache. The text appears as it is drawn.
+A model file (`checkpoints/DATA/models/TYPE_RUN.pth`) needs nothing else; a checkpoint needs its run's data or cache, for
+the tokenizer. The text appears as it is drawn.
 """
 
 import argparse
@@ -17,16 +18,22 @@ from newllm.generate import generate
 from newllm.interrupt import Interrupt
 from newllm.models.baselines import build_model
 from newllm.models.pretrained import load_embedding
-from newllm.training.trained import load_weights, open_saved
+from newllm.training.trained import load_model, load_weights, open_saved
 
 
 class Writer:
     """Continues texts with the model of a checkpoint, in fp32: for one token, converting weights costs more than using them."""
 
     def __init__(self, options):
+        self.options = options
         files, found = open_saved(options.model_path)
-        if found["stage"] == "untrained":
+        if found.get("stage") == "untrained":
             raise UserError(f"the run in {options.model_path} has trained nothing yet: go on with train.py first.")
+        if found["config"]["whiten_context"]:
+            raise UserError(f"{options.model_path} is a control on whitened contexts: it cannot read a new text.")
+        if "tokenizer" in found:
+            self.model, self.tokenizer = load_model(found)
+            return
         changes = {"cache_dir": options.cache_dir} if options.cache_dir else {}
         config = ResidualConfig(**found["config"] | changes)
         data = load_data(config)
@@ -35,11 +42,7 @@ class Writer:
                 f"{options.model_path} was trained on other data than {config.data_source} holds now: restore it."
             )
         pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
-        self.model, self.tokenizer, self.options = (
-            build_model(config, data.vocab_size, pretrained),
-            data.tokenizer,
-            options,
-        )
+        self.model, self.tokenizer = build_model(config, data.vocab_size, pretrained), data.tokenizer
         load_weights(files, self.model, found)
 
     def write(self, prompt, stop=None):
@@ -74,7 +77,9 @@ def chat(writer, turns):
 def main(arguments=None):
     """Write, or talk."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model_path", default=ResidualConfig.checkpoint_dir, help="a checkpoint, or a folder of them")
+    parser.add_argument(
+        "--model_path", default=ResidualConfig.checkpoint_dir, help="a model file, a checkpoint or a folder of these"
+    )
     parser.add_argument("--prompt", default="User:", help="text to continue")
     parser.add_argument("--max_tokens", type=int, default=100, help="length, at most")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")

@@ -20,4 +20,5 @@ def tiny_settings(tmp_path, corpus_file):
         context_dim=16, embed_dim=16, num_layers=1, phase1_max_iterations=3, phase1_batch_size=4, phase2_epochs=3,
         phase2_batch_size=4, min_batches=3, precision="fp32", device="cpu", save_every_n_batches=2,
         cache_dir=str(tmp_path / "cache"), checkpoint_dir=str(tmp_path / "checkpoints"),
+        artifacts=False,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Generation: the same logits as reading the whole text at once, greedy without chance, draws that the seed decides."""
 
 import io
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,8 +58,8 @@ def test_the_seed_decides_the_draws_and_the_filters_narrow_them(model):
     "settings", [{}, {"freeze_context": True}, {"model_type": "gru"}], ids=["tuned", "frozen", "gru"]
 )
 def test_the_command_writes_with_what_was_trained(tiny_settings, tmp_path, capsys, monkeypatch, settings):
-    """From a folder and from a file, greedy the same; a conversation; a sentence where there is nothing."""
-    train(ResidualConfig(**tiny_settings, **settings))
+    """From a folder, a checkpoint and a model file, greedy the same; a conversation; a sentence where there is nothing."""
+    train(ResidualConfig(**tiny_settings | dict(artifacts=True), **settings))
     folder = tiny_settings["checkpoint_dir"]
     capsys.readouterr()
     flags = ["--prompt", "User: hello", "--temperature", "0", "--max_tokens", "12", "--model_path"]
@@ -67,11 +68,19 @@ def test_the_command_writes_with_what_was_trained(tiny_settings, tmp_path, capsy
     assert text.startswith("User: hello") and len(text) > len("User: hello\n")
     script.main([*flags, f"{folder}/model_best.pt"])
     assert capsys.readouterr().out == text
+    (alone,) = Path(folder).glob("*/models/*.pth")
+    alone = alone.rename(tmp_path / "alone.pth")
+    with monkeypatch.context() as nothing_else:
+        nothing_else.setattr(script, "load_data", None)
+        script.main([*flags, str(alone)])
+    assert capsys.readouterr().out == text
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand more\n"))
     script.main(["--chat", "--max_tokens", "5", "--model_path", folder])
     assert "User:" not in capsys.readouterr().out
+    empty = tmp_path / "empty"
+    empty.mkdir()
     with pytest.raises(UserError, match="no whole checkpoint"):
-        script.main(["--model_path", str(tmp_path)])
+        script.main(["--model_path", str(empty)])
     real = script.open_saved
     monkeypatch.setattr(script, "open_saved", lambda path: (real(path)[0], real(path)[1] | {"stage": "untrained"}))
     with pytest.raises(UserError, match="has trained nothing yet"):

@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "newllm.reporting": {"newllm.reporting", "newllm.storage", "newllm.errors"},
     "newllm.training": {
         "newllm.training", "newllm.data", "newllm.models", "newllm.fixed_point", "newllm.evaluate", "newllm.generate",
-        "newllm.reporting", "newllm.storage", "newllm.seeding", "newllm.errors", "newllm.interrupt", "newllm.memory",
+        "newllm.reporting", "newllm.storage", "newllm.seeding", "newllm.errors", "newllm.interrupt", "newllm.memory", "newllm.config",
         "newllm",
     },
 }  # fmt: skip

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from newllm.errors import UserError
+from newllm.reporting.record import as_curve
 
 COUNTED = ("unigram", "bigram", "kn")  # rows that only count n-grams, the same for every seed
 RESAMPLES = 2000
@@ -129,11 +130,8 @@ class Comparison:
 
     def curve(self, tokens, arm, key):
         """{x: mean over seeds of y} of a curve that each run has, a list counting from 1; None for an arm without it."""
-        curves = [result[key] for result in self.by.get((tokens, arm), []) if result.get(key)]
-        if not curves:
-            return None
-        curves = [curve if isinstance(curve, dict) else dict(enumerate(curve, 1)) for curve in curves]
-        return {float(x): statistics.mean(curve[x] for curve in curves) for x in curves[0]}
+        curves = [as_curve(result[key]) for result in self.by.get((tokens, arm), []) if result.get(key)]
+        return {x: statistics.mean(curve[x] for curve in curves) for x in curves[0]} if curves else None
 
     def by_setting(self, tokens, name, prefix):
         """(value of a setting, arm) of all frozen arms at a budget whose names begin so, without the shuffled one."""

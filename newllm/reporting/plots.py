@@ -1,34 +1,18 @@
-"""Pictures of finished runs: from plain numbers to a PNG file, all in one style. matplotlib loads with the first one."""
+"""Pictures of several runs: a ladder of budgets, the arms of a comparison, sweeps against the loop."""
 
-import contextlib
 import itertools
 
 from newllm.reporting.criteria import scale_fits
-
-DPI = 150
-PANEL = (5.0, 3.6)  # inches
-
-# Okabe and Ito's colours, which colour-blind eyes tell apart; markers and dashes do so without any colour.
-TRAINED = dict(color="#0072B2", marker="o")
-TRAINING_DATA = dict(color="#CC79A7", marker="s")
-UNTRAINED = dict(color="#D55E00", marker="^", linestyle="--")
-COUNTED = dict(color="#009E73", marker="D", linestyle="-.")
-REFERENCE = dict(color="#666666", linestyle=":", linewidth=1.5)
-STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E5E5E5",
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5.5,
-    "legend.edgecolor": "none",
-    "figure.constrained_layout.w_pad": 0.1,
-    "figure.constrained_layout.h_pad": 0.1,
-}
+from newllm.reporting.run_plots import context_panels
+from newllm.reporting.style import (
+    COUNTED,
+    REFERENCE,
+    TRAINED,
+    TRAINING_DATA,
+    UNTRAINED,
+    figure,
+    logarithmic,
+)
 
 
 def scale_ladder(summaries, path):
@@ -45,7 +29,7 @@ def scale_ladder(summaries, path):
 
     tokens = [s["train_tokens"] for s in summaries]
     first, growth = tokens[0], tokens[-1] / tokens[0]
-    with _figure(path, 2, 2) as ((time, memory), (rank, perplexity)):
+    with figure(path, 2, 2) as ((time, memory), (rank, perplexity)):
 
         def draw(panel, key, label=None, scale=1, **style):
             panel.plot(tokens, [scale * s[key] for s in summaries], label=label, **style)
@@ -72,9 +56,9 @@ def scale_ladder(summaries, path):
 
         if growth > 10:
             # Memory stays linear: over a logarithmic axis of tokens a straight line would look like an explosion.
-            _logarithmic(time, "xy")
-            _logarithmic(rank, "x")
-            _logarithmic(perplexity, "x")
+            logarithmic(time, "xy")
+            logarithmic(rank, "x")
+            logarithmic(perplexity, "x")
         memory.set_ylim(bottom=0)
         for panel in (time, memory, rank, perplexity):
             panel.set_xlabel("training tokens")
@@ -91,7 +75,7 @@ def comparison_points(comparison, tokens, path):
         path: of the PNG file; its folder is made.
     """
     arms = comparison.arms(tokens)[::-1]
-    with _figure(path, 1, 2) as ((perplexity, seconds),):
+    with figure(path, 1, 2) as ((perplexity, seconds),):
         for panel, key in ((perplexity, "val_ppl"), (seconds, "seconds_training")):
             for arm in arms:
                 mean, half = comparison.mean(tokens, arm, key)
@@ -121,33 +105,9 @@ def context_curves(comparison, tokens, path):
         comparison: newllm.reporting.comparison.Comparison. tokens: one of its budgets.
         path: of the PNG file; its folder is made.
     """
-    with _figure(path, 2, 3) as ((cold, memory, past), (spectrum, use, trade)):
-
-        def draw(panel, key, x=float, y=float):
-            for arm, style in ARM_STYLES.items():
-                if curve := comparison.curve(tokens, arm, key):
-                    many = {"marker": None} if len(curve) > 20 else {}
-                    panel.plot([x(k) for k in curve], [y(v) for v in curve.values()], **style | many)
-
-        draw(cold, "cold_start_curve")
-        cold.set(
-            title="Convergence from a cold start", xlabel="sweeps", ylabel="distance from the trajectory", yscale="log"
-        )
-        draw(memory, "memory_curve", x=lambda k: k or 0.5)
-        memory.set(title="Memory", xlabel="tokens since a token was replaced (first point: none)", yscale="log",
-                   ylabel="change of the context")  # fmt: skip
-        memory.axhline(1e-2, **REFERENCE)
-        draw(past, "past_capacity_by_lag")
-        past.set(title="Tokens that a linear probe reads", xlabel="tokens back", ylabel="held-out $R^2$")
-        draw(spectrum, "spectrum")
-        spectrum.set(title="Singular values", xlabel="rank", ylabel="share of their sum", yscale="log")
-        draw(use, "bpb_by_context")
-        use.set(title="What the model uses", xlabel="tokens that the context is made of", ylabel="bits per byte")
-        for panel in (memory, use):
-            if panel.lines:
-                _logarithmic(panel, "x")
-                panel.xaxis.set_major_formatter("{x:g}")
-
+    with figure(path, 2, 3) as ((cold, memory, past), (spectrum, use, trade)):
+        curves = [(style, lambda key, arm=arm: comparison.curve(tokens, arm, key)) for arm, style in ARM_STYLES.items()]
+        context_panels(curves, cold=cold, memory=memory, past=past, spectrum=spectrum, use=use)
         weights = sorted(comparison.by_setting(tokens, "dist_reg_weight", "phase1_"))
         for key, style, label in (
             ("er_val", TRAINED, "effective rank (share)"),
@@ -159,9 +119,7 @@ def context_curves(comparison, tokens, path):
         horizons = [comparison.mean(tokens, arm, "memory_horizon")[0] / 16 for _, arm in weights]
         trade.plot([w for w, _ in weights], horizons, **COUNTED, label="memory horizon / 16 tokens")
         trade.set(title="The trade-off", xlabel="dist_reg_weight")
-        for panel in (cold, trade):
-            if panel.lines:
-                panel.legend()
+        trade.legend()
 
 
 def prefill_speed(rows, curves, path):
@@ -176,7 +134,7 @@ def prefill_speed(rows, curves, path):
     from matplotlib.ticker import EngFormatter
 
     weights = {"trained": TRAINED, "untrained": UNTRAINED}
-    with _figure(path, 1, 2) as ((error, speed),):
+    with figure(path, 1, 2) as ((error, speed),):
         for name, errors in curves.items():
             error.plot(range(1, len(errors) + 1), errors, label=name, **weights[name])
         error.set(title="Cold start", xlabel="sweeps", ylabel="distance to the loop's contexts, relative", yscale="log")
@@ -198,32 +156,8 @@ def prefill_speed(rows, curves, path):
         speed.axhline(1, label="the loop", **REFERENCE)
         speed.set(title="Speed of sweeps", xlabel="tokens of one sequence", ylabel="times as fast as the loop")
         speed.set_ylim(0, 1.6 * max([1, *(r["speed_up"] or 0 for r in rows)]))  # room for the legend
-        _logarithmic(speed, "x")
+        logarithmic(speed, "x")
         speed.set_xlim(min(r["tokens"] for r in rows) / 1.2, max(r["tokens"] for r in rows) * 1.2)
         speed.xaxis.set_major_formatter(EngFormatter(sep=""))
         speed.legend(loc="upper left", ncols=2)
         error.legend()
-
-
-@contextlib.contextmanager
-def _figure(path, rows, columns):
-    """Panels to draw on, [rows][columns]; at the end they are written to the path."""
-    import matplotlib
-    from matplotlib.figure import Figure  # not pyplot, which would choose a screen and keep every figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(columns * PANEL[0], rows * PANEL[1]), layout="constrained")
-        yield figure.subplots(rows, columns, squeeze=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=DPI)
-
-
-def _logarithmic(panel, axes):
-    """Logarithmic axes, "x", "y" or "xy", with labels at 1, 2, 5, 10 and so on."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    for name in axes:
-        panel.set(**{f"{name}scale": "log"})
-        axis = getattr(panel, f"{name}axis")
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_minor_formatter(NullFormatter())

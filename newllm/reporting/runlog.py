@@ -73,8 +73,7 @@ class RunLog:
         print(line, flush=True)
 
     def finish(self, summary):
-        """Record the summary and print it as the closing `---` block of `key: value` lines."""
-        self.log("summary", **summary)
+        """Print the summary as the closing `---` block of `key: value` lines."""
         if self.writes:
             self._status.update(now=True, state="complete")
         self.say("---")

@@ -41,6 +41,9 @@ def summarize(config, data, results):
             summary[f"{key}_untrained"] = untrained["contexts"][key]
         summary["er_ceiling"] = phase1["contexts"]["er_ceiling"]
         summary["rank_tokens"] = phase1["contexts"]["rank_tokens"]
+    for key, value in results.get("phase2", {}).get("contexts", {}).items():
+        if key in CONTEXT_KEYS:
+            summary[f"{key}_finetuned"] = value
     if "phase2" in results:
         head = results["phase2"]["head"]
         summary |= {f"val_{key}": head[key] for key in ("loss", "ppl", "bpb", "acc")}

@@ -2,11 +2,15 @@
 
 from pathlib import Path
 
+from newllm.config import Config
+from newllm.data.tokenizer import Tokenizer
 from newllm.errors import UserError
-from newllm.storage import Corrupt, load_sealed
+from newllm.models.baselines import build_model
+from newllm.storage import Corrupt, load_sealed, save_sealed
 from newllm.training.checkpoint_files import CheckpointFiles, newest
 from newllm.training.compatibility import FORMAT, compare
 from newllm.training.frozen import load_frozen
+from newllm.training.state import snapshot
 
 
 def load_weights(files, model, found):
@@ -25,6 +29,38 @@ def load_weights(files, model, found):
         raise UserError(
             f"{files.latest} does not fit the model ({reason}): start afresh with --no-load_checkpoint."
         ) from error
+
+
+def save_model(path, model, config, tokenizer, about):
+    """A model in one file that needs nothing else: weights, settings, tokenizer, what is known about it.
+
+    Args:
+        about: plain values.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    content = {
+        "format": FORMAT,
+        "model_state_dict": snapshot(model.state_dict()),
+        "config": config.to_dict(),
+        "tokenizer": {"name": tokenizer.name, "text": tokenizer.to_json()},
+        **about,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_sealed(content, path)
+
+
+def load_model(found):
+    """The model and the tokenizer of a file that save_model has written.
+
+    Args:
+        found: its content. On the CPU, in fp32.
+    """
+    config, tokenizer = Config(**found["config"]), Tokenizer.from_json(**found["tokenizer"])
+    model = build_model(config, tokenizer.vocab_size)
+    model.load_state_dict(found["model_state_dict"])
+    return model, tokenizer
 
 
 def open_saved(path):

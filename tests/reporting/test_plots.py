@@ -9,7 +9,8 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from newllm.reporting.criteria import linear_fit, scale_lines
-from newllm.reporting.plots import COUNTED, DPI, PANEL, TRAINED, TRAINING_DATA, UNTRAINED, prefill_speed, scale_ladder
+from newllm.reporting.plots import prefill_speed, scale_ladder
+from newllm.reporting.style import COUNTED, DPI, PANEL, TRAINED, TRAINING_DATA, UNTRAINED
 
 ROOT = Path(__file__).parents[2]
 

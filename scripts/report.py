@@ -1,0 +1,103 @@
+"""What a folder of runs holds, how a run went, how fast, and how two runs differ.
+
+    python3 -m scripts.report                        # the latest complete run, and what lies in the folder
+    python3 -m scripts.report RUN                    # another one, by its id
+    python3 -m scripts.report RUN OTHER              # two side by side
+    python3 -m scripts.report --remake               # tables, pictures and page once more, from the record
+
+All of it comes from the records that runs write; no model is loaded.
+"""
+
+import argparse
+from pathlib import Path
+
+from config import ResidualConfig
+from newllm.errors import UserError, exit_on_user_error
+from newllm.reporting.artifacts import runs_in, speed_lines, summary_lines, write_artifacts
+from newllm.reporting.criteria import table
+from newllm.reporting.runlog import format_value
+from newllm.storage import Corrupt, verify_seal
+
+PATTERNS = {
+    "model checkpoints": "models/*.pth",
+    "training plots": "outputs/plots/*.png",
+    "pages": "outputs/*.html",
+    "training summaries": "logs/training_summary_*.txt",
+}
+
+
+def main(arguments=None):
+    """Print what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="id of a run, or of two; none: the latest")
+    parser.add_argument("--checkpoint_dir", default=ResidualConfig.checkpoint_dir, help="folder of the runs")
+    parser.add_argument("--remake", action="store_true", help="make the artefacts of the run again")
+    options = parser.parse_args(arguments)
+    if len(options.runs) > 2:
+        raise UserError("name one run, or two to compare.")
+    records = runs_in(options.checkpoint_dir)
+    chosen = [find(records, run) for run in options.runs] or records[-1:]
+    if len(chosen) == 2:
+        print("\n".join(compare(*chosen)))
+        return
+    if options.remake:
+        for name, path in write_artifacts(chosen[0]).items():
+            print(f"{name}: {path}")
+        return
+    for lines in (summary_lines(chosen[0]), speed_lines(chosen[0]), listing(options.checkpoint_dir, records)):
+        print("\n".join(lines) + "\n")
+
+
+def find(records, run):
+    """The record of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    for record in records:
+        if record.run == run:
+            return record
+    raise UserError(f"there is no complete run '{run}' here: there are {', '.join(r.run for r in records)}.")
+
+
+def listing(folder, records):
+    """Artefacts below a folder: how many of each kind, models with their size and whether they are whole, and all the room."""
+    folder, lines = Path(folder), ["ARTEFACTS IN " + str(folder)]
+    for kind, pattern in PATTERNS.items():
+        paths = sorted(folder.glob(f"*/{pattern}"))
+        lines.append(f"Found {len(paths)} {kind}")
+        if pattern.endswith(".pth"):
+            lines += [f"  {path} {path.stat().st_size / 1e6:.1f} MB {digest(path)}" for path in paths]
+    lines.append(f"Complete runs: {', '.join(record.run for record in records)}")
+    sizes = {(stat.st_dev, stat.st_ino): stat.st_size for stat in map(Path.stat, folder.rglob("*")) if stat.st_nlink}
+    lines.append(f"Size of the folder: {sum(sizes.values()) / 1e6:.1f} MB")
+    return lines
+
+
+def digest(path):
+    """What a file's checksum says: its beginning where it is right, else that the file is damaged."""
+    try:
+        return f"sha256 {verify_seal(path)[:12]}"
+    except (Corrupt, OSError):
+        return "DAMAGED: it does not match its checksum"
+
+
+def compare(one, other):
+    """Two runs beside each other: settings that differ, then every figure with the ratio of the second to the first."""
+    settings = [
+        (name, format_value(one.config.get(name)), format_value(other.config.get(name)))
+        for name in one.config | other.config
+        if one.config.get(name) != other.config.get(name)
+    ]
+    figures = []
+    for name in one.summary | other.summary:
+        pair = one.summary.get(name), other.summary.get(name)
+        if name not in one.config and all(isinstance(value, int | float) for value in pair):
+            figures.append((name, *map(format_value, pair), f"{pair[1] / pair[0]:.3f}" if pair[0] else ""))
+    lines = table(("settings that differ", one.run, other.run), settings) if settings else ["the settings are the same"]
+    return [*lines, "", *table(("figure", one.run, other.run, "ratio"), figures)]
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

@@ -1,0 +1,219 @@
+"""What a run leaves to be looked at says what its record says, also after it was cut off and for several kinds of model."""
+
+import base64
+import contextlib
+import csv
+import json
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from config import ResidualConfig
+from newllm.data.dataset import load_data
+from newllm.errors import UserError
+from newllm.evaluate import evaluate_prediction
+from newllm.reporting.artifacts import artifact_paths, models_table, speed_lines, summary_lines
+from newllm.reporting.record import as_curve, find_records, read_record
+from newllm.training.trained import load_model, open_saved
+from scripts import report
+from train import main as train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, corpus_file):
+    """A folder with a run of both phases and one of a GRU."""
+    root = tmp_path_factory.mktemp("artefacts")
+    settings = dict(
+        data_source=str(corpus_file), tokenizer="bpe", vocab_size=300, num_samples=12, val_samples=6, max_seq_length=24,
+        context_dim=16, embed_dim=16, num_layers=1, phase1_max_iterations=3, phase1_batch_size=4, phase2_epochs=3,
+        phase2_batch_size=4, min_batches=3, precision="fp32", device="cpu", cache_dir=str(root / "cache"),
+        checkpoint_dir=str(root / "checkpoints"),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for run, changes in (
+            ("20260101_000000", {}),
+            ("20260102_000000", dict(model_type="gru", load_checkpoint=False)),
+        ):
+            patch.setattr("train.new_run_id", lambda run=run: run)
+            train(ResidualConfig(**settings | changes))
+    return root / "checkpoints"
+
+
+@pytest.fixture
+def record(folder):
+    return read_record(find_records(folder)[0])
+
+
+def test_every_artefact_is_there_and_named_after_kind_and_run(folder, record):
+    """The layout of the guide, for the model with contexts; a GRU has no picture of contexts."""
+    gru = read_record(find_records(folder)[1])
+    assert (record.kind, gru.kind) == ("context", "gru")
+    for of in (record, gru):
+        paths = artifact_paths(of.folder, of.kind, of.run)
+        missing = {name for name, path in paths.items() if not path.exists()}
+        assert missing == ({"contexts"} if of is gru else set())
+
+
+def test_arrays_and_pictures_hold_the_losses(record):
+    """Equal to the history, as long as the epochs; pictures at 150 DPI."""
+    paths = artifact_paths(record.folder, record.kind, record.run)
+    for side in ("train", "val"):
+        assert (
+            np.load(paths[f"{side}_losses"]).tolist() == record.phase2[f"{side}_loss"]
+            and len(record.phase2["epoch"]) == 3
+        )
+    for name in ("loss_curve", "contexts"):
+        with Image.open(paths[name]) as image:
+            assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
+
+
+def test_a_record_counts_an_epoch_done_twice_once(record, tmp_path):
+    """A run killed after an epoch's row and before its save writes the row again; a torn line is skipped."""
+    lines = record.path.read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    again = next(i for i, row in enumerate(rows) if row["stage"] == "phase2" and row["epoch"] == 2)
+    changed = rows[again] | {"train_loss": 7.0}
+    path = tmp_path / "data" / "logs" / "metrics_x.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("\n".join([*lines[: again + 1], '{"torn', lines[0], json.dumps(changed), *lines[again + 1 :]]))
+    found = read_record(path)
+    assert found.phase2["epoch"] == [1, 2, 3] and found.phase2["train_loss"][1] == 7.0 and found.sessions == 2
+    assert found.run == "x" and found.folder == tmp_path / "data"
+    path.write_text('{"stage": "phase1", "iteration": 1}\n')
+    with pytest.raises(UserError, match="does not say how the run began"):
+        read_record(path)
+
+
+def test_the_table_has_a_row_a_run_and_the_columns_of_all(folder, record, tmp_path):
+    """Runs of other kinds have other figures; every row has every column; what is no record is left out."""
+    logs = tmp_path / "data" / "logs"
+    shutil.copytree(record.path.parent, logs)
+    (logs / "metrics_19990101_000000.jsonl").write_text("not a record\n")
+    rows = list(csv.reader(models_table(logs).splitlines()))
+    assert len(rows) == 3 and len({len(row) for row in rows}) == 1 and len(set(rows[0])) == len(rows[0])
+    by = [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
+    assert [row["model_type"] for row in by] == ["context", "gru"] and by[0]["er_val"] and not by[1]["er_val"]
+    assert float(by[0]["val_loss"]) == record.summary["val_loss"] and by[1]["phase2_epochs"] == "3"
+
+
+def test_the_summary_and_the_speed_add_up(record):
+    """Sections and figures of the summary; the parts of the time are the whole."""
+    text = "\n".join(summary_lines(record))
+    for pattern in (
+        r"vocabulary size: 300", r"layers: 1", r"parameters: [\d,]+", r"epochs: 3", r"batch size: 4", r"seed: 42",
+        rf"final training loss: {record.phase2['train_loss'][-1]:.4f}", rf"best validation loss: {min(record.phase2['val_loss']):.4f}",
+        r"er_val_untrained: 0\.\d+", r"er_val_finetuned: 0\.\d+", r"loss_curve: .*\.png", r"commit: ", r"device: CPU",
+    ):  # fmt: skip
+        assert re.search(pattern, text), pattern
+    lines = "\n".join(speed_lines(record))
+    phases = [float(s) for s in re.findall(r"tokens, ([\d.]+) s", lines)]
+    rest, total = (float(re.search(rf"{name}[^\n]*?: ([\d.]+) s", lines)[1]) for name in ("data", "total"))
+    assert sum(phases) + rest == pytest.approx(total, abs=0.2) and min(*phases, rest) >= 0
+
+
+class Reader(HTMLParser):
+    """Cells and picture sources of a page; every tag that must be closed is."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells, self.pictures, self.open = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        if tag == "img":
+            self.pictures.append(dict(attributes)["src"])
+        elif tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells.append(data)
+
+
+def test_the_page_stands_alone(record):
+    """Well formed; the pictures are in it, nothing is fetched; figures beside untrained ones."""
+    path = artifact_paths(record.folder, record.kind, record.run)["report"]
+    page, text = Reader(), path.read_text()
+    page.feed(text)
+    assert not page.open and "http" not in re.sub(r"base64,[^\"]*", "", text) and "viewport" in text
+    assert len(page.pictures) == 2
+    for source in page.pictures:
+        assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
+    for cell in ("untrained", "Phase 1", "fine-tuned", f"{record.summary['val_ppl']:.4g}", "bigram, counting"):
+        assert cell in page.cells
+
+
+def test_the_model_file_has_the_logged_loss(folder):
+    """Evaluated anew on the run's own data, which its settings give; opened as plain data."""
+    for path in find_records(folder):
+        record = read_record(path)
+        file = artifact_paths(record.folder, record.kind, record.run)["model"]
+        assert torch.load(file, weights_only=True)["metrics"]["loss"] == record.summary["val_loss"]
+        found = open_saved(file)[1]
+        model, tokenizer = load_model(found)
+        data = load_data(ResidualConfig(**found["config"]))
+        assert data.tokenizer.to_json() == tokenizer.to_json()
+        metrics = evaluate_prediction(model, data.val, data.token_bytes, contextlib.nullcontext, torch.device("cpu"))
+        assert metrics["loss"] == pytest.approx(record.summary["val_loss"], rel=1e-6)
+
+
+def test_the_report_lists_shows_compares_and_remakes(folder, capsys, tmp_path):
+    """By id, the latest without one; a damaged model is said to be one; sentences for what is not there."""
+    copied = tmp_path / "checkpoints"
+    shutil.copytree(folder, copied)
+    runs = [read_record(path).run for path in find_records(copied)]
+    where = ["--checkpoint_dir", str(copied)]
+    report.main(where)
+    text = capsys.readouterr().out
+    assert "TRAINING SUMMARY of run " + runs[1] in text and "model type: gru" in text and "SPEED ANALYSIS" in text
+    assert re.search(r"Found 2 model checkpoints\n(  .*\.pth \d+\.\d MB sha256 [0-9a-f]{12}\n){2}", text)
+    assert "Found 3 training plots" in text and "Found 2 training summaries" in text
+    model, _ = copied.glob("*/models/*.pth")
+    model.write_bytes(model.read_bytes()[:-200] + b"x" * 200)
+    report.main([runs[0], *where])
+    text = capsys.readouterr().out
+    assert "TRAINING SUMMARY of run " + runs[0] in text and text.count("DAMAGED") == 1
+    report.main([*runs, *where])
+    text = capsys.readouterr().out
+    assert re.search(r"model_type +\| +context \| +gru", text) and re.search(
+        r"val_ppl +\| +[\d.]+ \| +[\d.]+ \| +[\d.]+", text
+    )
+    for page in copied.glob("*/outputs/*.html"):
+        page.unlink()
+    report.main([runs[0], "--remake", *where])
+    assert len(list(copied.glob("*/outputs/*.html"))) == 1
+    with pytest.raises(UserError, match=f"no complete run 'nothing' here: there are {runs[0]}, {runs[1]}"):
+        report.main(["nothing", *where])
+    with pytest.raises(UserError, match="no run has been completed"):
+        report.main(["--checkpoint_dir", str(tmp_path / "empty")])
+
+
+def test_a_disk_that_refuses_costs_the_artefacts_not_the_run(tiny_settings, monkeypatch, capsys):
+    """The folder of models and of pages cannot be made: warnings, and the closing block all the same."""
+    config = ResidualConfig(**tiny_settings | dict(artifacts=True))
+    blocked = Path(config.checkpoint_dir) / "dialogues"
+    (blocked / "logs").mkdir(parents=True)
+    for name in ("models", "outputs"):
+        (blocked / name).write_text("in the way")
+    train(config)
+    text = capsys.readouterr().out
+    assert (
+        text.count("the run goes on") == 2 and "\n---\n" in text and (blocked / "logs" / "models.csv").exists() is False
+    )
+
+
+def test_curves_are_read_whatever_their_shape():
+    """A list counts from 1; keys that JSON made text are numbers again."""
+    assert (
+        as_curve([3, 4]) == {1.0: 3, 2.0: 4}
+        and as_curve({"0": 5}) == {0.0: 5}
+        and as_curve([]) is as_curve(None) is None
+    )
