@@ -76,6 +76,4 @@ class ResidualConfig(Config):
     backup_dir = ""  # second copies of the checkpoints, e.g. on Google Drive, made in the background; "": none
     backup_every_minutes = 10.0  # least time between two rounds of such copies
     max_minutes = 0.0  # stop in good order, with a checkpoint, after this many minutes; 0: no limit
-    artifacts = (
-        True  # at the end write tables, pictures, a report page and the best model into a folder of the data's name
-    )
+    artifacts = True  # leave tables, pictures, a report page and the best model in a folder named after the data
