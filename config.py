@@ -77,3 +77,4 @@ class ResidualConfig(Config):
     backup_every_minutes = 10.0  # least time between two rounds of such copies
     max_minutes = 0.0  # stop in good order, with a checkpoint, after this many minutes; 0: no limit
     artifacts = True  # leave tables, pictures, a report page and the best model in a folder named after the data
+    trackers = "none"  # live figures in "tensorboard", "trackio" or "wandb", which must be installed

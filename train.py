@@ -28,6 +28,7 @@ from newllm.training.memory_estimate import predicted_peak
 from newllm.training.phase1 import train_phase1
 from newllm.training.phase2 import train_phase2
 from newllm.training.state import provenance, require_space
+from newllm.training.tracking import start_tracking
 from newllm.training.trained import save_model
 
 
@@ -65,6 +66,9 @@ def main(config):
 def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
     """The story: untrained row, Phase 1, Phase 2, report."""
     log = RunLog(config.checkpoint_dir, data.source, checkpointer.run_id, runtime.group.is_main)
+    if config.trackers != "none" and log.writes:
+        folder = log.folder.parent / "tracking" / log.run_id
+        log.follow = start_tracking(runtime.accelerator, config.trackers, folder, config.to_dict(), log.warn)
     for line in banner(config, describe_device(runtime), data, model, checkpointer.notes):
         log.say(line)
     log.log(

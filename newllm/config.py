@@ -125,6 +125,7 @@ class Config:
     backup_every_minutes: NonNegative
     max_minutes: NonNegative
     artifacts: bool
+    trackers: Literal["none", "tensorboard", "trackio", "wandb"]
 
     def __init__(self, **given):
         known = field_types()

@@ -113,7 +113,7 @@ def make(config, runs, results):
     shared = {name: value for name, value in config.to_dict().items() if name not in HARMLESS | BUDGET | {"seed"}}
 
     def configured(name):
-        own = dict(checkpoint_dir=str(folder / name), keep_last=0, backup_dir="", max_minutes=0.0)
+        own = dict(checkpoint_dir=str(folder / name), keep_last=0, backup_dir="", max_minutes=0.0, artifacts=False)
         return dataclasses.replace(config, **own | dict(untrained_control=False) | runs[name])
 
     def made(name):

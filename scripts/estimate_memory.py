@@ -23,15 +23,16 @@ import train
 from config import ResidualConfig
 from newllm.apart import call_apart
 from newllm.config import parse_args
-from newllm.data.tokenizer import GPT2_SIZE
 from newllm.errors import exit_on_user_error
 from newllm.interrupt import Interrupt
 from newllm.reporting.criteria import table
-from newllm.training.device import describe_device, open_runtime
-from newllm.training.memory_estimate import moments, predict
+from newllm.training.device import describe_device, memory_of, open_runtime
+from newllm.training.memory_estimate import moments, predict, vocabulary
 
 # From the second iteration and epoch on, saves and best weights lie beside training.
-ROUNDS = dict(phase1_max_iterations=2, phase2_epochs=2, load_checkpoint=False, backup_dir="", max_minutes=0.0)
+ROUNDS = dict(
+    phase1_max_iterations=2, phase2_epochs=2, load_checkpoint=False, backup_dir="", max_minutes=0.0, artifacts=False
+)
 MINIATURE = dict(num_samples=2, val_samples=2, max_seq_length=2, vocab_size=257, tokenizer="bpe", embeddings="random", context_dim=2,
                  embed_dim=2, num_layers=1, token_layers=1, preset="none")  # fmt: skip
 MB = 1e6
@@ -61,18 +62,6 @@ def random_data(config):
         train=ids[: config.num_samples], val=ids[config.num_samples :], vocab_size=vocab_size, source="random", notes=[],
         token_bytes=torch.ones(vocab_size, dtype=torch.int32), fingerprint="", tokenizer=SimpleNamespace(name=config.tokenizer),
     )  # fmt: skip
-
-
-def vocabulary(config):
-    """Ids of the tokenizer; "auto" counts as gpt2, the larger."""
-    return config.vocab_size if config.tokenizer == "bpe" else GPT2_SIZE
-
-
-def memory_of(device):
-    """Bytes that the device has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def report(config, measuring=False):

@@ -21,6 +21,9 @@ class RunLog:
         dataset: short name of the data source.
         run_id: a new id, or that of the run being continued.
         writes: whether this process keeps the record; of several that train together one does.
+
+    Attributes:
+        follow: function of (stage, values) that gets every row too.
     """
 
     def __init__(self, checkpoint_dir, dataset, run_id, writes=True):
@@ -28,6 +31,7 @@ class RunLog:
         self.folder = usable_folder(Path(checkpoint_dir) / dataset / "logs", "logs")
         self.path = self.folder / f"metrics_{run_id}.jsonl"
         self._status = StatusFile(checkpoint_dir, run_id=run_id)
+        self.follow = lambda stage, values: None
         self._warned = False
 
     def log(self, stage, **values):
@@ -45,6 +49,7 @@ class RunLog:
                 reason = error.strerror or error
                 self.say(f"warning: {self.path} cannot be written ({reason}); training goes on, its record has a gap")
             self._warned = True
+        self.follow(stage, values)
 
     def status(self, progress, **position):
         """Tell the status file where a loop is.

@@ -148,6 +148,13 @@ def describe_device(runtime):
     return f"{name}, {memory / 2**30:.1f} GiB memory, precision {runtime.precision}, {mode}"
 
 
+def memory_of(device):
+    """Bytes that the device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def memory_mb():
     """Memory in use now, in MB: the process's resident set; on CUDA what tensors hold and what the allocator reserved."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -8,6 +8,7 @@ Letters: n tokens of a batch, C context width, E embedding width, W = C + E, V v
 from dataclasses import dataclass
 
 from newllm.data.order import batch_count
+from newllm.data.tokenizer import GPT2_SIZE
 from newllm.evaluate import RANK_TOKENS, SEQUENCES_AT_A_TIME
 from newllm.fixed_point.diagnostics import PROBE_DIMS, PROBE_LAGS
 from newllm.models.cross_entropy import CACHE_ELEMENTS, CHUNK_ELEMENTS
@@ -47,6 +48,11 @@ def predict(moments, base, cuda=False):
             things["free within the heap"] = round(heap - small)
         rows.append((moment, things))
     return rows
+
+
+def vocabulary(config):
+    """Ids of the tokenizer; "auto" counts as gpt2, the larger."""
+    return config.vocab_size if config.tokenizer == "bpe" else GPT2_SIZE
 
 
 def predicted_peak(config, vocab_size, precision, libraries_mb, cuda=False):

@@ -1,0 +1,111 @@
+"""The doctor's verdicts: a machine that is ready, and each thing that can be wrong, in one line with what to do."""
+
+import importlib.metadata
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from config import ResidualConfig
+from newllm.data import hub
+from scripts import doctor
+
+
+@pytest.fixture
+def examine(tiny_settings, capsys, monkeypatch):
+    """Function of settings to {check: (verdict, text)}; the hub is away, and newllm needs torch alone."""
+
+    def unreachable(path):
+        raise hub.Unreachable("no internet connection")
+
+    monkeypatch.setattr(hub, "probe", unreachable)
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["torch>=2", "ruff; extra == 'dev'"])
+
+    def examined(**settings):
+        ready = doctor.main(ResidualConfig(**tiny_settings | settings))
+        *lines, last = capsys.readouterr().out.splitlines()
+        found = {line[5:].partition(": ")[0]: (line[:5].strip(), line.partition(": ")[2]) for line in lines}
+        assert list(found) == list(doctor.CHECKS)
+        assert ready == (last == "ready to train") == all(verdict != "FAIL" for verdict, _ in found.values())
+        return found
+
+    return examined
+
+
+def test_a_machine_that_is_ready(examine):
+    """No GPU and no hub are notes; everything else is in order, and says what is in effect."""
+    found = examine()
+    notes = {"hub"} if torch.cuda.is_available() else {"device", "hub"}
+    assert {name for name, (verdict, _) in found.items() if verdict == "NOTE"} == notes
+    assert {verdict for name, (verdict, _) in found.items() if name not in notes} == {"OK"}
+    assert f"torch {torch.__version__}" in found["packages"][1] and "ruff" not in found["packages"][1]
+    assert "precision fp32" in found["in effect"][1] and "every 2 batches" in found["in effect"][1]
+
+
+@pytest.mark.parametrize(
+    ("check", "settings", "says"),
+    [
+        ("data", dict(data_source="nothing.txt"), "neither one of"),
+        ("memory", dict(context_dim=30_000), "predicted peak"),
+    ],
+)
+def test_settings_that_this_machine_cannot_serve(examine, check, settings, says):
+    """The check that they concern fails."""
+    verdict, text = examine(**settings)[check]
+    assert verdict == "FAIL" and says in text
+
+
+def test_folders_that_cannot_be_used(examine, tmp_path):
+    """A file in the way; a link to a Drive that is not mounted."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "drive" / "cache")
+    assert "is a file" in examine(checkpoint_dir=str(tmp_path / "file"))["folders"][1]
+    assert "mount Drive first" in examine(cache_dir=str(tmp_path / "link"))["folders"][1]
+
+
+def test_a_disk_that_is_full(examine, monkeypatch):
+    """The room that is missing, and what to do."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    verdict, text = examine()["disk"]
+    assert verdict == "FAIL" and "make room" in text
+
+
+def test_packages_that_are_missing_or_old(examine, monkeypatch):
+    """Named, with the command that brings them; not installed at all, it is a note."""
+    for needs, says in (
+        ("no-such-package", "no-such-package is not installed"),
+        ("torch>=99", "newllm wants torch>=99"),
+    ):
+        monkeypatch.setattr(importlib.metadata, "requires", lambda name, needs=needs: [needs])
+        verdict, text = examine()["packages"]
+        assert verdict == "FAIL" and says in text and "pip install" in text
+
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "requires", absent)
+    assert examine()["packages"][0] == "NOTE"
+
+
+def test_a_gpu_is_described(monkeypatch):
+    """A T4: bf16 is not native to it, whatever torch emulates."""
+    properties = SimpleNamespace(name="Tesla T4", total_memory=15_843_721_216, major=7, minor=5)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    said = doctor.check_device(ResidualConfig())
+    assert "Device: Tesla T4, Memory: 15.84 GB, capability 7.5, native bf16: False" in said
+
+
+def test_drive_on_colab(examine, monkeypatch, tmp_path):
+    """Not mounted, mounted and not used, linked, mirrored."""
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(doctor, "COLAB_DRIVE", tmp_path / "drive")
+    assert examine()["Drive"][0] == "NOTE" and "not mounted" in examine()["Drive"][1]
+    monkeypatch.setattr(doctor.os.path, "ismount", lambda path: path == tmp_path / "drive")
+    assert "lost with the machine" in examine()["Drive"][1]
+    assert examine(backup_dir=str(tmp_path / "drive" / "x"))["Drive"][0] == "OK"
+    (tmp_path / "drive" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "linked").symlink_to(tmp_path / "drive" / "checkpoints")
+    assert examine(checkpoint_dir=str(tmp_path / "linked"))["Drive"][0] == "OK"
