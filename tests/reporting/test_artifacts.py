@@ -6,6 +6,7 @@ import csv
 import json
 import re
 import shutil
+import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from newllm.evaluate import evaluate_prediction
 from newllm.reporting.artifacts import artifact_paths, models_table, speed_lines, summary_lines
 from newllm.reporting.record import as_curve, find_records, read_record
 from newllm.training.trained import load_model, open_saved
-from scripts import report
+from scripts import export, report
 from train import main as train
 
 
@@ -194,6 +195,21 @@ def test_the_report_lists_shows_compares_and_remakes(folder, capsys, tmp_path):
         report.main(["nothing", *where])
     with pytest.raises(UserError, match="no run has been completed"):
         report.main(["--checkpoint_dir", str(tmp_path / "empty")])
+
+
+def test_an_export_holds_a_run_whole(folder, tmp_path, capsys):
+    """Unpacked elsewhere it is a folder of runs again, with a model that opens; a sentence where it cannot be written."""
+    run = read_record(find_records(folder)[0]).run
+    export.main([run, "--checkpoint_dir", str(folder), "--output", str(tmp_path / "run.zip")])
+    assert f"context_{run}.pth" in capsys.readouterr().out
+    with zipfile.ZipFile(tmp_path / "run.zip") as archive:
+        archive.extractall(tmp_path / "unpacked")
+    (record,) = map(read_record, find_records(tmp_path / "unpacked"))
+    paths = artifact_paths(record.folder, record.kind, record.run)
+    assert all(path.exists() for path in paths.values())
+    load_model(open_saved(paths["model"])[1])
+    with pytest.raises(UserError, match="choose another --output"):
+        export.main(["--checkpoint_dir", str(folder), "--output", str(tmp_path / "missing" / "run.zip")])
 
 
 def test_a_disk_that_refuses_costs_the_artefacts_not_the_run(tiny_settings, monkeypatch, capsys):

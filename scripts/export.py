@@ -1,0 +1,56 @@
+"""One run as one file to keep or to share: settings and record, pictures, page, tables, best weights.
+
+python3 -m scripts.export                        # the latest complete run, as newllm_TYPE_RUN.zip in this folder
+python3 -m scripts.export RUN --output my.zip
+"""
+
+import argparse
+import os
+import zipfile
+from pathlib import Path
+
+from config import ResidualConfig
+from newllm.errors import UserError, exit_on_user_error
+from newllm.reporting.artifacts import artifact_paths, runs_in
+from scripts.report import find
+
+
+def main(arguments=None):
+    """Write the file and say what is in it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", nargs="?", help="id of a run; none: the latest")
+    parser.add_argument("--checkpoint_dir", default=ResidualConfig.checkpoint_dir, help="folder of the runs")
+    parser.add_argument("--output", help="the file to write")
+    options = parser.parse_args(arguments)
+    records = runs_in(options.checkpoint_dir)
+    record = find(records, options.run) if options.run else records[-1]
+    target = Path(options.output or f"newllm_{record.kind}_{record.run}.zip")
+    paths = [record.path, *artifact_paths(record.folder, record.kind, record.run).values()]
+    write_zip(target, record.folder, [path for path in paths if path.exists()])
+    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+    with zipfile.ZipFile(target) as archive:
+        for entry in archive.infolist():
+            print(f"  {entry.filename} {entry.file_size / 1e6:.2f} MB")
+
+
+def write_zip(target, folder, paths):
+    """Put files into an archive under their names below a folder; it takes its name when it is whole.
+
+    Raises:
+        UserError: it cannot be written, or a file cannot be read.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+            for path in paths:
+                archive.write(path, Path(folder.name) / path.relative_to(folder))
+        os.replace(temporary, target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror or error}): choose another --output.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()
