@@ -100,7 +100,7 @@ def context_panels(curves, *, cold, memory, spectrum, use, past=None):
         draw(past, "past_capacity_by_lag")
         past.set(title="Tokens that a linear probe reads", xlabel="tokens back", ylabel="held-out $R^2$")
     for panel in (memory, use):
-        if panel.lines:
+        if any(len(line.get_xdata()) > 2 for line in panel.lines):  # more than the ends of a horizontal line
             logarithmic(panel, "x")
             panel.xaxis.set_major_formatter("{x:g}")
     if cold.lines:

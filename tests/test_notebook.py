@@ -1,0 +1,113 @@
+"""The Colab notebook runs from top to bottom at a tiny size, with a stand-in for Colab and without, and is stored stripped."""
+
+import json
+import re
+import shutil
+import stat
+from pathlib import Path
+
+import pytest
+from helpers import write_dialogues
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOK = ROOT / "notebooks" / "colab.ipynb"
+TINY = dict(
+    tokenizer='"bpe"', context_dim=8, embed_dim=8, num_layers=1, phase1_max_iterations=1, phase2_epochs=1, min_batches=1,
+    vocab_size=300, max_seq_length=24, val_samples=6, precision='"fp32"',
+)  # fmt: skip
+COLAB = """
+def mount(path): import pathlib; (pathlib.Path({drive!r}) / "MyDrive").mkdir(parents=True, exist_ok=True); print("mounted", path)
+""", """
+def download(name): import pathlib; pathlib.Path({drive!r}, "downloaded").write_bytes(pathlib.Path(name).read_bytes())
+"""  # fmt: skip
+
+
+def cells(kind):
+    notebook = json.loads(NOTEBOOK.read_text())
+    return ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == kind]
+
+
+def test_it_is_stored_without_outputs():
+    """Outputs and widget state would be somebody's machine in the history."""
+    notebook = json.loads(NOTEBOOK.read_text())
+    assert "widgets" not in notebook["metadata"] and NOTEBOOK.read_text().isascii()
+    for cell in notebook["cells"]:
+        assert not cell.get("outputs") and cell.get("execution_count") is None and cell["metadata"] == {}
+
+
+def test_it_only_calls_what_the_readme_names():
+    """No training code in it: every command is one of the project's."""
+    readme = (ROOT / "README.md").read_text()
+    commands = re.findall(r"^ *!(.*)", "\n".join(cells("code")), re.MULTILINE)
+    assert len(commands) >= 10
+    for command in commands:
+        name = re.match(r"python3 (?:-m )?(\S+)", command)
+        assert (name and name[1] in readme) or command.startswith(("pip install -q -e .", "git clone")), command
+    assert not re.search(r"\bimport (torch|newllm|train)\b|torch", "\n".join(cells("code")))
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """A folder with nothing but commands: git brings a tiny version of the project, pip is content."""
+    project, commands = tmp_path / "project", tmp_path / "bin"
+    shutil.copytree(
+        ROOT, project, ignore=shutil.ignore_patterns(".*", "tests", "results", "cache", "checkpoints", "*.egg-info")
+    )
+    write_dialogues(project / "dialogues.jsonl", 60)
+    text = (project / "config.py").read_text()
+    for name, value in (TINY | {"data_source": '"dialogues.jsonl"'}).items():
+        text = re.sub(rf"^    {name} = \S+", f"    {name} = {value}", text, flags=re.MULTILINE)
+    (project / "config.py").write_text(text)
+    commands.mkdir()
+    for name, line in (("git", f'cp -r {project} "${{@: -1}}"'), ("pip", f'echo "$@" >> {tmp_path}/installed')):
+        path = commands / name
+        path.write_text(f"#!/bin/bash\n{line}\n")
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{commands}:{Path(shutil.which('python3')).parent}:/usr/bin:/bin")
+    for name, value in (("OMP_NUM_THREADS", "1"), ("HF_HUB_OFFLINE", "1"), ("PYDEVD_DISABLE_FILE_VALIDATION", "1")):
+        monkeypatch.setenv(name, value)
+    (tmp_path / "home").mkdir()
+    return tmp_path
+
+
+@pytest.mark.parametrize("on_colab", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["colab", "elsewhere"])
+def test_it_runs_from_top_to_bottom(machine, monkeypatch, on_colab):
+    """Cloned, installed, checked, trained, shown, compared, generated and exported; on Colab what it writes lies on Drive."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    home, drive = machine / "home", machine / "drive"
+    if on_colab:
+        package = machine / "stand_in" / "google" / "colab"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text("")
+        for name, source in zip(("drive", "files"), COLAB, strict=True):
+            (package / f"{name}.py").write_text(source.format(drive=str(drive)))
+        monkeypatch.setenv("PYTHONPATH", str(machine / "stand_in"))
+    text = NOTEBOOK.read_text().replace("/content/drive/MyDrive", str(drive / "MyDrive"))
+    for large, small in (("--num_samples 781", "--num_samples 12"), ("--num_samples 78", "--num_samples 6"),
+                         ("--tokens 6400", "--tokens 144"), ('REPOSITORY = \\"\\"', 'REPOSITORY = \\"an address\\"')):  # fmt: skip
+        assert large in text
+        text = text.replace(large, small)
+    notebook = nbformat.reads(text, as_version=4)
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(home)}}).execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    printed = ["".join(output.get("text", "") for output in cell.outputs) for cell in cells]
+    said = "\n".join(printed)
+    assert not re.search(r"Traceback|^error:", said, re.MULTILINE), said
+    assert (machine / "installed").read_text() == "install -q -e .\n"
+    for sign in (
+        "ready to train",
+        "criterion",
+        "Phase: ",
+        "SPEED ANALYSIS",
+        "| phase1_frozen |",
+        "User: How do I boil",
+    ):
+        assert sign in said, f"{sign}:\n{said}"
+    pictures = [output for cell in cells for output in cell.outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 2
+    export = home / "newllm" / "newllm_run.zip"
+    assert export.stat().st_size > 10_000
+    assert (home / "newllm" / "checkpoints").is_symlink() == on_colab
+    if on_colab:
+        assert (drive / "downloaded").read_bytes() == export.read_bytes()
+        assert (drive / "MyDrive" / "newllm" / "checkpoints" / "model_latest.pt").exists()
