@@ -101,9 +101,18 @@ def test_public_functions_say_what_they_do():
                 assert ast.get_docstring(node) or short, f"{path}: {node.name}"
 
 
-def test_readme_names_every_file_of_the_package():
-    """The README's file list is complete, so a stranger finds the room."""
-    readme = (ROOT / "README.md").read_text()
+def test_every_file_is_named_in_the_documents():
+    """The list of files is complete, so a stranger finds the room."""
+    listed = (ROOT / "docs" / "architecture.md").read_text()
     for path in SOURCES:
         if path.name != "__init__.py":
-            assert path.name in readme, f"README.md does not mention {path.name}"
+            assert path.name in listed, f"docs/architecture.md does not mention {path.name}"
+
+
+def test_links_of_the_documents_lead_somewhere():
+    """Pictures and pages that README and docs refer to are there, and every page of docs is referred to."""
+    readme = ROOT / "README.md"
+    for page in (readme, *sorted((ROOT / "docs").glob("*.md"))):
+        for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+        assert page == readme or f"docs/{page.name}" in readme.read_text()

@@ -1,4 +1,4 @@
-"""Every command and every Python block of the README is executed, at a tiny size."""
+"""Every command of README and docs and every Python block is executed, at a tiny size."""
 
 import os
 import re
@@ -12,9 +12,10 @@ from helpers import as_flags, write_dialogues
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = sorted(set(re.findall(r"`(python3 (?:train|test)\.py[^`]*)`", README)))
-SCRIPTS = sorted(set(re.findall(r"`(python3 -m scripts\.[a-z_]+)[^`]*`", README)))
-PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+TEXTS = "\n".join([README, *(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))])
+COMMANDS = sorted(set(re.findall(r"`(python3 (?:train|test)\.py[^`]*)`", TEXTS)))
+SCRIPTS = sorted(set(re.findall(r"`(python3 -m scripts\.[a-z_]+)[^`]*`", TEXTS)))
+PYTHON_BLOCKS = re.findall(r"^```python\n(.*?)^```", TEXTS, re.MULTILINE | re.DOTALL)
 TINY = dict(
     context_dim=8, embed_dim=8, num_layers=1, phase1_max_iterations=1, phase2_epochs=1, min_batches=1, vocab_size=300,
     max_seq_length=8, val_samples=4, precision="fp32",

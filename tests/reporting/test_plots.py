@@ -11,6 +11,7 @@ from matplotlib.image import imread
 from newllm.reporting.criteria import linear_fit, scale_lines
 from newllm.reporting.plots import prefill_speed, scale_ladder
 from newllm.reporting.style import COUNTED, DPI, PANEL, TRAINED, TRAINING_DATA, UNTRAINED
+from scripts import draw_docs
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,3 +106,10 @@ def test_the_picture_of_a_prefill_shows_both_networks(tmp_path, trained):
     assert image.shape[:2] == (PANEL[1] * DPI, 2 * PANEL[0] * DPI)
     for style, there in ((UNTRAINED, True), (TRAINED, trained), (TRAINING_DATA, trained)):
         assert ((abs(image[..., :3] - to_rgb(style["color"])).max(-1) < 0.01).sum() > 100) == there, style
+
+
+def test_the_drawings_of_the_documents_are_those_of_the_command(tmp_path):
+    """Drawn again they show the same."""
+    draw_docs.main(["--folder", str(tmp_path)])
+    for name in ("idea.png", "architecture.png"):
+        assert abs(imread(tmp_path / name) - imread(ROOT / "docs" / name)).mean() < 0.01
