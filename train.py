@@ -19,6 +19,7 @@ from newllm.models.ngram import ngram_rows
 from newllm.models.pretrained import load_embedding
 from newllm.reporting.artifacts import artifact_paths, write_artifacts
 from newllm.reporting.banner import banner
+from newllm.reporting.progress import Progress
 from newllm.reporting.record import read_record
 from newllm.reporting.runlog import RunLog, new_run_id
 from newllm.reporting.summary import context_line, curves, plain, summarize
@@ -76,11 +77,16 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
         **provenance(),
     )  # fmt: skip
 
+    def measure_contexts():
+        log.say("measuring contexts: rank, convergence, memory")
+        return evaluate_contexts(model, data, config, runtime.device, Progress)
+
     learns_context = bool(model.context_parameters())
     if not checkpointer.is_done("untrained"):
+        log.say("counting n-grams")
         results = {"ngrams": ngram_rows(data.train.numpy(), data.val.numpy(), data.vocab_size)}
         if learns_context:
-            results["contexts"] = evaluate_contexts(model, data, config, runtime.device)
+            results["contexts"] = measure_contexts()
         if learns_context and config.untrained_control:
             log.say("\n== Untrained network: the same head on contexts that nothing has trained ==")
             control = copy.deepcopy(model)
@@ -97,7 +103,7 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
     if not checkpointer.is_done("phase1"):
         log.say("\n== Phase 1: contexts ==")
         training = train_phase1(model, data, config, runtime, log, checkpointer)
-        contexts = evaluate_contexts(model, data, config, runtime.device)
+        contexts = measure_contexts()
         log.say(context_line("untrained", checkpointer.results["untrained"]["contexts"]))
         log.say(context_line("phase 1", contexts))
         checkpointer.complete("phase1", model, {"training": training, "contexts": contexts})
@@ -112,12 +118,12 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
         head = train_phase2(model, data, config, runtime, log, checkpointer, "phase2", frozen)
         results = {"head": head}
         if learns_context and not frozen:
-            results["contexts"] = evaluate_contexts(model, data, config, runtime.device)
+            results["contexts"] = measure_contexts()
             log.say(context_line("phase 2", results["contexts"]))
         if isinstance(model, LanguageModel) and not config.whiten_context:
-            results["bpb_by_context"] = bpb_by_context(
-                model, data.val, data.token_bytes, runtime.autocast, runtime.device
-            )
+            log.say("measuring what the model uses of its context")
+            how = data.token_bytes, runtime.autocast, runtime.device, Progress
+            results["bpb_by_context"] = bpb_by_context(model, data.val, *how)
         if config.artifacts and log.writes:
             about = {"run_id": log.run_id, "data_source": data.source, "metrics": plain(head), **provenance()}
             path = artifact_paths(log.folder.parent, config.model_type, log.run_id)["model"]

@@ -5,7 +5,9 @@ exact for any map, converging or not, and on these short samples cheaper than th
 Shapes: B sequences, T tokens, C context width, E embedding width.
 """
 
+import contextlib
 import math
+from types import SimpleNamespace
 
 import torch
 
@@ -44,9 +46,17 @@ def trajectories(model, ids, autocast, device, dtype=torch.float32):
     return tuple(torch.cat(side) for side in zip(*parts, strict=True))
 
 
+def silent(label, total):
+    """Progress that nobody sees: a context manager like newllm.reporting.progress.Progress."""
+    return contextlib.nullcontext(SimpleNamespace(update=lambda tokens: None))
+
+
 @torch.no_grad()
-def evaluate_contexts(model, data, config, device):
+def evaluate_contexts(model, data, config, device, progress=silent):
     """Rank, convergence and memory of the contexts on equally many training and validation tokens, in fp32.
+
+    Args:
+        progress: function of (label, total tokens) to a context manager whose `update` gets the tokens evaluated.
 
     Returns:
         Dict of floats and curves: er_train, er_val and er_ceiling as shares of C, over rank_tokens; converged_ratio after
@@ -57,15 +67,24 @@ def evaluate_contexts(model, data, config, device):
     model.eval()
     length = data.val.shape[1] - 1
     count = max(1, min(math.ceil(RANK_TOKENS / length), len(data.train), len(data.val)))
-    sides = {}
-    for name, ids in (("train", data.train[:count]), ("val", data.val[:count])):
-        embeddings = model.embed(ids[:, :-1].to(device).long())
-        sides[name] = sequential(model.step, embeddings, model.context_dim)[0], embeddings
-    contexts, embeddings = (part[:CURVE_SEQUENCES] for part in sides["val"])
-    cold = diagnostics.cold_start_curve(model.step, embeddings, contexts, MAX_SWEEPS)
-    _, stats = solve(model.step, embeddings, model.context_dim, MAX_SWEEPS, config.phase1_convergence_threshold)
+    few = min(CURVE_SEQUENCES, count)
+    total = 2 * count * length + few * (MAX_SWEEPS * length + length - length // 2 + 1)
+    with progress("contexts", total) as bar:
+
+        def step(context, *others, **options):
+            bar.update(context[..., 0].numel())
+            return model.step(context, *others, **options)
+
+        sides = {}
+        for name, ids in (("train", data.train[:count]), ("val", data.val[:count])):
+            embeddings = model.embed(ids[:, :-1].to(device).long())
+            sides[name] = sequential(step, embeddings, model.context_dim)[0], embeddings
+        contexts, embeddings = (part[:CURVE_SEQUENCES] for part in sides["val"])
+        how = dict(threshold=config.phase1_convergence_threshold, ratio=2.0, trajectory_BTC=contexts)
+        _, stats = solve(step, embeddings, model.context_dim, MAX_SWEEPS, **how)
+        memory = diagnostics.memory_curve(step, embeddings, contexts)
+    cold = stats.error
     enough = [share >= config.phase1_min_converged_ratio for share in stats.converged]
-    memory = diagnostics.memory_curve(model.step, embeddings, contexts)
     capacity = diagnostics.past_capacity(sides["train"], sides["val"])
     tokens = min(RANK_TOKENS, count * length)
     spectra = {name: diagnostics.spectrum(c.flatten(0, 1)[:tokens]) for name, (c, _) in sides.items()}
@@ -123,11 +142,11 @@ def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None
 
 
 @torch.no_grad()
-def bpb_by_context(model, ids, token_bytes, autocast, device):
+def bpb_by_context(model, ids, token_bytes, autocast, device, progress=silent):
     """Bits per byte of a model whose contexts are made of the last k tokens alone: k sweeps from a cold start.
 
     Where the curve is flat, what lies further back is not used, whatever a horizon says. Other arguments as of
-    evaluate_prediction; the model has a `step`, and the first CURVE_SEQUENCES samples count.
+    evaluate_prediction and evaluate_contexts; the model has a `step`, and the first CURVE_SEQUENCES samples count.
 
     Returns:
         {k: bits per byte} for k = 1, 2, 4, ... below T, and T, where nothing is cut off.
@@ -151,12 +170,14 @@ def bpb_by_context(model, ids, token_bytes, autocast, device):
             for sweeps in range(1, cuts[-1] + 1):
                 poll()
                 contexts, streams = sweep(model.step, contexts, tokens)
+                bar.update(ids_BT[:, 1:].numel())
                 if sweeps in cuts:
                     score(contexts, streams)
             score(*sequential(model.step, tokens, model.context_dim))
         return found
 
-    total = torch.tensor(map_parts(nats, len(ids), CURVE_SEQUENCES), dtype=torch.float64).sum(0)
+    with progress("bits per byte", len(ids) * length * cuts[-1]) as bar:
+        total = torch.tensor(map_parts(nats, len(ids), CURVE_SEQUENCES), dtype=torch.float64).sum(0)
     return dict(zip([*cuts, length], (total / math.log(2) / text_bytes(ids, token_bytes)).tolist(), strict=True))
 
 

@@ -255,3 +255,26 @@ def test_rank_is_measured_on_equally_many_tokens_of_both_splits(monkeypatch):
     assert few["rank_tokens"] == 30
     assert evaluate_contexts(model, data(20, 20), settings(), "cpu")["rank_tokens"] == 30
     assert evaluate_contexts(model, data(1, 20), settings(), "cpu")["rank_tokens"] == L
+
+
+def test_progress_of_the_evaluations_ends_at_its_total(model):
+    """Tokens that the bars are told of are what they expected, but for sequences in which no token could be replaced."""
+    bars = []
+
+    class Bar:
+        def __init__(self, label, total):
+            self.total, self.done = total, 0
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def update(self, tokens):
+            self.done += tokens
+
+    evaluate_contexts(model, data(5, 60), settings(), "cpu", Bar)
+    evaluate.bpb_by_context(model, data().val, torch.ones(V), contextlib.nullcontext, "cpu", Bar)
+    assert len(bars) == 2 and all(0.9 * bar.total < bar.done <= bar.total for bar in bars)

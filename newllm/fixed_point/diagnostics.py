@@ -10,7 +10,7 @@ import math
 import torch
 
 from newllm.fixed_point.losses import covariance
-from newllm.fixed_point.solver import sequential, sweep
+from newllm.fixed_point.solver import sequential, solve
 
 HORIZON_LEVEL = 1e-2  # relative change of a later context that still counts as remembering
 PROBE_LAGS = 40  # tokens back that the past capacity looks
@@ -42,11 +42,9 @@ def effective_rank_ceiling(num_tokens, context_dim, seed=0):
 
 def cold_start_curve(step, tokens_BTE, trajectory_BTC, max_sweeps):
     """|G^k(0) - trajectory| / |trajectory| over all tokens, for k = 1 ... max_sweeps, with fixed weights."""
-    contexts, norm, errors = torch.zeros_like(trajectory_BTC), trajectory_BTC.norm(), []
-    for _ in range(max_sweeps):
-        contexts, _ = sweep(step, contexts, tokens_BTE)
-        errors.append(((contexts - trajectory_BTC).norm() / norm).item())
-    return errors
+    cold = torch.zeros_like(trajectory_BTC)
+    how = dict(threshold=0.0, ratio=2.0, start_BTC=cold, trajectory_BTC=trajectory_BTC)
+    return solve(step, tokens_BTE, trajectory_BTC.shape[-1], max_sweeps, **how)[1].error
 
 
 def contraction_factor(errors, floor=1e-5):

@@ -77,16 +77,20 @@ class SweepStats:
 
     residual: list = field(default_factory=list)  # mean squared change per dimension
     converged: list = field(default_factory=list)  # share of tokens whose squared change is below the threshold
+    error: list = field(default_factory=list)  # relative distance from a trajectory, where one was given
 
     @property
     def sweeps(self):
         return len(self.residual)
 
 
-def solve(step, tokens_BTE, context_dim, max_sweeps, threshold, ratio=1.0, start_BTC=None):
+def solve(step, tokens_BTE, context_dim, max_sweeps, threshold, ratio=1.0, start_BTC=None, trajectory_BTC=None):
     """Sweep from a start (default: cold, K = 0) until a share `ratio` of tokens changes less than `threshold`.
 
     A chaotic map does not converge; the stats say so, nothing is raised.
+
+    Args:
+        ratio: more than 1 for all `max_sweeps`. trajectory_BTC: what the error of each sweep is measured from.
 
     Returns:
         (contexts [B, T, C], SweepStats).
@@ -100,6 +104,8 @@ def solve(step, tokens_BTE, context_dim, max_sweeps, threshold, ratio=1.0, start
         change_BT = squared_change(new, contexts)
         stats.residual.append(change_BT.mean().item())
         stats.converged.append((change_BT < threshold).double().mean().item())
+        if trajectory_BTC is not None:
+            stats.error.append(((new - trajectory_BTC).norm() / trajectory_BTC.norm()).item())
         contexts = new
         if stats.converged[-1] >= ratio:
             break
