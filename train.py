@@ -17,9 +17,9 @@ from newllm.models.baselines import build_model
 from newllm.models.language_model import LanguageModel
 from newllm.models.ngram import ngram_rows
 from newllm.models.pretrained import load_embedding
+from newllm.progress import Progress
 from newllm.reporting.artifacts import artifact_paths, write_artifacts
 from newllm.reporting.banner import banner
-from newllm.reporting.progress import Progress
 from newllm.reporting.record import read_record
 from newllm.reporting.runlog import RunLog, new_run_id
 from newllm.reporting.summary import context_line, curves, plain, summarize
@@ -50,7 +50,7 @@ def main(config):
         interrupt.alone = runtime.group.size == 1
         with runtime.group.run():
             with runtime.group.main_first():
-                data = load_data(config)
+                data = load_data(config, Progress)
                 pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
             runtime.group.require_same("data", data.fingerprint)
             cuda = runtime.device.type == "cuda"

@@ -5,9 +5,7 @@ exact for any map, converging or not, and on these short samples cheaper than th
 Shapes: B sequences, T tokens, C context width, E embedding width.
 """
 
-import contextlib
 import math
-from types import SimpleNamespace
 
 import torch
 
@@ -17,6 +15,7 @@ from newllm.interrupt import poll
 from newllm.memory import map_parts
 from newllm.models.baselines import Baseline
 from newllm.models.cross_entropy import linear_token_nll
+from newllm.progress import silent
 
 RANK_TOKENS = 10_000  # tokens behind an effective rank; the ceiling is computed for the same number
 CURVE_SEQUENCES = 32  # sequences behind cold-start and memory curves
@@ -44,11 +43,6 @@ def trajectories(model, ids, autocast, device, dtype=torch.float32):
 
     parts = map_parts(evaluated, len(ids), SEQUENCES_AT_A_TIME)
     return tuple(torch.cat(side) for side in zip(*parts, strict=True))
-
-
-def silent(label, total):
-    """Progress that nobody sees: a context manager like newllm.reporting.progress.Progress."""
-    return contextlib.nullcontext(SimpleNamespace(update=lambda tokens: None))
 
 
 @torch.no_grad()

@@ -28,9 +28,9 @@ from newllm.fixed_point.diagnostics import cold_start_curve
 from newllm.fixed_point.solver import prefill
 from newllm.models.baselines import build_model
 from newllm.models.pretrained import load_embedding
+from newllm.progress import Progress
 from newllm.reporting.criteria import table
 from newllm.reporting.plots import prefill_speed
-from newllm.reporting.progress import Progress
 from newllm.reporting.runlog import new_run_id
 from newllm.training.device import StepFunction, describe_device, open_runtime, peak_memory_mb
 from newllm.training.trained import load_trained

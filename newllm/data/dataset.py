@@ -16,6 +16,7 @@ from newllm.data.corpus import ULTRACHAT_IDENTITY, ULTRACHAT_NOTE, open_corpus
 from newllm.data.tokenizer import GPT2_FILES, Tokenizer, choose_tokenizer, train_bpe
 from newllm.errors import UserError
 from newllm.interrupt import poll
+from newllm.progress import silent
 from newllm.storage import Corrupt, load_sealed, save_sealed, usable_folder
 
 FORMAT_VERSION = (
@@ -44,13 +45,16 @@ class TokenData:
         return self.tokenizer.vocab_size
 
 
-def load_data(config):
+def load_data(config, progress=silent):
     """Samples for a configuration; with `tune_share`, the last training samples take the place of the held-out ones.
+
+    Args:
+        progress: function of (label, total tokens) to a context manager whose `update` gets the tokens made.
 
     Raises:
         UserError: the source, tokenizer or cache folder cannot be had, or there are too few dialogues.
     """
-    data = load_samples(config)
+    data = load_samples(config, progress)
     if not config.tune_share:
         return data
     count = max(1, round(config.tune_share * len(data.train)))
@@ -63,7 +67,7 @@ def load_data(config):
     return dataclasses.replace(data, **parts, notes=[*data.notes, note], fingerprint=fingerprint)
 
 
-def load_samples(config):
+def load_samples(config, progress=silent):
     """Training and held-out samples for a configuration: from the cache, else built and cached.
 
     Args:
@@ -99,7 +103,7 @@ def load_samples(config):
         return data
 
     tokenizer, reason = choose()
-    payload = _build(corpus, tokenizer, config)
+    payload = _build(corpus, tokenizer, config, progress)
     path = _cache_path(folder, corpus.name, corpus.identity, payload["tokenizer_name"], config)
     notes = []
     try:
@@ -115,7 +119,7 @@ def load_samples(config):
 # Packing
 
 
-def pack(dialogues, tokenizer, count, length):
+def pack(dialogues, tokenizer, count, length, advance=lambda tokens: None):
     """Fill samples with dialogues: a short one is followed by the end of text and the next one, never by padding.
 
     Each sample starts with a dialogue of its own; what does not fit of a sample's last dialogue is left out.
@@ -123,7 +127,7 @@ def pack(dialogues, tokenizer, count, length):
     Args:
         dialogues: iterator of (index, text). No more are taken than the samples need.
         count: samples wanted; fewer come back when the dialogues run out.
-        length: predictions per sample, L.
+        length: predictions per sample, L. advance: called with the tokens made, now and then.
 
     Returns:
         (int32 [n, L+1] ids, int64 [n] index of each sample's first dialogue, list of the digests of all texts taken).
@@ -136,6 +140,7 @@ def pack(dialogues, tokenizer, count, length):
         if not batch:
             break
         taken += [_text_digest(text) for _, text in batch]
+        before = len(samples)
         for (index, _), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
             if not sample:
                 first.append(index)
@@ -145,6 +150,7 @@ def pack(dialogues, tokenizer, count, length):
             if len(sample) == length + 1:
                 samples.append(torch.tensor(sample, dtype=torch.int32))
                 sample = []
+        advance((len(samples) - before) * length)
     ids = torch.stack(samples) if samples else torch.empty(0, length + 1, dtype=torch.int32)
     return ids, torch.tensor(first[: len(samples)], dtype=torch.int64), taken
 
@@ -153,7 +159,7 @@ def _text_digest(text):
     return hashlib.sha256(text.encode()).digest()
 
 
-def _build(corpus, tokenizer, config):
+def _build(corpus, tokenizer, config, progress):
     """Both splits and the tokenizer (trained here if None) as the content of a cache file."""
     wanted, length, size = config.num_samples, config.max_seq_length, corpus.size
     if size is not None and size < wanted + config.val_samples:
@@ -182,7 +188,8 @@ def _build(corpus, tokenizer, config):
             else:
                 yield index, text
 
-    train, train_dialogue, train_taken = pack(training_dialogues(), tokenizer, wanted, length)
+    with progress("data", wanted * length) as bar:
+        train, train_dialogue, train_taken = pack(training_dialogues(), tokenizer, wanted, length, bar.update)
     if len(train) < wanted or len(val) < config.val_samples:
         share = (wanted + config.val_samples) / max(1, len(train) + len(val))
         raise _too_few(corpus, config, f"about {math.ceil(share * (size or 0)) + 1:,}", len(train), len(val))

@@ -13,7 +13,7 @@ from newllm.data.order import batch_at, batch_count, epoch_order, order_digest
 from newllm.fixed_point.diagnostics import effective_rank
 from newllm.fixed_point.losses import phase1_loss
 from newllm.fixed_point.solver import sequential, sweep
-from newllm.reporting.progress import Progress
+from newllm.progress import Progress
 from newllm.seeding import derived_generator, derived_seed
 from newllm.training.contexts import StoredContexts
 from newllm.training.device import StepFunction, memory_mb

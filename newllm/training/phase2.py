@@ -10,7 +10,7 @@ from newllm.fixed_point.solver import sequential, truncated
 from newllm.interrupt import Stopped
 from newllm.models.baselines import Baseline
 from newllm.models.cross_entropy import linear_cross_entropy
-from newllm.reporting.progress import Progress
+from newllm.progress import Progress
 from newllm.seeding import derived_seed
 from newllm.training.device import StepFunction, memory_mb
 from newllm.training.features import FrozenFeatures

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from newllm.reporting import progress
-from newllm.reporting.progress import SECONDS_BETWEEN_LINES, Progress, progress_line
+from newllm import progress
+from newllm.progress import SECONDS_BETWEEN_LINES, Progress, progress_line
 
 LINE = re.compile(r"Progress: [\d,]+/[\d,]+ \(\d+\.\d%\) \| Speed: \d+ tok/s \| ETA: \d+s")
 

@@ -1,7 +1,9 @@
 """Progress of a loop over tokens: a bar in a terminal, a line now and then in a log."""
 
+import contextlib
 import sys
 import time
+from types import SimpleNamespace
 
 from tqdm import tqdm
 
@@ -12,6 +14,11 @@ def progress_line(done, total, speed):
     """`Progress: 10,000/100,000 (10.0%) | Speed: 1200 tok/s | ETA: 75s`; speed in tokens per second."""
     eta = (total - done) / max(speed, 1e-9)
     return f"Progress: {done:,}/{total:,} ({100 * done / total:.1f}%) | Speed: {speed:.0f} tok/s | ETA: {eta:.0f}s"
+
+
+def silent(label, total):
+    """What a function that reports its progress takes in place of Progress when nobody looks."""
+    return contextlib.nullcontext(SimpleNamespace(update=lambda tokens: None))
 
 
 class Progress:
