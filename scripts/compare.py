@@ -21,7 +21,7 @@ from newllm.apart import call_apart
 from newllm.config import parse_args
 from newllm.errors import UserError, exit_on_user_error
 from newllm.interrupt import Interrupt
-from newllm.reporting.comparison import Comparison, read_json, read_result, read_results, write_report
+from newllm.reporting.comparison import Comparison, markdown, read_json, read_result, read_results, write_report
 from newllm.reporting.plots import comparison_points, context_curves
 from newllm.reporting.summary import plain
 from newllm.reporting.sweep import Sweep
@@ -164,6 +164,15 @@ def choose(results):
     }
 
 
+def tuning_rows(results):
+    """The best point of the grid for each number of samples and arm, its perplexity on the tuning split, points tried."""
+    tried = {}
+    for result in sorted(results, key=lambda result: result["val_loss"]):
+        tried.setdefault((result["changes"]["num_samples"], result["arm"]), []).append(result)
+    for (samples, arm), (best, *others) in sorted(tried.items()):
+        yield samples, arm, *(f"{value:g}" for value in place(best)), f"{best['val_ppl']:.1f}", 1 + len(others)
+
+
 def main(config, arguments):
     """Make what is missing, choose or report."""
     arms, results = chosen_arms(arguments.arms), usable_folder(arguments.results, "results")
@@ -173,9 +182,9 @@ def main(config, arguments):
         tune(config, arms, budgets, folder)
         tuned = choose(read_results(folder))
         write_text(results / TUNED, json.dumps(tuned, indent=1) + "\n")
-        for samples, arm in ((samples, arm) for samples, chosen in tuned.items() for arm in chosen):
-            values = ", ".join(f"{name} = {value:g}" for name, value in tuned[samples][arm].items())
-            print(f"{samples} samples, {arm}: {values}")
+        print(
+            "\n".join(markdown(("samples", "arm", *GRID, "val ppl", "points tried"), tuning_rows(read_results(folder))))
+        )
         return
     if not arguments.report:
         tuned = read_json(results / TUNED) if (results / TUNED).exists() else {}

@@ -96,7 +96,7 @@ def test_tuning_uses_training_dialogues_alone_and_its_choice_is_used(tiny_settin
     assert found["changes"]["phase2_learning_rate"] == best["changes"]["phase2_learning_rate"]
 
 
-def test_the_walk_over_the_grid_ends_where_no_neighbour_is_better(tiny_settings, tmp_path, monkeypatch):
+def test_the_walk_over_the_grid_ends_where_no_neighbour_is_better(tiny_settings, tmp_path, monkeypatch, capsys):
     """On a bowl it finds the bottom, in a corner too, without the far side; an ablation has its arm's choice."""
     tried = []
 
@@ -106,12 +106,13 @@ def test_the_walk_over_the_grid_ends_where_no_neighbour_is_better(tiny_settings,
             tried.append((rate, dropout))
             result = dict(arm="gru", seed=0, changes=changes, settings={}, val_sample_nats=[])
             loss = abs(rate - 0.0005) * 1000 + abs(dropout - 0.15)
-            (folder / f"{name}.json").write_text(json.dumps(result | {"val_loss": loss}))
+            (folder / f"{name}.json").write_text(json.dumps(result | {"val_loss": loss, "val_ppl": 2 + loss}))
 
     monkeypatch.setattr(compare, "make", make)
     compare.main(ResidualConfig(**tiny_settings), arguments(tmp_path, arms="gru,phase1_w1", tune=True))
     tuned = json.loads((tmp_path / "results" / "tuned.json").read_text())
     assert tuned == {"12": {"gru": dict(phase2_learning_rate=0.0005, dropout=0.15)}}
+    assert f"| 12 | gru | 0.0005 | 0.15 | 2.0 | {len(tried)} |" in capsys.readouterr().out
     assert len(set(tried)) == len(tried) < 14 and (0.004, 0.5) not in tried
     plan = compare.plan(["phase1_w1"], 1, [12], {"12": {"phase1_frozen": dict(dropout=0.1)}})
     assert plan["phase1_w1-12-0"]["dropout"] == 0.1

@@ -1,7 +1,6 @@
 """What a run leaves to be looked at says what its record says, also after it was cut off and for several kinds of model."""
 
 import base64
-import contextlib
 import csv
 import json
 import re
@@ -13,16 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import write_dialogues
 from PIL import Image
 
 from config import ResidualConfig
-from newllm.data.dataset import load_data
 from newllm.errors import UserError
-from newllm.evaluate import evaluate_prediction
 from newllm.reporting.artifacts import artifact_paths, models_table, speed_lines, summary_lines
 from newllm.reporting.record import as_curve, find_records, read_record
 from newllm.training.trained import load_model, open_saved
-from scripts import export, report
+from scripts import evaluate, export, report
 from train import main as train
 
 
@@ -152,18 +150,27 @@ def test_the_page_stands_alone(record):
         assert cell in page.cells
 
 
-def test_the_model_file_has_the_logged_loss(folder):
-    """Evaluated anew on the run's own data, which its settings give; opened as plain data."""
+def test_the_model_file_has_the_logged_loss(folder, corpus_file, tmp_path, capsys):
+    """Opened as plain data; evaluated anew, on the run's held-out dialogues and on others."""
     for path in find_records(folder):
         record = read_record(path)
         file = artifact_paths(record.folder, record.kind, record.run)["model"]
         assert torch.load(file, weights_only=True)["metrics"]["loss"] == record.summary["val_loss"]
-        found = open_saved(file)[1]
-        model, tokenizer = load_model(found)
-        data = load_data(ResidualConfig(**found["config"]))
-        assert data.tokenizer.to_json() == tokenizer.to_json()
-        metrics = evaluate_prediction(model, data.val, data.token_bytes, contextlib.nullcontext, torch.device("cpu"))
-        assert metrics["loss"] == pytest.approx(record.summary["val_loss"], rel=1e-6)
+        evaluate.main([str(file), "--json"])
+        found = json.loads(capsys.readouterr().out)
+        assert (
+            found["val_loss"] == pytest.approx(record.summary["val_loss"], rel=1e-6)
+            and found["model_type"] == record.kind
+        )
+        assert found["parameters"] == record.summary["parameters"] and found["val_tokens"] == 6 * 24
+        other = write_dialogues(tmp_path / "other.jsonl", 20, seed=1)
+        evaluate.main([str(file), "--data_source", str(other), "--samples", "3"])
+        text = capsys.readouterr().out
+        assert "data_source: other" in text and "val_tokens: 72" in text and f"{found['val_loss']:.6g}" in text
+    with pytest.raises(UserError, match="ask for fewer"):
+        evaluate.main([str(file), "--samples", "10000"])
+    with pytest.raises(UserError, match="is a checkpoint: give a model file"):
+        evaluate.main([str(folder / "model_latest.pt")])
 
 
 def test_the_report_lists_shows_compares_and_remakes(folder, capsys, tmp_path):
