@@ -12,6 +12,7 @@ from pathlib import Path
 from config import ResidualConfig
 from newllm.errors import UserError, exit_on_user_error
 from newllm.reporting.artifacts import artifact_paths, runs_in
+from newllm.training.trained import open_saved
 from scripts.report import find
 
 
@@ -20,12 +21,20 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", help="id of a run; none: the latest")
     parser.add_argument("--checkpoint_dir", default=ResidualConfig.checkpoint_dir, help="folder of the runs")
-    parser.add_argument("--output", help="the file to write")
+    parser.add_argument("--format", choices=("zip", "transformers"), default="zip", help="what to write")
+    parser.add_argument("--output", help="the file, or the folder, to write")
     options = parser.parse_args(arguments)
     records = runs_in(options.checkpoint_dir)
     record = find(records, options.run) if options.run else records[-1]
-    target = Path(options.output or f"newllm_{record.kind}_{record.run}.zip")
-    paths = [record.path, *artifact_paths(record.folder, record.kind, record.run).values()]
+    artifacts = artifact_paths(record.folder, record.kind, record.run)
+    target = Path(options.output or f"newllm_{record.kind}_{record.run}{'.zip' * (options.format == 'zip')}")
+    if options.format == "transformers":
+        from newllm.transformers_export import export_folder  # transformers is slow to import, and needed here alone
+
+        export_folder(open_saved(artifacts["model"])[1], record, target)
+        print(f"{target}: AutoModelForCausalLM.from_pretrained({str(target)!r}, trust_remote_code=True)")
+        return
+    paths = [record.path, *artifacts.values()]
     write_zip(target, record.folder, [path for path in paths if path.exists()])
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
     with zipfile.ZipFile(target) as archive:

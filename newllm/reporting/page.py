@@ -4,6 +4,7 @@ import base64
 import html
 
 from newllm.reporting.runlog import format_value
+from newllm.reporting.summary import language_rows
 from newllm.storage import write_text
 
 STYLE = """
@@ -18,13 +19,6 @@ th:first-child, td:first-child { text-align: left; white-space: normal; }
 td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
 img { width: 100%; min-width: 34rem; height: auto; background: white; border-radius: 4px; }
 """
-LANGUAGE = (  # what is compared, keys of perplexity and bits per byte
-    ("this model", "val_ppl", "val_bpb"),
-    ("the same head on untrained contexts", "val_ppl_untrained_context", "val_bpb_untrained_context"),
-    ("Kneser-Ney of order 5, counting", "val_ppl_kn", None),
-    ("bigram, counting", "val_ppl_bigram", None),
-    ("unigram, counting", "val_ppl_unigram", None),
-)
 CONTEXTS = (  # what it is, key, unit
     ("effective rank, training tokens", "er_train", "%"),
     ("effective rank, validation tokens", "er_val", "%"),
@@ -49,9 +43,7 @@ def write_page(record, pictures, path):
     """
     summary, parts = record.summary, []
     if "val_ppl" in summary:
-        rows = [
-            (name, _figure(summary[ppl]), _figure(summary.get(bpb))) for name, ppl, bpb in LANGUAGE if ppl in summary
-        ]
+        rows = [(name, f"{ppl:.1f}", f"{bpb:.3f}") for name, ppl, bpb in language_rows(summary)]
         parts.append(("Language model", _table(("held-out dialogues", "perplexity", "bits per byte"), rows)))
     if "er_ceiling" in summary:
         columns = {"untrained": "_untrained", "Phase 1": "", "fine-tuned": "_finetuned"}

@@ -62,6 +62,20 @@ def summarize(config, data, results):
     return summary
 
 
+COUNTED = {"kn": "Kneser-Ney of order 5, counting", "bigram": "bigram, counting", "unigram": "unigram, counting"}
+
+
+def language_rows(summary):
+    """(what it is, perplexity, bits per byte) on held-out dialogues: of a model and of what there is beside it."""
+    rows = [("this model", summary["val_ppl"], summary["val_bpb"])]
+    if "val_ppl_untrained_context" in summary:
+        name = "the same head on untrained contexts"
+        rows.append((name, summary["val_ppl_untrained_context"], summary["val_bpb_untrained_context"]))
+    bits_a_nat = summary["val_bpb"] / summary["val_loss"]
+    counted = {name: summary[f"val_ppl_{key}"] for key, name in COUNTED.items()}
+    return rows + [(name, ppl, bits_a_nat * math.log(ppl)) for name, ppl in counted.items()]
+
+
 CURVES = ("cold_start_curve", "memory_curve", "past_capacity_by_lag", "spectrum")
 
 

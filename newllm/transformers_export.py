@@ -1,0 +1,129 @@
+"""A trained model as a folder that transformers loads offline: weights, tokenizer, chat template, code, model card."""
+
+import re
+from pathlib import Path
+
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from newllm.errors import UserError
+from newllm.reporting.summary import language_rows
+from newllm.training.trained import load_model
+from newllm.transformers_model import NewLLMConfig, NewLLMForCausalLM
+
+ROOT = Path(__file__).parent
+CODE = {  # file of the folder: the module it is copied from
+    "modeling_newllm.py": "transformers_model.py",
+    "language_model.py": "models/language_model.py",
+    "head.py": "models/head.py",
+    "context.py": "models/context.py",
+    "window.py": "models/window.py",
+    "solver.py": "fixed_point/solver.py",
+    "errors.py": "errors.py",
+    "interrupt.py": "interrupt.py",
+}
+CLASSES = {
+    "AutoConfig": "modeling_newllm.NewLLMConfig",
+    "AutoModelForCausalLM": "modeling_newllm.NewLLMForCausalLM",
+}
+CHAT_TEMPLATE = (  # as newllm.data.files.render writes a dialogue
+    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] | trim }}\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+def to_transformers(found):
+    """The model and the tokenizer of a model file, as transformers has them.
+
+    Args:
+        found: what newllm.training.trained.save_model wrote.
+
+    Raises:
+        UserError: it is a baseline, or a control that cannot read a new text.
+    """
+    settings = found["config"]
+    if settings["model_type"] not in ("context", "window", "token") or settings["whiten_context"]:
+        raise UserError(
+            f"a model of type '{settings['model_type']}'{' on whitened contexts' * settings['whiten_context']} is a "
+            "baseline here and is not exported: use transformers' own, or --format zip."
+        )
+    network, tokenizer = load_model(found)
+    config = NewLLMConfig(
+        network=settings["model_type"], vocab_size=tokenizer.vocab_size, hidden_size=settings["context_dim"],
+        embed_dim=settings["embed_dim"], num_hidden_layers=settings["num_layers"], token_layers=settings["token_layers"],
+        keeps_embedding=network.context_embedding is not None, tie_word_embeddings=settings["tie_weights"],
+        eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id, seed=settings["seed"], auto_map=CLASSES,
+    )  # fmt: skip
+    model = NewLLMForCausalLM(config)
+    model.network.load_state_dict(network.state_dict())
+    end = tokenizer.decode([tokenizer.eos_id])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.to_json()), eos_token=end, pad_token=end,
+        padding_side="left", clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE,
+    )  # fmt: skip
+    return model.eval(), fast
+
+
+def export_folder(found, record, folder):
+    """Write all of it.
+
+    Args:
+        found: as above. record: of its run, newllm.reporting.record.Record. folder: made if it is not there.
+
+    Raises:
+        UserError: it is a baseline, or the folder cannot be written.
+    """
+    model, tokenizer = to_transformers(found)
+    folder = Path(folder)
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        for name, source in CODE.items():
+            text = (ROOT / source).read_text()
+            (folder / name).write_text(
+                re.sub(r"^from newllm\.(?:\w+\.)*(\w+) import", r"from .\1 import", text, flags=re.M)
+            )
+        (folder / "README.md").write_text(model_card(record))
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror or error}): choose another folder.") from error
+
+
+def model_card(record):
+    """The folder's README.md, from what the run has written down: data, budget, figures beside what else there is, limits."""
+    config, summary = record.config, record.summary
+    table = "\n".join(f"| {name} | {ppl:.1f} | {bpb:.3f} |" for name, ppl, bpb in language_rows(summary))
+    versions = ", ".join(f"{name} {version}" for name, version in record.start.get("versions", {}).items())
+    phases = f"next-token prediction, best of {summary['phase2_best_epoch']} epochs"
+    memory = ""
+    if summary.get("phase1_iterations"):
+        phases = f"Phase 1 of {summary['phase1_iterations']} sweeps, then {phases}, contexts {summary['contexts']}"
+        memory = f"\nAfter Phase 1 its contexts remembered about {summary['memory_horizon']} tokens.\n"
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [newllm]
+---
+
+# newllm {record.kind}, run {record.run}
+
+A research model, trained from scratch on {summary["train_tokens"]:,} tokens of {summary["data_source"]}: far too few to be useful for anything but
+studying it. It will make things up, repeat itself, and say what its data say.
+
+- Network: {config["num_layers"]} layers, context {config["context_dim"]}, embedding {config["embed_dim"]}, {summary["parameters"]:,} parameters; tokenizer
+  {summary["tokenizer"]} with {summary["vocab_size"]:,} ids, trained on samples of {config["max_seq_length"]} tokens.
+- Training: {phases}; seed {config["seed"]}.
+- Made by {versions}, commit {record.start.get("git_commit")}, on {record.start["device"]}.
+
+| held-out dialogues | perplexity | bits per byte |
+|---|---|---|
+{table}
+{memory}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
+inputs = tokenizer("User: hello", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
+```
+"""
