@@ -95,6 +95,8 @@ def _transformer(config):
     body = GPT2Model(
         GPT2Config(
             vocab_size=1,
+            bos_token_id=None,
+            eos_token_id=None,
             n_positions=config.max_seq_length,
             n_embd=config.embed_dim,
             n_layer=config.num_layers,
