@@ -54,7 +54,7 @@ def measure(config):
     return int(summary["peak_memory_mb"] * MB)
 
 
-def random_data(config):
+def random_data(config, progress=None):
     """Stands in for the data of a run: its sizes, random ids."""
     vocab_size, shape = vocabulary(config), (config.num_samples + config.val_samples, config.max_seq_length + 1)
     ids = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(config.seed), dtype=torch.int32)
