@@ -119,7 +119,8 @@ def context_curves(comparison, tokens, path):
         horizons = [comparison.mean(tokens, arm, "memory_horizon")[0] / 16 for _, arm in weights]
         trade.plot([w for w, _ in weights], horizons, **COUNTED, label="memory horizon / 16 tokens")
         trade.set(title="The trade-off", xlabel="dist_reg_weight")
-        trade.legend()
+        if weights:
+            trade.legend()
 
 
 def prefill_speed(rows, curves, path):
