@@ -124,7 +124,7 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
             log.say("measuring what the model uses of its context")
             how = data.token_bytes, runtime.autocast, runtime.device, Progress
             results["bpb_by_context"] = bpb_by_context(model, data.val, *how)
-        if config.artifacts and log.writes:
+        if config.artifacts and config.save_checkpoint and log.writes:
             about = {"run_id": log.run_id, "data_source": data.source, "metrics": plain(head), **provenance()}
             path = artifact_paths(log.folder.parent, config.model_type, log.run_id)["model"]
             attempt(log, lambda: save_model(path, model, config, data.tokenizer, about))
@@ -160,6 +160,8 @@ def attempt(log, write):
         log.warn(
             f"warning: {error.filename or 'an artefact'} cannot be written ({error.strerror or error}); the run goes on"
         )
+    except UserError as error:  # the record has gaps, for the same reason
+        log.warn(f"warning: no report: {error}")
 
 
 if __name__ == "__main__":

@@ -11,9 +11,8 @@ from pathlib import Path
 
 from config import ResidualConfig
 from newllm.errors import UserError, exit_on_user_error
-from newllm.reporting.artifacts import artifact_paths, runs_in
+from newllm.reporting.artifacts import artifact_paths, find_run, runs_in
 from newllm.training.trained import open_saved
-from scripts.report import find
 
 
 def main(arguments=None):
@@ -25,7 +24,7 @@ def main(arguments=None):
     parser.add_argument("--output", help="the file, or the folder, to write")
     options = parser.parse_args(arguments)
     records = runs_in(options.checkpoint_dir)
-    record = find(records, options.run) if options.run else records[-1]
+    record = find_run(records, options.run) if options.run else records[-1]
     artifacts = artifact_paths(record.folder, record.kind, record.run)
     target = Path(options.output or f"newllm_{record.kind}_{record.run}{'.zip' * (options.format == 'zip')}")
     if options.format == "transformers":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from config import ResidualConfig
 from newllm.errors import UserError, exit_on_user_error
-from newllm.reporting.artifacts import runs_in, speed_lines, summary_lines, write_artifacts
+from newllm.reporting.artifacts import find_run, runs_in, speed_lines, summary_lines, write_artifacts
 from newllm.reporting.criteria import table
 from newllm.reporting.runlog import format_value
 from newllm.storage import Corrupt, verify_seal
@@ -36,28 +36,20 @@ def main(arguments=None):
     if len(options.runs) > 2:
         raise UserError("name one run, or two to compare.")
     records = runs_in(options.checkpoint_dir)
-    chosen = [find(records, run) for run in options.runs] or records[-1:]
+    chosen = [find_run(records, run) for run in options.runs] or records[-1:]
     if len(chosen) == 2:
         print("\n".join(compare(*chosen)))
         return
     if options.remake:
-        for name, path in write_artifacts(chosen[0]).items():
-            print(f"{name}: {path}")
+        try:
+            written = write_artifacts(chosen[0])
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{error.filename} cannot be written ({reason}): make room and run it again.") from error
+        print("\n".join(f"{name}: {path}" for name, path in written.items()))
         return
     for lines in (summary_lines(chosen[0]), speed_lines(chosen[0]), listing(options.checkpoint_dir, records)):
         print("\n".join(lines) + "\n")
-
-
-def find(records, run):
-    """The record of a run.
-
-    Raises:
-        UserError: there is none.
-    """
-    for record in records:
-        if record.run == run:
-            return record
-    raise UserError(f"there is no complete run '{run}' here: there are {', '.join(r.run for r in records)}.")
 
 
 def listing(folder, records):

@@ -45,9 +45,12 @@ def write_artifacts(record):
 
     Raises:
         OSError: a file cannot be written.
+        UserError: the record does not say how the run ended.
     """
     import numpy as np
 
+    if not record.summary:
+        raise UserError(f"{record.path} does not say how the run ended: free the disk and run the same command again.")
     paths, written = artifact_paths(record.folder, record.kind, record.run), []
 
     def write(name, function):
@@ -121,14 +124,14 @@ def speed_lines(record):
         ("Phase 1", record.phase1, "phase1", "iterations"),
         ("Phase 2", record.phase2, "phase2", "epochs"),
     ):
-        if columns:
+        if columns and f"seconds_{key}" in summary:  # a run that stops after Phase 1 may have begun Phase 2 before
             count, seconds = len(next(iter(columns.values()))), summary[f"seconds_{key}"]
             left -= seconds
             lines.append(
                 f"  {title}: {count} {unit}, {count * summary['train_tokens']:,} tokens, {seconds:.1f} s, "
                 f"{summary[f'tok_per_s_{key}']:,.0f} tok/s"
             )
-    if record.phase2:
+    if record.phase2 and "seconds_phase2" in summary:
         validation = sum(record.phase2["seconds_validation"])
         lines.append(f"  of Phase 2, validation: {validation:.1f} s ({validation / summary['seconds_phase2']:.1%})")
     lines.append(f"  data, untrained control, evaluation, report: {left:.1f} s")
@@ -158,6 +161,18 @@ def models_table(folder):
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def find_run(records, run):
+    """The record of a run among several.
+
+    Raises:
+        UserError: there is none.
+    """
+    for record in records:
+        if record.run == run:
+            return record
+    raise UserError(f"there is no complete run '{run}' here: there are {', '.join(r.run for r in records)}.")
 
 
 def runs_in(folder):

@@ -17,6 +17,7 @@ from PIL import Image
 
 from config import ResidualConfig
 from newllm.errors import UserError
+from newllm.reporting import runlog
 from newllm.reporting.artifacts import artifact_paths, models_table, speed_lines, summary_lines
 from newllm.reporting.record import as_curve, find_records, read_record
 from newllm.training.trained import load_model, open_saved
@@ -231,6 +232,43 @@ def test_a_disk_that_refuses_costs_the_artefacts_not_the_run(tiny_settings, monk
     assert (
         text.count("the run goes on") == 2 and "\n---\n" in text and (blocked / "logs" / "models.csv").exists() is False
     )
+
+
+@pytest.mark.parametrize("lost", ["start", "summary"])
+def test_a_record_with_gaps_costs_the_report_not_the_run(tiny_settings, monkeypatch, capsys, lost):
+    """The disk refused the row of the beginning, or of the end: one line, and the closing block all the same."""
+    real = runlog._append_line
+
+    def refuse(path, line):
+        if json.loads(line)["stage"] == lost:
+            raise OSError(28, "No space left on device")
+        real(path, line)
+
+    monkeypatch.setattr(runlog, "_append_line", refuse)
+    train(ResidualConfig(**tiny_settings | dict(artifacts=True)))
+    text = capsys.readouterr().out
+    assert text.count("warning: no report: ") == 1 and "\n---\n" in text
+
+
+def test_a_run_that_returns_to_phase_1_is_reported(tiny_settings, capsys):
+    """Phase 2 was begun and then left out: its rows are in the record, its figures not in the summary."""
+    config = ResidualConfig(**tiny_settings | dict(artifacts=True, phase="1"))
+    train(config)
+    (path,) = find_records(config.checkpoint_dir)
+    with open(path, "a") as file:
+        file.write(
+            json.dumps({"stage": "phase2", "epoch": 1, "train_loss": 5.0, "val_loss": 5.0, "seconds_validation": 1.0})
+        )
+    report.main(["--checkpoint_dir", config.checkpoint_dir])
+    text = capsys.readouterr().out
+    assert "Phase 1: 3 iterations" in text and "  Phase 2: " not in text
+
+
+def test_without_checkpoints_no_model_is_kept(tiny_settings):
+    """Pictures and tables are, as the scale check shows them."""
+    train(ResidualConfig(**tiny_settings | dict(artifacts=True, save_checkpoint=False)))
+    folder = Path(tiny_settings["checkpoint_dir"])
+    assert list(folder.glob("*/outputs/*.html")) and not list(folder.glob("*/models/*"))
 
 
 def test_curves_are_read_whatever_their_shape():
