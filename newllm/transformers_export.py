@@ -71,10 +71,12 @@ def export_folder(found, record, folder):
         found: as above. record: of its run, newllm.reporting.record.Record. folder: made if it is not there.
 
     Raises:
-        UserError: it is a baseline, or the folder cannot be written.
+        UserError: it is a baseline, or the folder cannot be written, or holds something else than an earlier export.
     """
     model, tokenizer = to_transformers(found)
     folder = Path(folder)
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "modeling_newllm.py").exists():
+        raise UserError(f"{folder} holds other files, which would be replaced: choose a new folder.")
     try:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

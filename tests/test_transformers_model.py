@@ -204,14 +204,13 @@ def test_what_cannot_be_exported_is_refused(tiny_settings, tmp_path):
             export.main(["--format", "transformers", "--output", str(tmp_path / "out"), "--checkpoint_dir", folder])
     write_dialogues(tmp_path / "file", 1)
     train(ResidualConfig(**tiny_settings | dict(artifacts=True)))
+    flags = ["--format", "transformers", "--checkpoint_dir", tiny_settings["checkpoint_dir"], "--output"]
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "README.md").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        export.main([*flags, str(tmp_path / "project")])
+    assert (tmp_path / "project" / "README.md").read_text() == "mine"
+    for _ in range(2):  # an earlier export may be replaced
+        export.main([*flags, str(tmp_path / "again")])
     with pytest.raises(UserError, match="cannot be written"):
-        export.main(
-            [
-                "--format",
-                "transformers",
-                "--output",
-                str(tmp_path / "file"),
-                "--checkpoint_dir",
-                tiny_settings["checkpoint_dir"],
-            ]
-        )
+        export.main([*flags, str(tmp_path / "file")])
