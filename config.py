@@ -7,8 +7,10 @@ class ResidualConfig(Config):
     preset = "none"  # "seed": the published ancestor's network, 91,429,969 parameters
 
     # Data: token budget = num_samples * max_seq_length (50: 6.4k, 78: 10k, 195: 25k, 390: 50k, 781: 100k)
-    data_source = "auto"  # "ultrachat" (hub), "chitchat" (embedded), a file or folder; "auto": the first to be had
-    tokenizer = "auto"  # "gpt2" (50,257 ids), "bpe" (trained on the training dialogues); "auto": gpt2 if to be had
+    data_source = "auto"  # "ultrachat" (hub), "chitchat" (embedded), a file, folder, hub dataset; "auto": the first two
+    data_split = ""  # split of a hub or saved dataset to train on; "": "train"
+    data_column = ""  # column with the text or dialogue, or "prompt,response"; "": found by its name
+    tokenizer = "auto"  # "gpt2", "bpe" (trained here), "wordllama", a model; "auto": the embeddings', else gpt2 or bpe
     vocab_size = 4096  # ids of the "bpe" tokenizer, at most; a big table is wasted on few tokens
     num_samples = 50  # training samples
     num_tokens = 0  # training tokens; when > 0 it sets num_samples = num_tokens // max_seq_length
@@ -24,7 +26,7 @@ class ResidualConfig(Config):
     num_layers = 6  # residual layers of the context map F
     token_layers = 1  # layers of the head that read context and token stream; 0 reads the token stream alone
     tie_weights = True  # logits through the embedding matrix: fewer parameters, better at this scale
-    embeddings = "random"  # "gpt2" or a folder: pretrained and frozen; needs the gpt2 tokenizer
+    embeddings = "random"  # "gpt2", "wordllama", a model (folder or hub name): its token vectors, frozen
     init_scale = 0.5  # weights start with std init_scale / sqrt(fan-in); larger makes F chaotic
 
     # Phase 1: the context
@@ -47,6 +49,8 @@ class ResidualConfig(Config):
     freeze_context = False  # True trains only the head on fixed contexts; False also trains F, through time
     whiten_context = False  # control: frozen contexts made uncorrelated, of unit variance on training samples
     context_lr_scale = 1.0  # learning rate of F relative to the head's
+    context_adapter = "none"  # "lora": fine-tune F by low-rank additions, merged at the end (needs peft)
+    adapter_rank = 0  # rank of these additions; 0: by the device's memory, 4, 8 or 16
     gradient_sweeps = 3  # tokens back that fine-tuning's gradient reaches, one parallel sweep each; 0: the whole sample
     dropout = 0.3  # on the head's inputs and hidden units
     token_dropout = 0.2  # share of the tokens that contexts in training do not see, others each time; not if frozen

@@ -47,6 +47,9 @@ PRESETS = {
     "seed": dict(tokenizer="gpt2", context_dim=768, embed_dim=768, num_layers=6, token_layers=0, tie_weights=False),
 }
 
+# What these settings are in files of versions that did not have them.
+EARLIER = dict(data_split="", data_column="", context_adapter="none", adapter_rank=0)
+
 
 @dataclass(init=False, eq=True)
 class Config:
@@ -61,7 +64,9 @@ class Config:
     preset: Literal[tuple(PRESETS)]
 
     data_source: str
-    tokenizer: Literal["auto", "gpt2", "bpe"]
+    data_split: str
+    data_column: str
+    tokenizer: str
     vocab_size: Annotated[int, Range(257)]
     num_samples: Count
     num_tokens: CountOrZero
@@ -97,6 +102,8 @@ class Config:
     freeze_context: bool
     whiten_context: bool
     context_lr_scale: NonNegative
+    context_adapter: Literal["none", "lora"]
+    adapter_rank: CountOrZero
     gradient_sweeps: CountOrZero
     dropout: Dropout
     token_dropout: Dropout

@@ -18,7 +18,7 @@ from pathlib import Path
 import train
 from config import ResidualConfig
 from newllm.apart import call_apart
-from newllm.config import parse_args
+from newllm.config import EARLIER, parse_args
 from newllm.errors import UserError, exit_on_user_error
 from newllm.interrupt import Interrupt
 from newllm.reporting.comparison import Comparison, markdown, read_json, read_result, read_results, write_report
@@ -121,10 +121,9 @@ def make(config, runs, results):
         if not path.exists():
             return None
         found, settings = read_result(path), meaning(configured(name))
-        if found["settings"] != settings:
-            changed = [
-                key for key in {**found["settings"], **settings} if found["settings"].get(key) != settings.get(key)
-            ]
+        before = EARLIER | found["settings"]
+        if before != settings:
+            changed = [key for key in before | settings if before.get(key) != settings.get(key)]
             raise UserError(
                 f"{path} was made with other settings ({', '.join(changed)}): choose another --results, or move it away."
             )

@@ -12,6 +12,7 @@ import argparse
 import sys
 
 from config import ResidualConfig
+from newllm.config import EARLIER
 from newllm.data.dataset import load_data
 from newllm.errors import UserError, exit_on_user_error
 from newllm.generate import generate
@@ -35,7 +36,7 @@ class Writer:
             self.model, self.tokenizer = load_model(found)
             return
         changes = {"cache_dir": options.cache_dir} if options.cache_dir else {}
-        config = ResidualConfig(**found["config"] | changes)
+        config = ResidualConfig(**EARLIER | found["config"] | changes)
         data = load_data(config)
         if data.fingerprint != found["data_fingerprint"]:
             raise UserError(

@@ -1,11 +1,13 @@
 """Whether a saved run may be continued with the settings and the data of today, and if not, in one sentence why."""
 
+from newllm.config import EARLIER
+
 FORMAT = 3  # of a checkpoint's content
 BUDGET = {"num_samples", "num_tokens"}
 IDENTITY = {
-    "preset", "data_source", "tokenizer", "vocab_size", "max_seq_length", "val_samples", "context_dim", "embed_dim",
+    "preset", "data_source", "data_split", "data_column", "tokenizer", "vocab_size", "max_seq_length", "val_samples", "context_dim", "embed_dim",
     "num_layers", "token_layers", "tie_weights", "embeddings", "init_scale", "seed", "freeze_context", "model_type",
-    "phase1_shuffle", "whiten_context", "tune_share",
+    "phase1_shuffle", "whiten_context", "tune_share", "context_adapter", "adapter_rank",
 }  # fmt: skip
 HARMLESS = {
     "cache_dir", "checkpoint_dir", "save_checkpoint", "load_checkpoint", "keep_last", "save_every_n_batches",
@@ -25,10 +27,11 @@ def compare(found, config, fingerprint):
     """
     if found.get("format") != FORMAT:
         return "refuse", f"has format {found.get('format')}, this version reads {FORMAT}: move it away."
+    saved = EARLIER | found["config"]
     changed = {
-        name: (found["config"].get(name), value)
+        name: (saved.get(name), value)
         for name, value in config.to_dict().items()
-        if found["config"].get(name) != value and name not in HARMLESS
+        if saved.get(name) != value and name not in HARMLESS
     }
     if not config.load_checkpoint:
         return "begin", "load_checkpoint is off"

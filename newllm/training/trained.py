@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from newllm.config import Config
+from newllm.config import EARLIER, Config
 from newllm.data.tokenizer import Tokenizer
 from newllm.errors import UserError
 from newllm.models.baselines import build_model
@@ -57,7 +57,7 @@ def load_model(found):
     Args:
         found: its content. On the CPU, in fp32.
     """
-    config, tokenizer = Config(**found["config"]), Tokenizer.from_json(**found["tokenizer"])
+    config, tokenizer = Config(**EARLIER | found["config"]), Tokenizer.from_json(**found["tokenizer"])
     model = build_model(config, tokenizer.vocab_size)
     model.load_state_dict(found["model_state_dict"])
     return model, tokenizer
