@@ -7,8 +7,8 @@ class ResidualConfig(Config):
     preset = "none"  # "seed": the published ancestor's network, 91,429,969 parameters
 
     # Data: token budget = num_samples * max_seq_length (50: 6.4k, 78: 10k, 195: 25k, 390: 50k, 781: 100k)
-    data_source = "auto"  # "ultrachat" (hub), "chitchat" (embedded), a file, folder, hub dataset; "auto": the first two
-    data_split = ""  # split of a hub or saved dataset to train on; "": "train"
+    data_source = "auto"  # "ultrachat", "chitchat", a path or owner/name[:subset][@revision]; "auto": the first two
+    data_split = ""  # split of a hub or saved dataset to train on; "": "train", or the only one
     data_column = ""  # column with the text or dialogue, or "prompt,response"; "": found by its name
     tokenizer = "auto"  # "gpt2", "bpe" (trained here), "wordllama", a model; "auto": the embeddings', else gpt2 or bpe
     vocab_size = 4096  # ids of the "bpe" tokenizer, at most; a big table is wasted on few tokens
@@ -67,6 +67,7 @@ class ResidualConfig(Config):
     precision = "auto"  # "bf16" where the hardware has it, "fp16" on older GPUs, else "fp32"
     context_memory_mb = 512  # contexts and features of the training samples beyond this live in files in checkpoint_dir
     compile = False  # torch.compile of the context map; on CUDA also its steps through time as one CUDA graph
+    attention = "auto"  # kernel of the Transformer's attention: "flash", "math", or as torch chooses
     gpu_memory_fraction = 1.0  # share of the GPU's memory this process may take; less where others share it
     seed = 42  # fixes data order, initialisation and dropout
 

@@ -13,7 +13,8 @@ from newllm.errors import UserError, exit_on_user_error
 from newllm.evaluate import bpb_by_context, evaluate_contexts
 from newllm.interrupt import Interrupt
 from newllm.memory import free_memory
-from newllm.models.baselines import build_model
+from newllm.models.adapter import require_peft
+from newllm.models.baselines import Baseline, build_model
 from newllm.models.language_model import LanguageModel
 from newllm.models.ngram import ngram_rows
 from newllm.models.pretrained import load_embedding
@@ -45,6 +46,8 @@ def main(config):
     """
     if config.whiten_context and config.model_type == "context" and not config.freeze_context:
         raise UserError("whiten_context whitens contexts that no longer change: use --freeze_context with it.")
+    if config.context_adapter != "none":
+        require_peft()
     with Interrupt(config.max_minutes) as interrupt:
         runtime = open_runtime(config)
         interrupt.alone = runtime.group.size == 1
@@ -70,7 +73,9 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
     if config.trackers != "none" and log.writes:
         folder = log.folder.parent / "tracking" / log.run_id
         log.follow = start_tracking(runtime.accelerator, config.trackers, folder, config.to_dict(), log.warn)
-    for line in banner(config, describe_device(runtime), data, model, checkpointer.notes):
+    kernel = model.attention_in_effect(runtime.device, runtime.storage_dtype) if isinstance(model, Baseline) else None
+    notes = [f"attention: {kernel}"] * bool(kernel) + checkpointer.notes
+    for line in banner(config, describe_device(runtime), data, model, notes):
         log.say(line)
     log.log(
         "start", config=config.to_dict(), device=describe_device(runtime), data=data.notes, fingerprint=data.fingerprint,

@@ -48,7 +48,7 @@ PRESETS = {
 }
 
 # What these settings are in files of versions that did not have them.
-EARLIER = dict(data_split="", data_column="", context_adapter="none", adapter_rank=0)
+EARLIER = dict(data_split="", data_column="", context_adapter="none", adapter_rank=0, attention="auto")
 
 
 @dataclass(init=False, eq=True)
@@ -119,6 +119,7 @@ class Config:
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     context_memory_mb: CountOrZero
     compile: bool
+    attention: Literal["auto", "flash", "math"]
     gpu_memory_fraction: PositiveShare
     seed: CountOrZero
 
@@ -162,6 +163,8 @@ class Config:
             raise UserError(
                 f"model_type '{self.model_type}' has no context: leave out freeze_context and whiten_context."
             )
+        if self.context_adapter != "none" and (self.model_type != "context" or self.freeze_context):
+            raise UserError("context_adapter fine-tunes F: leave it out with freeze_context or another model_type.")
 
     def __setattr__(self, name, value=None):
         raise dataclasses.FrozenInstanceError(

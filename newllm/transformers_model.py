@@ -118,7 +118,15 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
         Returns:
             NewLLMOutput; hidden_states is (contexts [B, T, C],) if asked for.
+
+        Raises:
+            ValueError: given inputs_embeds or past_key_values, which it would otherwise pass over.
         """
+        if "past_key_values" in kwargs or kwargs.get("inputs_embeds") is not None:
+            raise ValueError(
+                "this model reads input_ids on from cache_params: it takes neither inputs_embeds nor past_key_values, "
+                "which guidance_scale needs."
+            )
         state = None
         if cache_params is not None and cache_params.layers[0].is_recurrent_states_initialized[0]:
             state = cache_params.layers[0].recurrent_states[0]

@@ -21,7 +21,7 @@ from config import ResidualConfig
 from newllm.config import parse_args
 from newllm.data import hub
 from newllm.data.corpus import ULTRACHAT, ULTRACHAT_REVISION, open_corpus
-from newllm.data.tokenizer import choose_tokenizer
+from newllm.data.vocabulary import choose_tokenizer, tokenizer_choice
 from newllm.errors import UserError, exit_on_user_error
 from newllm.models.baselines import build_model
 from newllm.storage import usable_folder
@@ -155,16 +155,16 @@ def check_hub(config):
 
 def check_data(config):
     """There are dialogues to train on."""
-    corpus = open_corpus(config.data_source)
+    corpus = open_corpus(config.data_source, config.data_split, config.data_column)
     next(corpus.train())
     return corpus.note.removeprefix("data: ")
 
 
 def check_tokenizer(config):
     """There is a tokenizer, or there are texts to train one on."""
-    tokenizer, reason = choose_tokenizer(config.tokenizer)
+    tokenizer, reason = choose_tokenizer(tokenizer_choice(config))
     if tokenizer:
-        return f"gpt2, {tokenizer.vocab_size:,} ids"
+        return f"{tokenizer.name}, {tokenizer.vocab_size:,} ids"
     return f"a byte-level BPE of {config.vocab_size:,} ids, trained on the training dialogues" + f" ({reason})" * bool(
         reason
     )

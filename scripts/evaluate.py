@@ -12,6 +12,7 @@ import json
 
 import torch
 
+from newllm.config import EARLIER
 from newllm.data.corpus import open_corpus
 from newllm.data.dataset import pack
 from newllm.errors import UserError, exit_on_user_error
@@ -33,11 +34,12 @@ def evaluate(path, data_source="", samples=0):
     found = open_saved(path)[1]
     if "tokenizer" not in found:
         raise UserError(f"{path} is a checkpoint: give a model file, as scripts.report lists them.")
-    config = found["config"]
+    config = EARLIER | found["config"]
     if config["whiten_context"]:
         raise UserError(f"{path} is a control on whitened contexts: it cannot read a new text.")
     model, tokenizer = load_model(found)
-    corpus, count = open_corpus(data_source or config["data_source"]), samples or config["val_samples"]
+    own = config["data_source"], config["data_split"], config["data_column"]
+    corpus, count = open_corpus(*([data_source] if data_source else own)), samples or config["val_samples"]
     ids, _, _ = pack(enumerate(corpus.held_out()), tokenizer, count, config["max_seq_length"])
     if len(ids) < count:
         raise UserError(f"{corpus.name} gives {len(ids)} samples, not {count}: ask for fewer by --samples.")

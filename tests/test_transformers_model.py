@@ -1,23 +1,11 @@
-"""The exported model behaves as transformers' own do: cache, padding, beams, sampling, labels, folders, remote code."""
+"""The model behaves as transformers' own do: cache, padding, decoding, ends, refusals, labels, Trainer, folders."""
 
-import json
-import os
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import write_dialogues
 
-from config import ResidualConfig
-from newllm.data.files import render
-from newllm.errors import UserError
 from newllm.generate import generate
-from newllm.reporting.artifacts import artifact_paths
-from newllm.reporting.record import find_records, read_record
-from newllm.training.trained import load_model, open_saved
-from scripts import export
-from train import main as train
 
 transformers = pytest.importorskip("transformers")
 V, B, T = 50, 3, 9
@@ -40,6 +28,8 @@ def test_greedy_is_the_same_with_and_without_cache_and_by_our_own_generation(mod
     """Three roads, one text."""
     cached = model.generate(ids, max_new_tokens=12, do_sample=False)
     assert cached.equal(model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=False))
+    for options in (dict(logits_to_keep=0), dict(cache_implementation="static")):  # the latter is passed over, and said
+        assert cached.equal(model.generate(ids, max_new_tokens=12, do_sample=False, **options))
     for row in range(B):
         own = list(generate(model.network, ids[row].tolist(), 12, seed=0, temperature=0))
         assert cached[row, T:].tolist() == own
@@ -89,6 +79,89 @@ def test_beams_and_sampling(model, ids):
     assert drawn[0].equal(drawn[1]) and not drawn[0].equal(drawn[2]) and drawn[0].shape == (2 * B, T + 8)
 
 
+DECODING = {
+    "greedy": {},
+    "sampling": dict(do_sample=True, temperature=0.7, top_k=20, top_p=0.9),
+    "several samples": dict(do_sample=True, num_return_sequences=2),
+    "beams": dict(num_beams=3, num_return_sequences=2),
+    "sampled beams": dict(num_beams=3, do_sample=True),
+    "processed": dict(repetition_penalty=1.5, no_repeat_ngram_size=2),
+}
+
+
+@pytest.mark.parametrize("options", DECODING.values(), ids=DECODING)
+def test_every_decoding_is_the_same_with_and_without_cache(model, ids, options):
+    """Texts, logits and scores of each step, also behind padding; a cached step reads one token."""
+    mask = (torch.arange(T) >= torch.tensor([[0], [4], [1]])).long()
+    given = dict(attention_mask=mask, max_new_tokens=4, return_dict_in_generate=True) | options
+    found = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        show = dict(output_logits=True, output_scores=True, output_hidden_states=True, use_cache=use_cache)
+        found.append(model.generate(ids, **given, **show))
+    cached, afresh = found
+    assert cached.sequences.shape == (B * options.get("num_return_sequences", 1), T + 4)
+    assert cached.sequences.equal(afresh.sequences)
+    for name in ("logits", "scores"):
+        torch.testing.assert_close(cached[name], afresh[name], rtol=1e-4, atol=1e-5)
+    assert [step[0].shape[1] for step in cached.hidden_states] == [T, 1, 1, 1]
+    assert [step[0].shape[1] for step in afresh.hidden_states] == [T, T + 1, T + 2, T + 3]
+    if "num_beams" in options:
+        torch.testing.assert_close(cached.sequences_scores, afresh.sequences_scores)
+
+
+def test_generation_resumes_from_the_cache_it_returns(model, ids):
+    """By the last token, which no step has read yet, and by that and a further turn."""
+    for turn in (ids[:, :0], ids):
+        first = model.generate(ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+        whole = model.generate(torch.cat([first.sequences, turn], 1), max_new_tokens=3, do_sample=False)
+        unread = torch.cat([first.sequences[:, -1:], turn], 1)
+        more = model.generate(unread, cache_params=first.past_key_values, max_new_tokens=3, do_sample=False)
+        assert more.equal(whole[:, T + 3 :])
+
+
+def test_texts_end_where_they_are_told_to(model, ids):
+    """At an end token, not before a minimum, padded while others go on; by a criterion. A streamer gets them."""
+    free = model.generate(ids, max_new_tokens=8, do_sample=False)
+    end = free[0, T + 2].item()
+    ended = model.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=end, pad_token_id=0)
+    for row, text in enumerate(free[:, T:].tolist()):
+        kept = text.index(end) + 1 if end in text else 8
+        assert ended[row, T:].tolist() == (text[:kept] + [0] * (8 - kept))[: ended.shape[1] - T]
+    options = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    late = model.generate(ids, eos_token_id=end, min_new_tokens=8, **options)
+    assert late.shape == free.shape and not (late[:, T:] == end).any()
+    assert not (model.generate(ids, bad_words_ids=[[end]], **options)[:, T:] == end).any()
+
+    def enough(texts, scores, **others):
+        return torch.full((len(texts),), texts.shape[1] >= T + 3)
+
+    assert model.generate(ids, stopping_criteria=[enough], **options).equal(free[:, : T + 3])
+    streamed = []
+    streamer = SimpleNamespace(put=lambda tokens: streamed.extend(tokens.flatten().tolist()), end=lambda: None)
+    assert model.generate(ids[:1], streamer=streamer, **options)[0].tolist() == streamed
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (dict(prompt_lookup_num_tokens=2), "not supported with stateful models"),
+        (dict(assistant_model="itself"), "not supported with stateful models"),
+        (dict(prefill_chunk_size=3), "without a cache"),
+        (dict(past_key_values=transformers.DynamicCache()), "cache_params"),
+        (dict(inputs_embeds=torch.zeros(1, T, 24)), "cache_params"),
+        (dict(guidance_scale=2.0), "cache_params"),
+    ],
+    ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
+)
+def test_what_a_state_cannot_do_is_refused(model, ids, options, reason):
+    """A state cannot be rolled back, and has no keys and values: an error rather than a wrong text."""
+    if "assistant_model" in options:
+        options = dict(assistant_model=model)
+    with pytest.raises(ValueError, match=reason):
+        model.generate(ids[:1], max_new_tokens=4, do_sample=False, **options)
+
+
 def test_labels_and_the_positions_to_keep(model, ids):
     """The loss is that of the next token, ignored labels apart; logits of the last positions only."""
     output = model(ids, labels=ids)
@@ -101,6 +174,18 @@ def test_labels_and_the_positions_to_keep(model, ids):
     last = torch.nn.functional.cross_entropy(output.logits[:, -2], ids[:, -1])
     torch.testing.assert_close(model(ids, labels=labels).loss, last)
     assert model(ids, logits_to_keep=2).logits.equal(output.logits[:, -2:])
+
+
+def test_transformers_trainer_trains_it(model, ids, tmp_path):
+    """Two steps lower the loss that it evaluates."""
+    settings = dict(max_steps=2, learning_rate=0.01, report_to="none", save_strategy="no", use_cpu=True)
+    rows = [dict(input_ids=row, labels=row) for row in ids]
+    arguments = transformers.TrainingArguments(str(tmp_path), **settings)
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    losses = [trainer.evaluate()["eval_loss"]]
+    trainer.train()
+    losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[1] < losses[0] < 10
 
 
 def test_a_prompt_by_sweeps_is_the_prompt_by_steps(model, ids):
@@ -126,91 +211,3 @@ def test_a_folder_round_trips_to_the_bit(model, tmp_path):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     mine, theirs = model.state_dict(), loaded.state_dict()
     assert mine.keys() == theirs.keys() and all(mine[name].equal(theirs[name]) for name in mine)
-
-
-ALONE = """
-import json, sys
-class Block:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "newllm":
-            raise ImportError("newllm is blocked here")
-sys.meta_path.insert(0, Block())
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
-folder, messages = sys.argv[1], json.loads(sys.argv[2])
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
-inputs = tokenizer("User: ban dor", return_tensors="pt")
-made = pipeline("text-generation", model=model, tokenizer=tokenizer)("User: ban dor", max_new_tokens=8, do_sample=False)
-print(json.dumps({
-    "ids": inputs["input_ids"][0].tolist(),
-    "text": model.generate(**inputs, max_new_tokens=8, do_sample=False)[0].tolist(),
-    "logits": model(**inputs).logits[0, -1].tolist(),
-    "pipeline": made[0]["generated_text"],
-    "chat": tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
-}))
-"""
-
-
-@pytest.mark.parametrize(
-    "settings", [{}, dict(freeze_context=True), dict(tie_weights=False)], ids=["tuned", "frozen", "untied"]
-)
-def test_a_run_exported_is_used_by_transformers_alone(tiny_settings, tmp_path, settings, capsys):
-    """In a process that cannot import newllm: the same ids, logits and greedy text; chats as the training data write them."""
-    train(ResidualConfig(**tiny_settings | dict(artifacts=True) | settings))
-    record = read_record(find_records(tiny_settings["checkpoint_dir"])[-1])
-    folder = tmp_path / "exported"
-    export.main(
-        ["--format", "transformers", "--output", str(folder), "--checkpoint_dir", tiny_settings["checkpoint_dir"]]
-    )
-    card = (folder / "README.md").read_text()
-    assert (
-        f"| this model | {record.summary['val_ppl']:.1f} |" in card
-        and "untrained contexts" in card
-        and record.run in card
-    )
-    messages = [
-        {"role": "user", "content": "ban dor"},
-        {"role": "assistant", "content": "kin"},
-        {"role": "user", "content": "lum"},
-    ]
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-c", ALONE, str(folder), json.dumps(messages)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    model, tokenizer = load_model(open_saved(artifact_paths(record.folder, record.kind, record.run)["model"])[1])
-    ids = tokenizer.encode("User: ban dor")
-    text = list(generate(model.eval(), ids, 8, seed=0, temperature=0))
-    assert found["ids"] == ids and found["text"] == ids + text
-    assert found["pipeline"] == tokenizer.decode(ids + text)
-    assert found["chat"] == render({"messages": messages}, "here") + "\nAssistant:"
-    state = None
-    for token in ids:
-        logits, state = model.advance(torch.tensor([token]), state)
-    assert found["logits"] == pytest.approx(logits[0].tolist(), abs=1e-5)
-
-
-def test_what_cannot_be_exported_is_refused(tiny_settings, tmp_path):
-    """A baseline is transformers' own business; a whitened control cannot read a new text; a file in the way."""
-    for number, settings in enumerate((dict(model_type="gru"), dict(freeze_context=True, whiten_context=True))):
-        folder = str(tmp_path / f"run_{number}")
-        train(ResidualConfig(**tiny_settings | dict(artifacts=True, checkpoint_dir=folder) | settings))
-        with pytest.raises(UserError, match="is not exported"):
-            export.main(["--format", "transformers", "--output", str(tmp_path / "out"), "--checkpoint_dir", folder])
-    write_dialogues(tmp_path / "file", 1)
-    train(ResidualConfig(**tiny_settings | dict(artifacts=True)))
-    flags = ["--format", "transformers", "--checkpoint_dir", tiny_settings["checkpoint_dir"], "--output"]
-    (tmp_path / "project").mkdir()
-    (tmp_path / "project" / "README.md").write_text("mine")
-    with pytest.raises(UserError, match="holds other files"):
-        export.main([*flags, str(tmp_path / "project")])
-    assert (tmp_path / "project" / "README.md").read_text() == "mine"
-    for _ in range(2):  # an earlier export may be replaced
-        export.main([*flags, str(tmp_path / "again")])
-    with pytest.raises(UserError, match="cannot be written"):
-        export.main([*flags, str(tmp_path / "file")])

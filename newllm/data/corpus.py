@@ -1,4 +1,4 @@
-"""Where dialogues come from: UltraChat on the hub, the embedded chitchat corpus, or files; each a stream of texts."""
+"""Where dialogues come from: the hub, the embedded chitchat corpus, saved datasets or files; each a stream of texts."""
 
 import difflib
 import functools
@@ -11,25 +11,27 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from newllm.data import hub
-from newllm.data.files import SUFFIXES, digest, read_file, render
-from newllm.data.hub import retry
+from newllm.data.files import SUFFIXES, TABLES, column_names, digest, read_file, render
+from newllm.data.splits import HELD_OUT_EVERY, WAY_OUT, choose_splits, open_hub, read_rows, read_saved
 from newllm.errors import UserError
 
 ULTRACHAT = "HuggingFaceH4/ultrachat_200k"
 ULTRACHAT_REVISION = "8049631c405ae6576f93f445c6b8166f76f5505a"
 ULTRACHAT_IDENTITY = f"{ULTRACHAT}@{ULTRACHAT_REVISION}:train_sft+test_sft"
 ULTRACHAT_NOTE = f"data: UltraChat ({ULTRACHAT}, revision {ULTRACHAT_REVISION[:8]}, train_sft and test_sft)"
-WAY_OUT = "take --data_source chitchat or a file"
 SOURCES = ("auto", "ultrachat", "chitchat")
+ON_HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([^:@]+))?(?:@([^:@]+))?", re.ASCII)
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 @dataclass(frozen=True)
 class Listing:
-    """The dialogues of a finite source, and what was left out on reading them (for notes)."""
+    """What is known of a corpus once it is read: its size, None for separate streams, and what to say about it."""
 
-    texts: list[str]
+    size: int | None
     remarks: list[str]
 
 
@@ -42,126 +44,159 @@ class Corpus:
     note: str  # one line: what is used, and why
     train: Callable[[], Iterator[str]]
     held_out: Callable[[], Iterator[str]]
-    listing: Callable[[], Listing] | None = None  # of a finite source, read once on the first call
+    listing: Callable[[], Listing] = lambda: Listing(None, [])
 
     @property
     def size(self):
         """Dialogues in the one list behind both streams; None when they are separate streams."""
-        return len(self.listing().texts) if self.listing else None
+        return self.listing().size
 
     @property
     def remarks(self):
-        """What was left out on reading, one line each."""
-        return self.listing().remarks if self.listing else []
+        """What was chosen or left out on reading, one line each."""
+        return self.listing().remarks
 
 
-def open_corpus(source):
-    """The corpus behind the setting `data_source`.
+def open_corpus(source, split="", column=""):
+    """The corpus behind the settings `data_source`, `data_split` and `data_column`.
 
     Args:
-        source: "auto", "ultrachat", "chitchat", or the path of a file or folder.
+        source: "auto", "ultrachat", "chitchat", the path of a file or folder, or of a hub dataset
+            "owner/name[:subset][@revision]". What exists as a path is one.
+        split: of a hub or saved dataset, the one to train on; "": "train", or the only one.
+        column: where a row has its dialogue, as in `newllm.data.files.render`; "": found by its name.
 
     Raises:
-        UserError: no such source or file, nothing in it, or the hub cannot give it. Reading the streams raises it for
-            malformed content and for a stream that breaks.
+        UserError: no such source, file or split, nothing in it, or the hub cannot give it. Reading the streams raises
+            it for malformed content and for a stream that breaks.
     """
+    source = pin(source)
+    known = known_labels(source, split, column)
     if source == "chitchat":
         return _chitchat("")
-    if source == "ultrachat":
+    if source in ("auto", "ultrachat"):
         try:
             return _ultrachat()
         except hub.Unreachable as reason:
+            if source == "auto":
+                return _chitchat(f", NOT UltraChat (the Hugging Face hub could not be reached: {reason})")
             raise UserError(f"UltraChat cannot be had from the Hugging Face hub ({reason}); {WAY_OUT}.") from reason
-    if source == "auto":
-        try:
-            return _ultrachat()
-        except hub.Unreachable as reason:
-            return _chitchat(f", NOT UltraChat (the Hugging Face hub could not be reached: {reason})")
-    return _files(source)
+    if known:
+        return _hub(source, known, split, column)
+    path = Path(source).expanduser()
+    if not source or not os.path.exists(path):
+        close = difflib.get_close_matches(source, SOURCES, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else "."
+        raise UserError(
+            f"data_source '{source}' is neither one of {', '.join(SOURCES)} nor an existing file or folder "
+            f"nor a hub dataset, owner/name[:subset][@revision]{hint}"
+        )
+    inside = {file.name for file in path.iterdir()} if path.is_dir() else set()
+    saved = "dataset_dict.json" in inside or {"dataset_info.json", "state.json"} <= inside
+    return (_saved if saved else _files)(path, split, column)
+
+
+def pin(source):
+    """The source, with the full commit of its revision if it is a hub dataset, for which the hub is asked.
+
+    Raises:
+        UserError: the hub cannot tell.
+    """
+    found = _on_hub(source)
+    if not found or COMMIT.fullmatch(found[3] or ""):
+        return source
+    try:
+        commit = hub.probe(f"api/datasets/{found[1]}/revision/{quote(found[3] or 'main', safe='')}")["sha"]
+    except hub.Unreachable as reason:
+        raise _not_had(source, reason, f", or {found[1]}@COMMIT as a run named it that cached its data") from reason
+    return f"{source.partition('@')[0]}@{commit}"
+
+
+def known_labels(source, split="", column=""):
+    """Name, identity and note of UltraChat or a pinned hub dataset, which a cache needs no hub for; None for others.
+
+    Raises:
+        UserError: a split or column where there is no choice, or more than two columns.
+    """
+    if source in SOURCES and (split or column):
+        raise UserError(
+            f"data_source '{source}' has no choice of split or column: leave out data_split and data_column."
+        )
+    if column and (len(column_names(column)) > 2 or "" in column_names(column)):
+        raise UserError(f"data_column is one name or two with a comma, such as prompt,response, not '{column}'.")
+    if source in ("auto", "ultrachat"):
+        return "ultrachat", ULTRACHAT_IDENTITY, ULTRACHAT_NOTE
+    if not _on_hub(source):
+        return None
+    identity = f"{source}:{split or 'train'}" + _of_column(column)
+    return _fit_name(source.partition("@")[0]), identity, f"data: {source}"
+
+
+def _of_column(column):
+    """The end of an identity that a choice of columns makes another."""
+    return f" column {column}" if column else ""
+
+
+def _fit_name(text):
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._")[:60] or "data"
+    return f"{name}-file" if name in SOURCES else name  # it stands in every result: "ultrachat" is UltraChat itself
 
 
 def _finite(name, identity, note, read):
     """Corpus of one list: training goes through it from the front, held-out from the back, whatever the budget."""
 
     @functools.cache
-    def listing():
+    def found():
         texts, remarks = read()
         kept = [text for text in texts if text]
         if len(kept) < len(texts):
             remarks = [*remarks, f"data: {len(texts) - len(kept):,} empty dialogues of {name} left out"]
         if not kept:
             raise UserError(f"{name} holds no dialogues; choose another --data_source.")
-        return Listing(kept, remarks)
+        return kept, Listing(len(kept), remarks)
 
-    return Corpus(name, identity, note, lambda: iter(listing().texts), lambda: reversed(listing().texts), listing)
+    return Corpus(name, identity, note, lambda: iter(found()[0]), lambda: reversed(found()[0]), lambda: found()[1])
 
 
-# UltraChat
+# The hub
 
 
 def _ultrachat():
-    """UltraChat from the datasets cache, else streamed from the hub: few samples must not download 1.4 GB."""
-    splits = _prepared_ultrachat()
-    if not splits:
-        hub.probe(f"api/datasets/{ULTRACHAT}/revision/{ULTRACHAT_REVISION}")
-        import datasets
-
-        def stream(split):
-            return datasets.load_dataset(ULTRACHAT, split=split, streaming=True, revision=ULTRACHAT_REVISION)
-
-        try:
-            splits = {split: retry(lambda split=split: stream(split)) for split in ("train_sft", "test_sft")}
-        except Exception as error:
-            raise hub.Unreachable(hub.describe(error)) from error
-    train, held_out = (functools.partial(_read_stream, splits[split], split) for split in ("train_sft", "test_sft"))
+    rows = open_hub(ULTRACHAT, None, ULTRACHAT_REVISION)
+    train, held_out = (
+        functools.partial(read_rows, rows[split], f"UltraChat {split}") for split in ("train_sft", "test_sft")
+    )
     return Corpus("ultrachat", ULTRACHAT_IDENTITY, ULTRACHAT_NOTE, train, held_out)
 
 
-def _prepared_ultrachat():
-    """Both splits, memory-mapped, if `datasets` has prepared this very revision before; else {}."""
-    import datasets
-
-    owner, name = ULTRACHAT.split("/")
-    root = Path(datasets.config.HF_DATASETS_CACHE) / f"{owner}___{name}"
-    splits = {}
-    for split in ("train_sft", "test_sft"):
-        files = sorted(root.glob(f"*/*/{ULTRACHAT_REVISION}/{name}-{split}*.arrow"))
-        if not files:
-            return {}
-        splits[split] = datasets.concatenate_datasets([datasets.Dataset.from_file(str(file)) for file in files])
-    return splits
+def _on_hub(source):
+    """Match of owner/name, subset, revision; None for another source, such as what exists here or is named as a file."""
+    if source.endswith(SUFFIXES + TABLES) or os.path.exists(Path(source).expanduser()):
+        return None
+    return ON_HUB.fullmatch(source)
 
 
-def _read_stream(rows, split):
-    """Texts of a split in order. A break is mended by opening again behind the last row, or it is an error."""
-    reader, done = iter(rows), 0
+def _not_had(source, reason, more=""):
+    return UserError(
+        f"data_source '{source}' is no file or folder here and cannot be had from the Hugging Face hub ({reason}); "
+        f"{WAY_OUT}{more}."
+    )
 
-    def next_row():
-        nonlocal reader
-        try:
-            return next(reader, None)
-        except Exception:
-            reader = iter(rows.skip(done))
-            raise
 
-    while True:
-        try:
-            row = retry(next_row)
-        except Exception as error:
-            raise UserError(
-                f"reading UltraChat {split} broke off after {done:,} dialogues ({hub.describe(error)}); "
-                f"run again, or {WAY_OUT}."
-            ) from error
-        if row is None:
-            return
-        done += 1
-        if not isinstance(row.get("messages"), list):
-            raise UserError(
-                f"UltraChat {split} row {done} has no list 'messages' but the columns {', '.join(row) or '(none)'}: "
-                f"not the schema this project reads; {WAY_OUT}."
-            )
-        if text := render(row, f"UltraChat {split} row {done}"):
-            yield text
+def _hub(source, labels, split, column):
+    """A pinned hub dataset. What is held out follows from its splits, so it is no part of the identity."""
+    where = source.partition("@")[0]
+    try:
+        rows = open_hub(*_on_hub(source).groups())
+    except hub.Unreachable as reason:
+        raise _not_had(source, reason) from reason
+    train, held_out = choose_splits(rows, split, where)
+    streams = [
+        functools.partial(read_rows, rows[name], f"{where} {name}", column, part)
+        for name, part in ([(train, None), (held_out, None)] if held_out else [(train, False), (train, True)])
+    ]
+    rest = f"split {held_out}" if held_out else f"every {HELD_OUT_EVERY}th row, as there is no split test or validation"
+    return Corpus(*labels, *streams, lambda: Listing(None, [f"data: trains on split {train}, holds out {rest}"]))
 
 
 # The embedded corpus
@@ -200,29 +235,51 @@ def _read_chitchat(path):
 # Files
 
 
-def _files(source):
-    path = Path(source).expanduser()
-    if not source or not os.path.exists(path):
-        close = difflib.get_close_matches(source, SOURCES, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else "."
-        raise UserError(
-            f"data_source '{source}' is neither one of {', '.join(SOURCES)} nor an existing file or folder{hint}"
-        )
+def _saved(path, split, column):
+    """What `save_to_disk` wrote. Held out is another split, else the end of the only one."""
+    import datasets
+
+    try:
+        rows = datasets.load_from_disk(str(path), keep_in_memory=False)
+    except Exception as error:
+        raise UserError(f"{path} is no readable saved dataset ({hub.describe(error)}); save it again.") from error
+    rows = rows if isinstance(rows, dict) else {"train": rows}
+    train, held_out = choose_splits(rows, split, path)
+    names = [train, held_out] if held_out else [train]
+    identity = _digest_of([[digest(Path(file["filename"])) for file in rows[name].cache_files] for name in names])
+    streams = [
+        functools.partial(read_saved, rows[name], f"{path} {name}", column, backwards)
+        for name, backwards in ((train, False), (held_out or train, not held_out))
+    ]
+    size = None if held_out else len(rows[train])
+    note = f"data: {path} (split {' and '.join(names)}, sha256 {identity[:12]})"
+    labels = _fit_name(path.resolve().name), f"sha256:{identity}{_of_column(column)}", note
+    return Corpus(*labels, *streams, lambda: Listing(size, []))
+
+
+def _files(path, split, column):
+    if split:
+        raise UserError(f"{path} has no splits: leave out data_split.")
     folder = path.is_dir()
     files = sorted(file for file in path.iterdir() if not file.name.startswith(".")) if folder else [path]
-    files = [file for file in files if file.name.endswith(SUFFIXES)]
+    files = [f for f in files if f.name.endswith(SUFFIXES)] or [f for f in files if f.name.endswith(TABLES)]
     if not files:
-        raise UserError(f"{path} is no data: data_source takes {', '.join(SUFFIXES)} files or a folder of them.")
-    identity = digest(path) if not folder else _digest_of_folder(files)
+        kinds = ", ".join(SUFFIXES + TABLES)
+        raise UserError(f"{path} is no data: data_source takes {kinds} files, a folder of them or of save_to_disk.")
+    if column and (plain := [file for file in files if file.name.endswith(".txt")]):
+        raise UserError(f"{plain[0]} has no columns: leave out data_column.")
+    identity = digest(path) if not folder else _digest_of([[file.name, digest(file)] for file in files])
     stem = path.resolve().name
-    for suffix in () if folder else SUFFIXES:
+    for suffix in () if folder else SUFFIXES + TABLES:
         stem = stem.removesuffix(suffix)
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", stem).strip("._")[:60] or "data"
-    if name in SOURCES:  # the name stands in every result, where "ultrachat" must mean UltraChat itself
-        name += "-file"
     note = f"data: {path} ({f'{len(files)} files, ' if folder else ''}sha256 {identity[:12]})"
-    return _finite(name, f"sha256:{identity}", note, lambda: ([text for file in files for text in read_file(file)], []))
+    return _finite(
+        _fit_name(stem),
+        f"sha256:{identity}{_of_column(column)}",
+        note,
+        lambda: ([text for file in files for text in read_file(file, column)], []),
+    )
 
 
-def _digest_of_folder(files):
-    return hashlib.sha256(json.dumps([[file.name, digest(file)] for file in files]).encode()).hexdigest()
+def _digest_of(value):
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

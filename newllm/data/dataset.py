@@ -12,17 +12,17 @@ from itertools import chain, islice
 
 import torch
 
-from newllm.data.corpus import ULTRACHAT_IDENTITY, ULTRACHAT_NOTE, open_corpus
-from newllm.data.tokenizer import GPT2_FILES, Tokenizer, choose_tokenizer, train_bpe
+from newllm.data.corpus import known_labels, open_corpus, pin
+from newllm.data.tokenizer import Tokenizer, train_bpe
+from newllm.data.vocabulary import GPT2_FILES, choose_tokenizer, tokenizer_choice
 from newllm.errors import UserError
 from newllm.interrupt import poll
 from newllm.progress import silent
 from newllm.storage import Corrupt, load_sealed, save_sealed, usable_folder
 
-FORMAT_VERSION = (
-    1  # raise it when rendering, packing or the file's fields change: older cache files are then passed over
-)
+FORMAT_VERSION = 1  # raise it when rendering, packing or the file's fields change: older cache files are passed over
 BATCH = 256  # dialogues encoded in one call
+KINDS = {"auto": "gpt2", "gpt2": "gpt2", "bpe": "bpe"}  # of tokenizer to look for in the cache, by the setting
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,34 +77,35 @@ def load_samples(config, progress=silent):
         UserError: the source, tokenizer or cache folder cannot be had, or there are too few dialogues.
     """
     folder = usable_folder(config.cache_dir, "cache_dir")
-    choose = functools.cache(lambda: choose_tokenizer(config.tokenizer))
+    choice = tokenizer_choice(config)
+    choose = functools.cache(lambda: choose_tokenizer(choice))
     unusable = {}
 
     def cached(name, identity, note):
-        kind = "bpe" if config.tokenizer == "bpe" else "gpt2"
+        kind = KINDS.get(choice) or choose()[0].fingerprint
         payload = _read_cache(_cache_path(folder, name, identity, kind, config), unusable)
-        if payload is None and config.tokenizer == "auto" and choose()[0] is None:
+        if payload is None and choice == "auto" and choose()[0] is None:
             payload = _read_cache(_cache_path(folder, name, identity, "bpe", config), unusable)
         if payload is None:
             return None
         _clear_strays(payload["path"])
-        reason = choose()[1] if config.tokenizer == "auto" and payload["tokenizer_name"] == "bpe" else ""
+        reason = choose()[1] if choice == "auto" and payload["tokenizer_name"] == "bpe" else ""
         return _token_data(payload, note, reason, [f"cache hit: {payload['path']}", *_unused(unusable)], cache_hit=True)
 
-    # The pinned revision is UltraChat's identity, so its cache file is found without asking the hub.
-    data = None
-    if config.data_source in ("auto", "ultrachat"):
-        data = cached("ultrachat", ULTRACHAT_IDENTITY, ULTRACHAT_NOTE)
-    if data is None:
-        corpus = open_corpus(config.data_source)
-        if corpus.identity != ULTRACHAT_IDENTITY:
-            data = cached(corpus.name, corpus.identity, corpus.note)
-    if data is not None:
+    # What is known before the corpus is opened is enough for the cache, so a pinned revision in it needs no hub.
+    source = pin(config.data_source), config.data_split, config.data_column
+    known = known_labels(*source)
+    if known and (data := cached(*known)):
+        return data
+    corpus = open_corpus(*source)
+    labels = corpus.name, corpus.identity, corpus.note
+    if labels != known and (data := cached(*labels)):
         return data
 
     tokenizer, reason = choose()
     payload = _build(corpus, tokenizer, config, progress)
-    path = _cache_path(folder, corpus.name, corpus.identity, payload["tokenizer_name"], config)
+    kind = payload["tokenizer_name"] if choice in KINDS else tokenizer.fingerprint
+    path = _cache_path(folder, corpus.name, corpus.identity, kind, config)
     notes = []
     try:
         save_sealed(payload | {"recipe": path.name}, path)
@@ -225,11 +226,16 @@ def _too_few(corpus, config, needed, num_train=0, num_val=0):
 
 
 def _cache_path(folder, name, identity, kind, config):
-    """Where the data of a recipe lies; the name carries the recipe's digest."""
+    """Where the data of a recipe lies; the name carries the recipe's digest.
+
+    Args:
+        kind: "gpt2", "bpe", or the fingerprint of another tokenizer.
+    """
+    trained_here = [config.vocab_size, importlib.metadata.version("tokenizers")]
     recipe = dict(
         format=FORMAT_VERSION,
         corpus=identity,
-        tokenizer=GPT2_FILES if kind == "gpt2" else [config.vocab_size, importlib.metadata.version("tokenizers")],
+        tokenizer={"gpt2": GPT2_FILES, "bpe": trained_here}.get(kind, kind),
         samples=[config.num_samples, config.val_samples, config.max_seq_length],
     )
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]

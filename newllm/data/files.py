@@ -1,5 +1,7 @@
-"""Dialogues out of data files: .jsonl, .jsonl.gz, .parquet and .txt, and the one rendering of a dialogue as text."""
+"""Dialogues out of data files (lines, JSON, tables, plain text), and the one rendering of a dialogue as text."""
 
+import csv
+import glob
 import gzip
 import hashlib
 import io
@@ -10,16 +12,29 @@ import zlib
 from newllm.errors import UserError
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
-COLUMNS = ("messages", "data", "text")  # where a row may hold its dialogue, in order of preference
+TABLES = (".csv", ".tsv", ".json", ".arrow")  # in a folder only without any of the above, beside which they describe
+COLUMNS = (  # where a row may hold its dialogue, in order of preference
+    ("messages",),
+    ("data",),
+    ("text",),
+    ("conversations",),
+    ("prompt", "response"),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("question", "answer"),
+)
+SHAREGPT = {"human": "User", "gpt": "Assistant"}
 BLOCK = 1 << 20
 
 
-def render(row, where):
+def render(row, where, column=""):
     """A row as text: "User: ...\\nAssistant: ...", messages without content left out; "" for an empty dialogue.
 
     Args:
-        row: dict with `messages` ([{role, content}]), `data` (strings, user first) or `text` (taken as it is).
+        row: dict with `messages` or `conversations` ([{role, content}] or [{from, value}]), `data` (strings, user
+            first), `text` (taken as it is), or a pair such as `prompt` and `response`; `input` belongs to `instruction`.
         where: the row's place, for error messages.
+        column: instead of these names, the one that holds a text or a list as above, or two with a comma.
 
     Raises:
         UserError: none of these, or of another type, or text that is no valid Unicode.
@@ -28,31 +43,56 @@ def render(row, where):
         raise UserError(
             f"{where} is a {type(row).__name__}, not an object with messages, data or text; repair or remove it."
         )
-    kind = next((name for name in COLUMNS if row.get(name) is not None), None)
-    if kind is None:
-        raise UserError(
-            f"{where} has neither messages (a list of role and content), data (a list of texts) nor text; "
-            f"its keys are: {', '.join(map(str, row)) or 'none'}."
-        )
-    try:
-        if kind == "messages":
-            turns = [(message["role"].strip().capitalize(), message["content"].strip()) for message in row["messages"]]
-        elif kind == "data":
-            turns = [(("User", "Assistant")[i % 2], text.strip()) for i, text in enumerate(row["data"])]
-    except (TypeError, KeyError, AttributeError):
-        shape = "a list of objects with a role and a content" if kind == "messages" else "a list of texts"
-        raise UserError(f"{where} has {kind} that are not {shape}; repair or remove it.") from None
-    if kind != "text":
-        text = "\n".join(f"{role}: {content}" for role, content in turns if content)
-    elif isinstance(row["text"], str):
-        text = row["text"].strip()
+    keys = ", ".join(map(str, row)) or "none"
+    if column:
+        names = column_names(column)
+        if missing := [name for name in names if name not in row]:
+            raise UserError(f"{where} has no column '{missing[0]}' for --data_column; its columns are: {keys}.")
     else:
-        raise UserError(f"{where} has a text that is a {type(row['text']).__name__}; repair or remove it.")
+        names = next((names for names in COLUMNS if names[-1] in row and row.get(names[0]) is not None), None)
+        if names is None:
+            raise UserError(
+                f"{where} has neither messages, data, text, conversations nor a pair such as prompt and response, and "
+                f"no --data_column says where its dialogue is; its keys are: {keys}."
+            )
+    values = ["" if row[name] is None else row[name] for name in names]
+    value = values if len(names) > 1 else values[0]
+    try:
+        if not column and names == ("instruction", "output") and row.get("input"):
+            value[0] += "\n" + row["input"]
+        if isinstance(value, str) and (column or names == ("text",)):
+            text = value.strip()
+        elif isinstance(value, list) or not value:
+            turns = [_turn(number, turn) for number, turn in enumerate(value or ())]
+            text = "\n".join(f"{role}: {content}" for role, content in turns if content)
+        else:
+            raise TypeError
+    except (TypeError, KeyError, AttributeError):
+        shape = "a list of texts or of objects with role and content or from and value"
+        shape = "texts" if len(names) > 1 else "a text" if names == ("text",) else shape
+        raise UserError(f"{where} does not have {shape} in {' and '.join(names)}; repair or remove it.") from None
     try:
         text.encode()
     except UnicodeEncodeError:
         raise UserError(f"{where} holds a lone surrogate, which is no valid Unicode; repair or remove it.") from None
     return text
+
+
+def column_names(column):
+    """The one or two names in the setting `data_column`, a tuple."""
+    return tuple(name.strip() for name in column.split(","))
+
+
+def _turn(number, turn):
+    """Role and content of a message, of a ShareGPT turn, or of the text with this number."""
+    if isinstance(turn, str):
+        return ("User", "Assistant")[number % 2], turn.strip()
+    if "role" in turn:
+        role, content = turn["role"].strip().capitalize(), turn["content"]
+    else:
+        speaker, content = turn["from"].strip(), turn["value"]
+        role = SHAREGPT.get(speaker.lower(), speaker.capitalize())
+    return role, "" if content is None else content.strip()
 
 
 def digest(path):
@@ -73,14 +113,19 @@ def digest(path):
     return result.hexdigest()
 
 
-def read_file(path):
+def read_file(path, column=""):
     """Texts of one data file, a list of str; "" for an empty dialogue.
+
+    Args:
+        column: as in `render`.
 
     Raises:
         UserError: content that is malformed, with the line or row it is in.
     """
     if path.name.endswith(".parquet"):
-        return _read_parquet(path)
+        return _read_parquet(path, column)
+    if path.name.endswith(".arrow"):
+        return _read_arrow(path, column)
     try:
         content = path.read_bytes()
         if path.name.endswith(".gz"):
@@ -88,28 +133,51 @@ def read_file(path):
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be unpacked ({error}); fetch it again.") from error
     lines = _decoded_lines(content, path)
+    text = "\n".join(line for _, line in lines)
     if path.name.endswith(".txt"):
-        texts = re.split(r"\n\s*\n", "\n".join(line for _, line in lines))
-        return [text.strip() for text in texts if text.strip()]
-    return [_parse(line, where) for where, line in lines if line.strip()]
+        return [text.strip() for text in re.split(r"\n\s*\n", text) if text.strip()]
+    rows = None
+    if path.name.endswith((".csv", ".tsv")):
+        rows = _csv_rows(text, path)
+    elif path.name.endswith(".json"):
+        rows = _json_rows(text, path)
+    if rows is None:
+        return [render(_parse(line, where), where, column) for where, line in lines if line.strip()]
+    return [render(row, f"{path} row {number}", column) for number, row in enumerate(rows, 1)]
 
 
-def _read_parquet(path):
+def _read_parquet(path, column):
     import pyarrow
     import pyarrow.parquet
 
-    texts = []
+    texts, wanted = [], column_names(column) if column else {name for names in COLUMNS for name in (*names, "input")}
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
-            for batch in file.iter_batches(columns=[name for name in names if name in COLUMNS] or names):
+            if not column or set(wanted) <= set(names):
+                names = [name for name in names if name in wanted] or names
+            for batch in file.iter_batches(columns=names):
                 texts += [
-                    render(row, f"{path} row {number}") for number, row in enumerate(batch.to_pylist(), len(texts) + 1)
+                    render(row, f"{path} row {number}", column)
+                    for number, row in enumerate(batch.to_pylist(), len(texts) + 1)
                 ]
     except (pyarrow.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise UserError(f"{path} is no readable parquet file ({reason}); write it again.") from error
+        raise UserError(f"{path} is no readable parquet file ({_reason(error)}); write it again.") from error
     return texts
+
+
+def _read_arrow(path, column):
+    import datasets
+
+    try:
+        rows = datasets.load_dataset("arrow", data_files=glob.escape(str(path)), split="train", streaming=True)
+        return [render(row, f"{path} row {number}", column) for number, row in enumerate(rows, 1)]
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} is no readable arrow file ({_reason(error)}); write it again.") from error
+
+
+def _reason(error):
+    return str(error).splitlines()[0].rstrip(".")
 
 
 def _decoded_lines(content, path):
@@ -123,9 +191,34 @@ def _decoded_lines(content, path):
     return lines
 
 
+def _csv_rows(text, path):
+    """Rows of strings. A reader that guesses types would make numbers of the texts "007" and nothing of "NA"."""
+    csv.field_size_limit(max(len(text), csv.field_size_limit()))
+    reader = csv.DictReader(io.StringIO(text), strict=True, delimiter="\t" if path.name.endswith(".tsv") else ",")
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise csv.Error(f"not {len(reader.fieldnames)} fields as in its head")
+            yield row
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.reader.line_num} is no row ({error}); repair or remove it.") from None
+
+
+def _json_rows(text, path):
+    """Rows of an array, or of the array `data` of an object; None for a file of JSON lines."""
+    try:
+        found = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":
+            return None
+        raise UserError(f"{path} is not valid JSON ({error}); repair it.") from None
+    if isinstance(found, dict) and isinstance(found.get("data"), list):
+        found = found["data"]
+    return found if isinstance(found, list) else [found]
+
+
 def _parse(line, where):
     try:
-        row = json.loads(line)
+        return json.loads(line)
     except ValueError as error:
         raise UserError(f"{where} is not valid JSON ({error}); repair or remove it.") from None
-    return render(row, where)

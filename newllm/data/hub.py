@@ -14,6 +14,11 @@ INTERRUPTED = {  # a connection that stood and broke, under the names of httpx, 
     "ConnectionResetError",
     "ConnectionAbortedError",
 }
+REFUSED = {  # answers of the hub, by the names in huggingface_hub; a gated repository is also one "not found"
+    "GatedRepoError": "it is gated: accept its terms on its page there and log in by `hf auth login`",
+    "RepositoryNotFoundError": "it has none of this name, or a private one: `hf auth login` if it is yours",
+    "RevisionNotFoundError": "it has no such revision",
+}
 
 
 class Unreachable(Exception):
@@ -62,6 +67,8 @@ def describe(error):
         return "offline mode is on (HF_HUB_OFFLINE or HF_DATASETS_OFFLINE)"
     if status == 429 or re.search(r"\b429\b|too many requests", text, re.IGNORECASE):
         return "HTTP 429, too many requests"
+    if refused := next((reason for name, reason in REFUSED.items() if name in names), ""):
+        return refused
     if status:
         return f"HTTP {status}"
     if any("Timeout" in name for name in names):
@@ -75,20 +82,26 @@ def describe(error):
 def probe(path):
     """Ask the hub for `path` (such as "api/datasets/OWNER/NAME") once, before a library with long retries does.
 
+    Returns:
+        The hub's description of it, a dict; `sha` is its commit.
+
     Raises:
         Unreachable: offline mode, no connection within seconds, or an answer that is not the thing.
     """
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session, hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
     if constants.HF_HUB_OFFLINE:
         raise Unreachable("offline mode is on (HF_HUB_OFFLINE)")
 
     def ask():
-        hf_raise_for_status(get_session().get(f"{constants.ENDPOINT}/{path}", timeout=PROBE_SECONDS))
+        url = f"{constants.ENDPOINT}/{path}"
+        answer = get_session().get(url, headers=build_hf_headers(), timeout=PROBE_SECONDS)
+        hf_raise_for_status(answer)
+        return answer.json()
 
     try:
-        retry(ask)
+        return retry(ask)
     except Exception as error:
         raise Unreachable(describe(error)) from error
 

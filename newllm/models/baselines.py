@@ -3,15 +3,19 @@
 Shapes: B sequences, T tokens, E embedding width, V vocabulary.
 """
 
+import contextlib
 import math
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from newllm.errors import UserError
 from newllm.models.head import EMBEDDING_STD, TokenPredictor
 from newllm.models.language_model import LanguageModel
 
 BASELINES = ("gru", "lstm", "transformer")
+KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}  # of attention, by the setting
 STD = 0.02  # of the Transformer's weights (GPT-2)
 
 
@@ -43,7 +47,7 @@ class Baseline(TokenPredictor):
             for matrix in (self.embedding, self.output):
                 if matrix is not None:
                     nn.init.normal_(matrix.weight, std=STD if transformer else EMBEDDING_STD)
-        self.kind = config.model_type
+        self.kind, self.attention = config.model_type, config.attention
         if pretrained is not None:
             self.freeze_embedding(pretrained)
 
@@ -51,7 +55,8 @@ class Baseline(TokenPredictor):
         """Ids [B, T] -> (contexts [B, T, C], streams [B, T, E]) that have read tokens up to t."""
         embedded = self.token_dropout(self.embed_norm(self.embedding(ids)))
         if self.kind == "transformer":
-            streams = self.body(inputs_embeds=embedded).last_hidden_state
+            with self._kernel():
+                streams = self.body(inputs_embeds=embedded).last_hidden_state
             return streams[..., :0], streams
         return self.body(embedded)[0], embedded
 
@@ -71,6 +76,28 @@ class Baseline(TokenPredictor):
         embedded = self.embed_norm(self.embedding(ids[:, None]))
         contexts, state = self.body(embedded, state)
         return self.logits(contexts[:, 0], embedded[:, 0]), state
+
+    def attention_in_effect(self, device, dtype):
+        """Name of the kernel that training's attention runs on, e.g. "flash_attention"; None where there is no attention.
+
+        Raises:
+            UserError: it is not the one asked for, which this device, type or dropout does not have.
+        """
+        if self.kind != "transformer":
+            return None
+        body = self.body.config
+        head = torch.empty(1, body.n_head, body.n_positions, body.n_embd // body.n_head, device=device, dtype=dtype)
+        try:
+            with self._kernel():  # torch has no public way to ask
+                return SDPBackend(torch._fused_sdp_choice(head, head, head, None, body.attn_pdrop, True)).name.lower()
+        except RuntimeError as error:
+            raise UserError(
+                f"attention '{self.attention}' cannot be had for {dtype} with dropout {body.attn_pdrop:g} on {device.type}: take "
+                "--attention auto."
+            ) from error
+
+    def _kernel(self):
+        return contextlib.nullcontext() if self.attention == "auto" else sdpa_kernel(KERNELS[self.attention])
 
     def context_parameters(self):
         """None: there is no Phase 1."""

@@ -10,6 +10,7 @@ from torch.nn import functional
 # The token stream still points along its own token's vector, so a tied model starts by predicting each token to repeat,
 # with a logit of about std * E: small enough here for the first loss to be that of the bias with thousands of ids.
 EMBEDDING_STD = 0.01
+ALIGNED_LOGIT = 10.0  # of a normed stream that points along a frozen vector of mean length: within a softmax's reach
 
 
 class Dropout(nn.Module):
@@ -108,8 +109,10 @@ class TokenPredictor(nn.Module):
         self.output_bias.copy_((counts / counts.sum()).log())
 
     def freeze_embedding(self, pretrained):
-        """Take given vectors [V, E] for good."""
-        self.embedding.weight = nn.Parameter(pretrained.float().clone(), requires_grad=False)
+        """Take given vectors [V, E] for good, scaled as a whole for the logits; what reads embeddings norms them anyway."""
+        vectors = pretrained.float()
+        scale = ALIGNED_LOGIT / (self.embed_dim**0.5 * vectors.norm(dim=1).mean())
+        self.embedding.weight = nn.Parameter(scale * vectors, requires_grad=False)
 
     def frozen_state(self):
         """The part of the state dict that no training changes, by name."""

@@ -67,7 +67,12 @@ class LanguageModel(TokenPredictor):
         return self.logits(context, stream), context
 
     def context_parameters(self):
-        """Parameters that move the contexts; Phase 1 trains exactly these. A window and an empty context have none."""
+        """Parameters that move the contexts; Phase 1 trains exactly these. A window and an empty context have none.
+
+        Those of an adapter alone, while there is one (newllm.models.adapter).
+        """
+        if added := [p for name, p in self.context_map.named_parameters() if ".lora_" in name]:
+            return added
         learned = [*self.context_map.parameters()]
         return [*self.embed_norm.parameters(), *learned] if learned else []
 

@@ -1,15 +1,21 @@
 """Pretrained token embeddings. They are had or the run stops: a random matrix in their place is another experiment."""
 
+import importlib.util
+from pathlib import Path
+
 from newllm.errors import UserError
 
 GPT2_REPOSITORY, GPT2_REVISION = "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+WORDLLAMA_FILE, WORDLLAMA_TENSOR = "weights/l2_supercat_256.safetensors", "embedding.weight"
 
 
 def load_embedding(source, vocab_size, embed_dim):
     """Input embedding [V, E] of a pretrained model, or None for "random".
 
     Args:
-        source: "random", "gpt2" (Hugging Face hub or its cache), or a folder in transformers' format.
+        source: "random", "gpt2" (Hugging Face hub or its cache), "wordllama" (the package of that name: vectors of 256
+            dimensions, distilled from those of Llama models), or a folder or hub name in transformers' format.
+        vocab_size: ids of the tokenizer; rows beyond them, which some models have for speed, are left out.
 
     Raises:
         UserError: it cannot be had, or its shape is not [vocab_size, embed_dim].
@@ -17,25 +23,39 @@ def load_embedding(source, vocab_size, embed_dim):
     if source == "random":
         return None
     from safetensors import SafetensorError
-    from transformers import AutoModel
 
-    name, options = (GPT2_REPOSITORY, dict(revision=GPT2_REVISION)) if source == "gpt2" else (source, {})
     try:
-        model, loading = AutoModel.from_pretrained(name, output_loading_info=True, **options)
-        layer = model.get_input_embeddings()
-        weight = layer.weight.detach().float()
-        # transformers fills a matrix that the files lack with random numbers, and only warns.
-        if any(model.get_parameter(key) is layer.weight for key in loading["missing_keys"]):
-            raise ValueError("its files hold no token embedding")
+        weight = _read_wordllama() if source == "wordllama" else _read_model(source)
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = str(error).strip().splitlines()[0].rstrip(".:")
         raise UserError(
             f"embeddings '{source}' cannot be had ({reason}): give a folder with the weights, connect to the hub, or use "
             "--embeddings random."
         ) from error
-    if tuple(weight.shape) != (vocab_size, embed_dim):
+    if weight.shape[0] < vocab_size or weight.shape[1] != embed_dim:
         raise UserError(
             f"embeddings '{source}' are {weight.shape[0]:,} x {weight.shape[1]}, the model needs {vocab_size:,} x {embed_dim}: "
-            "set tokenizer and embed_dim to match."
+            f"set --embed_dim {weight.shape[1]}, and --tokenizer to the one that these embeddings belong to."
         )
-    return weight.clone()
+    return weight[:vocab_size].float().clone()
+
+
+def _read_wordllama():
+    from safetensors.torch import load_file
+
+    found = importlib.util.find_spec("wordllama")
+    if found is None:
+        raise ValueError("its package is missing; pip install newllm[wordllama] brings it")
+    return load_file(Path(found.origin).parent / WORDLLAMA_FILE)[WORDLLAMA_TENSOR]
+
+
+def _read_model(source):
+    from transformers import AutoModel
+
+    name, options = (GPT2_REPOSITORY, dict(revision=GPT2_REVISION)) if source == "gpt2" else (source, {})
+    model, loading = AutoModel.from_pretrained(name, output_loading_info=True, **options)
+    layer = model.get_input_embeddings()
+    # transformers fills a matrix that the files lack with random numbers, and only warns.
+    if any(model.get_parameter(key) is layer.weight for key in loading["missing_keys"]):
+        raise ValueError("its files hold no token embedding")
+    return layer.weight.detach()

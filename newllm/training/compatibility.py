@@ -12,7 +12,7 @@ IDENTITY = {
 HARMLESS = {
     "cache_dir", "checkpoint_dir", "save_checkpoint", "load_checkpoint", "keep_last", "save_every_n_batches",
     "save_every_minutes", "max_minutes", "backup_dir", "backup_every_minutes", "phase", "device", "precision", "compile",
-    "gpu_memory_fraction", "context_memory_mb", "artifacts", "trackers",
+    "gpu_memory_fraction", "context_memory_mb", "attention", "artifacts", "trackers",
 }  # fmt: skip
 
 

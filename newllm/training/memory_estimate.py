@@ -8,9 +8,10 @@ Letters: n tokens of a batch, C context width, E embedding width, W = C + E, V v
 from dataclasses import dataclass
 
 from newllm.data.order import batch_count
-from newllm.data.tokenizer import GPT2_SIZE
+from newllm.data.vocabulary import GPT2_SIZE, WORDLLAMA_SIZE, tokenizer_choice
 from newllm.evaluate import RANK_TOKENS, SEQUENCES_AT_A_TIME
 from newllm.fixed_point.diagnostics import PROBE_DIMS, PROBE_LAGS
+from newllm.models.adapter import RANKS
 from newllm.models.cross_entropy import CACHE_ELEMENTS, CHUNK_ELEMENTS
 from newllm.training.device import STORAGE_DTYPE
 
@@ -51,8 +52,8 @@ def predict(moments, base, cuda=False):
 
 
 def vocabulary(config):
-    """Ids of the tokenizer; "auto" counts as gpt2, the larger."""
-    return config.vocab_size if config.tokenizer == "bpe" else GPT2_SIZE
+    """Ids of the tokenizer; "auto", and a pretrained one that has yet to be read, count as gpt2, the larger."""
+    return {"bpe": config.vocab_size, "wordllama": WORDLLAMA_SIZE}.get(tokenizer_choice(config), GPT2_SIZE)
 
 
 def predicted_peak(config, vocab_size, precision, libraries_mb, cuda=False):
@@ -87,6 +88,11 @@ class Sizes:
         head = c.token_layers * [W * W, W, W * E, E, E, E] + matrices * [V * E] + [V]
         frozen = ((not self.trains_embedding) + c.freeze_context) * [V * E]
         return tuple([4 * size for size in part] for part in (context, head, frozen))
+
+    def fine_tuned(self, context):
+        """Of the context map's parameters, those that Phase 2 trains: itself, or an adapter's matrices."""
+        rank = self.config.adapter_rank or RANKS[-1][1]
+        return self.config.num_layers * 2 * [4 * rank * self.W] if self.config.context_adapter != "none" else context
 
     def batch_tokens(self, batch_size):
         """Tokens of the largest batch of an epoch."""
@@ -195,7 +201,7 @@ def _phase1(sizes, held, context, head):
 
 def _phase2(sizes, stage, held, context, head, frozen):
     config = sizes.config
-    trained, trains = context + head, head if frozen else context + head
+    trained, trains = context + head, head if frozen else sizes.fine_tuned(context) + head
     n = sizes.batch_tokens(config.phase2_batch_size)
     made, found = [], []
     if frozen:

@@ -8,11 +8,12 @@ from newllm.data.order import batch_at, batch_count, epoch_order, order_digest, 
 from newllm.evaluate import evaluate_prediction, sample_nats
 from newllm.fixed_point.solver import sequential, truncated
 from newllm.interrupt import Stopped
+from newllm.models.adapter import adapter_rank, add_adapter, has_adapter, merge_adapter
 from newllm.models.baselines import Baseline
 from newllm.models.cross_entropy import linear_cross_entropy
 from newllm.progress import Progress
-from newllm.seeding import derived_seed
-from newllm.training.device import StepFunction, memory_mb
+from newllm.seeding import derived_generator, derived_seed
+from newllm.training.device import StepFunction, memory_mb, memory_of
 from newllm.training.features import FrozenFeatures
 from newllm.training.optim import make_optimizer, optimizer_state, prepare_optimizer, set_learning_rate, warmup_cosine
 from newllm.training.step import OptimizerStep
@@ -30,13 +31,16 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
     Raises:
         UserError: a loss or gradient that is not finite.
     """
+    saved = checkpointer.restore(stage, model)
+    state = _fresh_state() | (saved or {})
+    adapted = config.context_adapter == "lora" and not freeze_context
+    if adapted and not has_adapter(model.state_dict()):  # a restored state brings its own
+        add_adapter(model, adapter_rank(config, memory_of(runtime.device)), derived_generator(config.seed, "adapter"))
     parts = [(model.head_parameters(), 1.0)]
     if not freeze_context:
         parts.append((model.context_parameters(), config.context_lr_scale))
     for parameter in model.context_parameters():
         parameter.requires_grad_(not freeze_context)
-    saved = checkpointer.restore(stage, model)
-    state = _fresh_state() | (saved or {})
     optimizer = make_optimizer(parts, config.phase2_learning_rate, config.weight_decay)
     optimizer = prepare_optimizer(runtime, optimizer, saved)
     history = checkpointer.history["phase2_history"] if stage == "phase2" else state["history"]
@@ -169,6 +173,8 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
                 best = {"metrics": state["best"], "weights": weights}
             save(names=["model_epoch.pt"], optional=not _finished(state, config))
     model.load_state_dict(model.frozen_state() | best["weights"])
+    if adapted:
+        merge_adapter(model)
     model.eval()
     own = group.owned_of(len(data.val))
     held = (lambda part: features("val", own[part])) if features else None

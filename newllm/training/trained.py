@@ -5,6 +5,7 @@ from pathlib import Path
 from newllm.config import EARLIER, Config
 from newllm.data.tokenizer import Tokenizer
 from newllm.errors import UserError
+from newllm.models.adapter import add_adapter, has_adapter, require_peft, saved_rank
 from newllm.models.baselines import build_model
 from newllm.storage import Corrupt, load_sealed, save_sealed
 from newllm.training.checkpoint_files import CheckpointFiles, newest
@@ -20,10 +21,14 @@ def load_weights(files, model, found):
         files: the CheckpointFiles of the folder it lies in. found: its content.
 
     Raises:
-        UserError: tensors that the state refers to are not there, or it does not fit the model.
+        UserError: tensors that the state refers to are not there, it does not fit the model, or its adapter needs peft.
     """
+    state = found["model_state_dict"]
+    if has_adapter(state) and not has_adapter(model.state_dict()):
+        require_peft()
+        add_adapter(model, saved_rank(state))
     try:
-        model.load_state_dict(load_frozen(files.folder, model, found["frozen"]) | found["model_state_dict"])
+        model.load_state_dict(load_frozen(files.folder, model, found["frozen"]) | state)
     except RuntimeError as error:  # the settings agree, so the file or the code is of another version
         reason = "; ".join(line.strip() for line in str(error).splitlines()[1:])
         raise UserError(

@@ -9,7 +9,7 @@ import huggingface_hub.utils
 import pytest
 from hub_fakes import ConnectError, Response, Rows, dialogue
 
-from newllm.data import corpus, tokenizer
+from newllm.data import corpus, splits, vocabulary
 from newllm.data.hub import retry
 
 
@@ -27,16 +27,24 @@ def slept(monkeypatch):
     def quick(function, **options):
         return retry(function, **{"sleep": seconds.append} | options)
 
-    for module in (corpus, tokenizer, corpus.hub):
+    for module in (splits, vocabulary, corpus.hub):
         monkeypatch.setattr(module, "retry", quick)
     return seconds
 
 
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch, tmp_path, answers, slept):
-    """The probe meets `answers`, nothing is cached, and whatever passes the probe unstubbed fails."""
+@pytest.fixture
+def asked():
+    """Addresses that the hub was asked for."""
+    return []
 
-    def get(url, timeout):
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path, answers, asked, slept):
+    """The probe meets `answers`, nothing is cached, and whatever passes the probe unstubbed fails."""
+    load_dataset = datasets.load_dataset
+
+    def get(url, headers, timeout):
+        asked.append(url)
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
         if answer is not None:
             raise answer
@@ -45,11 +53,14 @@ def no_network(monkeypatch, tmp_path, answers, slept):
     def no_download(*args, **kwargs):
         raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
 
+    def only_files(*args, **kwargs):
+        return (load_dataset if "data_files" in kwargs else no_download)(*args, **kwargs)
+
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.utils, "get_session", lambda: SimpleNamespace(get=get))
     monkeypatch.setattr(huggingface_hub.utils, "hf_raise_for_status", lambda response: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_download)
-    monkeypatch.setattr(datasets, "load_dataset", no_download)
+    monkeypatch.setattr(datasets, "load_dataset", only_files)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
 
 
@@ -62,12 +73,29 @@ def online(monkeypatch, answers):
         "test_sft": Rows([dialogue(f"test {n}") for n in range(20)]),
     }
 
-    def load_dataset(path, split, streaming, revision):
-        assert (path, streaming, revision) == (corpus.ULTRACHAT, True, corpus.ULTRACHAT_REVISION)
-        return splits[split]
+    def load_dataset(path, name, streaming, revision):
+        assert (path, name, streaming, revision) == (corpus.ULTRACHAT, None, True, corpus.ULTRACHAT_REVISION)
+        return splits
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     return splits
+
+
+@pytest.fixture
+def publish(monkeypatch, answers):
+    """Function that puts a dataset with these splits (name: Rows) on a reachable hub; gives what it is opened with."""
+
+    def on_hub(**splits):
+        answers[:], opened = [None], []
+
+        def load_dataset(path, name, streaming, revision):
+            opened.append((path, name, streaming, revision))
+            return splits
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        return opened
+
+    return on_hub
 
 
 @pytest.fixture
@@ -103,9 +131,10 @@ def settings(tmp_path):
     """Function that gives the settings the data layer reads, with changes."""
 
     def make(**changes):
-        values = dict(data_source="auto", tokenizer="bpe", vocab_size=300, num_samples=5, max_seq_length=8)
-        return SimpleNamespace(
-            **values | dict(val_samples=3, tune_share=0.0, cache_dir=str(tmp_path / "cache")) | changes
+        values = dict(
+            data_source="auto", tokenizer="bpe", embeddings="random", vocab_size=300, num_samples=5, max_seq_length=8
         )
+        values |= dict(data_split="", data_column="", val_samples=3, tune_share=0.0, cache_dir=str(tmp_path / "cache"))
+        return SimpleNamespace(**values | changes)
 
     return make

@@ -1,11 +1,16 @@
 """Stand-ins for the hub: errors by the names that its libraries use, and streamed splits that break on demand."""
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
 
 class Response:
     """What the probe looks at in an answer of the hub."""
 
     def __init__(self, status):
         self.status_code = status
+
+    def json(self):
+        return {"sha": COMMIT}
 
 
 class HTTPError(Exception):

@@ -1,6 +1,7 @@
 """Sources of dialogues: files, the embedded corpus, UltraChat, and a hub that fails in every known way."""
 
 import gzip
+import hashlib
 import json
 import subprocess
 import sys
@@ -52,18 +53,57 @@ def test_text_is_taken_as_it_is():
 
 
 @pytest.mark.parametrize(
+    "row, column, text",
+    [
+        (
+            {"conversations": [{"from": "human", "value": " a "}, {"from": "gpt", "value": "b"}]},
+            "",
+            "User: a\nAssistant: b",
+        ),
+        (
+            {"conversations": [{"from": "system", "value": "a"}, {"from": "Human", "value": "b"}]},
+            "",
+            "System: a\nUser: b",
+        ),
+        ({"conversations": [{"role": "user", "content": "a"}]}, "", "User: a"),
+        ({"messages": [{"role": "assistant", "content": None}, {"role": "tool", "content": "a"}]}, "", "Tool: a"),
+        ({"messages": [{"role": "human", "content": "a"}]}, "", "Human: a"),
+        ({"prompt": "a", "response": "b", "n": 1}, "", "User: a\nAssistant: b"),
+        ({"prompt": "a", "completion": "b", "response": None}, "", "User: a"),
+        ({"instruction": "a", "input": "b", "output": "c"}, "", "User: a\nb\nAssistant: c"),
+        ({"instruction": "a", "input": "", "output": "c"}, "", "User: a\nAssistant: c"),
+        ({"question": "a", "answer": "b"}, "", "User: a\nAssistant: b"),
+        ({"messages": None, "text": "a", "prompt": "b", "response": "c"}, "", "a"),
+        ({"text": "a", "story": "b"}, "story", "b"),
+        ({"text": "a", "story": ["b", "c"]}, "story", "User: b\nAssistant: c"),
+        ({"talk": [{"from": "gpt", "value": "a"}]}, "talk", "Assistant: a"),
+        ({"talk": [{"role": "user", "content": "a"}]}, "talk", "User: a"),
+        ({"instruction": "a", "input": "b", "output": "c"}, "instruction,output", "User: a\nAssistant: c"),
+        ({"a": "x", "b": None}, "a, b", "User: x"),
+        ({"a": None}, "a", ""),
+    ],
+)
+def test_shapes_of_dialogues(row, column, text):
+    """ShareGPT turns, pairs, and any of these in a chosen column; what was read before them is preferred as before."""
+    assert render(row, "row 1", column) == text
+
+
+@pytest.mark.parametrize(
     "row, words",
     [
         ([1], "is a list, not an object"),
         ({"prompt": "x", "n": 1}, "its keys are: prompt, n."),
         (
-            {"messages": [{"from": "a", "value": "b"}]},
-            "messages that are not a list of objects with a role and a content",
+            {"messages": [{"speaker": "a", "value": "b"}]},
+            "does not have a list of texts or of objects with role and content or from and value in messages",
         ),
-        ({"messages": "hi"}, "messages that are not"),
-        ({"messages": 3}, "messages that are not"),
-        ({"data": ["a", 3]}, "data that are not a list of texts"),
-        ({"text": 3}, "a text that is a int"),
+        ({"messages": "hi"}, "does not have a list"),
+        ({"messages": 3}, "does not have a list"),
+        ({"data": ["a", 3]}, "does not have a list of texts"),
+        ({"data": "hi"}, "does not have a list of texts"),
+        ({"text": 3}, "does not have a text in text"),
+        ({"prompt": "a", "response": 3}, "does not have texts in prompt and response"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "does not have texts in instruction and output"),
         ({"text": "\ud83d"}, "lone surrogate"),
     ],
 )
@@ -101,6 +141,59 @@ def test_every_format_gives_the_same_dialogues(tmp_path, write_jsonl):
         assert open_corpus(str(path)).name == "talk"
 
 
+ODD = [
+    dict(prompt='a "q",\n\tand', response="NA"),
+    dict(prompt="007", response=""),
+    dict(prompt="caf\xe9", response="1.50"),
+]
+
+
+@pytest.mark.parametrize("name", ["talk.csv", "talk.tsv", "talk.json", "talk [1].arrow"])
+def test_tables_give_what_was_written(tmp_path, name):
+    """Quotes, line ends, and texts that look like numbers or like nothing, as `datasets` writes them."""
+    path, rows = tmp_path / name, datasets.Dataset.from_list(ODD)
+    if name.endswith(".arrow"):
+        rows.save_to_disk(tmp_path / "saved")
+        next((tmp_path / "saved").glob("*.arrow")).rename(path)
+    elif name.endswith(".json"):
+        path.write_text(json.dumps(ODD))
+    else:
+        rows.to_csv(str(path), sep="\t" if name.endswith(".tsv") else ",")
+    assert read(path) == [render(row, "") for row in ODD]
+    assert list(open_corpus(str(path), "", "response").train()) == ["NA", "1.50"]
+    assert "row 1 has no column 'x' for --data_column; its columns are: prompt, response." in message_of(
+        open_corpus(str(path), "", "x").train
+    )
+
+
+def test_json_is_an_array_an_object_with_data_or_lines(tmp_path):
+    rows = [dialogue("one"), dialogue("two")]
+    for text in (json.dumps(rows, indent=1), json.dumps({"data": rows}), "\n".join(map(json.dumps, rows))):
+        (tmp_path / "a.json").write_text(text)
+        assert read(tmp_path / "a.json") == [render(row, "") for row in rows]
+
+
+def test_columns_of_parquet(tmp_path):
+    """Only the columns in need are read; of an unknown one all are listed."""
+    path = tmp_path / "a.parquet"
+    datasets.Dataset.from_list([{"n": 1, "a": "x", "b": "y", "text": "z"}]).to_parquet(str(path))
+    assert list(open_corpus(str(path), "", "a,b").train()) == ["User: x\nAssistant: y"] and read(path) == ["z"]
+    assert "no column 'c' for --data_column; its columns are: n, a, b, text." in message_of(
+        open_corpus(str(path), "", "a,c").train
+    )
+
+
+def test_tables_beside_other_files_describe_them(tmp_path, write_jsonl):
+    """A folder keeps its content and identity when a .json or .csv is put beside its data; alone these are data."""
+    path = write_jsonl([{"text": "talk"}])
+    identity = open_corpus(str(tmp_path)).identity
+    (tmp_path / "info.json").write_text(json.dumps([{"text": "no talk"}]))
+    (tmp_path / "index.csv").write_text("text\nno talk\n")
+    assert read(tmp_path) == ["talk"] and open_corpus(str(tmp_path)).identity == identity
+    path.unlink()
+    assert read(tmp_path) == ["no talk", "no talk"]
+
+
 def test_folder_is_its_files_in_order_of_name(tmp_path, write_jsonl):
     write_jsonl([{"text": "second"}], "b.jsonl")
     write_jsonl([{"text": "first"}], "a.jsonl")
@@ -118,11 +211,13 @@ def test_opening_does_not_parse(tmp_path):
 
 
 def test_identity_is_the_content(tmp_path, write_jsonl):
-    """Another name keeps it, another byte changes it."""
+    """Another name keeps it, another byte or column changes it."""
     first = open_corpus(str(write_jsonl([{"text": "a"}], "a.jsonl")))
     same = open_corpus(str(write_jsonl([{"text": "a"}], "b.jsonl")))
     other = open_corpus(str(write_jsonl([{"text": "b"}], "c.jsonl")))
     assert first.identity == same.identity != other.identity
+    assert first.identity == f"sha256:{hashlib.sha256((tmp_path / 'a.jsonl').read_bytes()).hexdigest()}"
+    assert open_corpus(str(tmp_path / "a.jsonl"), "", "text").identity != first.identity
 
 
 def test_name_is_fit_for_a_file(write_jsonl):
@@ -150,7 +245,15 @@ def test_empty_dialogues_are_dropped_and_counted(write_jsonl):
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz cannot be unpacked"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-9], "a.jsonl.gz cannot be unpacked"),
         ("a.parquet", b"no parquet", "a.parquet is no readable parquet file"),
-        ("a.csv", b"a,b", "a.csv is no data"),
+        ("a.csv", b"text\n", "a holds no dialogues"),
+        ("a.csv", b"text\nx\ny,z\n", "a.csv line 3 is no row (not 1 fields as in its head)"),
+        ("a.csv", b'text\n"x\n', "a.csv line 2 is no row (unexpected end of data)"),
+        ("a.csv", b"words\nx\n", "a.csv row 1 has neither messages"),
+        ("a.json", b'[{"text": "x"},\n{"text": }]', "a.json is not valid JSON"),
+        ("a.json", b'{"text": "x"}\n{"words": "x"}\n', "a.json line 2 has neither messages"),
+        ("a.json", b'["x"]', "a.json row 1 is a str, not an object"),
+        ("a.arrow", b"no arrow", "a.arrow is no readable arrow file"),
+        ("a.doc", b"a,b", "a.doc is no data"),
     ],
 )
 def test_bad_file_is_one_sentence(tmp_path, name, content, words):
@@ -342,7 +445,7 @@ def test_stream_that_stays_broken_is_an_error(online, error):
 def test_changed_schema_is_named(online):
     online["train_sft"].rows[3] = {"conversation": [], "id": 1}
     text = message_of(list, open_corpus("ultrachat").train())
-    assert "train_sft row 4 has no list 'messages' but the columns conversation, id" in text
+    assert "UltraChat train_sft row 4 has neither messages" in text and "its keys are: conversation, id." in text
 
 
 def test_prepared_ultrachat_needs_no_network(tmp_path, small_chitchat):
@@ -356,7 +459,8 @@ def test_prepared_ultrachat_needs_no_network(tmp_path, small_chitchat):
     for revision, name in (("0" * 40, "chitchat"), (ULTRACHAT_REVISION, "ultrachat")):
         builder = Parquet(dataset_name=ULTRACHAT.split("/")[1], hash=revision, data_files=files)
         builder.repo_id = ULTRACHAT  # afterwards, because the files of this stand-in are local
-        builder.download_and_prepare(output_dir=str(tmp_path / "hub" / builder._relative_data_dir()))
+        folder = tmp_path / "hub" / "HuggingFaceH4___ultrachat_200k" / "default" / "0.0.0" / revision
+        builder.download_and_prepare(output_dir=str(folder))
         assert open_corpus("auto").name == name
     assert list(open_corpus("ultrachat").held_out())[2] == "User: test_sft 2\nAssistant: yes, test_sft 2"
 

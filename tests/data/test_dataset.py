@@ -14,7 +14,7 @@ import torch
 from helpers import write_evil
 from hub_fakes import ReadTimeout, dialogue
 
-from newllm.data import corpus, dataset, tokenizer
+from newllm.data import corpus, dataset, tokenizer, vocabulary
 from newllm.data.dataset import load_data, pack
 from newllm.data.order import batch_at, batch_count, epoch_order, quick_subset
 from newllm.errors import UserError
@@ -389,7 +389,7 @@ def test_embedded_corpus_from_end_to_end(settings, small_chitchat):
 
 def test_auto_tokenizer_without_gpt2(settings, talk, monkeypatch):
     """Trains one and says why; again from the cache."""
-    monkeypatch.setattr(tokenizer, "_read_package", lambda: None)
+    monkeypatch.setattr(vocabulary, "_read_package", lambda: None)
     for hit in (False, True):
         data = load_data(settings(data_source=talk, tokenizer="auto"))
         assert data.tokenizer.name == "bpe" and data.cache_hit == hit
@@ -400,7 +400,7 @@ def test_auto_tokenizer_without_gpt2(settings, talk, monkeypatch):
 def test_cached_gpt2_data_needs_no_vocabulary_files(settings, talk, monkeypatch):
     """The cache file carries the tokenizer."""
     first = load_data(settings(data_source=talk, tokenizer="gpt2"))
-    monkeypatch.setattr(tokenizer, "_read_package", lambda: None)
+    monkeypatch.setattr(vocabulary, "_read_package", lambda: None)
     for choice in ("gpt2", "auto"):
         again = load_data(settings(data_source=talk, tokenizer=choice))
         assert again.cache_hit and again.fingerprint == first.fingerprint

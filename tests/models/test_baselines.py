@@ -1,11 +1,13 @@
 """Baselines: causal, of the sizes asked for, the same from the same seed, and one interface with the main model."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from config import ResidualConfig
 from newllm.errors import UserError
-from newllm.models.baselines import BASELINES, Baseline
+from newllm.models.baselines import BASELINES, KERNELS, Baseline
 from newllm.models.language_model import LanguageModel
 from newllm.models.window import LAGS, TIME_CONSTANTS, Window
 
@@ -82,6 +84,44 @@ def test_gradients_reach_every_parameter(baseline):
     """Nothing is left out of training."""
     logits(baseline, ids()).square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in baseline.head_parameters())
+
+
+# Attention
+
+
+@torch.no_grad()
+def test_kernels_of_attention_agree():
+    """Flash against the formula, in the same Transformer: logits differ by rounding alone."""
+    flash, formula = (Baseline(settings("transformer", attention=name), V).eval() for name in ("flash", "math"))
+    assert (logits(flash, ids()) - logits(formula, ids())).abs().max() < 1e-5
+
+
+def test_the_kernel_in_effect_is_named_or_refused():
+    """What torch picks, what was asked for, and what the device does not have: on a CPU flash knows no dropout."""
+    cpu, named = torch.device("cpu"), []
+    for name in ("auto", "flash", "math"):
+        named.append(Baseline(settings("transformer", attention=name), V).attention_in_effect(cpu, torch.float32))
+    assert named == ["flash_attention", "flash_attention", "math"]
+    assert Baseline(settings("gru"), V).attention_in_effect(cpu, torch.float32) is None
+    dropping = dataclasses.replace(settings("transformer", attention="flash"), dropout=0.1)
+    with pytest.raises(UserError, match="take --attention auto"):
+        Baseline(dropping, V).attention_in_effect(cpu, torch.float32)
+
+
+def test_the_kernel_asked_for_runs(monkeypatch):
+    """A Transformer that must not use flash attention does not, also backward."""
+    used = []
+    real = torch.nn.functional.scaled_dot_product_attention
+
+    def watch(query, key, value, **options):
+        used.append(torch._fused_sdp_choice(query, key, value, None, 0.0, True))
+        return real(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watch)
+    for name, kernel in KERNELS.items():
+        used.clear()
+        logits(Baseline(settings("transformer", attention=name), V), ids()).sum().backward()
+        assert used and set(used) == {kernel.value}
 
 
 # Controls

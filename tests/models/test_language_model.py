@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from torch.nn import functional
 
 from config import ResidualConfig
 from newllm.fixed_point.solver import sequential, sweep
 from newllm.models.cross_entropy import linear_cross_entropy
+from newllm.models.head import ALIGNED_LOGIT
 from newllm.models.language_model import LanguageModel
 
 V, B, T = 50, 3, 8
@@ -240,12 +242,16 @@ def test_dropout_acts_on_the_head_in_training_only():
 
 @pytest.mark.parametrize("head", HEADS)
 def test_a_pretrained_embedding_is_shared_by_value_and_frozen(head):
-    """Both embeddings are the given matrix; the given tensor is copied, in fp32, and nothing trains it."""
+    """Both embeddings are the given matrix at a scale for logits, copied, in fp32, and nothing trains them."""
     given = torch.randn(V, 8, generator=torch.Generator().manual_seed(0)).double()
     model = small_model(pretrained=given, freeze_context=True, **head)
-    expected = given.float()
+    expected = functional.normalize(given.float(), dim=None)
     given.zero_()
-    assert torch.equal(model.embedding.weight, expected) and torch.equal(model.context_embedding, expected)
+    weight = model.embedding.weight
+    assert weight.dtype == torch.float32 and torch.equal(model.context_embedding, weight)
+    torch.testing.assert_close(functional.normalize(weight, dim=None), expected)
+    aligned = functional.layer_norm(weight, [8]) * weight  # a normed stream along each vector
+    assert 0.7 * ALIGNED_LOGIT < aligned.sum(1).mean() < 1.05 * ALIGNED_LOGIT
     assert not model.embedding.weight.requires_grad
     assert id(model.embedding.weight) not in {id(p) for p in model.head_parameters()}
 

@@ -1,10 +1,13 @@
 """Pretrained embeddings: had exactly, or the run stops with a sentence. No network."""
 
+import importlib.util
+
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from newllm.data.vocabulary import choose_tokenizer
 from newllm.errors import UserError
 from newllm.models.pretrained import GPT2_REPOSITORY, GPT2_REVISION, load_embedding
 
@@ -62,7 +65,27 @@ def test_a_language_model_head_is_no_hindrance(tmp_path, gpt2):
     assert torch.equal(load_embedding(str(tmp_path / "whole"), V, E), whole.transformer.wte.weight)
 
 
-@pytest.mark.parametrize(("vocab_size", "embed_dim"), [(V + 1, E), (V, E + 1), (E, V)])
+def test_rows_beyond_the_tokenizer_are_left_out(folder, gpt2):
+    """Some models have more rows than their tokenizer has ids."""
+    assert torch.equal(load_embedding(str(folder), V - 3, E), gpt2.wte.weight[: V - 3])
+
+
+@pytest.mark.skipif(importlib.util.find_spec("wordllama") is None, reason="needs the package wordllama")
+def test_wordllama_gives_vectors_that_know_meanings():
+    """Its 32,000 x 256, row by row those of its tokenizer: a dog is nearer to an animal than to a law."""
+    vectors, (tokenizer, _) = load_embedding("wordllama", 32000, 256), choose_tokenizer("wordllama")
+    dog, animal, law = (vectors[tokenizer.encode(f" {word}")].mean(0) for word in ("dog", "animal", "law"))
+    assert vectors.dtype == torch.float32
+    assert torch.cosine_similarity(dog, animal, dim=0) > 0.2 + torch.cosine_similarity(dog, law, dim=0)
+
+
+def test_a_missing_package_is_one_sentence(monkeypatch):
+    """It says what brings it."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "newllm[wordllama]" in sentence("wordllama")
+
+
+@pytest.mark.parametrize(("vocab_size", "embed_dim"), [(V + 1, E), (V, E + 1), (2 * V, 2 * E)])
 def test_a_wrong_shape_names_both_shapes(folder, vocab_size, embed_dim):
     """The message says what is there and what is needed."""
     message = sentence(folder, vocab_size, embed_dim)

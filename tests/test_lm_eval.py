@@ -1,0 +1,122 @@
+"""lm-evaluation-harness gives an exported folder the figures of our own model, by the task and command of the docs."""
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import write_dialogues
+
+from config import ResidualConfig
+from newllm.data.files import read_file
+from newllm.evaluate import encode, sample_nats
+from newllm.reporting.artifacts import artifact_paths
+from newllm.reporting.record import find_records, read_record
+from newllm.training.trained import load_model, open_saved
+from scripts import export
+from train import main as train
+
+lm_eval = pytest.importorskip("lm_eval")
+DOCS = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text()
+ROLLING = re.search(r"^```\n(task: dialogues.*?)^```", DOCS, re.MULTILINE | re.DOTALL)[1]
+COMMAND = re.search(r"^lm_eval (run .*?)^```", DOCS, re.MULTILINE | re.DOTALL)[1].replace("\\\n", "")
+CHOICE = """
+task: replies
+dataset_path: json
+dataset_kwargs: {data_files: {test: replies.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{context}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: "{{right}}"
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.fixture
+def own(tiny_settings, tmp_path, monkeypatch):
+    """(model, tokenizer) of a run exported to `model`, in a folder with the tasks and their held-out data."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "huggingface_hub.constants.HF_HUB_OFFLINE", True
+    )  # the harness asks it for the model's revision
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    train(ResidualConfig(**tiny_settings | dict(artifacts=True, phase2_epochs=20, phase2_learning_rate=0.01)))
+    export.main(["--format", "transformers", "--output", "model", "--checkpoint_dir", tiny_settings["checkpoint_dir"]])
+    texts = read_file(write_dialogues(tmp_path / "other.jsonl", 16, seed=1))
+    contexts, replies = zip(*(text.split("\nAssistant: ") for text in texts), strict=True)
+    replying = [
+        dict(context=f"{context}\nAssistant:", choices=replies[i - i % 3 :][:3], right=i % 3)
+        for i, context in enumerate(contexts[:12])
+    ]
+    for name, content in dict(held_out=[dict(text=text) for text in texts], replies=replying).items():
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    Path("tasks").mkdir()
+    Path("tasks/dialogues.yaml").write_text(ROLLING)
+    Path("tasks/replies.yaml").write_text(CHOICE)
+    record = read_record(find_records(tiny_settings["checkpoint_dir"])[-1])
+    model, tokenizer = load_model(open_saved(artifact_paths(record.folder, record.kind, record.run)["model"])[1])
+    return model.eval(), tokenizer
+
+
+def read(name):
+    return [json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()]
+
+
+def bits_per_byte(model, tokenizer):
+    """By the project's evaluation, of each text after an end of text."""
+    texts, device = [row["text"] for row in read("held_out")], torch.device("cpu")
+    samples = [torch.tensor([[tokenizer.eos_id, *tokenizer.encode(text)]]) for text in texts]
+    nats = sum(sample_nats(model, ids, contextlib.nullcontext, device).item() for ids in samples)
+    return nats / math.log(2) / sum(len(text.encode()) for text in texts)
+
+
+@torch.no_grad()
+def likelihood(model, tokenizer, context, choice):
+    """Log-likelihood of a choice after its context."""
+    ids, start = torch.tensor([tokenizer.encode(f"{context} {choice}")]), len(tokenizer.encode(context))
+    chances = model.logits(*encode(model, ids[:, :-1])).log_softmax(-1)
+    return chances.gather(-1, ids[:, 1:, None])[0, start - 1 :].sum().item()
+
+
+@pytest.mark.slow
+def test_the_harness_gives_our_own_figures(own):
+    """Bits per byte, likelihoods and choices; alone and padded on the right in batches, by steps and by sweeps."""
+    expected, rows = bits_per_byte(*own), read("replies")
+    scores = [[likelihood(*own, row["context"], choice) for choice in row["choices"]] for row in rows]
+    right = sum(chances.index(max(chances)) == row["right"] for chances, row in zip(scores, rows, strict=True))
+    assert 0 < right < len(rows)
+    manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path="tasks", include_defaults=False)
+    for batch_size, prefill in ((1, "steps"), (4, "steps"), (4, "sweeps")):
+        given = dict(pretrained="model", trust_remote_code=True, max_length=100_000, prefill=prefill)
+        found = lm_eval.simple_evaluate(
+            model="hf", model_args=given, tasks=["dialogues", "replies"], task_manager=manager, device="cpu",
+            batch_size=batch_size, bootstrap_iters=0,
+        )  # fmt: skip
+        assert found["results"]["dialogues"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-4)
+        assert found["results"]["replies"]["acc,none"] == pytest.approx(right / len(rows))
+        for sample in found["samples"]["replies"]:
+            chances = [chance for chance, _ in sample["filtered_resps"]]
+            assert chances == pytest.approx(scores[sample["doc_id"]], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_the_command_of_the_docs_gives_our_own_figure(own):
+    """In a process of its own, with the code of the folder."""
+    caches = {name: str(Path(name).absolute()) for name in ("HF_HOME", "HF_MODULES_CACHE")}
+    environment = os.environ | caches | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lm_eval", *shlex.split(COMMAND), "--output_path", "results", "--device", "cpu"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    [path] = Path("results").rglob("results_*.json")
+    found = json.loads(path.read_text())["results"]["dialogues"]
+    assert found["bits_per_byte,none"] == pytest.approx(bits_per_byte(*own), rel=1e-4)
