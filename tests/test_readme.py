@@ -47,9 +47,9 @@ def test_quick_start_has_two_commands_that_do_their_own_setup():
 def test_command_runs(command, folder):
     """It exits as documented: train.py with 0, test.py with 0 or 1 by its criteria."""
     _, script, *flags = shlex.split(command)
-    source = {} if "--data_source" in flags else {"data_source": str(folder / "dialogues.jsonl")}
-    tokenizer = {} if "--tokenizer" in flags else {"tokenizer": "bpe"}
-    own = as_flags(TINY | source | tokenizer | {"checkpoint_dir": re.sub(r"\W+", "_", command)})
+    own = TINY | {"data_source": str(folder / "dialogues.jsonl"), "checkpoint_dir": re.sub(r"\W+", "_", command)}
+    own |= {} if "--embeddings" in flags else {"tokenizer": "bpe"}
+    own = as_flags({name: value for name, value in own.items() if f"--{name}" not in flags})
     done = execute([sys.executable, str(ROOT / script), *flags, *own], folder)
     assert "\n---\n" in done.stdout, done.stderr
     if script == "test.py":
