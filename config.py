@@ -43,7 +43,7 @@ class ResidualConfig(Config):
 
     # Phase 2: the language model
     phase2_epochs = 10  # passes over the training samples, at most
-    phase2_learning_rate = 0.002  # AdamW, warm-up then cosine
+    phase2_learning_rate = 0.001  # AdamW, warm-up then cosine
     phase2_batch_size = 32  # samples per optimizer step
     untrained_control = True  # also train the head on untrained contexts, to compare with
     freeze_context = False  # True trains only the head on fixed contexts; False also trains F, through time
@@ -52,7 +52,7 @@ class ResidualConfig(Config):
     context_adapter = "none"  # "lora": fine-tune F by low-rank additions, merged at the end (needs peft)
     adapter_rank = 0  # rank of these additions; 0: by the device's memory, 4, 8 or 16
     gradient_sweeps = 3  # tokens back that fine-tuning's gradient reaches, one parallel sweep each; 0: the whole sample
-    dropout = 0.3  # on the head's inputs and hidden units
+    dropout = 0.0  # on the head's inputs and hidden units
     token_dropout = 0.2  # share of the tokens that contexts in training do not see, others each time; not if frozen
     warmup_ratio = 0.1  # share of the steps with rising learning rate
     patience = 3  # epochs without a better validation loss before stopping early
