@@ -219,7 +219,7 @@ def test_train_tokens_is_samples_times_length():
 def test_differences_are_the_settings_that_left_the_file():
     """{name: (file's value, value in effect)}, presets and derived values included; a repeated default is none."""
     assert ResidualConfig(seed=ResidualConfig.seed).differences() == {}
-    assert ResidualConfig(seed=7, dropout=0).differences() == {"seed": (42, 7), "dropout": (0.3, 0.0)}
+    assert ResidualConfig(seed=7, dropout=0.3).differences() == {"seed": (42, 7), "dropout": (0.0, 0.3)}
     assert ResidualConfig(num_tokens=1280).differences() == {"num_samples": (50, 10)}
     assert ResidualConfig(preset="seed").differences()["token_layers"] == (1, 0)
 
