@@ -71,7 +71,7 @@ def holds(tokenizer):
     for text in TEXTS:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and sizes[ids].sum() == len(text.encode())
-        assert tokenizer.eos_id not in ids
+        assert tokenizer.eos_id not in ids and "".join(map(tokenizer.decoder(), ids)) == text
     assert sizes[tokenizer.eos_id] == 0 and tokenizer.decode([tokenizer.eos_id]) == END_OF_TEXT
 
 
