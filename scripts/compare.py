@@ -120,8 +120,8 @@ def make(config, runs, results):
         path = results / f"{name}.json"
         if not path.exists():
             return None
-        found, settings = read_result(path), meaning(configured(name))
-        before = EARLIER | found["settings"]
+        found, settings = read_result(path), meaning(configured(name).to_dict())
+        before = meaning(EARLIER | found["settings"])
         if before != settings:
             changed = [key for key in before | settings if before.get(key) != settings.get(key)]
             raise UserError(
@@ -136,7 +136,9 @@ def make(config, runs, results):
         summary = call_apart(train.main, configured(name))
         summary["val_sample_nats"] = [round(nats, 3) for nats in summary["val_sample_nats"]]
         result = {"arm": name.split("-")[0], "seed": configured(name).seed, "changes": runs[name]} | summary
-        write_text(results / f"{name}.json", json.dumps(result | {"settings": meaning(configured(name))}) + "\n")
+        write_text(
+            results / f"{name}.json", json.dumps(result | {"settings": meaning(configured(name).to_dict())}) + "\n"
+        )
         return plain(summary)
 
     with Interrupt(config.max_minutes), FolderLock(folder, "comparison"):
@@ -144,10 +146,10 @@ def make(config, runs, results):
         Sweep(folder, shared, sizes, fresh=not config.load_checkpoint, made=made).finish(work)
 
 
-def meaning(config):
+def meaning(settings):
     """The settings that shape a run's figures. In which folder its text lies and what machine it ran on do not."""
-    settings = {name: value for name, value in config.to_dict().items() if name not in HARMLESS}
-    return settings | {"data_source": Path(config.data_source).name}
+    shaping = {name: value for name, value in settings.items() if name not in HARMLESS}
+    return shaping | {"data_source": Path(settings["data_source"]).name}
 
 
 def choose(results):
