@@ -141,20 +141,29 @@ def load_pretrained_tokenizer(source):
     """
     try:
         text, end = _read_wordllama() if source == "wordllama" else _read_model(source)
-    except (OSError, ValueError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".:")
+    except Exception as error:  # of many kinds: missing packages, files of another format, a hub that is away
         raise UserError(
-            f"tokenizer '{source}' cannot be had ({reason}): take gpt2, bpe, wordllama, a model's folder or its name on the hub."
+            f"tokenizer '{source}' cannot be had ({hub.describe(error)}): take gpt2, bpe, wordllama, a model's folder or its name "
+            "on the hub."
         ) from error
-    name = Path(source).name
-    tokenizer = Tokenizer(name + "-model" * (name in ("gpt2", "bpe")), fitted(text, end))
-    ids = tokenizer.encode(PROBE)
-    if tokenizer.decode(ids) != PROBE or tokenizer.token_bytes()[ids].sum() != len(PROBE.encode()):
+    if not end:
+        raise UserError(f"tokenizer '{source}' has no token that ends a text: take another.")
+    if not _gives_back(text := fitted(text, end)):
         raise UserError(
             f"tokenizer '{source}' does not give texts back as they were, so bits per byte cannot be measured: take one that "
             "is a byte-level BPE, or a SentencePiece BPE with byte fallback."
         )
-    return tokenizer
+    name = Path(source).name
+    return Tokenizer(name + "-model" * (name in ("gpt2", "bpe")), text)
+
+
+def _gives_back(text):
+    """Whether a tokenizer, as JSON, is a BPE that gives a difficult text back, to the byte."""
+    if json.loads(text)["model"]["type"] != "BPE":
+        return False
+    tokenizer = Tokenizer("probe", text)
+    ids = tokenizer.encode(PROBE)
+    return tokenizer.decode(ids) == PROBE and tokenizer.token_bytes()[ids].sum() == len(PROBE.encode())
 
 
 def fitted(text, end):

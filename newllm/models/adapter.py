@@ -15,7 +15,8 @@ SCALE = 2  # of the additions' product, usual in the field
 
 
 def require_peft():
-    """
+    """Refuse what needs the library where it is not.
+
     Raises:
         UserError: peft is not installed.
     """

@@ -140,6 +140,23 @@ def test_a_tokenizer_that_changes_texts_is_refused(tmp_path):
         choose_tokenizer(str(tmp_path))
 
 
+def test_a_unigram_model_is_refused(tmp_path):
+    """As T5's: its pieces have probabilities instead of merges, and its list of them is no table of ids."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("\u2581", -1.0), ("a", -2.0)]
+    made = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="does not give texts back"):
+        choose_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+    """Nothing could stand between two dialogues."""
+    made, _ = byte_level()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="no token that ends a text"):
+        choose_tokenizer(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["bpee", "absent/model"])
 def test_a_tokenizer_that_cannot_be_had_is_one_sentence(name):
     """It names the choices there are."""
