@@ -27,6 +27,7 @@ MAY_IMPORT = {
     "newllm.config": {"newllm.errors"},
     "newllm.data": {"newllm.data", "newllm.errors", "newllm.storage", "newllm.seeding", "newllm.config", "newllm.interrupt", "newllm.progress"},
     "newllm.models": {"newllm.models", "newllm.errors"},
+    "newllm.models.pretrained": {"newllm.data.hub", "newllm.data.vocabulary", "newllm.errors"},
     "newllm.fixed_point": {"newllm.fixed_point"},
     "newllm.evaluate": {"newllm.fixed_point", "newllm.models", "newllm.interrupt", "newllm.memory", "newllm.progress"},
     "newllm.generate": {"newllm.interrupt"},

@@ -1,7 +1,9 @@
 """The Hugging Face hub as something that may be away: quick probe, retries, and a reason fit for a sentence."""
 
+import os
 import re
 import time
+from urllib.parse import quote
 
 PROBE_SECONDS = 3.0
 INTERRUPTED = {  # a connection that stood and broke, under the names of httpx, requests, aiohttp and http.client
@@ -104,6 +106,31 @@ def probe(path):
         return retry(ask)
     except Exception as error:
         raise Unreachable(describe(error)) from error
+
+
+def load_model(load, source, revision="main", **options):
+    """`load(source, ...)` of transformers, which by itself asks a hub that is away for most of a minute.
+
+    Args:
+        load: such as AutoModel.from_pretrained. source: a folder, or a name on the hub.
+
+    Raises:
+        Unreachable: the hub cannot be asked, and nothing was downloaded before. `load` raises errors of its own.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if os.path.exists(source):
+        return load(source, **options)
+    try:
+        probe(f"api/models/{quote(source)}/revision/{revision}")
+    except Unreachable as reason:
+        try:
+            source = snapshot_download(source, revision=revision, local_files_only=True)
+        except LocalEntryNotFoundError:
+            raise reason from None
+        return load(source, **options)
+    return load(source, revision=revision, **options)
 
 
 def _chain(error):

@@ -215,5 +215,5 @@ def _read_wordllama():
 def _read_model(source):
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = hub.load_model(AutoTokenizer.from_pretrained, source)
     return tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token or tokenizer.sep_token

@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens, E embedding width, V vocabulary.
 
 import contextlib
 import math
+import warnings
 
 import torch
 from torch import nn
@@ -88,7 +89,7 @@ class Baseline(TokenPredictor):
         body = self.body.config
         head = torch.empty(1, body.n_head, body.n_positions, body.n_embd // body.n_head, device=device, dtype=dtype)
         try:
-            with self._kernel():  # torch has no public way to ask
+            with self._kernel(), warnings.catch_warnings(action="ignore"):  # torch has no public way to ask
                 return SDPBackend(torch._fused_sdp_choice(head, head, head, None, body.attn_pdrop, True)).name.lower()
         except RuntimeError as error:
             raise UserError(

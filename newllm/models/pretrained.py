@@ -3,9 +3,10 @@
 import importlib.util
 from pathlib import Path
 
+from newllm.data import hub
+from newllm.data.vocabulary import GPT2, GPT2_REVISION
 from newllm.errors import UserError
 
-GPT2_REPOSITORY, GPT2_REVISION = "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 WORDLLAMA_FILE, WORDLLAMA_TENSOR = "weights/l2_supercat_256.safetensors", "embedding.weight"
 
 
@@ -26,12 +27,13 @@ def load_embedding(source, vocab_size, embed_dim):
 
     try:
         weight = _read_wordllama() if source == "wordllama" else _read_model(source)
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".:")
+    except (hub.Unreachable, OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"embeddings '{source}' cannot be had ({reason}): give a folder with the weights, connect to the hub, or use "
+            f"embeddings '{source}' cannot be had ({hub.describe(error)}): give a folder with the weights, connect to the hub, or use "
             "--embeddings random."
         ) from error
+    if not weight.isfinite().all() or not weight.any():
+        raise UserError(f"embeddings '{source}' are all zeros or not finite: take others.")
     if weight.shape[0] < vocab_size or weight.shape[1] != embed_dim:
         raise UserError(
             f"embeddings '{source}' are {weight.shape[0]:,} x {weight.shape[1]}, the model needs {vocab_size:,} x {embed_dim}: "
@@ -52,8 +54,8 @@ def _read_wordllama():
 def _read_model(source):
     from transformers import AutoModel
 
-    name, options = (GPT2_REPOSITORY, dict(revision=GPT2_REVISION)) if source == "gpt2" else (source, {})
-    model, loading = AutoModel.from_pretrained(name, output_loading_info=True, **options)
+    name = (GPT2, GPT2_REVISION) if source == "gpt2" else (source,)
+    model, loading = hub.load_model(AutoModel.from_pretrained, *name, output_loading_info=True)
     layer = model.get_input_embeddings()
     # transformers fills a matrix that the files lack with random numbers, and only warns.
     if any(model.get_parameter(key) is layer.weight for key in loading["missing_keys"]):

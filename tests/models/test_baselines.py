@@ -96,8 +96,8 @@ def test_kernels_of_attention_agree():
     assert (logits(flash, ids()) - logits(formula, ids())).abs().max() < 1e-5
 
 
-def test_the_kernel_in_effect_is_named_or_refused():
-    """What torch picks, what was asked for, and what the device does not have: on a CPU flash knows no dropout."""
+def test_the_kernel_in_effect_is_named_or_refused(recwarn):
+    """What torch picks, what was asked for, and what the device does not have, in one sentence: on a CPU flash knows no dropout."""
     cpu, named = torch.device("cpu"), []
     for name in ("auto", "flash", "math"):
         named.append(Baseline(settings("transformer", attention=name), V).attention_in_effect(cpu, torch.float32))
@@ -106,6 +106,7 @@ def test_the_kernel_in_effect_is_named_or_refused():
     dropping = dataclasses.replace(settings("transformer", attention="flash"), dropout=0.1)
     with pytest.raises(UserError, match="take --attention auto"):
         Baseline(dropping, V).attention_in_effect(cpu, torch.float32)
+    assert not recwarn
 
 
 def test_the_kernel_asked_for_runs(monkeypatch):

@@ -2,14 +2,16 @@
 
 import importlib.util
 
+import huggingface_hub
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from newllm.data.vocabulary import choose_tokenizer
+from newllm.data import hub
+from newllm.data.vocabulary import GPT2, GPT2_REVISION, choose_tokenizer
 from newllm.errors import UserError
-from newllm.models.pretrained import GPT2_REPOSITORY, GPT2_REVISION, load_embedding
+from newllm.models.pretrained import load_embedding
 
 V, E = 11, 8
 WEIGHTS = "model.safetensors"
@@ -123,14 +125,53 @@ def test_weights_without_the_embedding_are_one_sentence(folder):
     sentence(folder)
 
 
-@pytest.mark.parametrize("error", [OSError("offline\nsecond line"), ValueError("bad name\nsecond line")])
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_vectors_without_a_direction_are_one_sentence(folder, value):
+    """They could not be scaled for the logits."""
+    tensors = load_file(folder / WEIGHTS)
+    tensors["wte.weight"].fill_(value)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    assert "all zeros or not finite" in sentence(folder)
+
+
+@pytest.mark.parametrize("error", [OSError("cut off\nsecond line"), ValueError("bad name\nsecond line"), OSError()])
 def test_gpt2_that_cannot_be_had_is_one_sentence(monkeypatch, error):
     """The first line of the reason is in it; nothing random takes its place."""
 
-    def unreachable(name, **options):
-        assert (name, options) == (GPT2_REPOSITORY, dict(revision=GPT2_REVISION, output_loading_info=True))
+    def broken(name, **options):
+        assert (name, options) == (GPT2, dict(revision=GPT2_REVISION, output_loading_info=True))
         raise error
 
-    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", unreachable)
+    monkeypatch.setattr(hub, "probe", lambda path: None)
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", broken)
     message = sentence("gpt2", 50257, 768)
-    assert str(error).splitlines()[0] in message and "second line" not in message
+    assert (str(error) or "OSError").splitlines()[0] in message and "second line" not in message
+
+
+@pytest.fixture
+def away(monkeypatch):
+    """A hub that cannot be reached; transformers is not to try it."""
+
+    def unreachable(path):
+        raise hub.Unreachable("no internet connection")
+
+    monkeypatch.setattr(hub, "probe", unreachable)
+
+
+def test_a_hub_that_is_away_is_asked_once(monkeypatch, away):
+    """transformers alone would go on asking for most of a minute."""
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", None)
+    assert "no internet connection" in sentence("owner/never-downloaded")
+
+
+def test_what_was_downloaded_needs_no_hub(monkeypatch, away, folder, gpt2):
+    """The snapshot in the hub's cache is a folder like any other."""
+    wanted = []
+
+    def snapshot(name, revision, local_files_only):
+        wanted.append((name, revision, local_files_only))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert torch.equal(load_embedding("gpt2", V, E), gpt2.wte.weight)
+    assert wanted == [(GPT2, GPT2_REVISION, True)]
