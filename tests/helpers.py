@@ -1,15 +1,19 @@
-"""A small language to write corpora in, settings as flags, and a file that does harm to who unpickles it."""
+"""A small language to write corpora in, settings as flags, a command, and a file that does harm to who unpickles it."""
 
 import hashlib
 import io
 import json
 import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import torch
 
 from newllm import storage
 
+ROOT = Path(__file__).parent.parent
 WORDS = [f"{first}{last}" for first in ("ba", "do", "ki", "lu") for last in ("n", "r", "st", "ve", "m")]
 
 
@@ -36,6 +40,15 @@ def as_flags(settings):
     for name, value in settings.items():
         flags += [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     return flags
+
+
+def run(command, settings, *extra):
+    """train.py or test.py as a user runs it, offline. Returns the ended process."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    arguments = [sys.executable, command, *as_flags(settings), *extra]
+    return subprocess.run(
+        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
 
 
 class Evil:

@@ -1,24 +1,18 @@
-"""train.py and test.py as a user runs them, and what a run leaves behind."""
+"""train.py as a user runs it, and what a run leaves behind."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import as_flags, write_dialogues
+from helpers import run, write_dialogues
 
-import test as scale_check
 import train
 from config import ResidualConfig
 from newllm.errors import UserError
-from newllm.reporting.criteria import check
 from newllm.reporting.runlog import read_rows
 from newllm.storage import load_sealed
 
-ROOT = Path(__file__).parent.parent
 KEYS = {
     "phase1_steps", "phase1_param_change", "phase1_iterations", "converged_ratio", "er_train", "er_val",
     "er_val_untrained", "er_ceiling", "cold_start_error_10", "contraction", "memory_horizon", "val_loss", "val_ppl",
@@ -37,14 +31,6 @@ TIMES = (
     "saving_share",
     "saving_share_background",
 )
-
-
-def run(command, settings, *extra):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    arguments = [sys.executable, command, *as_flags(settings), *extra]
-    return subprocess.run(
-        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
 
 
 def weights(folder):
@@ -269,39 +255,6 @@ def test_checkpoints_may_lie_behind_a_link(tiny_settings, tmp_path):
     assert link.is_symlink() and (tmp_path / "drive" / "model_latest.pt").exists()
 
 
-def test_the_scale_check_exits_by_its_criteria(tiny_settings):
-    """`python3 test.py` prints the table with the untrained column, and its status says whether all passed."""
-    done = run("test.py", tiny_settings)
-    assert "criterion" in done.stdout and "untrained" in done.stdout, done.stderr
-    assert done.returncode == (0 if done.stdout.rstrip().endswith("PASS") else 1)
-    assert ("FAIL" in done.stdout) == (done.returncode == 1)
-    assert not (Path(tiny_settings["checkpoint_dir"]) / "model_latest.pt").exists()
-
-
-def test_an_untrained_network_fails_the_criteria(tiny_settings):
-    """The figures of the untrained network, put in the trained ones' place, fail every gate that asks for training."""
-    summary = train.main(ResidualConfig(**tiny_settings))
-    untrained = summary | {
-        "phase1_steps": 0,
-        "phase1_param_change": 0.0,
-        "val_ppl": summary["val_ppl_untrained_context"],
-    }
-    untrained |= {key: summary[f"{key}_untrained"] for key in summary if f"{key}_untrained" in summary}
-    failed = {criterion.name for criterion in check(untrained) if not criterion.passed}
-    assert {
-        "Phase 1 optimizer steps", "Phase 1 relative parameter change", "effective rank above untrained",
-        "cold-start error after 10 sweeps", "val perplexity below untrained contexts",
-    } <= failed  # fmt: skip
-
-
-def test_the_ladder_checks_every_budget_from_scratch(tiny_settings, monkeypatch, capsys):
-    """One row a budget; no budget sees another's weights."""
-    monkeypatch.setattr(scale_check, "LADDER", (6, 12))
-    scale_check.main(ResidualConfig(**tiny_settings), ladder=True)
-    out = capsys.readouterr().out
-    assert "144 " in out and "288 " in out and out.count("== ") == 2
-
-
 def test_an_interrupted_download_of_pretrained_embeddings_is_no_random_matrix(tiny_settings, monkeypatch):
     """`--embeddings gpt2` without the hub stops with a sentence."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -319,3 +272,12 @@ def test_whitening_what_still_changes_is_refused(tiny_settings):
     """Said before anything is read or written."""
     with pytest.raises(UserError, match="use --freeze_context"):
         train.main(ResidualConfig(**tiny_settings, whiten_context=True))
+
+
+def test_batches_of_one_sample_work(tiny_settings):
+    """The smallest batch there is, in both phases, as a command."""
+    settings = tiny_settings | {"phase1_batch_size": 1, "phase2_batch_size": 1}
+    done = run("train.py", settings)
+    assert done.returncode == 0, done.stderr
+    block = dict(line.split(": ", 1) for line in done.stdout.split("\n---\n")[1].splitlines())
+    assert (block["phase1_steps"], block["phase2_steps"]) == ("36", "36")

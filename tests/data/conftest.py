@@ -127,6 +127,12 @@ def write_jsonl(tmp_path):
 
 
 @pytest.fixture
+def talk(write_jsonl):
+    """40 dialogues of different texts, each longer than a sample."""
+    return str(write_jsonl([dialogue(f"this is dialogue number {n}") for n in range(40)]))
+
+
+@pytest.fixture
 def settings(tmp_path):
     """Function that gives the settings the data layer reads, with changes."""
 

@@ -45,3 +45,11 @@ class Rows:
 
 def dialogue(text):
     return {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": f"yes, {text}"}]}
+
+
+def rows(kind, count=40):
+    return Rows([dialogue(f"{kind} {number}") for number in range(count)])
+
+
+def texts(kind, numbers):
+    return [f"User: {kind} {number}\nAssistant: yes, {kind} {number}" for number in numbers]

@@ -1,32 +1,14 @@
-"""Datasets with splits: on the hub by name, subset and revision, and as `save_to_disk` leaves them."""
+"""Datasets with splits on the hub: by name, subset and revision, one split held out, or a sentence."""
 
 import datasets
 import pytest
+from checks import message_of
 from datasets import load_dataset
-from hub_fakes import COMMIT, ConnectError, HTTPError, ReadTimeout, Rows, dialogue
+from hub_fakes import COMMIT, ConnectError, HTTPError, ReadTimeout, Rows, dialogue, rows, texts
 
 from newllm.data.corpus import ULTRACHAT_IDENTITY, open_corpus
 from newllm.data.dataset import load_data
 from newllm.data.splits import HELD_OUT_EVERY
-from newllm.errors import UserError
-
-
-def rows(kind, count=40):
-    return Rows([dialogue(f"{kind} {number}") for number in range(count)])
-
-
-def texts(kind, numbers):
-    return [f"User: {kind} {number}\nAssistant: yes, {kind} {number}" for number in numbers]
-
-
-def message_of(function, *args):
-    with pytest.raises(UserError) as caught:
-        function(*args)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-# The hub
 
 
 @pytest.mark.parametrize(
@@ -239,76 +221,6 @@ def test_a_hub_stream_that_stays_broken_is_an_error(publish):
     assert "reading me/talk train broke off after 17 dialogues (time-out)" in message_of(
         list, open_corpus("me/talk").train()
     )
-
-
-# Saved datasets
-
-
-@pytest.fixture
-def save(tmp_path):
-    """Function that saves splits of dialogues (name: how many), without splits if named "alone", and gives the folder."""
-
-    def to_disk(folder, **splits):
-        made = {name: datasets.Dataset.from_list(rows(name, count).rows) for name, count in splits.items()}
-        (made["alone"] if "alone" in made else datasets.DatasetDict(made)).save_to_disk(tmp_path / folder)
-        return str(tmp_path / folder)
-
-    return to_disk
-
-
-def test_saved_splits_are_read_by_name(save):
-    """The training split from the front, the held-out one as well."""
-    folder = save("talk", train=5, test=3, other=2)
-    corpus = open_corpus(folder)
-    assert corpus.name == "talk" and corpus.size is None and "(split train and test, sha256 " in corpus.note
-    assert list(corpus.train()) == texts("train", range(5)) and list(corpus.held_out()) == texts("test", range(3))
-    assert list(open_corpus(folder, "other").train()) == texts("other", range(2))
-    assert f"{folder} has no split 'dev' but train, test, other" in message_of(open_corpus, folder, "dev")
-
-
-@pytest.mark.parametrize("name", ["alone", "train"])
-def test_a_single_saved_split_is_read_from_both_ends(save, name):
-    """A saved dataset without splits is one split."""
-    corpus = open_corpus(save("talk", **{name: 4}))
-    assert list(corpus.train()) == texts(name, range(4)) and corpus.size == 4
-    assert list(corpus.held_out()) == texts(name, [3, 2, 1, 0])
-
-
-def test_of_a_saved_dataset_only_what_is_needed_is_read(tmp_path):
-    """It may be larger than memory: a row in the middle without a dialogue is never met."""
-    good = [{"text": f"t{number}"} for number in range(5)]
-    datasets.Dataset.from_list([*good, {"text": None}, *good]).save_to_disk(tmp_path / "talk")
-    corpus = open_corpus(str(tmp_path / "talk"))
-    train, held_out = corpus.train(), corpus.held_out()
-    assert [next(train) for _ in range(5)] == [next(held_out) for _ in range(5)][::-1] == [f"t{n}" for n in range(5)]
-    assert "train row 6 has neither messages" in message_of(next, train)
-    assert "train row 6 has neither messages" in message_of(next, held_out)
-
-
-def test_the_identity_of_a_saved_dataset_is_its_content(save):
-    """Of the splits in use: another folder or an unused split keeps it, other rows, roles or columns change it."""
-    default = open_corpus(save("a", train=5, test=3)).identity
-    assert open_corpus(save("b", train=5, test=3, more=2)).identity == default
-    assert open_corpus(save("a", train=5, test=3), "train").identity == default
-    others = [("c", dict(train=6, test=3)), ("d", dict(train=5, test=4)), ("e", dict(train=5))]
-    changed = {open_corpus(save(folder, **splits)).identity for folder, splits in others}
-    changed |= {open_corpus(save("a", train=5, test=3), "", "messages").identity}
-    assert len(changed | {default}) == 5
-
-
-def test_saved_data_from_end_to_end(save, settings):
-    """Built once, then from the cache, with the same notes."""
-    folder = save("talk", alone=40)
-    first, second = (load_data(settings(data_source=folder)) for _ in range(2))
-    assert second.cache_hit and first.fingerprint == second.fingerprint and second.notes[:-1] == first.notes
-    assert first.train_dialogue.max() < 40 - 1 - first.val_dialogue.max()
-
-
-def test_a_damaged_saved_dataset_is_one_sentence(save, tmp_path):
-    folder = save("talk", alone=40)
-    (file,) = (tmp_path / "talk").glob("*.arrow")
-    file.write_bytes(file.read_bytes()[:100])
-    assert "talk is no readable saved dataset (" in message_of(open_corpus, folder)
 
 
 # Choices that a source does not have

@@ -1,7 +1,8 @@
-"""Recurrences whose fixed points, memory and convergence are known by hand, and a small network."""
+"""Recurrences whose fixed points, memory and convergence are known by hand, a small network, and cold sweeps."""
 
 import torch
 
+from newllm.fixed_point.solver import sweep
 from newllm.models.context import ContextMap
 
 
@@ -42,3 +43,11 @@ def cosine(context, token):
 def chaotic(context, token):
     """c_t = sin(8 c_{t-1}) + e_t: bounded, but neighbouring trajectories part."""
     return torch.sin(8 * context) + token, token
+
+
+def swept(step, tokens, context_dim, count):
+    """Contexts and streams after `count` cold sweeps."""
+    contexts = tokens.new_zeros(*tokens.shape[:2], context_dim)
+    for _ in range(count):
+        contexts, streams = sweep(step, contexts, tokens)
+    return contexts, streams

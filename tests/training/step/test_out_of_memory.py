@@ -1,0 +1,176 @@
+"""A batch that does not fit into memory is computed in parts, to the same steps, in training and evaluation."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from steps import fresh_state, stop_after, taker
+from torch import nn
+
+from config import ResidualConfig
+from newllm import evaluate
+from newllm.errors import UserError
+from newllm.fixed_point.solver import sweep
+from newllm.interrupt import Stopped
+from newllm.memory import map_parts, split
+from newllm.models.cross_entropy import linear_cross_entropy
+from newllm.storage import load_sealed
+from newllm.training import phase1, phase2
+from newllm.training.device import StepFunction
+from newllm.training.optim import make_optimizer
+from newllm.training.step import OptimizerStep
+from train import main
+
+NO_MEMORY = {
+    "device": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    "CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    "Python": MemoryError(),
+}
+
+
+def sweep_of_two(step, contexts, tokens):
+    """A sweep of training for at most two sequences."""
+    if len(contexts) > 2 and isinstance(step.__self__, StepFunction):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return sweep(step, contexts, tokens)
+
+
+def loss_of_two(hidden, *rest):
+    if len(hidden) > 2:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    return linear_cross_entropy(hidden, *rest)
+
+
+def test_parts_are_consecutive_and_nearly_equal():
+    """Every row once, for any number of parts, more than there are rows included."""
+    for count in range(1, 12):
+        for parts in range(1, 15):
+            cut = split(count, parts)
+            assert len(cut) == min(parts, count)
+            assert [row for part in cut for row in range(count)[part]] == list(range(count))
+            sizes = [part.stop - part.start for part in cut]
+            assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("kind", NO_MEMORY)
+def test_a_batch_that_does_not_fit_is_done_again_in_parts(runtime, kind):
+    """Half-accumulated gradients are dropped, random numbers are those of a first attempt, and the plan is kept."""
+    parameter = nn.Parameter(torch.zeros(2))
+    notes, drawn, state = [], [], fresh_state()
+    take = OptimizerStep(
+        runtime, make_optimizer([([parameter], 1.0)], 1e-3, 0.0), SimpleNamespace(compiled=False), 9.0, notes.append
+    )
+
+    def gradients(parts):
+        for part in parts:
+            drawn.append(torch.rand(()).item())
+            (parameter.sum() * (part.stop - part.start)).backward()
+            if part.stop - part.start > 2:
+                raise NO_MEMORY[kind]
+        return (1.0,)
+
+    take(gradients, 7, state, 5, "here")
+    assert state["parts"] == 4 and state["grad_norm"] == pytest.approx(7 * 2**0.5)
+    assert drawn[0] == drawn[1] == drawn[2]
+    assert len(notes) == 2 and "2 samples at a time from now on, 7 a step as before" in notes[1]
+    take(gradients, 7, state, 5, "here")
+    assert state["parts"] == 4 and len(notes) == 2
+
+
+def test_a_sample_that_does_not_fit_and_a_real_error_end_the_run(runtime):
+    """The first with a sentence, the second as it is; nothing is tried for ever."""
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = make_optimizer([([parameter], 1.0)], 1e-3, 0.0)
+    take = OptimizerStep(runtime, optimizer, SimpleNamespace(compiled=False), 1.0, print)
+
+    def fails(error):
+        def gradients(parts):
+            raise error
+
+        return gradients
+
+    with pytest.raises(UserError, match="not even one sample fits into memory at batch 3"):
+        take(fails(torch.OutOfMemoryError("no")), 5, fresh_state(), 0, "batch 3")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        take(fails(RuntimeError("mat1 and mat2 shapes cannot be multiplied")), 5, fresh_state(), 0, "batch 3")
+
+
+def test_no_memory_for_the_update_stops_with_a_sentence(runtime, monkeypatch):
+    """Some parameters may have moved, so it is not tried again."""
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = make_optimizer([([parameter], 1.0)], 1e-3, 0.0)
+    take = taker(runtime, optimizer)
+
+    def fails():
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(optimizer, "step", fails)
+    with pytest.raises(UserError, match="continue from the last checkpoint"):
+        take(lambda: parameter.sum())
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+def test_a_run_short_of_memory_keeps_its_effective_batch(tiny_settings, monkeypatch, capsys, freeze):
+    """Two samples at a time where four are a batch: same steps, same order, and the same losses to rounding."""
+    settings = tiny_settings | dict(dropout=0.0, freeze_context=freeze, context_noise=0.1)
+    whole = main(ResidualConfig(**settings))
+    with monkeypatch.context() as patch:
+        patch.setattr(phase1, "sweep", sweep_of_two)
+        patch.setattr(phase2, "linear_cross_entropy", loss_of_two)
+        config = ResidualConfig(**settings | {"checkpoint_dir": settings["checkpoint_dir"] + "_small"})
+        small = main(config)
+    assert capsys.readouterr().out.count("2 samples at a time from now on, 4 a step as before") == 3  # once a stage
+    assert small["phase1_steps"] == whole["phase1_steps"] and small["sample_order"] == whole["sample_order"]
+    # Not closer, because Adam makes much of gradients that are nearly zero.
+    for key in ("val_loss", "phase1_param_change", "er_val", "val_ppl_untrained_context"):
+        assert small[key] == pytest.approx(whole[key], rel=1e-3), key
+
+
+def test_what_memory_taught_is_remembered_by_the_next_session(tiny_settings, monkeypatch, capsys):
+    """The number of parts is in the checkpoint, so that a resumed run does not run out of memory again."""
+    config = ResidualConfig(**tiny_settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(phase1, "sweep", sweep_of_two)
+        stop_after(patch, 9 + 2)  # in Phase 1, behind the untrained stage
+        with pytest.raises(Stopped):
+            main(config)
+        state = load_sealed(Path(config.checkpoint_dir) / "model_latest.pt")
+        assert state["stage"] == "phase1" and state["stage_state"]["parts"] == 2
+        capsys.readouterr()
+        main(config)
+    assert "out of memory" not in capsys.readouterr().out
+
+
+def test_evaluation_short_of_memory_takes_fewer_at_a_time_and_says_the_same(tiny_settings, monkeypatch):
+    """Half as many from where it failed; training's batches do not shrink for it."""
+    config = ResidualConfig(**tiny_settings)
+    whole = main(config)
+    small = dataclasses.replace(config, checkpoint_dir=config.checkpoint_dir + "_small")
+    real, sizes = evaluate.linear_token_nll, []
+
+    def limited(hidden, *rest):
+        if len(hidden) > 2:
+            raise torch.OutOfMemoryError("no")
+        sizes.append(len(hidden))
+        return real(hidden, *rest)
+
+    monkeypatch.setattr(evaluate, "linear_token_nll", limited)
+    assert main(small)["val_loss"] == pytest.approx(whole["val_loss"], rel=1e-6)
+    assert max(sizes) == 2
+    assert load_sealed(Path(small.checkpoint_dir) / "model_epoch.pt")["stage_state"]["parts"] == 1
+
+
+def test_map_parts_raises_what_is_no_lack_of_memory():
+    """And a single row that does not fit."""
+
+    def work(part):
+        raise error
+
+    error = torch.OutOfMemoryError("no")
+    with pytest.raises(torch.OutOfMemoryError):
+        map_parts(work, 5, 4)
+    error = ValueError("other")
+    with pytest.raises(ValueError, match="other"):
+        map_parts(work, 5, 4)
