@@ -76,14 +76,15 @@ def comparison_points(comparison, tokens, path):
     """
     arms = comparison.arms(tokens)[::-1]
     with figure(path, 1, 2) as ((perplexity, seconds),):
-        for panel, key in ((perplexity, "val_ppl"), (seconds, "seconds_training")):
-            for arm in arms:
-                mean, half = comparison.mean(tokens, arm, key)
-                style = TRAINED if arm == comparison.reference else REFERENCE | {"marker": "o"}
-                # Points, not bars: an axis that does not begin at zero would make lengths lie.
-                panel.errorbar(mean, arm, xerr=half, color=style["color"], marker=style["marker"], capsize=2.5)
+        for arm in arms:
+            mean, half = comparison.mean(tokens, arm, "val_ppl")
+            style = TRAINED if arm == comparison.reference else REFERENCE | {"marker": "o"}
+            point = dict(color=style["color"], marker=style["marker"])
+            # Points, not bars: an axis that does not begin at zero would make lengths lie.
+            perplexity.errorbar(mean, arm, xerr=half, capsize=2.5, **point)
+            seconds.plot([comparison.seconds(tokens, arm)], [arm], **point)
         perplexity.set(title=f"{tokens:,} training tokens", xlabel="validation perplexity (mean, 95 % over seeds)")
-        seconds.set(title="Time", xlabel="training time (s)")
+        seconds.set(title="Time", xlabel="training time of the fastest seed (s)")
         seconds.set_xlim(left=0)
         seconds.set_yticklabels([])
 

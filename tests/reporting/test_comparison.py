@@ -130,6 +130,13 @@ def test_another_vocabulary_is_not_paired():
     assert not list(comparison.verdicts())
 
 
+def test_a_run_that_was_disturbed_does_not_count_for_the_time():
+    """The fastest seed does."""
+    runs = results(("gru", 4.0))
+    runs[1]["seconds_training"] = 1000.0
+    assert next(Comparison(runs).rows())[7] == "5"
+
+
 def test_curves_are_means_over_seeds():
     """Point by point, lists counted from one; an arm without the curve has none."""
     runs = [with_curves(result("phase1_frozen", seed, 5.0)) for seed in range(2)]
