@@ -30,6 +30,7 @@ COLUMNS = (
     "against reference",
     "95 %",
 )
+CONTEXT_COLUMNS = ("tokens", "arm", "val ER", "cold-start error, 10 sweeps", "memory horizon, tokens", "peak MB")
 CLAIMS = (  # sentence, the arm it is about, the arms of which it must beat the best
     ("Phase 1 gives better contexts than an untrained network", "phase1_frozen", ("untrained_frozen", "untrained_whitened")),
     ("Phase 1 gives better contexts than a window of tokens", "phase1_frozen", ("window", "window_whitened", "token")),
@@ -120,9 +121,9 @@ class Comparison:
         self.budgets = sorted({tokens for tokens, _ in self.by})
 
     def arms(self, tokens):
-        """Arms at a budget, best mean loss first."""
+        """Arms at a budget, fewest bits per byte first: losses of different tokenizers do not compare."""
         found = [arm for budget, arm in self.by if budget == tokens]
-        return sorted(found, key=lambda arm: self.mean(tokens, arm, "val_loss")[0])
+        return sorted(found, key=lambda arm: self.mean(tokens, arm, "val_bpb")[0])
 
     def mean(self, tokens, arm, key):
         """(mean, half width of the interval) over seeds."""
@@ -180,6 +181,18 @@ class Comparison:
                 bpb = any_run["val_bpb"] * math.log(ppl) / any_run["val_loss"]
                 yield f"{tokens:,}", f"({name})", "", f"{ppl:.1f}", "", f"{bpb:.3f}", "", "", "", ""
 
+    def context_rows(self):
+        """What the contexts that an arm predicts from are like, as means over seeds: a row for each budget and arm with such."""
+        keys = ("er_val", "cold_start_error_10", "memory_horizon")
+        for tokens, arm in sorted(self.by):
+            results = self.by[tokens, arm]
+            suffix = "" if results[0].get("contexts") == "frozen" else "_finetuned"
+            if any(result.get(key + suffix) is None for key in keys for result in results):
+                continue
+            er, error, horizon = (self.mean(tokens, arm, key + suffix)[0] for key in keys)
+            peak = self.mean(tokens, arm, "peak_memory_mb")[0]
+            yield f"{tokens:,}", arm, f"{er:.1%}", f"{error:.2g}", f"{horizon:.3g}", f"{peak:,.0f}"
+
     def verdicts(self):
         """A sentence for each claim and budget: it holds, is refuted, or is undecided, and by which row."""
         for tokens in self.budgets:
@@ -210,7 +223,8 @@ def write_report(comparison, folder):
         The lines of comparison.md.
     """
     rows = list(comparison.rows())
-    lines = [*markdown(COLUMNS, rows), "", *(f"- {sentence}" for sentence in comparison.verdicts())]
+    contexts = markdown(CONTEXT_COLUMNS, comparison.context_rows())
+    lines = [*markdown(COLUMNS, rows), "", *contexts, "", *(f"- {sentence}" for sentence in comparison.verdicts())]
     folder = Path(folder)
     (folder / "comparison.md").write_text("\n".join(lines) + "\n")
     with open(folder / "comparison.csv", "w", newline="") as file:

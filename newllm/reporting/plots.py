@@ -68,22 +68,22 @@ def scale_ladder(summaries, path):
 
 
 def comparison_points(comparison, tokens, path):
-    """Perplexity of every arm at a budget with its interval over seeds, and what a run of it takes.
+    """Bits per byte of every arm at a budget with their interval over seeds, and what a run of it takes.
 
     Args:
         comparison: newllm.reporting.comparison.Comparison. tokens: one of its budgets.
         path: of the PNG file; its folder is made.
     """
     arms = comparison.arms(tokens)[::-1]
-    with figure(path, 1, 2) as ((perplexity, seconds),):
+    with figure(path, 1, 2) as ((bits, seconds),):
         for arm in arms:
-            mean, half = comparison.mean(tokens, arm, "val_ppl")
+            mean, half = comparison.mean(tokens, arm, "val_bpb")
             style = TRAINED if arm == comparison.reference else REFERENCE | {"marker": "o"}
             point = dict(color=style["color"], marker=style["marker"])
             # Points, not bars: an axis that does not begin at zero would make lengths lie.
-            perplexity.errorbar(mean, arm, xerr=half, capsize=2.5, **point)
+            bits.errorbar(mean, arm, xerr=half, capsize=2.5, **point)
             seconds.plot([comparison.seconds(tokens, arm)], [arm], **point)
-        perplexity.set(title=f"{tokens:,} training tokens", xlabel="validation perplexity (mean, 95 % over seeds)")
+        bits.set(title=f"{tokens:,} training tokens", xlabel="validation bits per byte (mean, 95 % over seeds)")
         seconds.set(title="Time", xlabel="training time of the fastest seed (s)")
         seconds.set_xlim(left=0)
         seconds.set_yticklabels([])
@@ -109,6 +109,10 @@ def context_curves(comparison, tokens, path):
     with figure(path, 2, 3) as ((cold, memory, past), (spectrum, use, trade)):
         curves = [(style, lambda key, arm=arm: comparison.curve(tokens, arm, key)) for arm, style in ARM_STYLES.items()]
         context_panels(curves, cold=cold, memory=memory, past=past, spectrum=spectrum, use=use)
+        # The first panel has the legend of the others; what is drawn here alone is named here.
+        named = set(cold.get_legend_handles_labels()[1])
+        if alone := [line for line in use.get_lines() if line.get_label() not in named]:
+            use.legend(handles=alone)
         weights = sorted(comparison.by_setting(tokens, "dist_reg_weight", "phase1_"))
         for key, style, label in (
             ("er_val", TRAINED, "effective rank (share)"),

@@ -137,6 +137,19 @@ def test_a_run_that_was_disturbed_does_not_count_for_the_time():
     assert next(Comparison(runs).rows())[7] == "5"
 
 
+def test_contexts_are_those_that_the_arm_predicts_from():
+    """Of frozen ones the measured, of trained ones those after training; an arm without any has no row."""
+    measured = dict(er_val=0.5, cold_start_error_10=0.25, memory_horizon=4, peak_memory_mb=1000.0)
+    trained = {f"{key}_finetuned": 2 * value for key, value in measured.items()}
+    runs = results(("gru", 4.0), ("phase1_frozen", 5.0), ("end_to_end", 4.5), seeds=1)
+    runs[1] |= measured | {"contexts": "frozen"}
+    runs[2] |= measured | trained | {"contexts": "fine-tuned"}
+    assert list(Comparison(runs).context_rows()) == [
+        ("1,000", "end_to_end", "100.0%", "0.5", "8", "1,000"),
+        ("1,000", "phase1_frozen", "50.0%", "0.25", "4", "1,000"),
+    ]
+
+
 def test_curves_are_means_over_seeds():
     """Point by point, lists counted from one; an arm without the curve has none."""
     runs = [with_curves(result("phase1_frozen", seed, 5.0)) for seed in range(2)]
