@@ -167,14 +167,17 @@ def report(config, options, say):
 
     if not options.trained:
         add("untrained")
-    found["trained"] = load_trained(config, model, data.fingerprint)
+    try:
+        found["trained"], reason = load_trained(config, model, data.fingerprint), "run train.py first."
+    except UserError as error:  # what was measured untrained is worth as much beside another run
+        reason = str(error)
     if found["trained"]:
         say(f"trained: {found['trained']}")
         add("trained")
     elif options.trained:
-        raise UserError(f"{config.checkpoint_dir} holds no trained weights of these settings: run train.py first.")
+        raise UserError(f"{config.checkpoint_dir} holds no trained weights of these settings: {reason}")
     else:
-        say(f"trained: none in {config.checkpoint_dir}, which train.py would leave there")
+        say(f"trained: no weights of these settings in {config.checkpoint_dir}: {reason}")
     return found | {"peak_memory_mb": peak_memory_mb(), "config": config.to_dict()}
 
 

@@ -106,12 +106,23 @@ def test_trained_and_untrained_weights_are_measured_and_the_run_is_left_alone(ti
     assert {row["weights"] for row in found["rows"]} == {"trained"}
 
 
+def test_weights_of_another_run_cost_the_trained_rows_alone(tiny_settings):
+    """A folder with a run of other settings is said, and the untrained network is measured all the same."""
+    train.main(ResidualConfig(**tiny_settings, untrained_control=False))
+    other, said = ResidualConfig(**tiny_settings | {"num_samples": 10}), []
+    found = prefill.report(other, options(), said.append)
+    assert {row["weights"] for row in found["rows"]} == {"untrained"} and found["trained"] is None
+    assert "num_samples 12 -> 10" in said[-1]
+    with pytest.raises(UserError, match="num_samples 12 -> 10"):
+        prefill.report(other, options(trained=True), said.append)
+
+
 def test_without_a_checkpoint_there_is_the_untrained_network_unless_trained_is_asked_for(tiny_settings):
     """A line says so, or a sentence."""
     config, said = ResidualConfig(**tiny_settings), []
     found = prefill.report(config, options(), said.append)
     assert {row["weights"] for row in found["rows"]} == {"untrained"} and found["trained"] is None
-    assert said[-1].startswith("trained: none in ")
+    assert said[-1].startswith("trained: no weights of these settings in ")
     with pytest.raises(UserError, match=r"holds no trained weights of these settings: run train\.py first"):
         prefill.report(config, options(trained=True), said.append)
 
