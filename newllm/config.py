@@ -209,7 +209,8 @@ class Config:
                 )
             object.__setattr__(self, "num_samples", self.num_tokens // self.max_seq_length)
             object.__setattr__(self, "num_tokens", 0)  # said once: a copy with another num_samples has that many
-        self._refuse_misfits()
+        if type(self) is not Config:  # what a saved run was made with stays as it was
+            self._refuse_misfits()
 
     def _refuse_misfits(self):
         """Raise UserError for settings of which each is right and that cannot be meant together."""
@@ -231,11 +232,8 @@ class Config:
                 "--token_layers 1 or more."
             )
         if self.phase == "1" and not self.phase1_max_iterations:
-            raise UserError("phase 1 with phase1_max_iterations 0 trains nothing: use --phase both, or more iterations.")
-        if self.embeddings != "random" and self.tokenizer == "bpe":
             raise UserError(
-                f"embeddings '{self.embeddings}' are vectors of its own tokenizer's ids and tokenizer 'bpe' makes others: use "
-                "--tokenizer auto, which takes that one, or --embeddings random."
+                "phase 1 with phase1_max_iterations 0 trains nothing: use --phase both, or more iterations."
             )
 
     def __setattr__(self, name, value=None):
@@ -271,22 +269,28 @@ class Config:
         }
 
     def given(self):
-        """Names of the settings that somebody chose for this run: by flag or keyword; of a copy, which is made with all of
+        """Settings that somebody chose for this run, as {name: value}: by flag or keyword; of a copy, which is made with all of
         them, those that differ from the file's values."""
-        return set(self._given if len(self._given) < len(field_types()) else self.differences())
+        if len(self._given) < len(field_types()):
+            return self._given
+        return {name: value for name, (_, value) in self.differences().items()}
 
 
 def _refuse_unknown(cls):
     """Raise UserError for an attribute of a class with values, as `num_sample = 3` in config.py makes, that is no setting."""
-    for name in vars(cls):
+    for name in {} if cls is Config else vars(cls):
         if not name.startswith("__") and name not in field_types():
             raise UserError(f"config.py sets '{name}', which is no setting{_hint(name, field_types())}.")
 
 
 def _refuse_outside(cls):
-    """Raise UserError for a setting of config.py that stands below or above the class, where nothing would read it."""
+    """Raise UserError for a setting of config.py that stands outside of the class, where nothing would read it."""
     if cls.__module__ == "config":
-        for name in vars(sys.modules["config"]):
+        for name, value in vars(sys.modules["config"]).items():
+            if isinstance(value, Config):
+                raise UserError(
+                    f"config.py makes a configuration, '{name}', that nothing reads: change the class's lines instead."
+                )
             if name in field_types():
                 raise UserError(
                     f"config.py sets '{name}' outside of the class {cls.__name__}, where it has no effect: indent it by four spaces "
