@@ -72,7 +72,7 @@ def main(config, dry_run=False):
             model = build_model(config, data.vocab_size, pretrained).to(runtime.device)
             model.start_at_frequencies(data.train[:, 1:])
             if dry_run:
-                return preview(config, runtime, data, model, peak, notes_of(config, runtime, data, model))
+                return preview(config, runtime, data, model, peak)
             with Checkpointer(config, data.fingerprint, new_run_id(), runtime.group) as checkpointer:
                 if checkpointer.writes:
                     require_space(checkpointer.folder, model, config, runtime.storage_dtype)
@@ -85,13 +85,16 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
     if config.trackers != "none" and log.writes:
         folder = log.folder.parent / "tracking" / log.run_id
         log.follow = start_tracking(runtime.accelerator, config.trackers, folder, config.to_dict(), log.warn)
-    notes = notes_of(config, runtime, data, model)
-    for line in banner(config, describe_device(runtime), data, model, notes + checkpointer.notes):
+    kernel = model.attention_in_effect(runtime.device, runtime.storage_dtype) if isinstance(model, Baseline) else None
+    notes = [f"attention: {kernel}"] * bool(kernel) + checkpointer.notes
+    for line in banner(config, describe_device(runtime), data, model, notes):
         log.say(line)
     log.log(
         "start", config=config.to_dict(), device=describe_device(runtime), data=data.notes, fingerprint=data.fingerprint,
-        notes=notes, **provenance(),
+        **provenance(),
     )  # fmt: skip
+    for line in unused_lines(config, runtime.device.type == "cpu", data.tokenizer.name):
+        log.warn(line)
 
     def measure_contexts():
         log.say("measuring contexts: rank, convergence, memory")
@@ -166,13 +169,6 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
     if unsaved:
         raise UserError(f"the last checkpoint could not be written ({unsaved}): free the disk and run again.")
     return summary | curves(checkpointer.results)
-
-
-def notes_of(config, runtime, data, model):
-    """Lines of the banner about what is in effect: a Transformer's attention, and settings that change nothing."""
-    kernel = model.attention_in_effect(runtime.device, runtime.storage_dtype) if isinstance(model, Baseline) else None
-    unused = unused_lines(config, runtime.device.type == "cpu", data.tokenizer.name)
-    return [f"attention: {kernel}"] * bool(kernel) + unused
 
 
 def attempt(log, write):

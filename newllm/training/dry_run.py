@@ -4,42 +4,46 @@ import os
 from pathlib import Path
 
 from newllm.errors import UserError
+from newllm.models.baselines import Baseline
 from newllm.reporting.banner import banner
 from newllm.storage import usable_folder
 from newllm.training.checkpoint_files import CheckpointFiles, newest
 from newllm.training.compatibility import compare
 from newllm.training.device import describe_device, memory_of
 from newllm.training.drive import check_target, refuse_overlap
+from newllm.training.effects import unused_lines
 from newllm.training.lock import holder
 from newllm.training.state import require_space
 
 
-def preview(config, runtime, data, model, peak, notes, say=print):
+def preview(config, runtime, data, model, peak):
     """Say what is in effect, whether memory and disk suffice, and what would be continued.
 
     Args:
-        peak: predicted MB, or None. notes: further lines of the banner.
+        peak: predicted MB, or None.
 
     Raises:
         UserError: what a run would be refused for.
     """
     folder = Path(config.checkpoint_dir)
     found = checkpoint_lines(config, data.fingerprint, folder)
-    for line in banner(config, describe_device(runtime), data, model, [*notes, *found]):
-        say(line)
+    kernel = model.attention_in_effect(runtime.device, runtime.storage_dtype) if isinstance(model, Baseline) else None
+    notes = [f"attention: {kernel}"] * bool(kernel) + found
+    unused = unused_lines(config, runtime.device.type == "cpu", data.tokenizer.name)
+    print(*banner(config, describe_device(runtime), data, model, notes), *unused, sep="\n")
     memory = memory_of(runtime.device) / 1e6 * (1 if runtime.device.type == "cpu" else config.gpu_memory_fraction)
     if peak is not None:
         verdict = "fits" if peak <= memory else "does not fit"
-        say(
+        print(
             f"memory: predicted peak {peak:,.0f} MB of {memory:,.0f} MB, so the run {verdict}: margin {memory - peak:,.0f} MB"
         )
     if config.save_checkpoint:
         existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
         require_space(existing, model, config, runtime.storage_dtype)
-        say(f"disk: the checkpoints of the run fit into {folder}")
+        print(f"disk: the checkpoints of the run fit into {folder}")
     if not found:
-        say(f"checkpoint: none in {folder}, so the run begins from the start")
-    say(f"dry run: nothing was trained, and nothing was written outside of {config.cache_dir}")
+        print(f"checkpoint: none in {folder}, so the run begins from the start")
+    print(f"dry run: nothing was trained, and nothing was written outside of {config.cache_dir}")
 
 
 def checkpoint_lines(config, fingerprint, folder):
