@@ -113,6 +113,10 @@ class Config:
         UserError: unknown name (with the nearest right one), wrong type, value out of bounds, or an impossible combination.
     """
 
+    # Settings that somebody chose for this run, as {name: value}: by flag or keyword, and of a copy also what differs from the
+    # file. No field, but dataclasses.replace hands it on.
+    given: dataclasses.InitVar[dict] = None
+
     preset: Literal[tuple(PRESETS)]
 
     data_source: str
@@ -189,6 +193,7 @@ class Config:
 
     def __init__(self, **given):
         known = field_types()
+        earlier = given.pop("given", None if len(given) < len(known) else {})
         for name in given:
             if name not in known:
                 raise UserError(f"there is no setting '{name}'{_hint(name, known)}.")
@@ -201,7 +206,6 @@ class Config:
                 raise UserError(f"the setting '{name}' has no value in config.py; add a line for it.")
             value = values.get(name, getattr(type(self), name, None))
             object.__setattr__(self, name, check_value(name, value))
-        object.__setattr__(self, "_given", given)
         if self.num_tokens:
             if self.num_tokens < self.max_seq_length:
                 raise UserError(
@@ -209,6 +213,11 @@ class Config:
                 )
             object.__setattr__(self, "num_samples", self.num_tokens // self.max_seq_length)
             object.__setattr__(self, "num_tokens", 0)  # said once: a copy with another num_samples has that many
+        if earlier is not None:
+            changed = self.differences().items() if type(self) is not Config else ()
+            kept = {"num_samples"} if earlier.get("num_tokens") else set()
+            given = {n: value for n, (_, value) in changed if n not in PRESETS[preset].keys() | kept} | earlier
+        object.__setattr__(self, "given", given)
         if type(self) is not Config:  # what a saved run was made with stays as it was
             self._refuse_misfits()
 
@@ -268,13 +277,6 @@ class Config:
             if value != getattr(type(self), name, None)
         }
 
-    def given(self):
-        """Settings that somebody chose for this run, as {name: value}: by flag or keyword; of a copy, which is made with all of
-        them, those that differ from the file's values."""
-        if len(self._given) < len(field_types()):
-            return self._given
-        return {name: value for name, (_, value) in self.differences().items()}
-
 
 def _refuse_unknown(cls):
     """Raise UserError for an attribute of a class with values, as `num_sample = 3` in config.py makes, that is no setting."""
@@ -302,6 +304,8 @@ def field_types():
     """Field name -> (type or tuple of choices, Range or None)."""
     types = {}
     for name, hint in typing.get_type_hints(Config, include_extras=True).items():
+        if isinstance(hint, dataclasses.InitVar):
+            continue
         if typing.get_origin(hint) is Literal:
             types[name] = (typing.get_args(hint), None)
         elif typing.get_origin(hint) is Annotated:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -384,7 +385,11 @@ def test_every_command_that_reads_config_py_looks_for_what_lies_outside(tmp_path
 
 
 def test_settings_given_are_those_of_flags_and_keywords():
-    """Those of a copy are what differs from the file."""
-    assert parse("--num_samples", "50", "--no-compile").given() == {"num_samples": 50, "compile": False}
-    assert ResidualConfig(num_tokens=1280, seed=7).given() == {"num_tokens": 1280, "seed": 7}
-    assert dataclasses.replace(ResidualConfig(seed=42), dropout=0.5).given() == {"dropout": 0.5}
+    """A copy has those of its original and what differs from the file, but not what a preset or num_tokens brought."""
+    assert parse("--num_samples", "50", "--no-compile").given == {"num_samples": 50, "compile": False}
+    config = ResidualConfig(num_tokens=1280, seed=42, preset="seed")
+    assert config.given == {"num_tokens": 1280, "seed": 42, "preset": "seed"}
+    copy = dataclasses.replace(config, dropout=0.5)
+    assert copy.given == config.given | {"dropout": 0.5} and "given" not in copy.to_dict()
+    assert pickle.loads(pickle.dumps(copy)).given == copy.given
+    assert ResidualConfig(**ResidualConfig(dropout=0.5).to_dict()).given == {"dropout": 0.5}

@@ -73,8 +73,8 @@ def without_effect(config, on_cpu, tokenizer):
     _batches(config, rule)
     rule("patience", config.phase2_epochs <= 2, f"{config.phase2_epochs} epochs leave none to stop before")
 
-    num_tokens = config.given().get("num_tokens", getattr(type(config), "num_tokens", 0))
-    rule("num_samples", "num_samples" in config.given() and num_tokens, "num_tokens says how many")
+    num_tokens = config.given.get("num_tokens", getattr(type(config), "num_tokens", 0))
+    rule("num_samples", "num_samples" in config.given and num_tokens, "num_tokens says how many")
     rule("vocab_size", tokenizer != "bpe", f"the vocabulary is that of the tokenizer {tokenizer}")
     rule("val_samples", config.tune_share, "validation takes training samples (tune_share)")
     rule("gpu_memory_fraction", on_cpu, "the run computes on the CPU")
@@ -99,5 +99,5 @@ def _batches(config, rule):
 
 def unused_lines(config, on_cpu, tokenizer):
     """A line for each setting that was given and has no effect."""
-    found, given = without_effect(config, on_cpu, tokenizer), config.given()
+    found, given = without_effect(config, on_cpu, tokenizer), config.given
     return [f"warning: {name} {given[name]} has no effect: {why}" for name, why in found.items() if name in given]
