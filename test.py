@@ -74,6 +74,8 @@ def climb(config, ladder):
         UserError: the folder holds another ladder, or a budget failed.
         Stopped: a signal or max_minutes ended the ladder early.
     """
+    for name in sorted({"num_samples", "num_tokens", "keep_last", "backup_dir"} & set(config.given)):
+        print(f"warning: {name} {config.given[name]} has no effect: --ladder gives each budget its own")
     folder = usable_folder(config.checkpoint_dir, "checkpoint_dir")
     settings = {name: value for name, value in config.to_dict().items() if name not in HARMLESS | BUDGET}
 

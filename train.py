@@ -2,6 +2,7 @@
 
 python3 train.py                      # values of config.py
 python3 train.py --num_samples 781    # every value is also a flag; --help lists them
+python3 train.py --dry_run            # everything up to the first step, and what it would take; trains and changes nothing
 """
 
 import copy
@@ -9,6 +10,7 @@ import copy
 from config import ResidualConfig
 from newllm.config import parse_args
 from newllm.data.dataset import load_data
+from newllm.data.vocabulary import tokenizer_choice
 from newllm.errors import UserError, exit_on_user_error
 from newllm.evaluate import bpb_by_context, evaluate_contexts
 from newllm.interrupt import Interrupt
@@ -17,7 +19,7 @@ from newllm.models.adapter import require_peft
 from newllm.models.baselines import Baseline, build_model
 from newllm.models.language_model import LanguageModel
 from newllm.models.ngram import ngram_rows
-from newllm.models.pretrained import load_embedding
+from newllm.models.pretrained import load_embedding, require_own_ids
 from newllm.progress import Progress
 from newllm.reporting.artifacts import artifact_paths, write_artifacts
 from newllm.reporting.banner import banner
@@ -26,6 +28,8 @@ from newllm.reporting.runlog import RunLog, new_run_id
 from newllm.reporting.summary import context_line, curves, plain, summarize
 from newllm.training.checkpoint import Checkpointer
 from newllm.training.device import compile_cost, describe_device, memory_mb, open_runtime, peak_memory_mb
+from newllm.training.dry_run import preview
+from newllm.training.effects import unused_lines
 from newllm.training.memory_estimate import predicted_peak
 from newllm.training.phase1 import train_phase1
 from newllm.training.phase2 import train_phase2
@@ -34,11 +38,14 @@ from newllm.training.tracking import start_tracking
 from newllm.training.trained import save_model
 
 
-def main(config):
+def main(config, dry_run=False):
     """Run all stages that are not complete yet.
 
+    Args:
+        dry_run: stop before the first step, having said what a run would do.
+
     Returns:
-        The summary: what the closing block prints, as a dict, and the curves of pictures.
+        The summary: what the closing block prints, as a dict, and the curves of pictures; None of a dry run.
 
     Raises:
         UserError: bad settings, data, checkpoint or a training that diverged.
@@ -55,12 +62,17 @@ def main(config):
             with runtime.group.main_first():
                 data = load_data(config, Progress)
                 pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
+                require_own_ids(config.embeddings, tokenizer_choice(config))
             runtime.group.require_same("data", data.fingerprint)
+            if config.whiten_context and runtime.group.size > 1:
+                raise UserError("whiten_context is fitted by one process on all samples: start it without torchrun.")
             cuda = runtime.device.type == "cuda"
             libraries = 0 if cuda else memory_mb()["memory_mb"] or 0
             peak = predicted_peak(config, data.vocab_size, runtime.precision, libraries, cuda)
             model = build_model(config, data.vocab_size, pretrained).to(runtime.device)
             model.start_at_frequencies(data.train[:, 1:])
+            if dry_run:
+                return preview(config, runtime, data, model, peak)
             with Checkpointer(config, data.fingerprint, new_run_id(), runtime.group) as checkpointer:
                 if checkpointer.writes:
                     require_space(checkpointer.folder, model, config, runtime.storage_dtype)
@@ -81,6 +93,8 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
         "start", config=config.to_dict(), device=describe_device(runtime), data=data.notes, fingerprint=data.fingerprint,
         **provenance(),
     )  # fmt: skip
+    for line in unused_lines(config, runtime.device.type == "cpu", data.tokenizer.name):
+        log.warn(line)
 
     def measure_contexts():
         log.say("measuring contexts: rank, convergence, memory")
@@ -171,4 +185,11 @@ def attempt(log, write):
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        main(parse_args(ResidualConfig, description=__doc__.splitlines()[0])[0])
+        help_text = "everything up to the first step: what is in effect, memory, disk, checkpoint; only the data's cache is written"
+        flag = dict(action="store_true", help=help_text)
+        settings, arguments = parse_args(
+            ResidualConfig,
+            description=__doc__.splitlines()[0],
+            extra=lambda parser: parser.add_argument("--dry_run", **flag),
+        )
+        main(settings, arguments.dry_run)

@@ -9,6 +9,21 @@ from newllm.interrupt import EXIT_STATUS, Stopped
 class UserError(Exception):
     """Something the user can mend. The message is one sentence: what, where, what to do."""
 
+    def _render_traceback_(self):
+        """What a notebook's cell shows, by IPython's protocol."""
+        return [f"error: {self}"]
+
+
+def _say_user_error(kind, error, trace, otherwise=sys.excepthook):
+    """As exit_on_user_error, for what is raised outside of it: by config.py as it is imported, or in `python3 -c`."""
+    if not issubclass(kind, UserError):
+        return otherwise(kind, error, trace)
+    print(f"error: {error}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+sys.excepthook = _say_user_error
+
 
 @contextlib.contextmanager
 def exit_on_user_error():

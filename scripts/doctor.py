@@ -24,9 +24,11 @@ from newllm.data.corpus import ULTRACHAT, ULTRACHAT_REVISION, open_corpus
 from newllm.data.vocabulary import choose_tokenizer, tokenizer_choice
 from newllm.errors import UserError, exit_on_user_error
 from newllm.models.baselines import build_model
+from newllm.models.pretrained import require_own_ids
 from newllm.storage import usable_folder
-from newllm.training.device import describe_device, memory_mb, memory_of, open_runtime
+from newllm.training.device import allocator_setting, describe_device, memory_mb, memory_of, open_runtime
 from newllm.training.drive import COLAB_DRIVE
+from newllm.training.effects import batches_in_effect, unused_lines
 from newllm.training.memory_estimate import predicted_peak, vocabulary
 from newllm.training.state import require_space
 
@@ -63,9 +65,8 @@ def check_packages(config):
 
 def check_device(config):
     """The GPU, if there is one, and whether bf16 is native to it."""
+    open_runtime(config)  # refuses a device or precision that there is not
     if not torch.cuda.is_available():
-        if config.device == "cuda":
-            raise UserError("device is 'cuda' and torch finds none: choose a GPU runtime, or --device auto.")
         raise Note("GPU Available: False; training runs on the CPU. On Colab: Runtime, Change runtime type, T4 GPU.")
     properties = torch.cuda.get_device_properties(0)
     native = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -77,12 +78,23 @@ def check_device(config):
 
 def check_precision(config):
     """What would be in effect: device, precision, batches, cadence."""
-    runtime = open_runtime(config)
-    setting = os.environ.get("PYTORCH_ALLOC_CONF", "torch's default")
+    runtime, (one, two) = open_runtime(config), batches_in_effect(config)
+    minutes = f" or {config.save_every_minutes:g} minutes" * bool(config.save_every_minutes)
+    cadence = f"checkpoint every {config.save_every_n_batches} batches{minutes}"
     return (
-        f"{describe_device(runtime)}; batches of {config.phase1_batch_size} and {config.phase2_batch_size} samples; "
-        f"checkpoint every {config.save_every_n_batches} batches or {config.save_every_minutes:g} minutes; allocator {setting}"
+        f"{describe_device(runtime)}; batches of {one} and {two} samples; "
+        f"{cadence if config.save_checkpoint else 'no checkpoints'}; allocator {allocator_setting() or 'as torch has it'}"
     )
+
+
+def check_settings(config):
+    """The settings fit each other, and each that was given has an effect."""
+    require_own_ids(config.embeddings, tokenizer_choice(config))
+    choice = tokenizer_choice(config)
+    on_cpu = open_runtime(config).device.type == "cpu"
+    if unused := unused_lines(config, on_cpu, "bpe" if choice in ("auto", "bpe") else choice):
+        raise Note("; ".join(line.removeprefix("warning: ") for line in unused))
+    return "each that was given has an effect"
 
 
 def check_memory(config):
@@ -92,6 +104,8 @@ def check_memory(config):
     libraries = 0 if cuda else memory_mb()["memory_mb"] or 0
     peak = predicted_peak(config, vocabulary(config), runtime.precision, libraries, cuda)
     total = memory_of(runtime.device) / 1e6 * (config.gpu_memory_fraction if cuda else 1)
+    if peak is None:
+        raise Note(f"no prediction for model_type '{config.model_type}'; there are {total:,.0f} MB.")
     said = f"predicted peak {peak:,.0f} MB of {total:,.0f} MB"
     if peak > MARGIN * total:
         raise UserError(
@@ -113,6 +127,11 @@ def check_folders(config):
             raise UserError(
                 f"{folder} ({name}) cannot be written ({error.strerror}): choose another folder."
             ) from error
+        for nested in (folder / folder.name, folder / path.name):
+            if nested.is_symlink():
+                raise Note(
+                    f"{nested} is a link inside its own folder, as a repeated `ln -s` makes it: delete that link."
+                )
         said.append(f"{path} is {'a link to ' if path.is_symlink() else ''}{folder}")
     return ", ".join(said)
 
@@ -173,6 +192,7 @@ def check_tokenizer(config):
 CHECKS = {
     "packages": check_packages,
     "device": check_device,
+    "settings": check_settings,
     "in effect": check_precision,
     "memory": check_memory,
     "folders": check_folders,
@@ -185,8 +205,8 @@ CHECKS = {
 
 
 def main(config):
-    """Make all checks, a line each; returns whether a run could begin."""
-    failed = 0
+    """Make all checks, a line each; returns whether a run could begin. What fails for a reason said before is a note."""
+    causes = {}
     for name, check in CHECKS.items():
         try:
             verdict, said = "OK", check(config)
@@ -194,10 +214,11 @@ def main(config):
             verdict, said = "NOTE", note
         except UserError as error:
             verdict, said = "FAIL", error
-            failed += 1
+            if (first := causes.setdefault(str(error), name)) != name:
+                verdict, said = "NOTE", f"not checked, because of {first}"
         print(f"{verdict:4} {name}: {said}", flush=True)
-    print("ready to train" if not failed else f"{failed} of {len(CHECKS)} checks failed")
-    return not failed
+    print("ready to train" if not causes else f"{len(causes)} of {len(CHECKS)} checks failed")
+    return not causes
 
 
 if __name__ == "__main__":

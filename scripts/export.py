@@ -19,7 +19,7 @@ def main(arguments=None):
     """Write the file and say what is in it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", help="id of a run; none: the latest")
-    parser.add_argument("--checkpoint_dir", default=ResidualConfig.checkpoint_dir, help="folder of the runs")
+    parser.add_argument("--checkpoint_dir", default=ResidualConfig().checkpoint_dir, help="folder of the runs")
     parser.add_argument("--format", choices=("zip", "transformers"), default="zip", help="what to write")
     parser.add_argument("--output", help="the file, or the folder, to write")
     options = parser.parse_args(arguments)

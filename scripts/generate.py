@@ -79,7 +79,7 @@ def main(arguments=None):
     """Write, or talk."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--model_path", default=ResidualConfig.checkpoint_dir, help="a model file, a checkpoint or a folder of these"
+        "--model_path", default=ResidualConfig().checkpoint_dir, help="a model file, a checkpoint or a folder of these"
     )
     parser.add_argument("--prompt", default="User:", help="text to continue")
     parser.add_argument("--max_tokens", type=int, default=100, help="length, at most")

@@ -30,7 +30,7 @@ def main(arguments=None):
     """Print what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="id of a run, or of two; none: the latest")
-    parser.add_argument("--checkpoint_dir", default=ResidualConfig.checkpoint_dir, help="folder of the runs")
+    parser.add_argument("--checkpoint_dir", default=ResidualConfig().checkpoint_dir, help="folder of the runs")
     parser.add_argument("--remake", action="store_true", help="make the artefacts of the run again")
     options = parser.parse_args(arguments)
     if len(options.runs) > 2:

@@ -19,7 +19,7 @@ from newllm.reporting.sweep import read_sweep, sweep_lines
 def main(arguments=None):
     """Print the status of the run or the sweep in a folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint_dir", default=ResidualConfig.checkpoint_dir, help="folder of the run")
+    parser.add_argument("--checkpoint_dir", default=ResidualConfig().checkpoint_dir, help="folder of the run")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     options = parser.parse_args(arguments)
     folder, sweep = Path(options.checkpoint_dir), read_sweep(options.checkpoint_dir)

@@ -2,11 +2,17 @@
 
 import dataclasses
 import math
+import os
+import pickle
+import shutil
+import subprocess
+import sys
 
 import pytest
+from helpers import ROOT
 
 from config import ResidualConfig
-from newllm.config import PRESETS, Config, check_value, field_comments, field_types, parse_args
+from newllm.config import ELSEWHERE, PRESETS, Config, check_value, field_comments, field_types, parse_args
 from newllm.errors import UserError
 
 FIELDS = field_types()
@@ -83,6 +89,7 @@ def test_help_lists_every_flag_with_its_comment(capsys):
     for name, comment in field_comments(ResidualConfig).items():
         assert f"--{name}" in text
         assert " ".join(comment.replace("%%", "%").split()[:3]) in text
+        assert (f"--{name}, --no-{name} " in text) == (name in BOOLEANS)
 
 
 def test_extra_flags_of_a_command_are_returned_apart():
@@ -113,6 +120,20 @@ def test_extra_flags_of_a_command_are_returned_apart():
         (["--phase", "2"], ["phase", "both"]),
         (["--compile=true"], ["compile", "true"]),
         (["--num_tokens", "100"], ["num_tokens", "100", "max_seq_length", "128"]),
+        (["--lr", "1e-3"], ["'--lr'", "--phase2_learning_rate", "--phase1_learning_rate"]),
+        (["--epochs", "2"], ["--phase2_epochs", "--phase1_max_iterations"]),
+        (["--batch-size=8"], ["--phase2_batch_size", "--phase1_batch_size"]),
+        (["--output_dir", "x"], ["--checkpoint_dir"]),
+        (["--resume", "auto"], ["by itself", "--no-load_checkpoint"]),
+        (["--model", "gru"], ["--model_type"]),
+        (["--dataset", "x"], ["--data_source"]),
+        (["--max_length", "9"], ["--max_seq_length"]),
+        (["--bf16"], ["--precision bf16"]),
+        (["--cpu"], ["--device cpu"]),
+        (["--phase1_save_every", "2"], ["--save_every_n_batches"]),
+        (["--compile", "False"], ["'False'", "--no-compile"]),
+        (["--freeze_context", "True"], ["'True'", "--freeze_context alone"]),
+        (["--no-compile=1"], ["'1'", "--compile alone", "--no-compile"]),
     ],
 )
 def test_a_wrong_command_line_gives_one_sentence_that_names_the_culprit(argv, parts):
@@ -144,6 +165,7 @@ def test_a_wrong_command_line_gives_one_sentence_that_names_the_culprit(argv, pa
         ({"preset": "seeds"}, ["preset", "did you mean 'seed'"]),
         ({"phase": 1}, ["phase", "both"]),
         ({"num_tokens": 127}, ["num_tokens", "127", "128"]),
+        ({"lr": 0.1}, ["'lr'", "here it is phase2_learning_rate"]),
     ],
 )
 def test_a_wrong_keyword_gives_one_sentence_that_names_the_culprit(given, parts):
@@ -275,9 +297,99 @@ def test_a_wrong_value_in_the_file_is_refused():
     [
         (dict(model_type="gru", phase="1"), "learns none"),
         (dict(model_type="lstm", freeze_context=True), "has no context"),
+        (dict(model_type="token", whiten_context=True), "no context to whiten"),
+        (dict(model_type="gru", token_layers=0), "--token_layers 1"),
+        (dict(model_type="window", preset="seed"), "--token_layers 1"),
+        (dict(phase="1", phase1_max_iterations=0), "trains nothing"),
+        (dict(context_adapter="lora", freeze_context=True), "leave it out with freeze_context"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, match):
     """A setting that would be passed over in silence is said."""
     with pytest.raises(UserError, match=match):
         ResidualConfig(**settings)
+
+
+def test_what_an_earlier_version_trained_is_read_whatever_it_combined():
+    """Settings in a saved file make the base class, which refuses no combination: they were trained."""
+    assert Config(**ResidualConfig().to_dict() | dict(model_type="gru", token_layers=0)).token_layers == 0
+
+
+def test_names_of_elsewhere_lead_to_settings():
+    """What is offered in place of another name exists, and no setting is taken for a foreign name."""
+    assert not set(ELSEWHERE) & set(FIELDS)
+    for here in ELSEWHERE.values():
+        named = [word.strip("(),:").removeprefix("--").removeprefix("no-") for word in here.split() if "--" in word]
+        assert set(named) <= set(FIELDS) and (named or here.startswith("nothing")), here
+
+
+def test_an_assignment_names_the_three_ways():
+    """The line in config.py, the flag, the keyword; an unknown name is answered with the known one."""
+    config = ResidualConfig()
+    for name, value, flag in (
+        ("num_samples", 78, "--num_samples 78"),
+        ("compile", True, "--compile"),
+        ("save_checkpoint", False, "--no-save_checkpoint"),
+        ("data_source", "my file", "--data_source 'my file'"),
+    ):
+        with pytest.raises(UserError) as error:
+            setattr(config, name, value)
+        for part in (f"the flag {flag},", "config.py", f"ResidualConfig({name}={value!r})"):
+            assert part in str(error.value)
+        assert getattr(config, name) == getattr(ResidualConfig, name)
+    with pytest.raises(UserError, match=r"'lr'.*phase2_learning_rate"):
+        config.lr = 1
+    assert error.value._render_traceback_() == [f"error: {error.value}"]
+
+
+def python(folder, *command):
+    environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def test_a_pasted_assignment_is_one_line_in_plain_python(tmp_path):
+    """Outside of the project's commands too: status 2, no traceback."""
+    pasted = "from config import ResidualConfig; config = ResidualConfig(); config.num_samples = 78"
+    done = python(ROOT, "-c", pasted)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ") and "--num_samples 78" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("pasted", "says"),
+    [
+        ("num_samples = 78", "'num_samples' outside of the class ResidualConfig"),
+        ("checkpoint_dir = 'x'", "'checkpoint_dir' outside of the class"),
+        ("config = ResidualConfig(num_samples=78)", "a configuration, 'config', that nothing reads"),
+        ("config = ResidualConfig()\nconfig.num_samples = 78", "--num_samples 78"),
+        ("ResidualConfig.num_sample = 78", "did you mean 'num_samples'"),
+        ("class Mine(Config):\n    num_sample = 78", "did you mean 'num_samples'"),
+    ],
+)
+def test_what_config_py_holds_outside_of_its_class_is_not_passed_over(tmp_path, pasted, says):
+    """Whatever reads the file stops with one sentence."""
+    (tmp_path / "config.py").write_text((ROOT / "config.py").read_text() + f"\n\n{pasted}\n")
+    done = python(tmp_path, "-c", "from config import ResidualConfig; ResidualConfig()")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", ["train.py", "scripts/status.py", "scripts/export.py", "scripts/generate.py"])
+def test_every_command_that_reads_config_py_looks_for_what_lies_outside(tmp_path, command):
+    """Those that only take the folder from it too."""
+    shutil.copy(ROOT / command, tmp_path / "command.py")
+    (tmp_path / "config.py").write_text((ROOT / "config.py").read_text() + "\ncheckpoint_dir = 'x'\n")
+    done = python(tmp_path, "command.py")
+    assert done.returncode == 2 and "'checkpoint_dir' outside of the class" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_settings_given_are_those_of_flags_and_keywords():
+    """A copy has those of its original and what differs from the file, but not what a preset or num_tokens brought."""
+    assert parse("--num_samples", "50", "--no-compile").given == {"num_samples": 50, "compile": False}
+    config = ResidualConfig(num_tokens=1280, seed=42, preset="seed")
+    assert config.given == {"num_tokens": 1280, "seed": 42, "preset": "seed"}
+    copy = dataclasses.replace(config, dropout=0.5)
+    assert copy.given == config.given | {"dropout": 0.5} and "given" not in copy.to_dict()
+    assert pickle.loads(pickle.dumps(copy)).given == copy.given
+    assert ResidualConfig(**ResidualConfig(dropout=0.5).to_dict()).given == {"dropout": 0.5}

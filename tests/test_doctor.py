@@ -56,6 +56,48 @@ def test_settings_that_this_machine_cannot_serve(examine, check, settings, says)
     assert verdict == "FAIL" and says in text
 
 
+def test_one_cause_is_one_failure(examine, monkeypatch):
+    """A GPU that is asked for and not there fails once; checks that need it say whom they wait for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = examine(device="cuda")
+    assert [name for name, (verdict, _) in found.items() if verdict == "FAIL"] == ["device"]
+    for name in ("settings", "in effect", "memory", "disk"):
+        assert found[name] == ("NOTE", "not checked, because of device")
+    assert [name for name, (verdict, _) in examine(precision="fp16").items() if verdict == "FAIL"] == ["device"]
+
+
+def test_what_is_in_effect(examine, monkeypatch):
+    """Batches after min_batches, and the user's own setting of the allocator under the older name too."""
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    said = examine(phase1_batch_size=12, phase2_batch_size=2, min_batches=3)["in effect"][1]
+    assert "batches of 4 and 2 samples" in said and "allocator PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:512" in said
+    assert "no checkpoints" in examine(save_checkpoint=False)["in effect"][1]
+
+
+def test_settings_are_judged(examine):
+    """Without effect: a note; vectors of other tokens: no run."""
+    verdict, said = examine(adapter_rank=4)["settings"]
+    assert verdict == "NOTE" and "adapter_rank 4 has no effect" in said
+    verdict, said = examine(embeddings="wordllama", tokenizer="bpe")["settings"]
+    assert verdict == "FAIL" and "--tokenizer auto" in said
+
+
+def test_a_baseline_has_a_line_for_each_check(examine):
+    """Whatever is not predicted for it is said, not raised."""
+    assert examine(model_type="gru")["memory"][0] != "FAIL"
+
+
+def test_a_link_that_a_repeated_ln_made_is_noticed(examine, tmp_path):
+    """`ln -sf DRIVE/cache cache` for the second time makes a link inside the folder."""
+    (tmp_path / "drive" / "cache").mkdir(parents=True)
+    (tmp_path / "here").symlink_to(tmp_path / "drive" / "cache")
+    assert examine(cache_dir=str(tmp_path / "here"))["folders"][0] == "OK"
+    (tmp_path / "drive" / "cache" / "cache").symlink_to(tmp_path / "drive" / "cache")
+    verdict, said = examine(cache_dir=str(tmp_path / "here"))["folders"]
+    assert verdict == "NOTE" and "delete that link" in said
+
+
 def test_folders_that_cannot_be_used(examine, tmp_path):
     """A file in the way; a link to a Drive that is not mounted."""
     (tmp_path / "file").write_text("")

@@ -8,6 +8,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 import train
 from config import ResidualConfig
+from newllm.errors import UserError
 from newllm.storage import load_sealed
 from newllm.training.trained import load_model
 
@@ -59,3 +60,12 @@ def test_a_run_needs_its_vectors_again_only_where_it_begins(tiny_settings, folde
     train.main(ResidualConfig(**settings))
     again = load_sealed(folder.parent / "checkpoints" / "model_latest.pt")
     assert again["run_id"] == state["run_id"] and again["frozen"] == state["frozen"]
+
+
+def test_vectors_of_other_tokens_are_refused_before_training(tiny_settings, folder, capsys):
+    """The tokenizer that is trained here numbers other tokens than those that the vectors were learned for."""
+    sizes = transformers.AutoModel.from_pretrained(folder).get_input_embeddings().weight.shape
+    settings = tiny_settings | dict(embeddings=str(folder), tokenizer="bpe", vocab_size=sizes[0] - 5)
+    with pytest.raises(UserError, match="--tokenizer auto"):
+        train.main(ResidualConfig(**settings))
+    assert "== " not in capsys.readouterr().out and not (folder.parent / "checkpoints").exists()

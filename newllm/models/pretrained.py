@@ -1,10 +1,11 @@
 """Pretrained token embeddings. They are had or the run stops: a random matrix in their place is another experiment."""
 
 import importlib.util
+import json
 from pathlib import Path
 
 from newllm.data import hub
-from newllm.data.vocabulary import GPT2, GPT2_REVISION
+from newllm.data.vocabulary import GPT2, GPT2_REVISION, choose_tokenizer
 from newllm.errors import UserError
 
 WORDLLAMA_FILE, WORDLLAMA_TENSOR = "weights/l2_supercat_256.safetensors", "embedding.weight"
@@ -40,6 +41,36 @@ def load_embedding(source, vocab_size, embed_dim):
             f"set --embed_dim {weight.shape[1]}, and --tokenizer to the one that these embeddings belong to."
         )
     return weight[:vocab_size].float().clone()
+
+
+def require_own_ids(embeddings, tokenizer):
+    """Refuse vectors for ids that stand for other tokens than those they were learned for, however many there are.
+
+    Args:
+        embeddings, tokenizer: choices as the settings of these names; tokenizer as `tokenizer_choice` gives it.
+
+    Raises:
+        UserError: the tokenizer is not that of the embeddings, or it cannot be known.
+    """
+    if embeddings in ("random", tokenizer):
+        return
+    remedy = "use --tokenizer auto, which takes the one they belong to, or --embeddings random"
+    if tokenizer != "bpe":
+        try:
+            theirs, ours = (
+                json.loads(choose_tokenizer(choice)[0].to_json())["model"]["vocab"]
+                for choice in (embeddings, tokenizer)
+            )
+        except UserError as error:
+            raise UserError(
+                f"whether tokenizer and embeddings belong together cannot be known ({error}): {remedy}."
+            ) from error
+        if ours.items() <= theirs.items():
+            return
+    raise UserError(
+        f"the vectors of embeddings '{embeddings}' belong to its own tokenizer, and tokenizer '{tokenizer}' numbers other "
+        f"tokens: {remedy}."
+    )
 
 
 def _read_wordllama():

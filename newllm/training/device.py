@@ -105,7 +105,8 @@ def open_runtime(config):
         raise UserError("device is 'cuda' but torch finds no CUDA device; use --device cpu or auto.")
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     if not on_cpu:
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # read at the first use of the device
+        if not allocator_setting():
+            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read at the first use of the device
         if config.gpu_memory_fraction < 1:
             torch.cuda.set_per_process_memory_fraction(config.gpu_memory_fraction)
     precision = best_precision(on_cpu) if config.precision == "auto" else config.precision
@@ -125,6 +126,12 @@ def open_runtime(config):
             "independently; on CPU start them with ACCELERATE_USE_CPU=true torchrun."
         )
     return Runtime(accelerator, Group(accelerator), precision, config.compile)
+
+
+def allocator_setting():
+    """What the environment says to torch's allocator of device memory, e.g. "PYTORCH_ALLOC_CONF=expandable_segments:True", or ""."""
+    names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # torch takes the older name where the newer is not set
+    return next((f"{name}={os.environ[name]}" for name in names if os.environ.get(name)), "")
 
 
 def best_precision(on_cpu):

@@ -5,7 +5,6 @@ Shapes: B sequences, T tokens, C context width, E embedding width.
 
 import torch
 
-from newllm.errors import UserError
 from newllm.evaluate import SEQUENCES_AT_A_TIME, trajectories
 from newllm.fixed_point.losses import covariance
 from newllm.training.sample_store import SampleStore
@@ -29,10 +28,6 @@ class FrozenFeatures:
             own = ids[runtime.group.owned_of(len(ids))]
             self._stores[name] = _stored(model, own, config, runtime, folder)
         if config.whiten_context:
-            if self.size > 1:
-                raise UserError(
-                    "whiten_context is fitted by one process on all samples: start the run without torchrun."
-                )
             self._whiten(config.max_seq_length)
 
     def __call__(self, name, samples):

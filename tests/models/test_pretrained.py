@@ -4,14 +4,16 @@ import importlib.util
 
 import huggingface_hub
 import pytest
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import decoders, models, pre_tokenizers
 
 from newllm.data import hub
 from newllm.data.vocabulary import GPT2, GPT2_REVISION, choose_tokenizer
 from newllm.errors import UserError
-from newllm.models.pretrained import load_embedding
+from newllm.models.pretrained import load_embedding, require_own_ids
 
 V, E = 11, 8
 WEIGHTS = "model.safetensors"
@@ -175,3 +177,30 @@ def test_what_was_downloaded_needs_no_hub(monkeypatch, away, folder, gpt2):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert torch.equal(load_embedding("gpt2", V, E), gpt2.wte.weight)
     assert wanted == [(GPT2, GPT2_REVISION, True)]
+
+
+def save_tokenizer(path, text):
+    """A byte-level BPE of 270 ids, learned from a text, in transformers' format."""
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=270, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    made.train_from_iterator([text], trainer)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>").save_pretrained(path)
+    assert made.get_vocab_size() == 270
+    return str(path)
+
+
+def test_vectors_are_taken_for_their_own_ids_alone(tmp_path, folder):
+    """Other tokens under the same numbers are refused, whatever the sizes; the same tokens elsewhere are not."""
+    one = save_tokenizer(tmp_path / "one", "hello hello there, who is here?")
+    copy = save_tokenizer(tmp_path / "copy", "hello hello there, who is here?")
+    other = save_tokenizer(tmp_path / "other", "completely different words in this, my text")
+    for embeddings, tokenizer in (("random", "bpe"), (one, one), (one, copy), ("gpt2", "gpt2")):
+        require_own_ids(embeddings, tokenizer)
+    for embeddings, tokenizer in (("wordllama", "bpe"), ("gpt2", "bpe"), (one, "bpe"), (one, other), (other, copy)):
+        with pytest.raises(UserError, match="--tokenizer auto") as caught:
+            require_own_ids(embeddings, tokenizer)
+        assert embeddings in str(caught.value) and tokenizer in str(caught.value)
+    with pytest.raises(UserError, match="cannot be known"):
+        require_own_ids(str(folder), one)  # weights without a tokenizer

@@ -15,6 +15,7 @@ from newllm.errors import UserError
 from newllm.training import device
 from newllm.training.device import (
     StepFunction,
+    allocator_setting,
     best_precision,
     describe_device,
     memory_mb,
@@ -220,6 +221,18 @@ def test_the_share_of_the_gpu_is_a_limit_set_before_it_is_used(monkeypatch):
     monkeypatch.setenv("PYTORCH_ALLOC_CONF", "max_split_size_mb:512")
     open_runtime(config(device="auto"))
     assert limits == [0.85] and os.environ["PYTORCH_ALLOC_CONF"] == "max_split_size_mb:512"
+
+
+def test_the_allocator_s_older_variable_counts(monkeypatch):
+    """What the user set there is kept, not overridden by the newer name."""
+    pretend_cuda(monkeypatch, 8)
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
+    open_runtime(config(device="auto"))
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    assert allocator_setting() == "PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:512"
+    monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
+    assert allocator_setting() == ""
 
 
 FAULTS = """
