@@ -23,11 +23,13 @@ from newllm.data import hub
 from newllm.data.corpus import ULTRACHAT, ULTRACHAT_REVISION, open_corpus
 from newllm.data.vocabulary import choose_tokenizer, tokenizer_choice
 from newllm.errors import UserError, exit_on_user_error
-from newllm.models.baselines import build_model
+from newllm.models.baselines import Baseline, build_model
+from newllm.reporting.banner import batches, cadence, trainable
 from newllm.storage import usable_folder
 from newllm.training.device import describe_device, memory_mb, memory_of, open_runtime
 from newllm.training.drive import COLAB_DRIVE
 from newllm.training.memory_estimate import predicted_peak, vocabulary
+from newllm.training.plan import make_plan
 from newllm.training.state import require_space
 
 MARGIN = 0.9  # share of the memory that a run may be predicted to take
@@ -77,11 +79,14 @@ def check_device(config):
 
 def check_precision(config):
     """What would be in effect: device, precision, batches, cadence."""
-    runtime = open_runtime(config)
+    runtime, model = open_runtime(config), build_model(config, vocabulary(config))
+    plan = make_plan(config, config.num_samples - round(config.tune_share * config.num_samples), model, runtime.device)
+    baseline = isinstance(model, Baseline)
+    attention = model.attention_in_effect(runtime.device, runtime.storage_dtype) if baseline else None
     setting = os.environ.get("PYTORCH_ALLOC_CONF", "torch's default")
     return (
-        f"{describe_device(runtime)}; batches of {config.phase1_batch_size} and {config.phase2_batch_size} samples; "
-        f"checkpoint every {config.save_every_n_batches} batches or {config.save_every_minutes:g} minutes; allocator {setting}"
+        f"{describe_device(runtime)}; attention {attention or 'none'}; trainable parameters: {trainable(plan)}; "
+        f"batches: {batches(plan)}; {cadence(config)}; allocator {setting}"
     )
 
 
