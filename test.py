@@ -62,8 +62,7 @@ def main(config, ladder=False):
     print("\n" + "\n".join(table(LADDER_COLUMNS, map(ladder_row, summaries))))
     if len(summaries) > 1:
         print("\n" + "\n".join(scale_lines(summaries)))
-        if config.artifacts:
-            draw(summaries, Path(config.checkpoint_dir) / "outputs" / "plots" / f"scale_ladder_{new_run_id()}.png")
+        draw(summaries, Path(config.checkpoint_dir) / "outputs" / "plots" / f"scale_ladder_{new_run_id()}.png")
     if any("cold_start_error_10" in summary for summary in summaries):
         print(f"\n{FINAL_DIFF}")
     passed = all(criterion.passed for summary in summaries for criterion in check(summary))

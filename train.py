@@ -149,7 +149,13 @@ def run_stages(config, runtime, data, model, checkpointer, log, predicted_peak_m
             with timed("contexts"):
                 results["bpb_by_context"] = bpb_by_context(model, data.val, *how)
         if config.artifacts and config.save_checkpoint and log.writes:
-            about = {"run_id": log.run_id, "data_source": data.source, "metrics": plain(head), **provenance()}
+            about = {
+                "run_id": log.run_id,
+                "data_source": data.source,
+                "metrics": plain(head),
+                "data_fingerprint": data.fingerprint,
+                **provenance(),
+            }
             path = artifact_paths(log.folder.parent, config.model_type, log.run_id)["model"]
             with timed("saving"):
                 attempt(log, lambda: save_model(path, model, config, data.tokenizer, about))

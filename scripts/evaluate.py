@@ -65,7 +65,7 @@ def inspect(path):
     state, weights = found.get("stage_state") or {}, list(tensors(found["model_state_dict"]))
     everything = list(tensors(found))
     usual = ResidualConfig().to_dict()
-    return {
+    listed = {
         "kind": "model file" if "tokenizer" in found else "checkpoint",
         "run_id": found["run_id"],
         "saved_at": found.get("saved_at"),
@@ -77,7 +77,7 @@ def inspect(path):
             if name in state
         },
         "seconds": found.get("seconds"),
-        **{f"val_{name}": value for name, value in metrics_in(found).items()},
+        **{f"val_{name}": metrics_in(found).get(name) for name in ("loss", "ppl", "bpb", "acc", "epoch")},
         "model_tensors": len(weights),
         "model_mb": sum(map(size_mb, weights)),
         "all_tensors": len(everything),
@@ -96,6 +96,7 @@ def inspect(path):
             f"{name} = {value!r}" for name, value in found["config"].items() if usual.get(name) != value
         ),
     }
+    return {name: value for name, value in listed.items() if value not in (None, "")}
 
 
 def metrics_in(found):
