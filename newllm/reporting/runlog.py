@@ -95,7 +95,8 @@ class RunLog:
             "tok_per_s": progress.speed,
             "eta_s": left,
         }
-        self._status.update(**{"best_val_loss": None} | counts | position)
+        begins = position.get("stage") != self._status.fields.get("stage")
+        self._status.update(begins, **{"best_val_loss": None} | counts | position)
 
     def warn(self, line):
         """Print a line about something survived, and keep it in the record."""

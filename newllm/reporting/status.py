@@ -72,8 +72,8 @@ def read_status(checkpoint_dir):
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): move it away; the next run writes another.") from error
     saved = _read(path.with_name(MANIFEST_NAME))
-    if saved.get("run_id") == fields.get("run_id"):
-        fields["saved_at"] = fields.get("saved_at") or datetime.fromisoformat(saved["saved_at"]).timestamp()
+    if saved and saved.get("run_id") == fields.get("run_id"):
+        fields["saved_at"] = datetime.fromisoformat(saved["saved_at"]).timestamp()
         fields["restart"] = {"stage": saved["stage"]} | saved.get("position", {})
     saved_at = fields.pop("saved_at", None)
     fields["minutes_since_checkpoint"] = None if saved_at is None else (time.time() - saved_at) / 60

@@ -246,7 +246,7 @@ class Checkpointer:
             if stage == "phase2":
                 self.say(f"Saved best model (val loss {best['metrics']['loss']:.4f}) to {self.best(stage)}")
         self.files.write(content, names)
-        self.saved_at = time.time()
+        self.saved_at = datetime.fromisoformat(content["saved_at"]).timestamp()
         if self.mirror:
             bests = [self.best(stage).name for stage in WITH_BEST]
             others = [frozen_path(self.folder, content["frozen"]).name, *self._archived, *bests, "model_phase1.pt"]
