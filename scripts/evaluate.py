@@ -63,6 +63,7 @@ def inspect(path):
     """
     _, found = open_saved(path)
     state, weights = found.get("stage_state") or {}, list(tensors(found["model_state_dict"]))
+    place = state | (found.get("position") or {})
     everything = list(tensors(found))
     usual = ResidualConfig().to_dict()
     listed = {
@@ -71,11 +72,9 @@ def inspect(path):
         "saved_at": found.get("saved_at"),
         "phase": found.get("stage", "complete"),
         "label": found.get("epoch"),
-        **{
-            name: state.get(name)
-            for name in ("iteration", "epoch", "batch", "samples", "steps", "tokens")
-            if name in state
-        },
+        "goes_on": found.get("restart"),
+        **{name: place.get(name) for name in ("iteration", "epoch", "batch", "steps", "tokens")},
+        "step": found.get("step"),
         "seconds": found.get("seconds"),
         **{f"val_{name}": metrics_in(found).get(name) for name in ("loss", "ppl", "bpb", "acc", "epoch")},
         "model_tensors": len(weights),

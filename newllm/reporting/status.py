@@ -57,7 +57,7 @@ class StatusFile:
 def read_status(checkpoint_dir):
     """The fields of a folder's status file, with `minutes_since_checkpoint`, the state as it is now, and `restart`.
 
-    `restart` says where the run goes on from its last save: stage, epoch or iteration, batch, steps.
+    `restart` says in words where the run goes on from its last save: stage, epoch or iteration, batch, step.
 
     Raises:
         UserError: there is no run in the folder, or the file is not readable.
@@ -74,7 +74,7 @@ def read_status(checkpoint_dir):
     saved = _read(path.with_name(MANIFEST_NAME))
     if saved and saved.get("run_id") == fields.get("run_id"):
         fields["saved_at"] = datetime.fromisoformat(saved["saved_at"]).timestamp()
-        fields["restart"] = {"stage": saved["stage"]} | saved.get("position", {})
+        fields["restart"] = saved.get("restart", f"at {saved['epoch']}")
     saved_at = fields.pop("saved_at", None)
     fields["minutes_since_checkpoint"] = None if saved_at is None else (time.time() - saved_at) / 60
     if fields.get("state") == "running":
@@ -148,7 +148,7 @@ def status_lines(fields):
     if complete:
         return lines
     if restart:
-        lines.append("A restart begins at: " + ", ".join(f"{name} {value}" for name, value in restart.items()))
+        lines.append(f"A restart begins: {restart}")
     return [*lines, f"ETA: {fields.get('eta_s', 0):.0f} s for this phase" + whole(eta)]
 
 

@@ -16,7 +16,6 @@ from newllm.training.drive import copy_verified
 
 KEPT = ("model_epoch.pt", "model_phase1.pt", "model_backup.pt")  # end of an epoch, end of Phase 1, saved by hand
 STEP_FILE = re.compile(r"model_step_(\d+)\.pt")
-POSITION = ("iteration", "epoch", "batch", "samples", "steps", "tokens")  # of a stage's state: where it goes on
 ATTEMPTS, WAIT = 3, 0.5  # tries of a write and seconds before the second; a network folder may fail for a moment
 
 
@@ -67,8 +66,6 @@ class CheckpointFiles:
             duplicate(self.latest, self.folder / name)
         entry = {key: content[key] for key in ("run_id", "epoch", "stage", "save_number", "saved_at")}
         entry |= {"file": self.latest.name, "sha256": digest, "bytes": self.latest.stat().st_size}
-        state = content.get("stage_state") or {}  # None where the stage has not begun
-        entry["position"] = {name: state[name] for name in POSITION if name in state}
         write_text(self.manifest, json.dumps(entry, indent=1) + "\n")
 
     def read_newest(self, notes):
