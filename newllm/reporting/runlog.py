@@ -47,7 +47,8 @@ class RunLog:
     def __exit__(self, kind, error, _):
         if self.writes and kind:
             reason = " ".join(str(error).split()) or kind.__name__
-            self._status.update(now=True, state=f"stopped: {reason}; the same command continues it")
+            goes_on = "continues it" if self._status.owns() else "begins anew"
+            self._status.update(now=True, state=f"stopped: {reason}; the same command {goes_on}")
 
     def plan(self, stages):
         """Tell the status file what the run will do, as newllm.reporting.status.remaining takes it."""

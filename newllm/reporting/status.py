@@ -15,6 +15,7 @@ STATUS_NAME, MANIFEST_NAME, LATEST_NAME = "status.json", "manifest.json", "model
 SECONDS_BETWEEN_WRITES = 2.0
 SILENT = 600  # seconds without a word after which a run on another machine may be gone
 CUT_OFF = "cut off; the same command continues it"
+NOTHING_SAVED = "cut off before anything was saved; the same command begins anew"
 
 
 class StatusFile:
@@ -66,9 +67,9 @@ def read_status(checkpoint_dir):
     try:
         fields = dict(json.loads(path.read_text()))
     except FileNotFoundError:
-        raise UserError(
-            f"no run has begun in {checkpoint_dir}: there is no {path.name}; start one with train.py."
-        ) from None
+        deeper = ", ".join(sorted(str(found.parent) for found in path.parent.glob(f"*/{STATUS_NAME}")))
+        remedy = f"give one of these by --checkpoint_dir: {deeper}" if deeper else "start one with train.py"
+        raise UserError(f"no run has begun in {checkpoint_dir}: there is no {path.name}; {remedy}.") from None
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({error}): move it away; the next run writes another.") from error
     saved = _read(path.with_name(MANIFEST_NAME))
@@ -79,12 +80,11 @@ def read_status(checkpoint_dir):
     fields["minutes_since_checkpoint"] = None if saved_at is None else (time.time() - saved_at) / 60
     if fields.get("state") == "running":
         silent = time.time() - fields.get("updated_at", 0)
+        ended = CUT_OFF if "restart" in fields else NOTHING_SAVED
         if is_gone(fields):
-            fields["state"] = CUT_OFF
+            fields["state"] = ended
         elif fields.get("host") != socket.gethostname() and silent > SILENT:
-            fields["state"] = (
-                f"no word from {fields.get('host')} for {silent / 60:.0f} minutes; if it is gone: {CUT_OFF}"
-            )
+            fields["state"] = f"no word from {fields.get('host')} for {silent / 60:.0f} minutes; if it is gone: {ended}"
     return fields
 
 

@@ -170,6 +170,8 @@ def test_report_names_the_folders_of_other_commands(tiny_settings):
     with pytest.raises(UserError, match=rf"holds no run of train.py.*give one of these by --checkpoint_dir: {inner}\."):
         report.main(["--checkpoint_dir", config.checkpoint_dir])
     report.main(["--checkpoint_dir", str(inner)])
+    with pytest.raises(UserError, match=rf"no run has begun in .*give one of these by --checkpoint_dir: {inner}\."):
+        status.main(["--checkpoint_dir", config.checkpoint_dir])
 
 
 def test_a_running_run_is_reported_from_another_process(tiny_settings, capsys):
