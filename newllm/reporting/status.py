@@ -136,19 +136,18 @@ def status_lines(fields):
         f"Phase: {stage}",
         f"Epoch: {fields.get('epoch', 0)}/{fields.get('epochs', 0)}",
         f"Batch: {fields.get('batch', 0)}/{fields.get('batches', 0)}",
+        f"Step: {fields.get('step', 0)}",
         f"Progress: {done:.1%}" + " of this phase" * (not complete),
         f"Best val loss: {'none yet' if best is None else f'{best:.4f}'}",
         f"Last checkpoint: {'none yet' if saved is None else f'{saved:.1f} minutes ago'}",
         f"Speed: {fields.get('tok_per_s', 0):.0f} tok/s",
     ]
-    if "step" in fields:
-        lines.insert(4, f"Step: {fields['step']}")
     if fields.get("gpu_utilization") is not None:
         lines.append(f"GPU utilisation: {fields['gpu_utilization']:.0f}%")
     if complete:
         return lines
     if restart:
-        lines.append(f"A restart begins: {restart}")
+        lines.append(f"A restart goes on: {restart}")
     return [*lines, f"ETA: {fields.get('eta_s', 0):.0f} s for this phase" + whole(eta)]
 
 

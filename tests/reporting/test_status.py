@@ -79,7 +79,7 @@ def test_a_run_cut_off_is_reported_as_far_as_it_came(cut_off, capsys):
     found = lines_of(folder, capsys)
     assert found["Run"] == "20260101_000000 (cut off; the same command continues it)" and found["Phase"] == "phase1"
     saved = json.loads((folder / "manifest.json").read_text())
-    assert found["A restart begins"] == saved.get("restart", f"at {saved['epoch']}")
+    assert found["A restart goes on"] == saved.get("restart", f"at {saved['epoch']}")
     assert re.fullmatch(r"\d+ s for this phase, at most about \d+ s for all phases \(estimate.*\)", found["ETA"])
     text = reported(folder, capsys)
     assert "RUN 20260101_000000 (cut off; the same command continues it), begun 20" in text
