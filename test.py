@@ -7,7 +7,8 @@
 
 A ladder also says how time and memory grow with the tokens, and draws it in outputs/plots of checkpoint_dir. One that was
 cut off is continued by the same command: sweep_state.json in checkpoint_dir holds what is done, and the budget in hand goes
-on from its own checkpoint. The exit status is 0 when every criterion passes and 1 otherwise.
+on from its own checkpoint. The exit status is 0 when every criterion passes and 1 otherwise. What one budget leaves lies in
+scale_check in checkpoint_dir, so that a trained run's status, report and export stay what they are.
 """
 
 import dataclasses
@@ -20,7 +21,16 @@ from newllm.apart import call_apart
 from newllm.config import parse_args
 from newllm.errors import UserError, exit_on_user_error
 from newllm.interrupt import Interrupt
-from newllm.reporting.criteria import LADDER_COLUMNS, check, criteria_table, ladder_row, scale_lines, table
+from newllm.reporting.criteria import (
+    FINAL_DIFF,
+    LADDER_COLUMNS,
+    MEANING,
+    check,
+    criteria_table,
+    ladder_row,
+    scale_lines,
+    table,
+)
 from newllm.reporting.plots import scale_ladder
 from newllm.reporting.runlog import new_run_id
 from newllm.reporting.summary import plain
@@ -41,11 +51,11 @@ def main(config, ladder=False):
     Returns:
         Whether every criterion passed.
     """
-    config = dataclasses.replace(config, phase="both")
     if ladder:
         summaries = climb(config, LADDER if ladder is True else ladder)
     else:
-        summaries = [train.main(dataclasses.replace(config, save_checkpoint=False, load_checkpoint=False))]
+        own = dict(checkpoint_dir=str(Path(config.checkpoint_dir) / "scale_check"), backup_dir="")
+        summaries = [train.main(dataclasses.replace(config, save_checkpoint=False, load_checkpoint=False, **own))]
     for summary in summaries:
         print(f"\n== {summary['train_tokens']:,} tokens, {summary['data_source']}, {summary['tokenizer']} ==")
         print("\n".join(criteria_table(check(summary))))
@@ -53,8 +63,10 @@ def main(config, ladder=False):
     if len(summaries) > 1:
         print("\n" + "\n".join(scale_lines(summaries)))
         draw(summaries, Path(config.checkpoint_dir) / "outputs" / "plots" / f"scale_ladder_{new_run_id()}.png")
+    if any("cold_start_error_10" in summary for summary in summaries):
+        print(f"\n{FINAL_DIFF}")
     passed = all(criterion.passed for summary in summaries for criterion in check(summary))
-    print("\nPASS" if passed else "\nFAIL")
+    print("\nPASS" if passed else f"\n{MEANING}\n\nFAIL")
     return passed
 
 

@@ -6,8 +6,11 @@ python3 train.py --dry_run            # everything up to the first step, and wha
 """
 
 import copy
+import time
+from datetime import datetime, timezone
 
 from config import ResidualConfig
+from newllm.clock import Clock, timed
 from newllm.config import parse_args
 from newllm.data.dataset import load_data
 from newllm.data.vocabulary import tokenizer_choice
@@ -27,12 +30,20 @@ from newllm.reporting.record import read_record
 from newllm.reporting.runlog import RunLog, new_run_id
 from newllm.reporting.summary import context_line, curves, plain, summarize
 from newllm.training.checkpoint import Checkpointer
-from newllm.training.device import compile_cost, describe_device, memory_mb, open_runtime, peak_memory_mb
+from newllm.training.device import (
+    compile_cost,
+    describe_device,
+    gpu_utilization,
+    memory_mb,
+    open_runtime,
+    peak_memory_mb,
+)
 from newllm.training.dry_run import preview
 from newllm.training.effects import unused_lines
 from newllm.training.memory_estimate import predicted_peak
 from newllm.training.phase1 import train_phase1
 from newllm.training.phase2 import train_phase2
+from newllm.training.plan import make_plan
 from newllm.training.state import provenance, require_space
 from newllm.training.tracking import start_tracking
 from newllm.training.trained import save_model
@@ -55,11 +66,12 @@ def main(config, dry_run=False):
         raise UserError("whiten_context whitens contexts that no longer change: use --freeze_context with it.")
     if config.context_adapter != "none":
         require_peft()
-    with Interrupt(config.max_minutes) as interrupt:
-        runtime = open_runtime(config)
+    with Interrupt(config.max_minutes) as interrupt, Clock():
+        with timed("loading"):
+            runtime = open_runtime(config)
         interrupt.alone = runtime.group.size == 1
         with runtime.group.run():
-            with runtime.group.main_first():
+            with timed("loading"), runtime.group.main_first():
                 data = load_data(config, Progress)
                 pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
                 require_own_ids(config.embeddings, tokenizer_choice(config))
@@ -69,33 +81,35 @@ def main(config, dry_run=False):
             cuda = runtime.device.type == "cuda"
             libraries = 0 if cuda else memory_mb()["memory_mb"] or 0
             peak = predicted_peak(config, data.vocab_size, runtime.precision, libraries, cuda)
-            model = build_model(config, data.vocab_size, pretrained).to(runtime.device)
-            model.start_at_frequencies(data.train[:, 1:])
+            with timed("loading"):
+                model = build_model(config, data.vocab_size, pretrained).to(runtime.device)
+                model.start_at_frequencies(data.train[:, 1:])
             if dry_run:
                 return preview(config, runtime, data, model, peak)
             with Checkpointer(config, data.fingerprint, new_run_id(), runtime.group) as checkpointer:
                 if checkpointer.writes:
                     require_space(checkpointer.folder, model, config, runtime.storage_dtype)
-                return run_stages(config, runtime, data, model, checkpointer, peak)
+                how = runtime.group.is_main, lambda: checkpointer.owns, gpu_utilization
+                with RunLog(config.checkpoint_dir, data.source, checkpointer.run_id, *how) as log:
+                    return run_stages(config, runtime, data, model, checkpointer, log, peak)
 
 
-def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
+def run_stages(config, runtime, data, model, checkpointer, log, predicted_peak_mb):
     """The story: untrained row, Phase 1, Phase 2, report."""
-    log = RunLog(config.checkpoint_dir, data.source, checkpointer.run_id, runtime.group.is_main)
     if config.trackers != "none" and log.writes:
         folder = log.folder.parent / "tracking" / log.run_id
         log.follow = start_tracking(runtime.accelerator, config.trackers, folder, config.to_dict(), log.warn)
     kernel = model.attention_in_effect(runtime.device, runtime.storage_dtype) if isinstance(model, Baseline) else None
-    notes = [f"attention: {kernel}"] * bool(kernel) + checkpointer.notes
-    for line in banner(config, describe_device(runtime), data, model, notes):
+    device, plan = describe_device(runtime), make_plan(config, len(data.train), model, runtime.device)
+    for line in banner(config, device, data, model, plan, [f"attention: {kernel or 'none'}", *checkpointer.notes]):
         log.say(line)
-    log.log(
-        "start", config=config.to_dict(), device=describe_device(runtime), data=data.notes, fingerprint=data.fingerprint,
-        **provenance(),
-    )  # fmt: skip
+    about = dict(device=device, attention=kernel or "none", data=data.notes, fingerprint=data.fingerprint, plan=plan)
+    log.log("start", config=config.to_dict(), **about, **provenance())
+    log.plan(plan)
     for line in unused_lines(config, runtime.device.type == "cpu", data.tokenizer.name):
         log.warn(line)
 
+    @timed("contexts")
     def measure_contexts():
         log.say("measuring contexts: rank, convergence, memory")
         return evaluate_contexts(model, data, config, runtime.device, Progress)
@@ -103,7 +117,8 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
     learns_context = bool(model.context_parameters())
     if not checkpointer.is_done("untrained"):
         log.say("counting n-grams")
-        results = {"ngrams": ngram_rows(data.train.numpy(), data.val.numpy(), data.vocab_size)}
+        with timed("n-grams"):
+            results = {"ngrams": ngram_rows(data.train.numpy(), data.val.numpy(), data.vocab_size)}
         if learns_context:
             results["contexts"] = measure_contexts()
         if learns_context and config.untrained_control:
@@ -111,7 +126,8 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
             control = copy.deepcopy(model)
             control.keep_context_embedding()
             log.say(context_line("untrained", results["contexts"]))
-            results["head"] = train_phase2(control, data, config, runtime, log, checkpointer, "untrained", True)
+            with timed("untrained control"):
+                results["head"] = train_phase2(control, data, config, runtime, log, checkpointer, "untrained", True)
             del control
         checkpointer.complete("untrained", model, results)
         runtime.accelerator.free_memory()  # of the optimizers it has prepared
@@ -121,11 +137,12 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
         checkpointer.complete("phase1", model, {})
     if not checkpointer.is_done("phase1"):
         log.say("\n== Phase 1: contexts ==")
-        training = train_phase1(model, data, config, runtime, log, checkpointer)
+        with timed("Phase 1"):
+            training = train_phase1(model, data, config, runtime, log, checkpointer)
         contexts = measure_contexts()
         log.say(context_line("untrained", checkpointer.results["untrained"]["contexts"]))
         log.say(context_line("phase 1", contexts))
-        checkpointer.complete("phase1", model, {"training": training, "contexts": contexts})
+        checkpointer.complete("phase1", model, {"training": training, "contexts": contexts, "device": device})
         model.zero_grad()
         runtime.accelerator.free_memory()
         free_memory()
@@ -134,25 +151,35 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
         frozen = isinstance(model, LanguageModel) and (config.freeze_context or not learns_context)
         how = f"model type {config.model_type}" + f", contexts {'frozen' if frozen else 'fine-tuned'}" * learns_context
         log.say(f"\n== Phase 2: next-token prediction, {how} ==")
-        head = train_phase2(model, data, config, runtime, log, checkpointer, "phase2", frozen)
-        results = {"head": head}
+        with timed("Phase 2"):
+            head = train_phase2(model, data, config, runtime, log, checkpointer, "phase2", frozen)
+        results = {"head": head, "device": device}
         if learns_context and not frozen:
             results["contexts"] = measure_contexts()
             log.say(context_line("phase 2", results["contexts"]))
         if isinstance(model, LanguageModel) and not config.whiten_context:
             log.say("measuring what the model uses of its context")
             how = data.token_bytes, runtime.autocast, runtime.device, Progress
-            results["bpb_by_context"] = bpb_by_context(model, data.val, *how)
+            with timed("contexts"):
+                results["bpb_by_context"] = bpb_by_context(model, data.val, *how)
         if config.artifacts and config.save_checkpoint and log.writes:
-            about = {"run_id": log.run_id, "data_source": data.source, "metrics": plain(head), **provenance()}
+            about = {
+                "run_id": log.run_id,
+                "data_source": data.source,
+                "metrics": plain(head),
+                "data_fingerprint": data.fingerprint,
+                **provenance(),
+            }
             path = artifact_paths(log.folder.parent, config.model_type, log.run_id)["model"]
-            attempt(log, lambda: save_model(path, model, config, data.tokenizer, about))
+            with timed("saving"):
+                attempt(log, lambda: save_model(path, model, config, data.tokenizer, about))
         checkpointer.complete("phase2", model, results)
 
-    summary = summarize(config, data, checkpointer.results)
     unsaved = checkpointer.unsaved
     waited, written = checkpointer.saving_share
-    summary |= {
+    summary = {
+        **identity(log.run_id, device, checkpointer),
+        **summarize(config, data, checkpointer.results),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "peak_memory_mb": peak_memory_mb(),
         "peak_memory_mb_predicted": predicted_peak_mb,
@@ -164,11 +191,40 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
     log.log("curves", **curves(checkpointer.results))
     log.log("summary", **summary)
     if config.artifacts and log.writes:
-        attempt(log, lambda: log.say(f"report: {write_artifacts(read_record(log.path))['report']}"))
-    log.finish(summary)
+        with timed("report"):
+            attempt(log, lambda: log.say(f"report: {write_artifacts(read_record(log.path))['report']}"))
+    log.log("times", seconds=checkpointer.seconds, **checkpointer.times)
+    log.finish(summary, **end_of(config, checkpointer))
     if unsaved:
         raise UserError(f"the last checkpoint could not be written ({unsaved}): free the disk and run again.")
     return summary | curves(checkpointer.results)
+
+
+def identity(run_id, device, checkpointer):
+    """Which run made the figures, when, on what, by which commit; of one that was complete already, as it was then."""
+    results = checkpointer.results.get("phase2") or checkpointer.results["phase1"]
+    when = datetime.fromtimestamp(checkpointer.saved_at or time.time(), timezone.utc)
+    return {
+        "run_id": run_id,
+        "date": when.isoformat(timespec="seconds"),
+        "device": results.get("device", device),
+        "commit": provenance()["git_commit"],
+    }
+
+
+def end_of(config, checkpointer):
+    """Where a complete run is, for its status: also where nothing was left to do, on a machine that did not train it."""
+    end = {"saved_at": checkpointer.saved_at}
+    if head := checkpointer.results.get("phase2", {}).get("head"):
+        end |= {
+            "stage": "phase2",
+            "epoch": head["epochs"],
+            "epochs": config.phase2_epochs,
+            "best_val_loss": head["loss"],
+        }
+    elif training := checkpointer.results["phase1"]["training"]:
+        end |= {"stage": "phase1", "epoch": training["phase1_iterations"], "epochs": config.phase1_max_iterations}
+    return end
 
 
 def attempt(log, write):

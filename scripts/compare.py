@@ -5,7 +5,8 @@
     python3 -m scripts.compare --tune --tokens 25000                 # each arm's rate and dropout, on a split of the training samples
     python3 -m scripts.compare --report                              # tables and pictures from the results that are there
 
-Each run leaves one small JSON file in `results/`, from which the tables are made. Cut off and started again, also with more
+Each run leaves one small JSON file in `results/`, from which the tables are made, and with `--keep` what train.py leaves (model,
+pictures, page, summary) in `checkpoint_dir/RUN`: scripts.report and scripts.export take that folder by --checkpoint_dir. Cut off and started again, also with more
 arms, seeds or budgets, it makes what is missing there; a run in hand goes on from its own checkpoint. Several of these may share
 `results/` at a time, each with arms and a checkpoint_dir of its own.
 """
@@ -102,8 +103,11 @@ def neighbours(point):
     return found - {point}
 
 
-def make(config, runs, results):
+def make(config, runs, results, keep=False):
     """Train what is missing; each run's figures go into a file of its own in the folder `results`, which says what is made.
+
+    Args:
+        keep: whether runs leave their artefacts too, each in a folder of its own in checkpoint_dir.
 
     Raises:
         UserError: `results` holds such a run with other settings, or a run failed.
@@ -113,7 +117,7 @@ def make(config, runs, results):
     shared = {name: value for name, value in config.to_dict().items() if name not in HARMLESS | BUDGET | {"seed"}}
 
     def configured(name):
-        own = dict(checkpoint_dir=str(folder / name), keep_last=0, backup_dir="", max_minutes=0.0, artifacts=False)
+        own = dict(checkpoint_dir=str(folder / name), keep_last=0, backup_dir="", max_minutes=0.0, artifacts=keep)
         return dataclasses.replace(config, **own | dict(untrained_control=False) | runs[name])
 
     def made(name):
@@ -189,7 +193,7 @@ def main(config, arguments):
         return
     if not arguments.report:
         tuned = read_json(results / TUNED) if (results / TUNED).exists() else {}
-        make(config, plan(arms, arguments.seeds, budgets, tuned), results)
+        make(config, plan(arms, arguments.seeds, budgets, tuned), results, arguments.keep)
     comparison = Comparison(read_results(results))
     print("\n".join(write_report(comparison, results)))
     for tokens in comparison.budgets:
@@ -227,6 +231,9 @@ def flags(parser):
     parser.add_argument("--seeds", type=int, default=5, help="seeds 0 ... N-1")
     parser.add_argument("--tokens", default="100000", help="training tokens, comma-separated")
     parser.add_argument("--results", default="results", help="folder of the figures, one small file a run")
+    parser.add_argument(
+        "--keep", action="store_true", help="keep models, pictures, tables of the runs made, in checkpoint_dir/RUN"
+    )
     parser.add_argument("--tune", action="store_true", help="choose each arm's learning rate and dropout, from a grid")
     parser.add_argument("--report", action="store_true", help="train nothing, make tables and pictures")
 

@@ -23,13 +23,15 @@ from newllm.data import hub
 from newllm.data.corpus import ULTRACHAT, ULTRACHAT_REVISION, open_corpus
 from newllm.data.vocabulary import choose_tokenizer, tokenizer_choice
 from newllm.errors import UserError, exit_on_user_error
-from newllm.models.baselines import build_model
+from newllm.models.baselines import Baseline, build_model
 from newllm.models.pretrained import require_own_ids
+from newllm.reporting.banner import batches, cadence, trainable
 from newllm.storage import usable_folder
 from newllm.training.device import allocator_setting, describe_device, memory_mb, memory_of, open_runtime
 from newllm.training.drive import COLAB_DRIVE
-from newllm.training.effects import batches_in_effect, unused_lines
+from newllm.training.effects import unused_lines
 from newllm.training.memory_estimate import predicted_peak, vocabulary
+from newllm.training.plan import make_plan
 from newllm.training.state import require_space
 
 MARGIN = 0.9  # share of the memory that a run may be predicted to take
@@ -78,12 +80,13 @@ def check_device(config):
 
 def check_precision(config):
     """What would be in effect: device, precision, batches, cadence."""
-    runtime, (one, two) = open_runtime(config), batches_in_effect(config)
-    minutes = f" or {config.save_every_minutes:g} minutes" * bool(config.save_every_minutes)
-    cadence = f"checkpoint every {config.save_every_n_batches} batches{minutes}"
+    runtime, model = open_runtime(config), build_model(config, vocabulary(config))
+    plan = make_plan(config, config.num_samples - round(config.tune_share * config.num_samples), model, runtime.device)
+    baseline = isinstance(model, Baseline)
+    attention = model.attention_in_effect(runtime.device, runtime.storage_dtype) if baseline else None
     return (
-        f"{describe_device(runtime)}; batches of {one} and {two} samples; "
-        f"{cadence if config.save_checkpoint else 'no checkpoints'}; allocator {allocator_setting() or 'as torch has it'}"
+        f"{describe_device(runtime)}; attention {attention or 'none'}; trainable parameters: {trainable(plan)}; "
+        f"batches: {batches(plan)}; {cadence(config)}; allocator {allocator_setting() or 'as torch has it'}"
     )
 
 

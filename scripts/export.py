@@ -1,6 +1,6 @@
 """One run as one file to keep or to share: settings and record, pictures, page, tables, best weights.
 
-python3 -m scripts.export                        # the latest complete run, as newllm_TYPE_RUN.zip in this folder
+python3 -m scripts.export                        # the latest complete run with a model, as newllm_TYPE_RUN.zip here
 python3 -m scripts.export RUN --output my.zip
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from config import ResidualConfig
 from newllm.errors import UserError, exit_on_user_error
-from newllm.reporting.artifacts import artifact_paths, find_run, runs_in
+from newllm.reporting.artifacts import artifact_paths, complete, find_run, runs_in
 from newllm.training.trained import open_saved
 
 
@@ -23,9 +23,14 @@ def main(arguments=None):
     parser.add_argument("--format", choices=("zip", "transformers"), default="zip", help="what to write")
     parser.add_argument("--output", help="the file, or the folder, to write")
     options = parser.parse_args(arguments)
-    records = runs_in(options.checkpoint_dir)
-    record = find_run(records, options.run) if options.run else records[-1]
+    folder = options.checkpoint_dir
+    record = complete([find_run(folder, options.run)], folder)[0] if options.run else latest_with_model(folder)
     artifacts = artifact_paths(record.folder, record.kind, record.run)
+    if not artifacts["model"].exists():
+        none = f"run {record.run} left no model (after --phase 1, --no-artifacts or --no-save_checkpoint there is none)"
+        if options.format == "transformers":
+            raise UserError(f"{none}: name another run, or train one to its end.")
+        print(f"{none}: the file holds its record alone")
     target = Path(options.output or f"newllm_{record.kind}_{record.run}{'.zip' * (options.format == 'zip')}")
     if options.format == "transformers":
         from newllm.transformers_export import export_folder  # transformers is slow to import, and needed here alone
@@ -39,6 +44,15 @@ def main(arguments=None):
     with zipfile.ZipFile(target) as archive:
         for entry in archive.infolist():
             print(f"  {entry.filename} {entry.file_size / 1e6:.2f} MB")
+
+
+def latest_with_model(folder):
+    """The latest complete run that left a model; the latest of all where none did."""
+    records = complete(runs_in(folder), folder)
+    having = [record for record in records if artifact_paths(record.folder, record.kind, record.run)["model"].exists()]
+    if having and having[-1] is not records[-1]:
+        print(f"run {records[-1].run} left no model: the latest that did is {having[-1].run}")
+    return (having or records)[-1]
 
 
 def write_zip(target, folder, paths):

@@ -12,14 +12,10 @@ import argparse
 import sys
 
 from config import ResidualConfig
-from newllm.config import EARLIER
-from newllm.data.dataset import load_data
 from newllm.errors import UserError, exit_on_user_error
 from newllm.generate import generate
 from newllm.interrupt import Interrupt
-from newllm.models.baselines import build_model
-from newllm.models.pretrained import load_embedding
-from newllm.training.trained import load_model, load_weights, open_saved
+from newllm.training.trained import open_model
 
 
 class Writer:
@@ -27,24 +23,7 @@ class Writer:
 
     def __init__(self, options):
         self.options = options
-        files, found = open_saved(options.model_path)
-        if found.get("stage") == "untrained":
-            raise UserError(f"the run in {options.model_path} has trained nothing yet: go on with train.py first.")
-        if found["config"]["whiten_context"]:
-            raise UserError(f"{options.model_path} is a control on whitened contexts: it cannot read a new text.")
-        if "tokenizer" in found:
-            self.model, self.tokenizer = load_model(found)
-            return
-        changes = {"cache_dir": options.cache_dir} if options.cache_dir else {}
-        config = ResidualConfig(**EARLIER | found["config"] | changes)
-        data = load_data(config)
-        if data.fingerprint != found["data_fingerprint"]:
-            raise UserError(
-                f"{options.model_path} was trained on other data than {config.data_source} holds now: restore it."
-            )
-        pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
-        self.model, self.tokenizer = build_model(config, data.vocab_size, pretrained), data.tokenizer
-        load_weights(files, self.model, found)
+        self.model, self.tokenizer, _ = open_model(options.model_path, options.cache_dir)
 
     def write(self, prompt, stop=None):
         """Print a continuation as it comes, up to the text `stop`; returns it."""

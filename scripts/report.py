@@ -1,8 +1,8 @@
 """What a folder of runs holds, how a run went, how fast, and how two runs differ.
 
-    python3 -m scripts.report                        # the latest complete run, and what lies in the folder
-    python3 -m scripts.report RUN                    # another one, by its id
-    python3 -m scripts.report RUN OTHER              # two side by side
+    python3 -m scripts.report                        # the latest run, so far or complete, and what lies in the folder
+    python3 -m scripts.report RUN                    # another one: its id, its metrics_*.jsonl, or another folder of runs
+    python3 -m scripts.report RUN OTHER              # two side by side, also of two folders
     python3 -m scripts.report --remake               # tables, pictures and page once more, from the record
 
 All of it comes from the records that runs write; no model is loaded.
@@ -13,9 +13,18 @@ from pathlib import Path
 
 from config import ResidualConfig
 from newllm.errors import UserError, exit_on_user_error
-from newllm.reporting.artifacts import find_run, runs_in, speed_lines, summary_lines, write_artifacts
+from newllm.reporting.artifacts import (
+    complete,
+    find_run,
+    runs_in,
+    so_far_lines,
+    speed_lines,
+    summary_lines,
+    write_artifacts,
+)
 from newllm.reporting.criteria import table
 from newllm.reporting.runlog import format_value
+from newllm.reporting.status import read_status
 from newllm.storage import Corrupt, verify_seal
 
 PATTERNS = {
@@ -35,10 +44,10 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     if len(options.runs) > 2:
         raise UserError("name one run, or two to compare.")
-    records = runs_in(options.checkpoint_dir)
-    chosen = [find_run(records, run) for run in options.runs] or records[-1:]
+    folder = options.checkpoint_dir
+    chosen = [find_run(folder, run) for run in options.runs] or runs_in(folder)[-1:]
     if len(chosen) == 2:
-        print("\n".join(compare(*chosen)))
+        print("\n".join(compare(*(complete([record], record.path)[0] for record in chosen))))
         return
     if options.remake:
         try:
@@ -48,19 +57,36 @@ def main(arguments=None):
             raise UserError(f"{error.filename} cannot be written ({reason}): make room and run it again.") from error
         print("\n".join(f"{name}: {path}" for name, path in written.items()))
         return
-    for lines in (summary_lines(chosen[0]), speed_lines(chosen[0]), listing(options.checkpoint_dir, records)):
+    folder = chosen[0].folder.parent
+    records = [record for record in runs_in(folder) if record.summary]
+    blocks = [so_far(chosen[0], folder, records)] * (not chosen[0].summary)
+    for record in chosen if chosen[0].summary else records[-1:] * (not options.runs):
+        blocks += [summary_lines(record), speed_lines(record)]
+    for lines in (*blocks, listing(folder, records)):
         print("\n".join(lines) + "\n")
+
+
+def so_far(record, folder, complete_runs):
+    """Lines about a run that is under way or was cut off."""
+    try:
+        status = read_status(folder)
+    except UserError:  # the record alone says something too
+        status = {}
+    mine = status if status.get("run_id") == record.run else {}
+    return so_far_lines(record, mine, complete_runs[-1] if complete_runs else None)
 
 
 def listing(folder, records):
     """Artefacts below a folder: how many of each kind, models with their size and whether they are whole, and all the room."""
     folder, lines = Path(folder), ["ARTEFACTS IN " + str(folder)]
     for kind, pattern in PATTERNS.items():
-        paths = sorted(folder.glob(f"*/{pattern}"))
+        paths = sorted(
+            [*folder.glob(f"*/{pattern}"), *folder.glob(pattern)]
+        )  # ladders and prefill have no data's folder
         lines.append(f"Found {len(paths)} {kind}")
         if pattern.endswith(".pth"):
             lines += [f"  {path} {path.stat().st_size / 1e6:.1f} MB {digest(path)}" for path in paths]
-    lines.append(f"Complete runs: {', '.join(record.run for record in records)}")
+    lines.append(f"Complete runs: {', '.join(record.run for record in records) or 'none'}")
     sizes = {(stat.st_dev, stat.st_ino): stat.st_size for stat in map(Path.stat, folder.rglob("*")) if stat.st_nlink}
     lines.append(f"Size of the folder: {sum(sizes.values()) / 1e6:.1f} MB")
     return lines
@@ -86,8 +112,9 @@ def compare(one, other):
         pair = one.summary.get(name), other.summary.get(name)
         if name not in one.config and all(isinstance(value, int | float) for value in pair):
             figures.append((name, *map(format_value, pair), f"{pair[1] / pair[0]:.3f}" if pair[0] else ""))
-    lines = table(("settings that differ", one.run, other.run), settings) if settings else ["the settings are the same"]
-    return [*lines, "", *table(("figure", one.run, other.run, "ratio"), figures)]
+    names = (one.run, other.run) if one.run != other.run else (str(one.path), str(other.path))
+    lines = table(("settings that differ", *names), settings) if settings else ["the settings are the same"]
+    return [*lines, "", *table(("figure", *names, "ratio"), figures)]
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ import pytest
 
 from config import ResidualConfig
 from newllm.errors import UserError
-from scripts import compare
+from scripts import compare, report
 
 
 def arguments(tmp_path, **changes):
-    plain = dict(arms="all", seeds=1, tokens="288", results=str(tmp_path / "results"), tune=False, report=False)
+    plain = dict(
+        arms="all", seeds=1, tokens="288", results=str(tmp_path / "results"), tune=False, report=False, keep=False
+    )
     return Namespace(**plain | changes)
 
 
@@ -42,6 +44,27 @@ def test_every_arm_trains_and_has_its_row(tiny_settings, tmp_path, here, capsys)
     capsys.readouterr()
     compare.main(config, arguments(tmp_path))
     assert "epoch" not in capsys.readouterr().out
+
+
+def test_a_result_says_where_it_comes_from_and_keeps_what_is_asked_for(tiny_settings, tmp_path, here, capsys):
+    """Run, device, date and commit in each file; with keep the model, pictures and summary in a folder that report takes."""
+    config = ResidualConfig(**tiny_settings | dict(phase2_epochs=1))
+    compare.main(config, arguments(tmp_path, arms="gru"))
+    folder = Path(config.checkpoint_dir) / "gru-12-0"
+    assert not list(folder.glob("*/models/*"))
+    compare.main(config, arguments(tmp_path, arms="gru,token", keep=True))
+    for name in ("gru", "token"):
+        found = json.loads((tmp_path / "results" / f"{name}-12-0.json").read_text())
+        assert found["device"].startswith("CPU, ") and found["date"] > "2026" and {"run_id", "commit"} <= found.keys()
+    kept = Path(config.checkpoint_dir) / "token-12-0"
+    for pattern in ("models/*.pth", "outputs/plots/*.png", "outputs/*.html", "logs/training_summary_*.txt"):
+        assert len(list(kept.glob(f"*/{pattern}"))) == 1
+    assert not list(kept.glob("model_*.pt"))
+    capsys.readouterr()
+    report.main(["--checkpoint_dir", str(kept)])
+    assert "Found 1 model checkpoints" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"only those of other commands.*gru-12-0, .*token-12-0"):
+        report.main(["--checkpoint_dir", config.checkpoint_dir])
 
 
 def test_more_arms_and_seeds_keep_what_is_made(tiny_settings, tmp_path, here, monkeypatch):

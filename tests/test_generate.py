@@ -71,7 +71,7 @@ def test_the_command_writes_with_what_was_trained(tiny_settings, tmp_path, capsy
     (alone,) = Path(folder).glob("*/models/*.pth")
     alone = alone.rename(tmp_path / "alone.pth")
     with monkeypatch.context() as nothing_else:
-        nothing_else.setattr(script, "load_data", None)
+        nothing_else.setattr("newllm.training.trained.load_data", None)
         script.main([*flags, str(alone)])
     assert capsys.readouterr().out == text
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand more\n"))

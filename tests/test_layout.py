@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "newllm.interrupt": set(),
     "newllm.memory": set(),
     "newllm.progress": set(),
+    "newllm.clock": set(),
     "newllm.errors": {"newllm.interrupt"},
     "newllm.apart": {"newllm.interrupt", "newllm.errors"},
     "newllm.seeding": set(),
@@ -38,7 +39,7 @@ MAY_IMPORT = {
     "newllm.training": {
         "newllm.training", "newllm.data", "newllm.models", "newllm.fixed_point", "newllm.evaluate", "newllm.generate",
         "newllm.reporting", "newllm.storage", "newllm.seeding", "newllm.errors", "newllm.interrupt", "newllm.memory", "newllm.config", "newllm.progress",
-        "newllm",
+        "newllm.clock", "newllm",
     },
 }  # fmt: skip
 

@@ -20,6 +20,8 @@ KEYS = {
     "peak_memory_mb", "peak_memory_mb_predicted", "seconds",
 }  # fmt: skip
 TIMES = (
+    "run_id",
+    "date",
     "seconds",
     "tok_per_s_phase1",
     "tok_per_s_phase2",

@@ -7,12 +7,15 @@ Layout, below `<checkpoint_dir>/<data>/`: `logs/` summary, losses, models.csv; `
 import csv
 import io
 from pathlib import Path
+from statistics import fmean
 
 from newllm.errors import UserError
+from newllm.reporting.banner import STAGE_TITLES, batches, trainable
 from newllm.reporting.page import write_page
 from newllm.reporting.record import find_records, read_record
 from newllm.reporting.run_plots import context_curves, loss_curve
-from newllm.reporting.runlog import format_value
+from newllm.reporting.runlog import STAGES, format_value
+from newllm.reporting.status import remaining
 from newllm.storage import write_text
 
 TABLE = "models.csv"
@@ -50,7 +53,9 @@ def write_artifacts(record):
     import numpy as np
 
     if not record.summary:
-        raise UserError(f"{record.path} does not say how the run ended: free the disk and run the same command again.")
+        raise UserError(
+            f"{record.path} does not say how the run ended: run the same command again, with room on the disk."
+        )
     paths, written = artifact_paths(record.folder, record.kind, record.run), []
 
     def write(name, function):
@@ -89,10 +94,11 @@ def summary_lines(record):
             "data": f"{summary['data_source']}, tokenizer {summary['tokenizer']}",
             "training tokens": f"{summary['train_tokens']:,}",
             "epochs": config["phase2_epochs"],
-            "batch size": f"{config['phase1_batch_size']} in Phase 1, {config['phase2_batch_size']} in Phase 2",
+            **_in_effect(record),
             "learning rate": f"{config['phase1_learning_rate']:g} in Phase 1, {config['phase2_learning_rate']:g} in Phase 2",
             "seed": config["seed"],
             "device": start["device"],
+            "attention": start.get("attention", "none"),
             "versions": ", ".join(f"{name} {version}" for name, version in start.get("versions", {}).items()),
             "commit": start.get("git_commit"),
         },
@@ -118,15 +124,13 @@ def summary_lines(record):
 
 def speed_lines(record):
     """Where the time of a run went; the parts add up to the whole."""
-    summary, left = record.summary, record.summary["seconds"]
-    lines = ["SPEED ANALYSIS"]
+    summary, lines = record.summary, ["SPEED ANALYSIS"]
     for title, columns, key, unit in (
         ("Phase 1", record.phase1, "phase1", "iterations"),
         ("Phase 2", record.phase2, "phase2", "epochs"),
     ):
         if columns and f"seconds_{key}" in summary:  # a run that stops after Phase 1 may have begun Phase 2 before
             count, seconds = len(next(iter(columns.values()))), summary[f"seconds_{key}"]
-            left -= seconds
             lines.append(
                 f"  {title}: {count} {unit}, {count * summary['train_tokens']:,} tokens, {seconds:.1f} s, "
                 f"{summary[f'tok_per_s_{key}']:,.0f} tok/s"
@@ -134,13 +138,94 @@ def speed_lines(record):
     if record.phase2 and "seconds_phase2" in summary:
         validation = sum(record.phase2["seconds_validation"])
         lines.append(f"  of Phase 2, validation: {validation:.1f} s ({validation / summary['seconds_phase2']:.1%})")
-    lines.append(f"  data, untrained control, evaluation, report: {left:.1f} s")
-    lines.append(f"  total: {summary['seconds']:.1f} s in {record.sessions} session(s)")
     share, background = summary["saving_share"], summary["saving_share_background"]
     lines.append(
         f"  saving, in the last session: training waited {share:.2%} of the time, a thread worked {background:.2%}"
     )
-    return lines
+    return [*lines, "", *time_lines(record)]
+
+
+def time_lines(record):
+    """Each part of a run's wall time over all sessions; what no part names is measured too and stands as "other"."""
+    times, total = record.times, record.times.get("seconds", record.summary["seconds"])
+    lines = ["WHERE THE TIME WENT"]
+    for part, seconds in sorted(times.get("parts", {"not told apart": total}).items(), key=lambda pair: -pair[1]):
+        lines.append(f"  {part}: {seconds:.1f} s ({seconds / max(total, 1e-9):.1%})")
+    lines.append(f"  total: {total:.1f} s in {record.sessions} session(s)")
+    if times.get("saves"):
+        mean = times["save_seconds"] / times["saves"]
+        lines.append(
+            f"  {times['saves']} saves by a thread beside the training: mean {mean:.2f} s, longest {times['longest_save']:.2f} s"
+        )
+    if times:
+        waiting = times["parts"].get("fetching rows", 0.0) / max(total, 1e-9)
+        lines.append(f"  waiting for data: {waiting:.2%} of the time")
+    loads = [
+        load for rows in (record.phase1, record.phase2) for load in rows.get("gpu_utilization", []) if load is not None
+    ]
+    told = f"{fmean(loads):.0f}% in the mean of the epochs" if loads else "not available on this device"
+    return [*lines, f"  GPU utilisation: {told}"]
+
+
+def so_far_lines(record, status, baseline=None):
+    """What a run that is not complete has done, how fast, and what is left.
+
+    Args:
+        status: fields of the status file, {} where they are another run's. baseline: record of a complete run to compare with.
+    """
+    plan, state = record.start.get("plan", {}), status.get("state", "not complete")
+    about = (
+        f"{record.config['model_type']}, {record.start['data'][0] if record.start.get('data') else record.folder.name}"
+    )
+    lines = [f"RUN {record.run} ({state}), begun {record.start['time']}: {about}"]
+    spent, left, total, speed = 0.0, {}, 0, 0.0
+    begun = [stage for stage in plan if getattr(record, stage) or status.get("stage") == stage]
+    for stage, of in plan.items():
+        rows, title = getattr(record, stage), STAGE_TITLES[stage]
+        if stage not in begun:
+            lines.append(f"  {title}: not begun" + (f", about {left[stage]:.0f} s (estimate)" if stage in left else ""))
+            continue
+        count = len(rows.get(STAGES[stage], []))
+        done = count * of["tokens"] // of["passes"]
+        speed = rows["tok_per_s"][-1] if rows.get("tok_per_s") else 0.0
+        if status.get("stage") == stage:
+            done, speed = max(done, status.get("tokens_done", 0)), speed or status.get("tok_per_s", 0.0)
+        total, spent = total + done, spent + done / max(speed, 1e-9) * bool(speed)
+        left = remaining(plan, stage, done, speed) if stage == begun[-1] else {}
+        loss = f", best val loss {min(rows['val_loss']):.4f}" if rows.get("val_loss") else ""
+        lines.append(
+            f"  {title}: {count} of at most {of['passes']} {STAGES[stage]}s, {done:,} tokens, {done / speed if speed else 0:.1f} s, "
+            f"{speed:,.0f} tok/s{loss}{_against(stage, speed, baseline)}"
+        )
+    return lines + _whole(plan, total, spent, left, status)
+
+
+def _whole(plan, tokens, spent, left, status):
+    planned, rest = sum(of["tokens"] for of in plan.values()), sum(left.values())
+    lines = [f"  progress: {tokens:,} of at most {planned:,} tokens of all phases ({tokens / max(planned, 1):.1%})"]
+    if not left:
+        return [*lines, "  speed, remaining and total: not known yet"]
+    return [
+        *lines,
+        f"  done: {spent:.1f} s of training",
+        f"  remaining: {rest:.1f} s, at most and estimated from the speed measured so far",
+        f"  total: {spent + rest:.1f} s, without loading and measuring contexts",
+    ]
+
+
+def _against(stage, speed, baseline):
+    theirs = baseline and baseline.summary.get(f"tok_per_s_{stage}")
+    return f", {speed / theirs:.2f} times the speed of run {baseline.run}" if theirs and speed else ""
+
+
+def _in_effect(record):
+    """Batches and trainable parameters as the run had them; of an earlier version's record, what was asked for."""
+    if plan := record.start.get("plan"):
+        return {"batch size": batches(plan), "trainable parameters": trainable(plan)}
+    config = record.config
+    return {
+        "batch size": f"{config['phase1_batch_size']} in Phase 1, {config['phase2_batch_size']} in Phase 2, at most"
+    }
 
 
 def models_table(folder):
@@ -152,7 +237,10 @@ def models_table(folder):
         except UserError:
             continue  # of an earlier version: it stays, and has no row
         if record.summary:
-            results = {key: value for key, value in record.summary.items() if key not in record.config}
+            # The device that was in effect takes the column of the one asked for; other names have one meaning.
+            results = {
+                key: value for key, value in record.summary.items() if key not in record.config or key == "device"
+            }
             about = {"run": record.run, "started": record.start["time"], "finished": results.pop("time")}
             rows.append(about | record.config | {"commit": record.start.get("git_commit")} | results)
     columns = list(dict.fromkeys(column for row in rows for column in row))
@@ -163,20 +251,28 @@ def models_table(folder):
     return text.getvalue()
 
 
-def find_run(records, run):
-    """The record of a run among several.
+def find_run(folder, run):
+    """The record of a run: by its id below a checkpoint_dir, by its record's path, or the latest complete one of another folder.
 
     Raises:
         UserError: there is none.
     """
+    if Path(run).is_file():
+        return read_record(run)
+    if Path(run).is_dir():
+        return complete(runs_in(run), run)[-1]
+    records = runs_in(folder)
     for record in records:
         if record.run == run:
             return record
-    raise UserError(f"there is no complete run '{run}' here: there are {', '.join(r.run for r in records)}.")
+    raise UserError(
+        f"there is no run '{run}' in {Path(folder)}: there are {', '.join(r.run for r in records)}; a folder of runs or a "
+        "metrics_*.jsonl will do as well."
+    )
 
 
 def runs_in(folder):
-    """Records of the complete runs below a checkpoint_dir, the newest last.
+    """Records of the runs below a checkpoint_dir, the newest last.
 
     Raises:
         UserError: there is none.
@@ -187,7 +283,26 @@ def runs_in(folder):
             records.append(read_record(path))
         except UserError as error:
             print(f"warning: {error}")
-    records = [record for record in records if record.summary]
     if not records:
-        raise UserError(f"no run has been completed in {Path(folder)}: train one with train.py.")
+        deeper = sorted({path.parents[2] for path in Path(folder).glob("*/*/logs/metrics_*.jsonl")})
+        if deeper:
+            raise UserError(
+                f"{Path(folder)} holds no run of train.py, only those of other commands in folders of their own: give one of "
+                f"these by --checkpoint_dir: {', '.join(map(str, deeper))}."
+            )
+        raise UserError(f"no run has been begun in {Path(folder)}: train one with train.py.")
     return records
+
+
+def complete(records, folder):
+    """Those of the records that say how their run ended.
+
+    Raises:
+        UserError: there is none.
+    """
+    if found := [record for record in records if record.summary]:
+        return found
+    raise UserError(
+        f"no run has been completed in {Path(folder)}: the same train.py command goes on with run {records[-1].run}; "
+        "scripts.report says how far it is."
+    )

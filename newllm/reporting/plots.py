@@ -32,7 +32,10 @@ def scale_ladder(summaries, path):
     with figure(path, 2, 2) as ((time, memory), (rank, perplexity)):
 
         def draw(panel, key, label=None, scale=1, **style):
-            panel.plot(tokens, [scale * s[key] for s in summaries], label=label, **style)
+            if all(
+                s.get(key) is not None for s in summaries
+            ):  # a baseline has no contexts, a control no untrained ones
+                panel.plot(tokens, [scale * s[key] for s in summaries], label=label, **style)
 
         fits = zip((time, memory), scale_fits(summaries), ("seconds", "peak_memory_mb"), ("s", "MB"), strict=True)
         for panel, fit, key, unit in fits:
@@ -51,16 +54,21 @@ def scale_ladder(summaries, path):
 
         draw(perplexity, "val_ppl", "trained", **TRAINED)
         draw(perplexity, "val_ppl_untrained_context", "untrained contexts", **UNTRAINED)
-        draw(perplexity, "val_ppl_bigram", "bigram counts", **COUNTED)
+        if perplexity.lines:
+            draw(perplexity, "val_ppl_bigram", "bigram counts", **COUNTED)
         perplexity.set(title="Language model", ylabel="validation perplexity")
 
         if growth > 10:
             # Memory stays linear: over a logarithmic axis of tokens a straight line would look like an explosion.
             logarithmic(time, "xy")
-            logarithmic(rank, "x")
-            logarithmic(perplexity, "x")
+            for panel in (rank, perplexity):
+                if panel.lines:
+                    logarithmic(panel, "x")
         memory.set_ylim(bottom=0)
         for panel in (time, memory, rank, perplexity):
+            if not panel.lines:
+                panel.set_axis_off()
+                continue
             panel.set_xlabel("training tokens")
             panel.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k, 1M
             panel.yaxis.set_major_formatter("{x:,g}")

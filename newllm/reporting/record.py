@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from newllm.errors import UserError
-from newllm.reporting.runlog import read_rows
-
-STAGES = {"untrained": "epoch", "phase1": "iteration", "phase2": "epoch"}  # and what counts their rows
+from newllm.reporting.runlog import STAGES, read_rows
 
 
 @dataclass(frozen=True)
@@ -20,6 +18,7 @@ class Record:
         untrained, phase1, phase2: {name: value by epoch or iteration}, of the head on untrained contexts and the two phases.
         summary: what the closing block prints; {} while the run is under way.
         curves: of its final and its untrained contexts; {} as well.
+        times: seconds of all parts, of saves; {} as well, and in records of earlier versions.
         sessions: how often it was started. warnings: what it survived.
     """
 
@@ -31,6 +30,7 @@ class Record:
     phase2: dict
     summary: dict
     curves: dict
+    times: dict
     sessions: int
     warnings: list
 
@@ -55,7 +55,7 @@ def read_record(path):
         UserError: the file cannot be read, or is none.
     """
     path = Path(path)
-    starts, rows, last, warnings = [], {stage: {} for stage in STAGES}, {"summary": {}, "curves": {}}, []
+    starts, rows, last, warnings = [], {stage: {} for stage in STAGES}, {"summary": {}, "curves": {}, "times": {}}, []
     try:
         for row in read_rows(path):
             stage = row.pop("stage")

@@ -4,9 +4,12 @@ import json
 import math
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import fmean
 
 from newllm.reporting.status import StatusFile
 from newllm.storage import usable_folder
+
+STAGES = {"untrained": "epoch", "phase1": "iteration", "phase2": "epoch"}  # and what counts their rows
 
 
 def new_run_id():
@@ -21,18 +24,35 @@ class RunLog:
         dataset: short name of the data source.
         run_id: a new id, or that of the run being continued.
         writes: whether this process keeps the record; of several that train together one does.
+        owns: function that says whether this process owns the folder: else it keeps away from its status file.
+        gauge: function that returns the GPU's load of the last moments in per cent, or None; rows of epochs hold its mean.
+
+    As a context manager it leaves word in the status file of why the run ended early.
 
     Attributes:
         follow: function of (stage, values) that gets every row too.
     """
 
-    def __init__(self, checkpoint_dir, dataset, run_id, writes=True):
-        self.run_id, self.writes = run_id, writes
+    def __init__(self, checkpoint_dir, dataset, run_id, writes=True, owns=lambda: True, gauge=None):
+        self.run_id, self.writes, self._gauge, self._loads = run_id, writes, gauge, []
         self.folder = usable_folder(Path(checkpoint_dir) / dataset / "logs", "logs")
         self.path = self.folder / f"metrics_{run_id}.jsonl"
-        self._status = StatusFile(checkpoint_dir, run_id=run_id)
+        self._status = StatusFile(checkpoint_dir, owns, run_id=run_id)
         self.follow = lambda stage, values: None
         self._warned = False
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, _):
+        if self.writes and kind:
+            reason = " ".join(str(error).split()) or kind.__name__
+            goes_on = "continues it" if self._status.owns() else "begins anew"
+            self._status.update(now=True, state=f"stopped: {reason}; the same command {goes_on}")
+
+    def plan(self, stages):
+        """Tell the status file what the run will do, as newllm.reporting.status.remaining takes it."""
+        self._status.fields["plan"] = stages
 
     def log(self, stage, **values):
         """Append one row; NaN and infinity become null, so that any JSON reader takes the file.
@@ -41,6 +61,9 @@ class RunLog:
         """
         if not self.writes:
             return
+        if stage in STAGES and self._gauge:
+            values |= {"gpu_utilization": fmean(self._loads) if self._loads else None}
+            self._loads.clear()
         row = dict(time=datetime.now(timezone.utc).isoformat(timespec="seconds"), stage=stage, **values)
         try:
             _append_line(self.path, json.dumps(_plain(row)).encode())
@@ -50,15 +73,22 @@ class RunLog:
                 self.say(f"warning: {self.path} cannot be written ({reason}); training goes on, its record has a gap")
             self._warned = True
         self.follow(stage, values)
+        if stage in STAGES and "val_loss" in values:
+            best = self._status.fields.get("best_val_loss")
+            best = values["val_loss"] if best is None else min(best, values["val_loss"])
+            self._status.update(now=True, best_val_loss=best)
 
     def status(self, progress, **position):
         """Tell the status file where a loop is.
 
         Args:
-            progress: the loop's Progress; position: stage, epoch, epochs, batch, batches, saved_at, best_val_loss.
+            progress: the loop's Progress; position: stage, epoch, epochs, batch, batches, step, saved_at, best_val_loss.
         """
         if not self.writes:
             return
+        if self._status.due and self._gauge and (load := self._gauge()) is not None:
+            self._loads.append(load)
+            position["gpu_utilization"] = load
         left = (progress.total - progress.done) / max(progress.speed, 1e-9)
         counts = {
             "tokens_done": progress.done,
@@ -66,7 +96,8 @@ class RunLog:
             "tok_per_s": progress.speed,
             "eta_s": left,
         }
-        self._status.update(**counts, **position)
+        begins = position.get("stage") != self._status.fields.get("stage")
+        self._status.update(begins, **{"best_val_loss": None} | counts | position)
 
     def warn(self, line):
         """Print a line about something survived, and keep it in the record."""
@@ -77,10 +108,14 @@ class RunLog:
     def say(line=""):
         print(line, flush=True)
 
-    def finish(self, summary):
-        """Print the summary as the closing `---` block of `key: value` lines."""
+    def finish(self, summary, **position):
+        """Print the summary as the closing `---` block of `key: value` lines.
+
+        Args:
+            position: where the run is at its end, as in `status`.
+        """
         if self.writes:
-            self._status.update(now=True, state="complete")
+            self._status.update(now=True, state="complete", **position)
         self.say("---")
         for key, value in summary.items():
             self.say(f"{key}: {format_value(value)}")

@@ -3,14 +3,12 @@
 import contextlib
 import json
 import math
-import os
-import socket
 import time
 from datetime import datetime, timezone
 from pathlib import Path
 
 from newllm.errors import UserError
-from newllm.reporting.status import CUT_OFF, is_gone
+from newllm.reporting.status import CUT_OFF, is_gone, this_process
 from newllm.storage import write_text
 
 STATE_NAME = "sweep_state.json"
@@ -108,7 +106,7 @@ class Sweep:
 
     def _write(self):
         runs = self._others + self.runs
-        state = {"pid": os.getpid(), "host": socket.gethostname(), "settings": self.settings, "runs": runs}
+        state = this_process() | {"settings": self.settings, "runs": runs}
         try:
             write_text(self.path, json.dumps(state, indent=1, allow_nan=False) + "\n")
         except OSError as error:

@@ -11,6 +11,7 @@ costs training no time. There is at most one save under way: the next one waits 
 import time
 from datetime import datetime, timezone
 
+from newllm.clock import Clock, timed
 from newllm.errors import UserError
 from newllm.interrupt import Stopped, agree, save_requested, stop_reason
 from newllm.storage import Corrupt, load_sealed, save_sealed, usable_folder
@@ -38,12 +39,13 @@ class Checkpointer:
         results: metrics of the complete stages, by stage.
         history: {"phase1_history": {...}, "phase2_history": {...}}, lists by name.
         notes: lines about what was found, for the caller to print.
-        saved_at: time of this session's last save, seconds since the epoch, or None.
+        saved_at: time of the last save, also of an earlier session, seconds since the epoch, or None.
 
     Raises:
         UserError: the folder or what lies in it cannot be used.
     """
 
+    @timed("loading")
     def __init__(self, config, fingerprint, run_id, group, say=print):
         self.config, self.fingerprint, self.group, self.say = config, fingerprint, group, say
         self.run_id, self.writes = group.decided(run_id), config.save_checkpoint and group.is_main
@@ -56,7 +58,8 @@ class Checkpointer:
         self._frozen = None, ""  # (model, digest of what it keeps)
         self._save_number, self._archived = 0, []
         self._last_save = self._started = time.monotonic()
-        self._earlier_seconds, self._provenance = 0.0, provenance()
+        self._clock, self._provenance = Clock.current or Clock(), provenance()
+        self._earlier_saves = {"saves": 0, "save_seconds": 0.0, "longest_save": 0.0}
         self.lock = self.mirror = None
         self.thread = SaveThread(lambda: self.lock.check(), say)
         try:
@@ -103,7 +106,23 @@ class Checkpointer:
     @property
     def seconds(self):
         """Wall time of the run so far, over all its sessions, without what lay between them."""
-        return self._earlier_seconds + time.monotonic() - self._started
+        return self._clock.seconds
+
+    @property
+    def times(self):
+        """Over all sessions: seconds of each part of the run, number of saves, their seconds in the thread, the longest."""
+        earlier, thread = self._earlier_saves, self.thread
+        return {
+            "parts": self._clock.parts,
+            "saves": earlier["saves"] + thread.saves,
+            "save_seconds": earlier["save_seconds"] + thread.written,
+            "longest_save": max(earlier["longest_save"], thread.longest),
+        }
+
+    @property
+    def owns(self):
+        """Whether this process is the one that may write in the folder."""
+        return self.lock is not None and not self.lock.lost
 
     @property
     def saving_share(self):
@@ -114,7 +133,7 @@ class Checkpointer:
     @property
     def unsaved(self):
         """Why the last save failed; None when it did not."""
-        self.thread.wait()
+        self.wait()
         return self.thread.failure
 
     def best(self, stage):
@@ -124,6 +143,7 @@ class Checkpointer:
     def is_done(self, stage):
         return STAGES.index(stage) < STAGES.index(self.stage)
 
+    @timed("loading")
     def restore(self, stage, model):
         """Load the saved weights into the model if they belong to this stage.
 
@@ -148,6 +168,7 @@ class Checkpointer:
             or save_requested()
         )
 
+    @timed("saving")
     def save(self, label, model, stage_state, best=None, names=(), optional=False, before=None):
         """Save the state in the background; stop here if the run is to stop. A failing disk does not stop training.
 
@@ -178,6 +199,7 @@ class Checkpointer:
                 )
             raise Stopped(reason)
 
+    @timed("loading")
     def load_best(self, stage):
         """What an earlier session saved as best: {"weights", "metrics"}.
 
@@ -204,6 +226,7 @@ class Checkpointer:
             for path in files:
                 path.unlink()
 
+    @timed("saving")
     def wait(self):
         """Until what is being saved is on the disk, or has been refused by it."""
         self.thread.wait()
@@ -223,7 +246,7 @@ class Checkpointer:
             if stage == "phase2":
                 self.say(f"Saved best model (val loss {best['metrics']['loss']:.4f}) to {self.best(stage)}")
         self.files.write(content, names)
-        self.saved_at = time.time()
+        self.saved_at = datetime.fromisoformat(content["saved_at"]).timestamp()
         if self.mirror:
             bests = [self.best(stage).name for stage in WITH_BEST]
             others = [frozen_path(self.folder, content["frozen"]).name, *self._archived, *bests, "model_phase1.pt"]
@@ -244,6 +267,7 @@ class Checkpointer:
             "run_id": self.run_id,
             "save_number": self._save_number,
             "seconds": self.seconds,
+            "times": self.times,
             "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             **self._provenance,
         }
@@ -264,7 +288,12 @@ class Checkpointer:
         for holder in (self.lock, self.mirror and self.mirror.lock):
             if holder:
                 holder.run_id = self.run_id
-        self._earlier_seconds, self._save_number = found["seconds"], found["save_number"]
+        self._save_number, self.saved_at = found["save_number"], datetime.fromisoformat(found["saved_at"]).timestamp()
+        times = found.get(
+            "times", {"parts": {"not told apart": found["seconds"]}}
+        )  # earlier versions knew the sum alone
+        self._clock.add(times["parts"])
+        self._earlier_saves = {name: times.get(name, none) for name, none in self._earlier_saves.items()}
         self.history = {name: found[name] for name in self.history}
         self._found = found
         self.notes.append(f"continuing run {self.run_id} at {found['epoch']}, saved {found['saved_at']}")

@@ -176,6 +176,16 @@ def memory_mb():
     return {"memory_mb": pages * os.sysconf("SC_PAGE_SIZE") / 1e6}
 
 
+def gpu_utilization():
+    """Per cent of the last moments in which the GPU worked, as NVML tells; None without a GPU or the package for that."""
+    if not torch.cuda.is_available():
+        return None
+    try:
+        return torch.cuda.utilization()
+    except Exception:  # the package or the driver's library is not there, or refuses: no reason to stop a run
+        return None
+
+
 def peak_memory_mb():
     """Largest memory so far in MB: of the device's allocator on CUDA, else resident memory of the process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():

@@ -13,6 +13,7 @@ from newllm.training.device import describe_device, memory_of
 from newllm.training.drive import check_target, refuse_overlap
 from newllm.training.effects import unused_lines
 from newllm.training.lock import holder
+from newllm.training.plan import make_plan
 from newllm.training.state import require_space
 
 
@@ -28,9 +29,10 @@ def preview(config, runtime, data, model, peak):
     folder = Path(config.checkpoint_dir)
     found = checkpoint_lines(config, data.fingerprint, folder)
     kernel = model.attention_in_effect(runtime.device, runtime.storage_dtype) if isinstance(model, Baseline) else None
-    notes = [f"attention: {kernel}"] * bool(kernel) + found
+    device, plan = describe_device(runtime), make_plan(config, len(data.train), model, runtime.device)
+    notes = [f"attention: {kernel or 'none'}", *found]
     unused = unused_lines(config, runtime.device.type == "cpu", data.tokenizer.name)
-    print(*banner(config, describe_device(runtime), data, model, notes), *unused, sep="\n")
+    print(*banner(config, device, data, model, plan, notes), *unused, sep="\n")
     memory = memory_of(runtime.device) / 1e6 * (1 if runtime.device.type == "cpu" else config.gpu_memory_fraction)
     if peak is not None:
         verdict = "fits" if peak <= memory else "does not fit"

@@ -85,6 +85,11 @@ class FolderLock:
         self._thread.start()
         return self
 
+    @property
+    def lost(self):
+        """Whether another run is known to have taken the folder."""
+        return self._lost_to is not None
+
     def check(self):
         """Call before every save.
 

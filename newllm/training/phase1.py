@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from newllm.clock import timed
 from newllm.data.order import batch_at, batch_count, epoch_order, order_digest
 from newllm.fixed_point.diagnostics import effective_rank
 from newllm.fixed_point.losses import phase1_loss
@@ -62,8 +63,9 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
     def gradients_of(samples):
         """The batch's loss as a function of how it is cut into parts; what it returns besides: parts of the loss, contexts."""
         own = group.owned(samples)
-        ids = data.train[samples[own], :-1].to(runtime.device).long()
-        old_bTC = contexts[samples[own]]
+        with timed("fetching rows"):
+            ids = data.train[samples[own], :-1].to(runtime.device).long()
+            old_bTC = contexts[samples[own]]
 
         def gradients(parts):
             start_bTC = old_bTC

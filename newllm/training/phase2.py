@@ -4,6 +4,7 @@ import time
 
 import torch
 
+from newllm.clock import timed
 from newllm.data.order import batch_at, batch_count, epoch_order, order_digest, quick_subset
 from newllm.evaluate import evaluate_prediction, sample_nats
 from newllm.fixed_point.solver import sequential, truncated
@@ -62,7 +63,8 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
     def gradients_of(samples):
         """The batch's loss as a function of how it is cut into parts."""
         own = samples[group.owned(samples)]
-        ids = data.train[own].to(runtime.device).long()
+        with timed("fetching rows"):
+            ids = data.train[own].to(runtime.device).long()
 
         def gradients(parts):
             loss = sum(part_gradients(part) for part in parts)
@@ -90,6 +92,7 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
 
         return gradients
 
+    @timed("validation")
     def validate(samples):
         own = samples[group.owned(samples)]
         held = (lambda part: features("val", own[part])) if features else None
@@ -160,7 +163,8 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
                 history.setdefault(name, []).append(value)
             state |= {"epoch": state["epoch"] + 1, "batch": 0, "train_loss": 0.0}
             log.log(stage, epoch=state["epoch"], optimizer_steps=state["steps"] - state["skipped"], grad_norm=state["grad_norm"],
-                    seconds_validation=time.monotonic() - started, **row, **memory_mb())  # fmt: skip
+                    tok_per_s=state["tokens"] / (earlier_seconds + progress.seconds), seconds_validation=time.monotonic() - started, **row,
+                    **memory_mb())  # fmt: skip
             log.say(
                 f"{stage} | epoch {state['epoch']:2d}/{config.phase2_epochs} | train loss {row['train_loss']:.4f} | val loss "
                 f"{row['val_loss']:.4f} ppl {row['val_ppl']:.1f} acc {row['val_acc']:.1%} bpb {row['val_bpb']:.3f} | "

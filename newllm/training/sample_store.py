@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from newllm.clock import timed
 from newllm.errors import UserError
 
 
@@ -44,6 +45,7 @@ class SampleStore:
     def __len__(self):
         return len(self.rows if self.digests is None else self.digests)
 
+    @timed("fetching rows")
     def __getitem__(self, samples):
         if self.digests is None:
             return self.rows[samples]
@@ -55,6 +57,7 @@ class SampleStore:
                     _fill(self._file, row)
         return rows.to(self.device)
 
+    @timed("fetching rows")
     def __setitem__(self, samples, rows):
         if self.digests is None:
             self.rows[samples] = rows.to(self.dtype)

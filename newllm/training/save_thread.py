@@ -14,11 +14,13 @@ class SaveThread:
     Attributes:
         failure: why the last job was refused by the disk, None when it was not.
         waited: seconds for which the caller stood still; written: seconds for which a job was at work.
+        saves: jobs that wrote all they had; longest: seconds of the longest job.
     """
 
     def __init__(self, check, say):
         self.check, self.say = check, say
         self.failure, self.waited, self.written = None, 0.0, 0.0
+        self.saves, self.longest = 0, 0.0
         self._pool, self._under_way = ThreadPoolExecutor(1, "checkpoint"), None
 
     @property
@@ -49,11 +51,12 @@ class SaveThread:
         try:
             self.check()
             write(prepared)
-            self.failure = None
+            self.failure, self.saves = None, self.saves + 1
         except OSError as error:
             self.failure = error.strerror or str(error)
             self.say(
                 f"warning: checkpoint not saved ({self.failure}); training goes on, the files from before are whole"
             )
         finally:
-            self.written += time.monotonic() - started
+            seconds = time.monotonic() - started
+            self.written, self.longest = self.written + seconds, max(self.longest, seconds)

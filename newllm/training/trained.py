@@ -3,10 +3,12 @@
 from pathlib import Path
 
 from newllm.config import EARLIER, Config
+from newllm.data.dataset import load_data
 from newllm.data.tokenizer import Tokenizer
 from newllm.errors import UserError
 from newllm.models.adapter import add_adapter, has_adapter, require_peft, saved_rank
 from newllm.models.baselines import build_model
+from newllm.models.pretrained import load_embedding
 from newllm.storage import Corrupt, load_sealed, save_sealed
 from newllm.training.checkpoint_files import CheckpointFiles, newest
 from newllm.training.compatibility import FORMAT, compare
@@ -66,6 +68,35 @@ def load_model(found):
     model = build_model(config, tokenizer.vocab_size)
     model.load_state_dict(found["model_state_dict"])
     return model, tokenizer
+
+
+def open_model(path, cache_dir=""):
+    """The model of a file that save_model has written, or of a checkpoint, whose tokenizer comes from its run's data or cache.
+
+    Args:
+        path: as of open_saved. cache_dir: in place of the run's own.
+
+    Returns:
+        (model on the CPU in fp32, tokenizer, content of the file).
+
+    Raises:
+        UserError: as open_saved; the run has trained nothing yet, its contexts are whitened, or its data are not what they were.
+    """
+    files, found = open_saved(path)
+    if found.get("stage") == "untrained":
+        raise UserError(f"the run in {path} has trained nothing yet: go on with train.py first.")
+    if found["config"]["whiten_context"]:
+        raise UserError(f"{path} is a control on whitened contexts: it cannot read a new text.")
+    if "tokenizer" in found:
+        return *load_model(found), found
+    config = Config(**EARLIER | found["config"] | ({"cache_dir": cache_dir} if cache_dir else {}))
+    data = load_data(config)
+    if data.fingerprint != found["data_fingerprint"]:
+        raise UserError(f"{path} was trained on other data than {config.data_source} holds now: restore it.")
+    model = build_model(config, data.vocab_size, load_embedding(config.embeddings, data.vocab_size, config.embed_dim))
+    load_weights(files, model, found)
+    model.eval()
+    return model, data.tokenizer, found
 
 
 def open_saved(path):

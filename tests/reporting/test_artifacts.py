@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import zipfile
+from datetime import datetime
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -103,18 +104,37 @@ def test_the_table_has_a_row_a_run_and_the_columns_of_all(folder, record, tmp_pa
 
 
 def test_the_summary_and_the_speed_add_up(record):
-    """Sections and figures of the summary; the parts of the time are the whole."""
+    """Sections and figures of the summary; the parts of the time, each measured by itself, are the whole."""
     text = "\n".join(summary_lines(record))
     for pattern in (
-        r"vocabulary size: 300", r"layers: 1", r"parameters: [\d,]+", r"epochs: 3", r"batch size: 4", r"seed: 42",
+        r"vocabulary size: 300", r"layers: 1", r"parameters: [\d,]+", r"epochs: 3", r"seed: 42",
+        r"batch size: 4 samples in Phase 1 \(3 a pass\), 4 samples in Phase 2 \(3 a pass\)", r"trainable parameters: [\d,]+ in Phase 1, [\d,]+ in",
+        r"attention: none", rf"run_id: {record.run}", r"device: CPU", r"date: 20",
         rf"final training loss: {record.phase2['train_loss'][-1]:.4f}", rf"best validation loss: {min(record.phase2['val_loss']):.4f}",
         r"er_val_untrained: 0\.\d+", r"er_val_finetuned: 0\.\d+", r"loss_curve: .*\.png", r"commit: ", r"device: CPU",
     ):  # fmt: skip
         assert re.search(pattern, text), pattern
     lines = "\n".join(speed_lines(record))
-    phases = [float(s) for s in re.findall(r"tokens, ([\d.]+) s", lines)]
-    rest, total = (float(re.search(rf"{name}[^\n]*?: ([\d.]+) s", lines)[1]) for name in ("data", "total"))
-    assert sum(phases) + rest == pytest.approx(total, abs=0.2) and min(*phases, rest) >= 0
+    parts = {name: float(seconds) for name, seconds in re.findall(r"^  ([\w -]+): ([\d.]+) s \(", lines, re.MULTILINE)}
+    for part in (
+        "loading",
+        "untrained control",
+        "Phase 1",
+        "Phase 2",
+        "validation",
+        "contexts",
+        "saving",
+        "report",
+        "other",
+    ):
+        assert parts.pop(part) == pytest.approx(record.times["parts"][part], abs=0.06)
+    total = float(re.search(r"  total: ([\d.]+) s in 1 session", lines)[1])
+    assert sum(record.times["parts"].values()) == pytest.approx(record.times["seconds"], rel=0.02) and total > 0
+    begun, ended = (datetime.fromisoformat(row["time"]) for row in (record.start, record.times))
+    assert record.times["seconds"] > (ended - begun).total_seconds() - 1.1  # rows are dated to the second
+    saves = re.search(r"(\d+) saves by a thread.*: mean ([\d.]+) s, longest ([\d.]+) s", lines)
+    assert int(saves[1]) >= 9 and float(saves[2]) <= float(saves[3])
+    assert "waiting for data: " in lines and "GPU utilisation: not available on this device" in lines
 
 
 class Reader(HTMLParser):
@@ -170,8 +190,39 @@ def test_the_model_file_has_the_logged_loss(folder, corpus_file, tmp_path, capsy
         assert "data_source: other" in text and "val_tokens: 72" in text and f"{found['val_loss']:.6g}" in text
     with pytest.raises(UserError, match="ask for fewer"):
         evaluate.main([str(file), "--samples", "10000"])
-    with pytest.raises(UserError, match="is a checkpoint: give a model file"):
-        evaluate.main([str(folder / "model_latest.pt")])
+
+
+def test_a_checkpoint_is_evaluated_and_tells_what_it_holds(folder, capsys):
+    """The best and the latest state give the logged loss; a listing needs neither data nor code that unpickles."""
+    record = read_record(find_records(folder)[1])
+    for name in ("model_best.pt", "model_latest.pt"):
+        evaluate.main([str(folder / name), "--json"])
+        found = json.loads(capsys.readouterr().out)
+        assert (
+            found["val_loss"] == pytest.approx(record.summary["val_loss"], rel=1e-6) and found["run_id"] == record.run
+        )
+    best = inspected(folder / "model_best.pt", capsys)
+    assert (
+        best["phase"] == "phase2"
+        and best["val_loss"] == record.summary["val_loss"]
+        and best["saved_at"].startswith("20")
+    )
+    assert best["data_fingerprint"] == record.start["fingerprint"] and best["versions"].startswith("newllm")
+    weights = torch.load(folder / "model_best.pt", weights_only=True)["model_state_dict"].values()
+    assert best["model_tensors"] == len(weights) and best["model_mb"] == pytest.approx(
+        sum(4e-6 * w.numel() for w in weights)
+    )
+    assert "num_samples = 12" in best["differs_from_config.py"]
+    epoch = inspected(folder / "model_epoch.pt", capsys)
+    assert (epoch["label"], epoch["epoch"], epoch["steps"], epoch["optimizer"]) == ("phase2_epoch_3", 3, 9, "yes")
+    assert epoch["all_tensors"] > epoch["model_tensors"]
+    evaluate.main([str(artifact_paths(record.folder, record.kind, record.run)["model"]), "--inspect"])
+    assert "kind: model file" in capsys.readouterr().out
+
+
+def inspected(path, capsys):
+    evaluate.main([str(path), "--inspect", "--json"])
+    return json.loads(capsys.readouterr().out)
 
 
 def test_the_report_lists_shows_compares_and_remakes(folder, capsys, tmp_path):
@@ -199,10 +250,42 @@ def test_the_report_lists_shows_compares_and_remakes(folder, capsys, tmp_path):
         page.unlink()
     report.main([runs[0], "--remake", *where])
     assert len(list(copied.glob("*/outputs/*.html"))) == 1
-    with pytest.raises(UserError, match=f"no complete run 'nothing' here: there are {runs[0]}, {runs[1]}"):
+    with pytest.raises(UserError, match=f"no run 'nothing' in .*: there are {runs[0]}, {runs[1]}"):
         report.main(["nothing", *where])
-    with pytest.raises(UserError, match="no run has been completed"):
+    with pytest.raises(UserError, match="no run has been begun"):
         report.main(["--checkpoint_dir", str(tmp_path / "empty")])
+
+
+def test_runs_of_two_folders_are_compared(folder, record, tmp_path, capsys):
+    """A folder stands for its latest complete run, a record for its own; the folder of --checkpoint_dir may be empty."""
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "dialogues" / "logs").mkdir(parents=True)
+    shutil.copy(record.path, elsewhere / "dialogues" / "logs")
+    for one in (str(elsewhere), str(elsewhere / "dialogues" / "logs" / record.path.name)):
+        report.main([one, str(folder), "--checkpoint_dir", str(tmp_path / "empty")])
+        assert re.search(r"model_type +\| +context \| +gru", capsys.readouterr().out)
+    report.main([str(elsewhere), str(record.path)])
+    assert "the settings are the same" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"no run has been begun in .*empty"):
+        report.main([str(elsewhere), "20260101_000000", "--checkpoint_dir", str(tmp_path / "empty")])
+
+
+def test_the_table_says_which_run_on_what_when_and_by_which_code(folder):
+    """Run, device in effect, date and commit stand in every row, so that a figure can be traced."""
+    (table,) = folder.glob("*/logs/models.csv")
+    for row in csv.DictReader(table.read_text().splitlines()):
+        assert row["run_id"] == row["run"] and row["device"].startswith("CPU, ") and row["date"] > "2026"
+        assert re.fullmatch(r"[0-9a-f]{40}|", row["commit"])
+
+
+def test_pictures_of_ladders_and_prefill_are_counted(folder, capsys, tmp_path):
+    """They lie in outputs/plots of checkpoint_dir itself, below no data source."""
+    copied = tmp_path / "checkpoints"
+    shutil.copytree(folder, copied)
+    (copied / "outputs" / "plots").mkdir(parents=True)
+    (copied / "outputs" / "plots" / "scale_ladder_1.png").touch()
+    report.main(["--checkpoint_dir", str(copied)])
+    assert "Found 4 training plots" in capsys.readouterr().out
 
 
 def test_an_export_holds_a_run_whole(folder, tmp_path, capsys):
@@ -218,6 +301,29 @@ def test_an_export_holds_a_run_whole(folder, tmp_path, capsys):
     load_model(open_saved(paths["model"])[1])
     with pytest.raises(UserError, match="choose another --output"):
         export.main(["--checkpoint_dir", str(folder), "--output", str(tmp_path / "missing" / "run.zip")])
+
+
+def test_the_run_with_a_model_is_exported(folder, tmp_path, capsys):
+    """The latest run has none (as after --phase 1): the one before is taken, and it is said; none at all: a line, or a sentence."""
+    copied = tmp_path / "checkpoints"
+    shutil.copytree(folder, copied)
+    where = ["--checkpoint_dir", str(copied), "--output", str(tmp_path / "run.zip")]
+    first, last = map(read_record, find_records(copied))
+    artifact_paths(last.folder, last.kind, last.run)["model"].unlink()
+    export.main(where)
+    text = capsys.readouterr().out
+    assert (
+        f"run {last.run} left no model: the latest that did is {first.run}" in text
+        and f"context_{first.run}.pth" in text
+    )
+    export.main([last.run, *where])
+    assert f"run {last.run} left no model (" in capsys.readouterr().out
+    artifact_paths(first.folder, first.kind, first.run)["model"].unlink()
+    export.main(where)
+    text = capsys.readouterr().out
+    assert "the file holds its record alone" in text and ".pth" not in text
+    with pytest.raises(UserError, match=r"left no model .*: name another run, or train one to its end"):
+        export.main([*where, "--format", "transformers"])
 
 
 def test_a_disk_that_refuses_costs_the_artefacts_not_the_run(tiny_settings, monkeypatch, capsys):
