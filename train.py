@@ -70,6 +70,7 @@ def main(config):
 def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
     """The story: untrained row, Phase 1, Phase 2, report."""
     log = RunLog(config.checkpoint_dir, data.source, checkpointer.run_id, runtime.group.is_main)
+    log.mend(checkpointer.record)
     if config.trackers != "none" and log.writes:
         folder = log.folder.parent / "tracking" / log.run_id
         log.follow = start_tracking(runtime.accelerator, config.trackers, folder, config.to_dict(), log.warn)
@@ -81,6 +82,9 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
         "start", config=config.to_dict(), device=describe_device(runtime), data=data.notes, fingerprint=data.fingerprint,
         **provenance(),
     )  # fmt: skip
+    for line in checkpointer.notes:
+        if line.startswith("warning"):
+            log.log("warning", message=line)
 
     def measure_contexts():
         log.say("measuring contexts: rank, convergence, memory")

@@ -88,7 +88,7 @@ def test_a_stop_in_validation_saves_the_epoch_that_is_behind(tiny_settings, monk
     with pytest.raises(Stopped, match="SIGTERM"):
         main(config)
     stopped_at = torch.load(Path(config.checkpoint_dir) / "model_latest.pt")["stage_state"]
-    assert stopped_at["batch"] == 3
+    assert stopped_at["samples"] == 12
     main(config)
     assert same(weights(config.checkpoint_dir), expected)
 

@@ -16,7 +16,7 @@ class Record:
 
     Attributes:
         run: its id. path: of the record.
-        start: first row: config, device, data, versions, commit.
+        start: first row: device, data, versions, commit; its config is the one in effect last.
         untrained, phase1, phase2: {name: value by epoch or iteration}, of the head on untrained contexts and the two phases.
         summary: what the closing block prints; {} while the run is under way.
         curves: of its final and its untrained contexts; {} as well.
@@ -76,7 +76,8 @@ def read_record(path):
         for stage, found in rows.items()
     }
     run = path.stem.removeprefix("metrics_")
-    return Record(run, path, starts[0], **columns, **last, sessions=len(starts), warnings=warnings)
+    start = starts[0] | {"config": starts[-1]["config"]}
+    return Record(run, path, start, **columns, **last, sessions=len(starts), warnings=warnings)
 
 
 def find_records(folder):

@@ -32,7 +32,7 @@ class RunLog:
         self.path = self.folder / f"metrics_{run_id}.jsonl"
         self._status = StatusFile(checkpoint_dir, run_id=run_id)
         self.follow = lambda stage, values: None
-        self._warned = False
+        self._warned, self._lines = False, []
 
     def log(self, stage, **values):
         """Append one row; NaN and infinity become null, so that any JSON reader takes the file.
@@ -42,14 +42,32 @@ class RunLog:
         if not self.writes:
             return
         row = dict(time=datetime.now(timezone.utc).isoformat(timespec="seconds"), stage=stage, **values)
+        self._lines.append(json.dumps(_plain(row)))
+        self._write(self._lines[-1])
+        self.follow(stage, values)
+
+    def _write(self, line):
         try:
-            _append_line(self.path, json.dumps(_plain(row)).encode())
+            _append_line(self.path, line.encode())
         except OSError as error:
             if not self._warned:
                 reason = error.strerror or error
                 self.say(f"warning: {self.path} cannot be written ({reason}); training goes on, its record has a gap")
             self._warned = True
-        self.follow(stage, values)
+
+    def mend(self, lines):
+        """Make the record whole: write those of a run's lines that it lacks, which were lost with a machine or a full disk.
+
+        Args:
+            lines: a list that checkpoints carry; each row of this session is added to it.
+        """
+        self._lines = lines
+        present = set(self.path.read_text("utf-8", "replace").splitlines()) if self.path.exists() else set()
+        missing = [line for line in lines if line not in present] if self.writes else []
+        for line in missing:
+            self._write(line)
+        if missing:
+            self.say(f"the record lacked {len(missing)} of its rows: they are back, from the checkpoint")
 
     def status(self, progress, **position):
         """Tell the status file where a loop is.

@@ -74,9 +74,11 @@ def status_lines(fields):
         f"Phase: {fields.get('stage', 'preparing')}",
         f"Epoch: {fields.get('epoch', 0)}/{fields.get('epochs', 0)}",
         f"Batch: {fields.get('batch', 0)}/{fields.get('batches', 0)}",
+        f"Step: {fields.get('step', 0)}",
         f"Progress: {done:.1%}",
         f"Best val loss: {'none yet' if best is None else f'{best:.4f}'}",
         f"Last checkpoint: {'none yet' if saved is None else f'{saved:.1f} minutes ago'}",
+        f"A restart goes on: {fields.get('restart', 'at its beginning')}",
         f"Speed: {fields.get('tok_per_s', 0):.0f} tok/s",
         f"ETA: {fields.get('eta_s', 0):.0f} s for this phase",
     ]

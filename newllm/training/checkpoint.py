@@ -21,7 +21,7 @@ from newllm.training.frozen import frozen_path, store_frozen
 from newllm.training.lock import FolderLock, LockLost
 from newllm.training.mirror import Mirror
 from newllm.training.save_thread import SaveThread
-from newllm.training.state import provenance, snapshot
+from newllm.training.state import place, provenance, snapshot
 from newllm.training.trained import load_weights
 
 STAGES = ("untrained", "phase1", "phase2", "complete")
@@ -38,7 +38,8 @@ class Checkpointer:
         results: metrics of the complete stages, by stage.
         history: {"phase1_history": {...}, "phase2_history": {...}}, lists by name.
         notes: lines about what was found, for the caller to print.
-        saved_at: time of this session's last save, seconds since the epoch, or None.
+        saved_at: time of this session's last save, seconds since the epoch, or None. restart: where it goes on, in words.
+        record: lines of the run's record so far, which every state carries: it outlives the machine that they lie on.
 
     Raises:
         UserError: the folder or what lies in it cannot be used.
@@ -51,7 +52,8 @@ class Checkpointer:
         self.files = CheckpointFiles(self.folder, config.keep_last)
         self.stage, self.results = STAGES[0], {}
         self.history = {"phase1_history": {}, "phase2_history": {}}
-        self.notes, self.saved_at = [], None
+        self.notes, self.record, self.saved_at, self.restart = [], [], None, "at its beginning"
+        self._step = self._stage_begun = 0  # steps of all stages so far, and of those behind the one in hand
         self._found = self._best_written = None
         self._frozen = None, ""  # (model, digest of what it keeps)
         self._save_number, self._archived = 0, []
@@ -133,22 +135,35 @@ class Checkpointer:
         Raises:
             UserError: tensors that the checkpoint refers to are not there.
         """
-        if self._found is None or stage != self.stage:
+        if self._found is None or stage != self._found["stage"]:
             return None
         found, self._found = self._found, None
         load_weights(self.files, model, found)
         return found["stage_state"]
 
-    def due(self, batch):
-        """Whether to save after this many batches of the stage: by count, by time, or because somebody asks for it."""
+    def arrived(self, stage, position, steps):
+        """Take note of where training is.
+
+        Args:
+            position: of newllm.training.state. steps: of the stage.
+
+        Returns:
+            What the status says of it: the position, the step of the run, where a restart would go on.
+        """
+        self._step = self._stage_begun + steps
+        here = {"stage": stage, "step": self._step, "saved_at": self.saved_at, "restart": self.restart}
+        return here | position | {"epoch": position["epoch"] + 1}
+
+    def due(self, steps):
+        """Whether to save after this many steps of the stage: by those of the run, by time, or because somebody asks for it."""
         agree(self.group.first_reason)
         return stop_reason() is not None or self.group.decided(
-            batch % self.config.save_every_n_batches == 0
+            (self._stage_begun + steps) % self.config.save_every_n_batches == 0
             or (time.monotonic() - self._last_save) / 60 >= self.config.save_every_minutes > 0
             or save_requested()
         )
 
-    def save(self, label, model, stage_state, best=None, names=(), optional=False, before=None):
+    def save(self, label, model, stage_state, best=None, names=(), optional=False, before=None, position=None):
         """Save the state in the background; stop here if the run is to stop. A failing disk does not stop training.
 
         Args:
@@ -157,6 +172,7 @@ class Checkpointer:
             names: further names to keep it by, of checkpoint_files.KEPT.
             optional: leave it out while the save before is still being written; the next one holds the same and more.
             before: called before anything is written, in the thread that writes.
+            position: of newllm.training.state, of a stage that has begun.
 
         Raises:
             Stopped: when a signal or the time limit asks for it, and the state is on disk.
@@ -167,7 +183,7 @@ class Checkpointer:
         if self.writes and (reason or not (optional and self.thread.busy)):
             names = [*names, *["model_backup.pt"] * save_requested(answered=True)]
             self.thread.start(
-                lambda: snapshot(self._content(label, model, stage_state)),
+                lambda: snapshot(self._content(label, model, stage_state, position)),
                 lambda content: (before and before(), self._write(content, model, best, names)),
             )
             self._last_save = time.monotonic()
@@ -197,7 +213,7 @@ class Checkpointer:
     def complete(self, stage, model, results):
         """Record the results of a stage and make the next one current."""
         self.results[stage] = results
-        self.stage = STAGES[STAGES.index(stage) + 1]
+        self.stage, self._stage_begun = STAGES[STAGES.index(stage) + 1], self._step
         self.save(f"{stage}_complete", model, None, names=["model_phase1.pt"] * (stage == "phase1"))
         if self.writes and (files := list(self.folder.glob(FILES))):
             self.wait()
@@ -223,13 +239,13 @@ class Checkpointer:
             if stage == "phase2":
                 self.say(f"Saved best model (val loss {best['metrics']['loss']:.4f}) to {self.best(stage)}")
         self.files.write(content, names)
-        self.saved_at = time.time()
+        self.saved_at, self.restart = time.time(), place(content)
         if self.mirror:
             bests = [self.best(stage).name for stage in WITH_BEST]
             others = [frozen_path(self.folder, content["frozen"]).name, *self._archived, *bests, "model_phase1.pt"]
             self.mirror.request([*others, "model_latest.pt", "manifest.json"], content["save_number"])
 
-    def _content(self, label, model, stage_state):
+    def _content(self, label, model, stage_state, position):
         self._save_number += 1
         return {
             "format": FORMAT,
@@ -237,6 +253,10 @@ class Checkpointer:
             "stage": self.stage,
             "model_state_dict": {k.replace("_orig_mod.", ""): v for k, v in model.trained_state().items()},
             "stage_state": stage_state,
+            "position": position,
+            "step": self._step,
+            "stage_begun": self._stage_begun,
+            "record": self.record,
             "results": self.results,
             **self.history,
             "config": self.config.to_dict(),
@@ -266,5 +286,8 @@ class Checkpointer:
                 holder.run_id = self.run_id
         self._earlier_seconds, self._save_number = found["seconds"], found["save_number"]
         self.history = {name: found[name] for name in self.history}
-        self._found = found
-        self.notes.append(f"continuing run {self.run_id} at {found['epoch']}, saved {found['saved_at']}")
+        self._step, self._stage_begun, self.record = found["step"], found["stage_begun"], found["record"]
+        self._found, self.restart = found, place(found)
+        self.notes.append(
+            f"continuing run {self.run_id} {self.restart} (save {self._save_number}, {found['saved_at']})"
+        )
