@@ -31,6 +31,7 @@ SHAPES = {
 if missing := sorted(set(field_types()) - set(SHAPES)):
     raise TypeError(f"SHAPES does not say what the setting '{missing[0]}' shapes: add it there")
 
+BATCHES = {"phase1_batch_size", "phase2_batch_size", "min_batches"}  # may change until the last stage they shape is done
 RESTORE = "restore these settings, choose another --checkpoint_dir, or start afresh with --no-load_checkpoint."
 
 
@@ -50,7 +51,10 @@ def compare(found, config, fingerprint, reading=False):
         (verdict, reason): "continue" with None or a warning; "begin" another run beside it; "refuse".
     """
     if found.get("format") != FORMAT:
-        return "refuse", f"has format {found.get('format')}, this version reads {FORMAT}: move it away."
+        return "refuse", (
+            f"has format {found.get('format')}, this version continues {FORMAT}: finish that run with the version that wrote it, "
+            "move it away, or choose another --checkpoint_dir."
+        )
     if not config.load_checkpoint:
         return "begin", "load_checkpoint is off"
     saved = EARLIER | found["config"]
@@ -65,12 +69,17 @@ def compare(found, config, fingerprint, reading=False):
             "was trained on other data than the settings give now (the source or its text changed): choose another "
             "--checkpoint_dir, restore the data, or start afresh with --no-load_checkpoint."
         )
-    for stage, name in _made(found, reading).items():
-        if others := _shaping_any(changed, {stage}):
+    made = _made(found, reading)
+    ahead = {"phase1", "phase2"} - made.keys() - ({"phase2"} if config.phase == "1" else set())
+    open_still = {name for name in BATCHES if SHAPES[name][-1] in ahead and not reading}
+    for stage, name in made.items():
+        if others := {key: change for key, change in _shaping_any(changed, {stage}).items() if key not in open_still}:
             return "refuse", f"holds {name} made with other settings ({_differences(others)}): {RESTORE}"
     if others := _fewer_than_done(found, changed):
-        return "refuse", f"is further in {STAGE_NAMES[found['stage']]} than that ({_differences(others)}): {RESTORE}"
+        return "refuse", f"is further in {STAGE_NAMES[found['stage']]} than these settings go ({_differences(others)}): {RESTORE}"
     warning = f"warning: settings changed since the checkpoint was written: {_differences(changed)}"
+    if kept := dict.fromkeys(name for stage, name in made.items() if _shaping_any(changed, {stage})):
+        warning += f"; {' and '.join(kept)} made before stay as they are"
     return "continue", warning if changed else None
 
 
