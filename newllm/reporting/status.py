@@ -11,6 +11,7 @@ from newllm.errors import UserError
 from newllm.storage import write_text
 
 STATUS_NAME = "status.json"
+MANIFEST_NAME = "manifest.json"  # of the newest save
 SECONDS_BETWEEN_WRITES = 2.0
 CUT_OFF = "cut off; the same command continues it"
 
@@ -51,6 +52,10 @@ def read_status(checkpoint_dir):
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}).") from error
+    with contextlib.suppress(OSError, ValueError, KeyError):  # there is none before the first save
+        manifest = json.loads((path.parent / MANIFEST_NAME).read_text())
+        if manifest["run_id"] == fields["run_id"]:
+            fields["restart"] = manifest["restart"]
     saved_at = fields.pop("saved_at")
     fields["minutes_since_checkpoint"] = None if saved_at is None else (time.time() - saved_at) / 60
     if fields["state"] == "running" and is_gone(fields):

@@ -38,7 +38,7 @@ class Checkpointer:
         results: metrics of the complete stages, by stage.
         history: {"phase1_history": {...}, "phase2_history": {...}}, lists by name.
         notes: lines about what was found, for the caller to print.
-        saved_at: time of this session's last save, seconds since the epoch, or None. restart: where it goes on, in words.
+        saved_at: time of this session's last save, seconds since the epoch, or None.
         record: lines of the run's record so far, which every state carries: it outlives the machine that they lie on.
 
     Raises:
@@ -52,7 +52,7 @@ class Checkpointer:
         self.files = CheckpointFiles(self.folder, config.keep_last)
         self.stage, self.results = STAGES[0], {}
         self.history = {"phase1_history": {}, "phase2_history": {}}
-        self.notes, self.record, self.saved_at, self.restart = [], [], None, "at its beginning"
+        self.notes, self.record, self.saved_at = [], [], None
         self._step = self._stage_begun = 0  # steps of all stages so far, and of those behind the one in hand
         self._found = self._best_written = None
         self._frozen = None, ""  # (model, digest of what it keeps)
@@ -148,10 +148,10 @@ class Checkpointer:
             position: of newllm.training.state. steps: of the stage.
 
         Returns:
-            What the status says of it: the position, the step of the run, where a restart would go on.
+            What the status says of it: the position, the step of the run, the time of the last save.
         """
         self._step = self._stage_begun + steps
-        here = {"stage": stage, "step": self._step, "saved_at": self.saved_at, "restart": self.restart}
+        here = {"stage": stage, "step": self._step, "saved_at": self.saved_at}
         return here | position | {"epoch": position["epoch"] + 1}
 
     def due(self, steps):
@@ -239,7 +239,7 @@ class Checkpointer:
             if stage == "phase2":
                 self.say(f"Saved best model (val loss {best['metrics']['loss']:.4f}) to {self.best(stage)}")
         self.files.write(content, names)
-        self.saved_at, self.restart = time.time(), place(content)
+        self.saved_at = time.time()
         if self.mirror:
             bests = [self.best(stage).name for stage in WITH_BEST]
             others = [frozen_path(self.folder, content["frozen"]).name, *self._archived, *bests, "model_phase1.pt"]
@@ -247,14 +247,13 @@ class Checkpointer:
 
     def _content(self, label, model, stage_state, position):
         self._save_number += 1
-        return {
+        where = {"stage": self.stage, "position": position, "step": self._step}
+        return where | {
             "format": FORMAT,
             "epoch": label,
-            "stage": self.stage,
+            "restart": place(where),
             "model_state_dict": {k.replace("_orig_mod.", ""): v for k, v in model.trained_state().items()},
             "stage_state": stage_state,
-            "position": position,
-            "step": self._step,
             "stage_begun": self._stage_begun,
             "record": self.record,
             "results": self.results,
@@ -287,7 +286,7 @@ class Checkpointer:
         self._earlier_seconds, self._save_number = found["seconds"], found["save_number"]
         self.history = {name: found[name] for name in self.history}
         self._step, self._stage_begun, self.record = found["step"], found["stage_begun"], found["record"]
-        self._found, self.restart = found, place(found)
+        self._found = found
         self.notes.append(
-            f"continuing run {self.run_id} {self.restart} (save {self._save_number}, {found['saved_at']})"
+            f"continuing run {self.run_id} {found['restart']} (save {self._save_number}, {found['saved_at']})"
         )

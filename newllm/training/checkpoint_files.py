@@ -64,7 +64,9 @@ class CheckpointFiles:
                 path.unlink()
         for name in names:
             duplicate(self.latest, self.folder / name)
-        entry = {key: content[key] for key in ("run_id", "epoch", "stage", "step", "save_number", "saved_at")}
+        entry = {
+            key: content[key] for key in ("run_id", "epoch", "stage", "step", "restart", "save_number", "saved_at")
+        }
         entry |= {"file": self.latest.name, "sha256": digest, "bytes": self.latest.stat().st_size}
         write_text(self.manifest, json.dumps(entry, indent=1) + "\n")
 

@@ -31,13 +31,21 @@ SHAPES = {
 if missing := sorted(set(field_types()) - set(SHAPES)):
     raise TypeError(f"SHAPES does not say what the setting '{missing[0]}' shapes: add it there")
 
-BATCHES = {"phase1_batch_size", "phase2_batch_size", "min_batches"}  # may change until the last stage they shape is done
+BATCHES = {
+    "phase1_batch_size",
+    "phase2_batch_size",
+    "min_batches",
+}  # may change until the last stage they shape is done
 RESTORE = "restore these settings, choose another --checkpoint_dir, or start afresh with --no-load_checkpoint."
 
 
 def shaping(settings, *others):
     """Those of some settings that shape a run's figures (one of an earlier version does), without those of the other marks."""
-    return {name: value for name, value in settings.items() if (marks := SHAPES.get(name, ["data"])) and not set(marks) & set(others)}
+    return {
+        name: value
+        for name, value in settings.items()
+        if (marks := SHAPES.get(name, ["data"])) and not set(marks) & set(others)
+    }
 
 
 def compare(found, config, fingerprint, reading=False):
@@ -76,7 +84,10 @@ def compare(found, config, fingerprint, reading=False):
         if others := {key: change for key, change in _shaping_any(changed, {stage}).items() if key not in open_still}:
             return "refuse", f"holds {name} made with other settings ({_differences(others)}): {RESTORE}"
     if others := _fewer_than_done(found, changed):
-        return "refuse", f"is further in {STAGE_NAMES[found['stage']]} than these settings go ({_differences(others)}): {RESTORE}"
+        return (
+            "refuse",
+            f"is further in {STAGE_NAMES[found['stage']]} than these settings go ({_differences(others)}): {RESTORE}",
+        )
     warning = f"warning: settings changed since the checkpoint was written: {_differences(changed)}"
     if kept := dict.fromkeys(name for stage, name in made.items() if _shaping_any(changed, {stage})):
         warning += f"; {' and '.join(kept)} made before stay as they are"

@@ -126,7 +126,7 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
                 state["tokens"] += len(samples) * config.max_seq_length
                 progress.update(len(samples) * config.max_seq_length)
                 log.status(progress, **checkpointer.arrived(STAGE, position(), state["steps"]))
-                if checkpointer.due(state["steps"]) and not last:
+                if (due := checkpointer.due(state["steps"])) and not last:
                     save()
 
             contexts.turn()
@@ -148,7 +148,7 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
                 f"grad {row['grad_norm']:.2g} | update {row['update_norm']:.2g} | steps {row['optimizer_steps']} | "
                 f"{row['tok_per_s']:,.0f} tok/s"
             )
-            save(names=["model_epoch.pt"], optional=not contexts.in_files)
+            save(names=["model_epoch.pt"], optional=not (due or contexts.in_files))
             if contexts.in_files:
                 checkpointer.wait()  # the next iteration overwrites what the states before this one need
     model.eval()

@@ -5,7 +5,15 @@ import time
 
 import torch
 
-from newllm.data.order import batch_count, batches_done, epoch_order, next_batch, order_digest, quick_check_due, quick_subset
+from newllm.data.order import (
+    batch_count,
+    batches_done,
+    epoch_order,
+    next_batch,
+    order_digest,
+    quick_check_due,
+    quick_subset,
+)
 from newllm.evaluate import evaluate_prediction, sample_nats
 from newllm.fixed_point.solver import sequential, truncated
 from newllm.interrupt import Stopped
@@ -128,7 +136,7 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
     model.train()
     with Progress(stage, config.phase2_epochs * data.train[:, 1:].numel(), state["tokens"]) as progress:
         while not _finished(state, config):
-            order = epoch_order(count, config.seed, stage, state["epoch"])
+            order, due = epoch_order(count, config.seed, stage, state["epoch"]), False
             while (done := state["samples"]) < count:
                 samples = next_batch(order, batches, done)
                 # Steps as batches of this size would have taken them: the schedule ends with the run, whatever sizes there were.
@@ -154,7 +162,7 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
                 log.status(progress, **checkpointer.arrived(stage, position(), state["steps"]), best_val_loss=best_loss)
                 if quick_check_due(count, batches, config.val_quick_every_n_batches, done, state["samples"]):
                     quick_validation()
-                if checkpointer.due(state["steps"]) and state["samples"] < count:
+                if (due := checkpointer.due(state["steps"])) and state["samples"] < count:
                     save()
 
             started = time.monotonic()
@@ -176,7 +184,7 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
                 state["best"] = metrics | {"epoch": state["epoch"]}
                 weights = {name: tensor.detach().clone() for name, tensor in model.trained_state().items()}
                 best = {"metrics": state["best"], "weights": weights}
-            save(names=["model_epoch.pt"], optional=not _finished(state, config))
+            save(names=["model_epoch.pt"], optional=not (due or _finished(state, config)))
     model.load_state_dict(model.frozen_state() | best["weights"])
     if adapted:
         merge_adapter(model)

@@ -28,7 +28,14 @@ def snapshot(value):
 def position_of(rounds_done, rounds, done, count, batches):
     """A place within a stage, for its state and its status: rounds over the samples, samples of the round in hand, batches."""
     batch = int(batches_done(count, batches, done))
-    return {"epoch": rounds_done, "epochs": rounds, "batch": batch, "batches": batches, "sample": done, "samples": count}
+    return {
+        "epoch": rounds_done,
+        "epochs": rounds,
+        "batch": batch,
+        "batches": batches,
+        "sample": done,
+        "samples": count,
+    }
 
 
 def place(content):

@@ -76,7 +76,9 @@ def test_quick_checks_divide_an_epoch():
     assert at(50, 10, 50) == [5] and at(781, 24, 50) == [12] and at(7, 2, 50) == [1] and at(7, 1, 50) == []
     assert at(150, 150, 50) == [50, 100] and at(30, 30, 2) == list(range(2, 30, 2))
     assert at(50, 10, 0) == []
-    assert all(0 < len(at(samples, batches, 50)) <= 2 for samples, batches in ((78, 10), (195, 10), (390, 16), (781, 32)))
+    assert all(
+        0 < len(at(samples, batches, 50)) <= 2 for samples, batches in ((78, 10), (195, 10), (390, 16), (781, 32))
+    )
 
 
 def test_a_late_batch_of_a_large_epoch_is_reached_at_once():

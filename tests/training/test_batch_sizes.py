@@ -115,7 +115,9 @@ def test_each_sample_comes_once_an_epoch_whatever_the_batches(config, seen, seed
         ends.append(state_of(here))
         check_passes(seen, ends[-1])
     for other in ends[1:]:
-        assert all(torch.equal(other["model_state_dict"][name], tensor) for name, tensor in ends[0]["model_state_dict"].items())
+        assert all(
+            torch.equal(other["model_state_dict"][name], tensor) for name, tensor in ends[0]["model_state_dict"].items()
+        )
         assert other["phase2_history"]["train_loss"] == ends[0]["phase2_history"]["train_loss"]
 
 
@@ -149,7 +151,7 @@ def test_the_learning_rate_follows_the_share_of_the_run(config, seen, sizes):
         assert rate == pytest.approx(warmup_cosine(share * total, total, config.warmup_ratio), abs=0.1)
         done += len(samples)
     top = rates.index(max(rates))
-    assert rates[:top + 1] == sorted(rates[:top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
     assert rates[-1] > 0
 
 
@@ -161,4 +163,7 @@ def test_the_stopped_run_says_where_it_goes_on(config, capsys):
     with pytest.raises(Stopped):
         train.main(dataclasses.replace(config, max_minutes=1e-6))
     run_id = state_of(config)["run_id"]
-    assert f"continuing run {run_id} in Phase 2, epoch 2, batch 3 of 4 (sample 7 of 13), step 15 (save " in capsys.readouterr().out
+    assert (
+        f"continuing run {run_id} in Phase 2, epoch 2, batch 3 of 4 (sample 7 of 13), step 15 (save "
+        in capsys.readouterr().out
+    )

@@ -86,7 +86,9 @@ def test_a_complete_run_is_not_printed_under_other_settings(complete, name):
     """The sentence has the setting, both values and what to do."""
     sentence = refused(complete, **{name: OTHER[name]})
     assert f"{name} {getattr(complete, name)!r} -> {OTHER[name]!r}" in sentence
-    assert "restore these settings, choose another --checkpoint_dir, or start afresh with --no-load_checkpoint" in sentence
+    assert (
+        "restore these settings, choose another --checkpoint_dir, or start afresh with --no-load_checkpoint" in sentence
+    )
 
 
 def test_as_a_command_it_ends_with_status_2(complete):
@@ -99,7 +101,9 @@ def test_as_a_command_it_ends_with_status_2(complete):
 
 def test_where_and_how_it_runs_may_change_after_the_end(complete, capsys):
     """The block again, status complete, and not a word of changed settings."""
-    others = dict(save_every_n_batches=7, keep_last=1, val_quick_frac=0.5, val_quick_every_n_batches=0, context_memory_mb=0)
+    others = dict(
+        save_every_n_batches=7, keep_last=1, val_quick_frac=0.5, val_quick_every_n_batches=0, context_memory_mb=0
+    )
     first = train.main(complete)
     assert train.main(dataclasses.replace(complete, phase="1", **others))["val_loss"] == first["val_loss"]
     assert "settings changed" not in capsys.readouterr().out
@@ -166,7 +170,9 @@ def test_a_control_that_is_switched_off_half_way_leaves_nothing_behind(tiny_sett
     config = ResidualConfig(**tiny_settings)
     stop_after(config, 4)
     found = train.main(dataclasses.replace(config, untrained_control=False))
-    alone = ResidualConfig(**tiny_settings | {"checkpoint_dir": config.checkpoint_dir + "_alone"}, untrained_control=False)
+    alone = ResidualConfig(
+        **tiny_settings | {"checkpoint_dir": config.checkpoint_dir + "_alone"}, untrained_control=False
+    )
     assert found["val_loss"] == train.main(alone)["val_loss"] and "val_ppl_untrained_context" not in found
 
 
@@ -179,9 +185,15 @@ def test_weights_of_other_settings_are_not_read(tiny_settings):
     config = ResidualConfig(**tiny_settings, untrained_control=False)
     stop_after(config, 2)
     data = load_data(config)
-    read = lambda **changes: load_trained(dataclasses.replace(config, **changes), LanguageModel(config, 300), data.fingerprint)  # noqa: E731
+
+    def read(**changes):
+        model = LanguageModel(config, data.vocab_size)
+        return load_trained(dataclasses.replace(config, **changes), model, data.fingerprint)
+
     assert read(phase2_learning_rate=0.5).startswith("phase1_iteration_1 of run ")
-    with pytest.raises(UserError, match="a part of Phase 1 made with other settings .phase1_learning_rate 0.002 -> 0.01"):
+    with pytest.raises(
+        UserError, match=r"a part of Phase 1 made with other settings .phase1_learning_rate 0.002 -> 0.01"
+    ):
         read(phase1_learning_rate=0.01)
     with pytest.raises(UserError, match="min_batches 3 -> 2"):
         read(min_batches=2)
