@@ -90,7 +90,7 @@ def compare(found, config, fingerprint, reading=False):
         )
     warning = f"warning: settings changed since the checkpoint was written: {_differences(changed)}"
     if kept := dict.fromkeys(name for stage, name in made.items() if _shaping_any(changed, {stage})):
-        warning += f"; {' and '.join(kept)} made before stay as they are"
+        warning += f"; the figures of {' and '.join(kept)} stay those of the old ones"
     return "continue", warning if changed else None
 
 

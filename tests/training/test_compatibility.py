@@ -126,7 +126,7 @@ def test_between_the_phases_only_what_shaped_what_is_there_is_refused(tiny_setti
     capsys.readouterr()
     train.main(dataclasses.replace(both, **later))
     (warning,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: settings changed"))
-    assert all(f"{name} " in warning for name in later) and "Phase 1 made before stay" in warning
+    assert all(f"{name} " in warning for name in later) and "Phase 1 stay those of the old ones" in warning
     (record,) = find_records(config.checkpoint_dir)
     assert read_record(record).warnings == [warning] and read_record(record).config["token_dropout"] == 0.1
 
