@@ -11,6 +11,7 @@ from config import ResidualConfig
 from newllm.config import field_types
 from newllm.errors import UserError
 from newllm.reporting.record import find_records, read_record
+from newllm.reporting.status import read_status
 from newllm.storage import load_sealed, save_sealed
 from newllm.training.compatibility import SHAPES
 
@@ -100,13 +101,16 @@ def test_as_a_command_it_ends_with_status_2(complete):
 
 
 def test_where_and_how_it_runs_may_change_after_the_end(complete, capsys):
-    """The block again, status complete, and not a word of changed settings."""
+    """The block again, status complete, not a word of changed settings; the record keeps those that the run was made with."""
     others = dict(
         save_every_n_batches=7, keep_last=1, val_quick_frac=0.5, val_quick_every_n_batches=0, context_memory_mb=0
     )
     first = train.main(complete)
     assert train.main(dataclasses.replace(complete, phase="1", **others))["val_loss"] == first["val_loss"]
     assert "settings changed" not in capsys.readouterr().out
+    assert read_status(complete.checkpoint_dir)["state"] == "complete"
+    (record,) = find_records(complete.checkpoint_dir)
+    assert read_record(record).config["keep_last"] == complete.keep_last != 1 and read_record(record).sessions > 1
 
 
 @pytest.mark.parametrize("control", [True, False])
