@@ -62,7 +62,10 @@ class RunLog:
             lines: a list that checkpoints carry; each row of this session is added to it.
         """
         self._lines = lines
-        present = set(self.path.read_text("utf-8", "replace").splitlines()) if self.path.exists() else set()
+        try:
+            present = set(self.path.read_text("utf-8", "replace").splitlines())
+        except OSError:  # none yet, or none that can be read: writing says so
+            present = set()
         missing = [line for line in lines if line not in present] if self.writes else []
         for line in missing:
             self._write(line)
