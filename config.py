@@ -57,7 +57,7 @@ class ResidualConfig(Config):
     warmup_ratio = 0.1  # share of the steps with rising learning rate
     patience = 3  # epochs without a better validation loss before stopping early
     val_quick_frac = 0.1  # fixed share of the validation samples for checks within an epoch
-    val_quick_every_n_batches = 50  # batches between such checks; 0: never
+    val_quick_every_n_batches = 50  # batches between such checks, at most; one half-way through an epoch; 0: none
 
     # Optimizer and machine
     min_batches = 10  # small budgets use smaller batches: every pass takes at least this many optimizer steps

@@ -36,7 +36,7 @@ from newllm.reporting.runlog import new_run_id
 from newllm.reporting.summary import plain
 from newllm.reporting.sweep import Sweep
 from newllm.storage import usable_folder
-from newllm.training.compatibility import BUDGET, HARMLESS
+from newllm.training.compatibility import shaping
 from newllm.training.lock import FolderLock
 
 LADDER = (50, 78, 195, 390, 781)  # samples
@@ -89,7 +89,7 @@ def climb(config, ladder):
     for name in sorted({"num_samples", "num_tokens", "keep_last", "backup_dir"} & set(config.given)):
         print(f"warning: {name} {config.given[name]} has no effect: --ladder gives each budget its own")
     folder = usable_folder(config.checkpoint_dir, "checkpoint_dir")
-    settings = {name: value for name, value in config.to_dict().items() if name not in HARMLESS | BUDGET}
+    settings = shaping(config.to_dict(), "budget")
 
     def work(run):
         # One backup_dir cannot mirror several runs; the time limit is the ladder's, and a stop is passed on to the run.

@@ -96,6 +96,7 @@ def main(config, dry_run=False):
 
 def run_stages(config, runtime, data, model, checkpointer, log, predicted_peak_mb):
     """The story: untrained row, Phase 1, Phase 2, report."""
+    log.mend(checkpointer.record)
     if config.trackers != "none" and log.writes:
         folder = log.folder.parent / "tracking" / log.run_id
         log.follow = start_tracking(runtime.accelerator, config.trackers, folder, config.to_dict(), log.warn)
@@ -108,6 +109,9 @@ def run_stages(config, runtime, data, model, checkpointer, log, predicted_peak_m
     log.plan(plan)
     for line in unused_lines(config, runtime.device.type == "cpu", data.tokenizer.name):
         log.warn(line)
+    for line in checkpointer.notes:
+        if line.startswith("warning"):
+            log.log("warning", message=line)
 
     @timed("contexts")
     def measure_contexts():

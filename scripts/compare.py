@@ -27,7 +27,7 @@ from newllm.reporting.plots import comparison_points, context_curves
 from newllm.reporting.summary import plain
 from newllm.reporting.sweep import Sweep
 from newllm.storage import usable_folder, write_text
-from newllm.training.compatibility import BUDGET, HARMLESS
+from newllm.training.compatibility import shaping
 from newllm.training.lock import FolderLock
 
 UNTRAINED = dict(phase1_max_iterations=0)
@@ -114,7 +114,7 @@ def make(config, runs, results, keep=False):
         Stopped: a signal or max_minutes ended the comparison early.
     """
     folder = usable_folder(config.checkpoint_dir, "checkpoint_dir")
-    shared = {name: value for name, value in config.to_dict().items() if name not in HARMLESS | BUDGET | {"seed"}}
+    shared = {name: value for name, value in shaping(config.to_dict(), "budget").items() if name != "seed"}
 
     def configured(name):
         own = dict(checkpoint_dir=str(folder / name), keep_last=0, backup_dir="", max_minutes=0.0, artifacts=keep)
@@ -152,8 +152,7 @@ def make(config, runs, results, keep=False):
 
 def meaning(settings):
     """The settings that shape a run's figures. In which folder its text lies and what machine it ran on do not."""
-    shaping = {name: value for name, value in settings.items() if name not in HARMLESS}
-    return shaping | {"data_source": Path(settings["data_source"]).name}
+    return shaping(settings) | {"data_source": Path(settings["data_source"]).name}
 
 
 def choose(results):

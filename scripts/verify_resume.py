@@ -103,7 +103,7 @@ def restart(folder, settings):
         raise Broken(f"{saves} saves were complete, but the checkpoint is number {number}")
     status = end(start(folder, settings))
     output = (folder / "output.txt").read_text()[len(before) :]
-    if found and f" at {found['epoch']}, saved {found['saved_at']}" not in output:
+    if found and f"(save {number}, {found['saved_at']})" not in output:
         raise Broken(f"it did not go on from its save {number} ({found['epoch']})")
     return status
 

@@ -5,13 +5,16 @@ import io
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from newllm import storage
+from newllm.interrupt import Interrupt, Stopped
 
 ROOT = Path(__file__).parent.parent
 WORDS = [f"{first}{last}" for first in ("ba", "do", "ki", "lu") for last in ("n", "r", "st", "ve", "m")]
@@ -49,6 +52,24 @@ def run(command, settings, *extra):
     return subprocess.run(
         arguments, cwd=ROOT, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
     )
+
+
+def stop_after(config, batches):
+    """Run until so many batches of this session are done, and stop there in good order, with a checkpoint."""
+    import train  # here: most tests need none of it
+    from newllm.training.checkpoint import Checkpointer
+
+    asked, real = [], Checkpointer.due
+
+    def due(self, steps):
+        asked.append(steps)
+        if len(asked) == batches:
+            Interrupt.current.signal = signal.SIGTERM
+        return real(self, steps)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Checkpointer, "due", due)
+        train.main(config)
 
 
 class Evil:

@@ -9,12 +9,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import as_flags
+from helpers import as_flags, stop_after
 
 from config import ResidualConfig
 from newllm.errors import UserError
+from newllm.reporting.record import find_records, read_record
+from newllm.reporting.runlog import read_rows
 from train import main
 
 ROOT = Path(__file__).parent.parent
@@ -68,6 +71,47 @@ def test_a_run_comes_back_from_its_mirror_when_the_machine_is_gone(tiny_settings
     assert (tmp_path / "drive" / "model_best.pt").read_bytes() == (
         Path(config.checkpoint_dir) / "model_best.pt"
     ).read_bytes()
+
+
+def test_the_record_comes_back_with_the_weights(tiny_settings, tmp_path, capsys):
+    """Lost twice with its machine, the record has every epoch of every stage, its warnings and sessions; the arrays are whole."""
+    own = tiny_settings | dict(phase2_epochs=5, patience=5, artifacts=True)
+    config = ResidualConfig(**own, backup_dir=str(tmp_path / "drive"), backup_every_minutes=0.0)
+    for batches in (9 + 4, 5 + 9 + 7):  # in Phase 1, and in the third epoch of Phase 2
+        stop_after(config, batches)
+        shutil.rmtree(config.checkpoint_dir)
+    capsys.readouterr()
+    main(config)
+    assert "rows: they are back, from the checkpoint" in capsys.readouterr().out
+    alone = ResidualConfig(**own | {"checkpoint_dir": own["checkpoint_dir"] + "_alone"})
+    main(alone)
+    (path,), (other,) = find_records(config.checkpoint_dir), find_records(alone.checkpoint_dir)
+    found, whole = read_record(path), read_record(other)
+    assert (found.sessions, whole.sessions) == (3, 1)
+    for stage in ("untrained", "phase1", "phase2"):
+        columns, expected = getattr(found, stage), getattr(whole, stage)
+        assert columns.keys() == expected.keys()
+        for name, values in expected.items():
+            assert len(columns[name]) == len(values) and None not in columns[name]
+            if not name.startswith(("time", "seconds", "tok_per_s", "memory")):
+                assert columns[name] == values, name
+    (losses,) = path.parent.glob("train_losses_*.npy")
+    assert np.load(losses).tolist() == whole.phase2["train_loss"]
+    times = [row["time"] for row in read_rows(path)]
+    assert found.start["time"] == min(times)
+
+
+def test_a_gap_that_a_full_disk_left_is_closed(tiny_settings):
+    """What the record lacks in its middle comes back at the next start; what it has is not written again."""
+    config = ResidualConfig(**tiny_settings)
+    stop_after(config, 9 + 9 + 2)
+    (path,) = find_records(config.checkpoint_dir)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:2] + lines[5:]) + "\n")
+    main(config)
+    after = path.read_text().splitlines()
+    assert set(after) >= set(lines) and len(after) == len(set(after))
+    assert len(read_record(path).phase1["cvfp"]) == 3
 
 
 def test_a_mirror_older_than_the_local_state_is_left_alone(tiny_settings, tmp_path):

@@ -189,7 +189,7 @@ def test_a_checkpoint_trained_on_other_text_is_refused(tiny_settings, tmp_path):
 
 def test_a_changed_schedule_warns_and_continues(tiny_settings, capsys):
     """Settings that only change what comes next are named and taken."""
-    config = ResidualConfig(**tiny_settings, phase="1")
+    config = ResidualConfig(**tiny_settings, phase="1", untrained_control=False)
     train.main(config)
     train.main(dataclasses.replace(config, phase="both", phase2_learning_rate=0.001))
     assert "warning: settings changed" in capsys.readouterr().out

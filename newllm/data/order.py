@@ -25,11 +25,37 @@ def batch_count(num_samples, batch_size, min_batches):
     return max(num_samples // batch_size, min(min_batches, num_samples))
 
 
-def batch_at(order, batches, index):
-    """Samples of batch `index` when an epoch's order is cut into `batches` nearly equal parts, the larger ones first."""
-    size, larger = divmod(len(order), batches)
-    start = index * size + min(index, larger)
-    return order[start : start + size + (index < larger)]
+def batches_done(num_samples, batches, done):
+    """How many batches of an epoch its first `done` samples are, when it is cut into `batches` nearly equal parts, the larger first.
+
+    A float: a whole number between two batches, a broken one where the epoch was begun with another batch size.
+    """
+    size, larger = divmod(num_samples, batches)
+    edge = larger * (size + 1)
+    return done / (size + 1) if done <= edge else larger + (done - edge) / size
+
+
+def next_batch(order, batches, done):
+    """The samples that follow the first `done` of an epoch's order: the next of its `batches` nearly equal parts.
+
+    Where `done` lies between two of their bounds, as after a change of the batch size, what is left of the epoch is cut anew,
+    into parts that are no larger.
+    """
+    left, at = len(order) - done, batches_done(len(order), batches, done)
+    parts = batches - int(at) if at.is_integer() else -(-left // -(-len(order) // batches))
+    return order[done : done - (-left // parts)]
+
+
+def quick_check_due(num_samples, batches, every, before, done):
+    """Whether a quick check belongs after a batch that took an epoch from `before` to `done` samples.
+
+    They divide an epoch evenly, with one half-way at least and about `every` batches between two at most; 0: none. None at
+    the epoch's end, where all is checked.
+    """
+    if not every or done == num_samples:
+        return False
+    parts = max(2, -(-batches // every))
+    return done * parts // num_samples > before * parts // num_samples
 
 
 def quick_subset(num_samples, fraction, seed):

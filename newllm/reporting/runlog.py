@@ -39,7 +39,7 @@ class RunLog:
         self.path = self.folder / f"metrics_{run_id}.jsonl"
         self._status = StatusFile(checkpoint_dir, owns, run_id=run_id)
         self.follow = lambda stage, values: None
-        self._warned = False
+        self._warned, self._lines = False, []
 
     def __enter__(self):
         return self
@@ -65,18 +65,39 @@ class RunLog:
             values |= {"gpu_utilization": fmean(self._loads) if self._loads else None}
             self._loads.clear()
         row = dict(time=datetime.now(timezone.utc).isoformat(timespec="seconds"), stage=stage, **values)
-        try:
-            _append_line(self.path, json.dumps(_plain(row)).encode())
-        except OSError as error:
-            if not self._warned:
-                reason = error.strerror or error
-                self.say(f"warning: {self.path} cannot be written ({reason}); training goes on, its record has a gap")
-            self._warned = True
+        self._lines.append(json.dumps(_plain(row)))
+        self._write(self._lines[-1])
         self.follow(stage, values)
         if stage in STAGES and "val_loss" in values:
             best = self._status.fields.get("best_val_loss")
             best = values["val_loss"] if best is None else min(best, values["val_loss"])
             self._status.update(now=True, best_val_loss=best)
+
+    def _write(self, line):
+        try:
+            _append_line(self.path, line.encode())
+        except OSError as error:
+            if not self._warned:
+                reason = error.strerror or error
+                self.say(f"warning: {self.path} cannot be written ({reason}); training goes on, its record has a gap")
+            self._warned = True
+
+    def mend(self, lines):
+        """Make the record whole: write those of a run's lines that it lacks, which were lost with a machine or a full disk.
+
+        Args:
+            lines: a list that checkpoints carry; each row of this session is added to it.
+        """
+        self._lines = lines
+        try:
+            present = set(self.path.read_text("utf-8", "replace").splitlines())
+        except OSError:  # none yet, or none that can be read: writing says so
+            present = set()
+        missing = [line for line in lines if line not in present] if self.writes else []
+        for line in missing:
+            self._write(line)
+        if missing:
+            self.say(f"the record lacked {len(missing)} of its rows: they are back, from the checkpoint")
 
     def status(self, progress, **position):
         """Tell the status file where a loop is.

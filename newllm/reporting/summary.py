@@ -49,6 +49,8 @@ def summarize(config, data, results):
         summary |= {f"val_{key}": head[key] for key in ("loss", "ppl", "bpb", "acc")}
         summary |= {
             "phase2_steps": head["steps"],
+            "phase2_first_loss": head["first_loss"],
+            "phase2_uniform_loss": head["uniform_loss"],
             "phase2_best_epoch": head["epoch"],
             "tok_per_s_phase2": head["tok_per_s"],
             "seconds_phase2": head["seconds"],

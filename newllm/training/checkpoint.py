@@ -22,7 +22,7 @@ from newllm.training.frozen import frozen_path, store_frozen
 from newllm.training.lock import FolderLock, LockLost
 from newllm.training.mirror import Mirror
 from newllm.training.save_thread import SaveThread
-from newllm.training.state import provenance, snapshot
+from newllm.training.state import place, provenance, snapshot
 from newllm.training.trained import load_weights
 
 STAGES = ("untrained", "phase1", "phase2", "complete")
@@ -40,6 +40,7 @@ class Checkpointer:
         history: {"phase1_history": {...}, "phase2_history": {...}}, lists by name.
         notes: lines about what was found, for the caller to print.
         saved_at: time of the last save, also of an earlier session, seconds since the epoch, or None.
+        record: lines of the run's record so far, which every state carries: it outlives the machine that they lie on.
 
     Raises:
         UserError: the folder or what lies in it cannot be used.
@@ -53,7 +54,8 @@ class Checkpointer:
         self.files = CheckpointFiles(self.folder, config.keep_last)
         self.stage, self.results = STAGES[0], {}
         self.history = {"phase1_history": {}, "phase2_history": {}}
-        self.notes, self.saved_at = [], None
+        self.notes, self.record, self.saved_at = [], [], None
+        self._step = self._stage_begun = 0  # steps of all stages so far, and of those behind the one in hand
         self._found = self._best_written = None
         self._frozen = None, ""  # (model, digest of what it keeps)
         self._save_number, self._archived = 0, []
@@ -153,23 +155,36 @@ class Checkpointer:
         Raises:
             UserError: tensors that the checkpoint refers to are not there.
         """
-        if self._found is None or stage != self.stage:
+        if self._found is None or stage != self._found["stage"]:
             return None
         found, self._found = self._found, None
         load_weights(self.files, model, found)
         return found["stage_state"]
 
-    def due(self, batch):
-        """Whether to save after this many batches of the stage: by count, by time, or because somebody asks for it."""
+    def arrived(self, stage, position, steps):
+        """Take note of where training is.
+
+        Args:
+            position: of newllm.training.state. steps: of the stage.
+
+        Returns:
+            What the status says of it: the position, the step of the run, the time of the last save.
+        """
+        self._step = self._stage_begun + steps
+        here = {"stage": stage, "step": self._step, "saved_at": self.saved_at}
+        return here | position | {"epoch": position["epoch"] + 1}
+
+    def due(self, steps):
+        """Whether to save after this many steps of the stage: by those of the run, by time, or because somebody asks for it."""
         agree(self.group.first_reason)
         return stop_reason() is not None or self.group.decided(
-            batch % self.config.save_every_n_batches == 0
+            (self._stage_begun + steps) % self.config.save_every_n_batches == 0
             or (time.monotonic() - self._last_save) / 60 >= self.config.save_every_minutes > 0
             or save_requested()
         )
 
     @timed("saving")
-    def save(self, label, model, stage_state, best=None, names=(), optional=False, before=None):
+    def save(self, label, model, stage_state, best=None, names=(), optional=False, before=None, position=None):
         """Save the state in the background; stop here if the run is to stop. A failing disk does not stop training.
 
         Args:
@@ -178,6 +193,7 @@ class Checkpointer:
             names: further names to keep it by, of checkpoint_files.KEPT.
             optional: leave it out while the save before is still being written; the next one holds the same and more.
             before: called before anything is written, in the thread that writes.
+            position: of newllm.training.state, of a stage that has begun.
 
         Raises:
             Stopped: when a signal or the time limit asks for it, and the state is on disk.
@@ -188,7 +204,7 @@ class Checkpointer:
         if self.writes and (reason or not (optional and self.thread.busy)):
             names = [*names, *["model_backup.pt"] * save_requested(answered=True)]
             self.thread.start(
-                lambda: snapshot(self._content(label, model, stage_state)),
+                lambda: snapshot(self._content(label, model, stage_state, position)),
                 lambda content: (before and before(), self._write(content, model, best, names)),
             )
             self._last_save = time.monotonic()
@@ -219,7 +235,7 @@ class Checkpointer:
     def complete(self, stage, model, results):
         """Record the results of a stage and make the next one current."""
         self.results[stage] = results
-        self.stage = STAGES[STAGES.index(stage) + 1]
+        self.stage, self._stage_begun = STAGES[STAGES.index(stage) + 1], self._step
         self.save(f"{stage}_complete", model, None, names=["model_phase1.pt"] * (stage == "phase1"))
         if self.writes and (files := list(self.folder.glob(FILES))):
             self.wait()
@@ -252,14 +268,17 @@ class Checkpointer:
             others = [frozen_path(self.folder, content["frozen"]).name, *self._archived, *bests, "model_phase1.pt"]
             self.mirror.request([*others, "model_latest.pt", "manifest.json"], content["save_number"])
 
-    def _content(self, label, model, stage_state):
+    def _content(self, label, model, stage_state, position):
         self._save_number += 1
-        return {
+        where = {"stage": self.stage, "position": position, "step": self._step}
+        return where | {
             "format": FORMAT,
             "epoch": label,
-            "stage": self.stage,
+            "restart": place(where),
             "model_state_dict": {k.replace("_orig_mod.", ""): v for k, v in model.trained_state().items()},
             "stage_state": stage_state,
+            "stage_begun": self._stage_begun,
+            "record": self.record,
             "results": self.results,
             **self.history,
             "config": self.config.to_dict(),
@@ -295,5 +314,8 @@ class Checkpointer:
         self._clock.add(times["parts"])
         self._earlier_saves = {name: times.get(name, none) for name, none in self._earlier_saves.items()}
         self.history = {name: found[name] for name in self.history}
+        self._step, self._stage_begun, self.record = found["step"], found["stage_begun"], found["record"]
         self._found = found
-        self.notes.append(f"continuing run {self.run_id} at {found['epoch']}, saved {found['saved_at']}")
+        self.notes.append(
+            f"continuing run {self.run_id} {found['restart']} (save {self._save_number}, {found['saved_at']})"
+        )

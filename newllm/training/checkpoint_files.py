@@ -24,7 +24,7 @@ class CheckpointFiles:
 
     Args:
         folder: where they lie, resolved.
-        keep_last: how many `model_step_{n}.pt` to keep beside latest and previous.
+        keep_last: how many `model_step_{n}.pt`, after n optimizer steps of the run, to keep beside latest and previous.
     """
 
     def __init__(self, folder, keep_last):
@@ -59,12 +59,14 @@ class CheckpointFiles:
                     raise
                 time.sleep(WAIT * 2**attempt)
         if self.keep_last:
-            duplicate(self.latest, self.folder / f"model_step_{content['save_number']:08d}.pt")
+            duplicate(self.latest, self.folder / f"model_step_{content['step']:08d}.pt")
             for path in self.steps()[self.keep_last :]:
                 path.unlink()
         for name in names:
             duplicate(self.latest, self.folder / name)
-        entry = {key: content[key] for key in ("run_id", "epoch", "stage", "save_number", "saved_at")}
+        entry = {
+            key: content[key] for key in ("run_id", "epoch", "stage", "step", "restart", "save_number", "saved_at")
+        }
         entry |= {"file": self.latest.name, "sha256": digest, "bytes": self.latest.stat().st_size}
         write_text(self.manifest, json.dumps(entry, indent=1) + "\n")
 

@@ -76,7 +76,9 @@ def checkpoint_lines(config, fingerprint, folder):
     verdict, reason = compare(found, config, fingerprint)
     if verdict == "refuse":
         raise UserError(f"{Path(where) / 'model_latest.pt'} {reason}")
-    continued = f"checkpoint: {where} holds run {found['run_id']} at {found['epoch']}, saved {found['saved_at']}"
+    continued = (
+        f"checkpoint: {where} holds run {found['run_id']}, saved {found['saved_at']}, to go on {found['restart']}"
+    )
     if verdict == "begin":
         return [f"{continued}, which is not continued but kept beside: {reason}"]
     complete = found["stage"] == "complete"

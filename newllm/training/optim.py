@@ -24,13 +24,16 @@ def make_optimizer(parts, learning_rate, weight_decay):
 
 
 def prepare_optimizer(runtime, optimizer, saved):
-    """Give the optimizer to accelerate, with its state and that of the fp16 scaler as they were saved.
+    """Give the optimizer to accelerate, with its moments and the fp16 scaler as they were saved; its settings are today's.
 
     Args:
         saved: what `optimizer_state` returned in an earlier session, or {} at the start of a stage.
     """
     if saved:
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         optimizer.load_state_dict(saved["optimizer"])
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            group |= own  # the saved ones would silently outlive a changed learning rate or weight decay
     if scaler := runtime.accelerator.scaler:  # one per process: without this a stage would inherit the last one's scale
         scaler.load_state_dict((saved or {}).get("scaler") or torch.amp.GradScaler(runtime.device.type).state_dict())
     return runtime.accelerator.prepare(optimizer)

@@ -10,7 +10,7 @@ import math
 import torch
 
 from newllm.clock import timed
-from newllm.data.order import batch_at, batch_count, epoch_order, order_digest
+from newllm.data.order import batch_count, epoch_order, next_batch, order_digest
 from newllm.fixed_point.diagnostics import effective_rank
 from newllm.fixed_point.losses import phase1_loss
 from newllm.fixed_point.solver import sequential, sweep
@@ -19,6 +19,7 @@ from newllm.seeding import derived_generator, derived_seed
 from newllm.training.contexts import StoredContexts
 from newllm.training.device import StepFunction, memory_mb
 from newllm.training.optim import copy_of, distance, make_optimizer, optimizer_state, prepare_optimizer
+from newllm.training.state import position_of
 from newllm.training.step import OptimizerStep
 
 STAGE = "phase1"
@@ -51,14 +52,18 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
     history = checkpointer.history["phase1_history"]
     step = StepFunction(model.step, runtime.compile)
     take_step = OptimizerStep(runtime, optimizer, step, config.grad_clip, log.warn)
-    batches = batch_count(len(data.train), config.phase1_batch_size, config.min_batches)
+    count = len(data.train)
+    batches = batch_count(count, config.phase1_batch_size, config.min_batches)
     earlier_seconds = state["seconds"]
+
+    def position():
+        return position_of(state["iteration"], config.phase1_max_iterations, state["samples"], count, batches)
 
     def save(**how):
         state["seconds"] = earlier_seconds + progress.seconds
-        label = f"phase1_iteration_{state['iteration'] + (state['batch'] > 0)}"
+        label = f"phase1_iteration_{state['iteration'] + (state['samples'] > 0)}"
         whole = state | {"contexts": contexts.state()} | optimizer_state(runtime, optimizer)
-        checkpointer.save(label, model, whole, before=contexts.sync, **how)
+        checkpointer.save(label, model, whole, position=position(), before=contexts.sync, **how)
 
     def gradients_of(samples):
         """The batch's loss as a function of how it is cut into parts; what it returns besides: parts of the loss, contexts."""
@@ -106,35 +111,28 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
     model.train()
     with Progress("phase 1", config.phase1_max_iterations * data.train[:, 1:].numel(), state["tokens"]) as progress:
         while not _finished(state, history, config):
-            order = epoch_order(len(data.train), config.seed, STAGE, state["iteration"])
-            while state["batch"] < batches:
-                samples, last = batch_at(order, batches, state["batch"]), state["batch"] + 1 == batches
+            order = epoch_order(count, config.seed, STAGE, state["iteration"])
+            while state["samples"] < count:
+                samples = next_batch(order, batches, state["samples"])
+                last = state["samples"] + len(samples) == count
                 before = copy_of(parameters) if last else None
-                where = f"iteration {state['iteration'] + 1}, batch {state['batch'] + 1} of Phase 1"
+                where = f"iteration {state['iteration'] + 1}, batch {position()['batch'] + 1} of Phase 1"
                 seed = derived_seed(config.seed, STAGE, state["steps"])
                 own_count = len(group.owned(samples))
                 _, values, new_bTC = take_step(gradients_of(samples), own_count, state, seed, where)
                 contexts[samples[group.owned(samples)]] = new_bTC
-                _accumulate(state["sums"], values, len(samples) / len(data.train))
+                _accumulate(state["sums"], values, len(samples) / count)
                 state["sample_order"] = order_digest(state["sample_order"], samples)
-                state["batch"] += 1
+                state["samples"] += len(samples)
                 state["steps"] += 1
                 state["tokens"] += len(samples) * config.max_seq_length
                 progress.update(len(samples) * config.max_seq_length)
-                log.status(
-                    progress,
-                    stage=STAGE,
-                    epoch=state["iteration"] + 1,
-                    epochs=config.phase1_max_iterations,
-                    batch=state["batch"],
-                    batches=batches,
-                    saved_at=checkpointer.saved_at,
-                )
-                if checkpointer.due(state["steps"]) and not last:
+                log.status(progress, **checkpointer.arrived(STAGE, position(), state["steps"]))
+                if (due := checkpointer.due(state["steps"])) and not last:
                     save()
 
             contexts.turn()
-            ranked = contexts.first(min(len(data.train), math.ceil(RANK_TOKENS / config.max_seq_length)))
+            ranked = contexts.first(min(count, math.ceil(RANK_TOKENS / config.max_seq_length)))
             row = state["sums"] | {
                 "er": effective_rank(ranked.flatten(0, 1)[:RANK_TOKENS]) / model.context_dim,
                 "grad_norm": state["grad_norm"],
@@ -142,7 +140,7 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
                 "optimizer_steps": state["steps"] - state["skipped"],
                 "tok_per_s": state["tokens"] / (earlier_seconds + progress.seconds),
             }
-            state |= {"iteration": state["iteration"] + 1, "batch": 0, "sums": {}}
+            state |= {"iteration": state["iteration"] + 1, "samples": 0, "sums": {}}
             for name, value in row.items():
                 history.setdefault(name, []).append(value)
             log.log(STAGE, iteration=state["iteration"], **row, **memory_mb())
@@ -152,11 +150,11 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
                 f"grad {row['grad_norm']:.2g} | update {row['update_norm']:.2g} | steps {row['optimizer_steps']} | "
                 f"{row['tok_per_s']:,.0f} tok/s"
             )
-            save(names=["model_epoch.pt"], optional=not contexts.in_files)
+            save(names=["model_epoch.pt"], optional=not (due or contexts.in_files))
             if contexts.in_files:
                 checkpointer.wait()  # the next iteration overwrites what the states before this one need
     model.eval()
-    settled = _settle(model, data, contexts.first(min(len(data.train), VERIFIED_SEQUENCES)), runtime)
+    settled = _settle(model, data, contexts.first(min(count, VERIFIED_SEQUENCES)), runtime)
     contexts.close()
     return {
         "phase1_steps": state["steps"] - state["skipped"],
@@ -171,7 +169,7 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
 
 def _fresh_state():
     return {
-        "iteration": 0, "batch": 0, "steps": 0, "skipped": 0, "tokens": 0, "seconds": 0.0, "sums": {}, "grad_norm": 0.0,
+        "iteration": 0, "samples": 0, "steps": 0, "skipped": 0, "tokens": 0, "seconds": 0.0, "sums": {}, "grad_norm": 0.0,
         "parts": 1, "sample_order": "",
     }  # fmt: skip
 
@@ -184,7 +182,7 @@ def shuffled(data, seed):
 
 
 def _finished(state, history, config):
-    if state["batch"]:
+    if state["samples"]:
         return False
     if state["iteration"] and history["converged"][-1] >= config.phase1_min_converged_ratio:
         return True

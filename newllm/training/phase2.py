@@ -1,11 +1,20 @@
 """Phase 2: next-token prediction on contexts, frozen (computed once) or fine-tuned (gradient through time)."""
 
+import math
 import time
 
 import torch
 
 from newllm.clock import timed
-from newllm.data.order import batch_at, batch_count, epoch_order, order_digest, quick_subset
+from newllm.data.order import (
+    batch_count,
+    batches_done,
+    epoch_order,
+    next_batch,
+    order_digest,
+    quick_check_due,
+    quick_subset,
+)
 from newllm.evaluate import evaluate_prediction, sample_nats
 from newllm.fixed_point.solver import sequential, truncated
 from newllm.interrupt import Stopped
@@ -17,6 +26,7 @@ from newllm.seeding import derived_generator, derived_seed
 from newllm.training.device import StepFunction, memory_mb, memory_of
 from newllm.training.features import FrozenFeatures
 from newllm.training.optim import make_optimizer, optimizer_state, prepare_optimizer, set_learning_rate, warmup_cosine
+from newllm.training.state import position_of
 from newllm.training.step import OptimizerStep
 
 
@@ -48,17 +58,22 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
     baseline = isinstance(model, Baseline)
     step = StepFunction(model.encode if baseline else model.step, runtime.compile)
     take_step = OptimizerStep(runtime, optimizer, step, config.grad_clip, log.warn)
-    batches = batch_count(len(data.train), config.phase2_batch_size, config.min_batches)
+    count = len(data.train)
+    batches = batch_count(count, config.phase2_batch_size, config.min_batches)
     total_steps = batches * config.phase2_epochs
     quick = quick_subset(len(data.val), config.val_quick_frac, config.seed)
+    state["quick_subset"] = order_digest("", quick)[:12]
     earlier_seconds = state["seconds"]
     group = runtime.group
     features = FrozenFeatures(model, data, config, runtime, checkpointer.folder) if freeze_context else None
 
+    def position():
+        return position_of(state["epoch"], config.phase2_epochs, state["samples"], count, batches)
+
     def save(**how):
         state["seconds"] = earlier_seconds + progress.seconds
-        label = f"{stage}_epoch_{state['epoch'] + (state['batch'] > 0)}"
-        checkpointer.save(label, model, state | optimizer_state(runtime, optimizer), best, **how)
+        label = f"{stage}_epoch_{state['epoch'] + (state['samples'] > 0)}"
+        checkpointer.save(label, model, state | optimizer_state(runtime, optimizer), best, position=position(), **how)
 
     def gradients_of(samples):
         """The batch's loss as a function of how it is cut into parts."""
@@ -105,65 +120,63 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
         finally:
             model.train()
 
+    def quick_validation():
+        """The fixed subset alone, within an epoch: an early sign, of no consequence for the training."""
+        started = time.monotonic()
+        metrics = validate(quick)
+        seconds, full = time.monotonic() - started, state["seconds_validation"]
+        about = dict(steps=state["steps"], samples=len(quick), subset=state["quick_subset"], seconds=seconds)
+        log.log(f"{stage}_quick", **about, seconds_full=full, **metrics)
+        log.say(
+            f"{stage} | batch {position()['batch']}/{batches} | quick validation ({len(quick)}/{len(data.val)} samples, subset "
+            f"{state['quick_subset']}, {seconds:.1f}s; all of them {'not yet' if full is None else f'{full:.1f}s'}): "
+            f"loss {metrics['loss']:.4f}"
+        )
+
     best = checkpointer.load_best(stage) if state["best"] else None
     if best:  # a run killed between the two files has a newer best than its state, which is as true
         state["best"] = best["metrics"]
     model.train()
     with Progress(stage, config.phase2_epochs * data.train[:, 1:].numel(), state["tokens"]) as progress:
         while not _finished(state, config):
-            order = epoch_order(len(data.train), config.seed, stage, state["epoch"])
-            while state["batch"] < batches:
-                samples, last = batch_at(order, batches, state["batch"]), state["batch"] + 1 == batches
-                set_learning_rate(optimizer, warmup_cosine(state["steps"], total_steps, config.warmup_ratio))
-                where = f"epoch {state['epoch'] + 1}, batch {state['batch'] + 1} of {stage}"
+            order, due = epoch_order(count, config.seed, stage, state["epoch"]), False
+            while (done := state["samples"]) < count:
+                samples = next_batch(order, batches, done)
+                # Steps as batches of this size would have taken them: the schedule ends with the run, whatever sizes there were.
+                at = state["epoch"] * batches + batches_done(count, batches, done)
+                set_learning_rate(optimizer, warmup_cosine(at, total_steps, config.warmup_ratio))
+                where = f"epoch {state['epoch'] + 1}, batch {position()['batch'] + 1} of {stage}"
                 seed = derived_seed(config.seed, stage, state["steps"])
                 own_count = len(group.owned(samples))
                 (loss,) = take_step(gradients_of(samples), own_count, state, seed, where)
-                state["train_loss"] += loss * len(samples) / len(data.train)
+                if not state["steps"]:
+                    state["first_loss"] = float(loss)
+                    log.say(
+                        f"{stage} | loss of the first batch {state['first_loss']:.4f}: the head starts at the tokens' frequencies "
+                        f"(all {data.vocab_size:,} tokens alike would be ln V = {math.log(data.vocab_size):.4f})"
+                    )
+                state["train_loss"] += loss * len(samples) / count
                 state["sample_order"] = order_digest(state["sample_order"], samples)
-                state["batch"] += 1
+                state["samples"] += len(samples)
                 state["steps"] += 1
                 state["tokens"] += len(samples) * config.max_seq_length
                 progress.update(len(samples) * config.max_seq_length)
-                log.status(
-                    progress,
-                    stage=stage,
-                    epoch=state["epoch"] + 1,
-                    epochs=config.phase2_epochs,
-                    batch=state["batch"],
-                    batches=batches,
-                    saved_at=checkpointer.saved_at,
-                    best_val_loss=state["best"] and state["best"]["loss"],
-                )
-                if (
-                    config.val_quick_every_n_batches
-                    and state["batch"] % config.val_quick_every_n_batches == 0
-                    and not last
-                ):
-                    started = time.monotonic()
-                    metrics = validate(quick)
-                    log.log(
-                        f"{stage}_quick",
-                        steps=state["steps"],
-                        samples=len(quick),
-                        seconds=time.monotonic() - started,
-                        **metrics,
-                    )
-                    log.say(
-                        f"{stage} | batch {state['batch']}/{batches} | quick validation ({len(quick)}/{len(data.val)} "
-                        f"samples, {time.monotonic() - started:.1f}s): loss {metrics['loss']:.4f}"
-                    )
-                if checkpointer.due(state["steps"]) and not last:
+                best_loss = state["best"] and state["best"]["loss"]
+                log.status(progress, **checkpointer.arrived(stage, position(), state["steps"]), best_val_loss=best_loss)
+                if quick_check_due(count, batches, config.val_quick_every_n_batches, done, state["samples"]):
+                    quick_validation()
+                if (due := checkpointer.due(state["steps"])) and state["samples"] < count:
                     save()
 
             started = time.monotonic()
             metrics = validate(torch.arange(len(data.val)))
+            state["seconds_validation"] = time.monotonic() - started
             row = {"train_loss": state["train_loss"]} | {f"val_{name}": value for name, value in metrics.items()}
             for name, value in row.items():
                 history.setdefault(name, []).append(value)
-            state |= {"epoch": state["epoch"] + 1, "batch": 0, "train_loss": 0.0}
+            state |= {"epoch": state["epoch"] + 1, "samples": 0, "train_loss": 0.0}
             log.log(stage, epoch=state["epoch"], optimizer_steps=state["steps"] - state["skipped"], grad_norm=state["grad_norm"],
-                    tok_per_s=state["tokens"] / (earlier_seconds + progress.seconds), seconds_validation=time.monotonic() - started, **row,
+                    tok_per_s=state["tokens"] / (earlier_seconds + progress.seconds), seconds_validation=state["seconds_validation"], **row,
                     **memory_mb())  # fmt: skip
             log.say(
                 f"{stage} | epoch {state['epoch']:2d}/{config.phase2_epochs} | train loss {row['train_loss']:.4f} | val loss "
@@ -175,7 +188,7 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
                 state["best"] = metrics | {"epoch": state["epoch"]}
                 weights = {name: tensor.detach().clone() for name, tensor in model.trained_state().items()}
                 best = {"metrics": state["best"], "weights": weights}
-            save(names=["model_epoch.pt"], optional=not _finished(state, config))
+            save(names=["model_epoch.pt"], optional=not (due or _finished(state, config)))
     model.load_state_dict(model.frozen_state() | best["weights"])
     if adapted:
         merge_adapter(model)
@@ -188,6 +201,9 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
         "steps": state["steps"] - state["skipped"],
         "epochs": state["epoch"],
         "sample_order": state["sample_order"],
+        "first_loss": state["first_loss"],
+        "uniform_loss": math.log(data.vocab_size),
+        "quick_subset": state["quick_subset"],
         "seconds": state["seconds"],
         "tok_per_s": state["tokens"] / state["seconds"],
     }
@@ -195,12 +211,12 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
 
 def _fresh_state():
     return {
-        "epoch": 0, "batch": 0, "steps": 0, "skipped": 0, "tokens": 0, "seconds": 0.0, "train_loss": 0.0, "grad_norm": 0.0,
-        "best": None, "history": {}, "parts": 1, "sample_order": "",
+        "epoch": 0, "samples": 0, "steps": 0, "skipped": 0, "tokens": 0, "seconds": 0.0, "train_loss": 0.0, "grad_norm": 0.0,
+        "best": None, "history": {}, "parts": 1, "sample_order": "", "first_loss": None, "seconds_validation": None,
     }  # fmt: skip
 
 
 def _finished(state, config):
-    if state["batch"] or not state["epoch"]:
+    if state["samples"] or not state["epoch"]:
         return False
     return state["epoch"] >= config.phase2_epochs or state["epoch"] - state["best"]["epoch"] >= config.patience

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 
 from newllm import __version__
+from newllm.data.order import batches_done
 from newllm.errors import UserError
 from newllm.training.contexts import contexts_in_files
 
+STAGE_NAMES = {"untrained": "the untrained row", "phase1": "Phase 1", "phase2": "Phase 2"}
 STATES_ON_DISK = 5  # latest, previous, end of an epoch, end of Phase 1, and the one being written
 
 
@@ -21,6 +23,40 @@ def snapshot(value):
     if isinstance(value, dict):
         return {key: snapshot(part) for key, part in value.items()}
     return [snapshot(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def position_of(rounds_done, rounds, done, count, batches):
+    """A place within a stage, for its state and its status: rounds over the samples, samples of the round in hand, batches."""
+    batch = int(batches_done(count, batches, done))
+    return {
+        "epoch": rounds_done,
+        "epochs": rounds,
+        "batch": batch,
+        "batches": batches,
+        "sample": done,
+        "samples": count,
+    }
+
+
+def place(content):
+    """Where a saved state goes on, in words, e.g. "in Phase 2, epoch 12, batch 14 of 30 (sample 416 of 960), step 344".
+
+    Args:
+        content: of a checkpoint: its `stage`, its `position` (None between two stages) and its `step`.
+    """
+    stage, at, counter = content["stage"], content["position"], "iteration" if content["stage"] == "phase1" else "epoch"
+    if stage == "complete":
+        where = "at its end"
+    elif not at:
+        where = f"at the beginning of {STAGE_NAMES[stage]}"
+    elif at["sample"] == at["samples"]:
+        where = f"in {STAGE_NAMES[stage]}, {counter} {at['epoch'] + 1}, its validation"
+    elif at["epoch"] >= at["epochs"] and not at["sample"]:
+        where = f"in {STAGE_NAMES[stage]}, after {counter} {at['epoch']}"
+    else:
+        where = f"in {STAGE_NAMES[stage]}, {counter} {at['epoch'] + 1}, batch {at['batch'] + 1} of {at['batches']} "
+        where += f"(sample {at['sample']} of {at['samples']})"
+    return f"{where}, step {content['step']}"
 
 
 def disk_bytes(model, config, context_dtype):

@@ -11,7 +11,7 @@ from newllm.models.baselines import build_model
 from newllm.models.pretrained import load_embedding
 from newllm.storage import Corrupt, load_sealed, save_sealed
 from newllm.training.checkpoint_files import CheckpointFiles, newest
-from newllm.training.compatibility import FORMAT, compare
+from newllm.training.compatibility import FORMAT, READABLE, compare
 from newllm.training.frozen import load_frozen
 from newllm.training.state import snapshot
 
@@ -118,7 +118,7 @@ def open_saved(path):
         ) from error
     if found is None:
         raise UserError(f"there is no whole checkpoint in {path}: run train.py first, or give another folder.")
-    if found.get("format") != FORMAT:
+    if found.get("format") not in READABLE:
         raise UserError(f"{path} has format {found.get('format')}, this version reads {FORMAT}.")
     return files, found
 
@@ -145,7 +145,7 @@ def load_trained(config, model, fingerprint):
         if any(path.exists() for path in files.states()):
             raise UserError(f"no checkpoint in {files.folder} can be read: put a whole copy in its place.")
         return None
-    verdict, reason = compare(found, config, fingerprint)
+    verdict, reason = compare(found, config, fingerprint, reading=True)
     if verdict == "refuse":
         raise UserError(f"{files.latest} {reason}")
     if verdict == "begin":

@@ -17,7 +17,7 @@ from newllm.training.checkpoint_files import CheckpointFiles
 def content(number):
     """A state as small as one can be, with what the manifest names."""
     return {
-        "run_id": "r", "epoch": f"phase1_iteration_{number}", "stage": "phase1", "save_number": number,
+        "run_id": "r", "epoch": f"phase1_iteration_{number}", "stage": "phase1", "step": number, "restart": "here", "save_number": number,
         "saved_at": "now", "weights": torch.full((50,), float(number)),
     }  # fmt: skip
 

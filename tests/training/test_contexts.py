@@ -168,6 +168,6 @@ def test_files_of_an_iteration_wait_for_the_save_that_ends_it(tiny_settings, mon
         with pytest.raises(Killed):
             main(cut)
     state = load_sealed(Path(cut.checkpoint_dir) / "model_latest.pt")
-    assert state["epoch"] == "phase1_iteration_1" and state["stage_state"]["batch"] == 0
+    assert state["epoch"] == "phase1_iteration_1" and state["stage_state"]["samples"] == 0
     main(cut)
     assert same(weights(cut), expected)
