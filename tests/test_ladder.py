@@ -249,5 +249,5 @@ def test_settings_that_a_ladder_makes_idle_are_named(tiny_settings, monkeypatch,
     nothing = SimpleNamespace(finish=lambda work: [])
     monkeypatch.setattr(scale_check, "Sweep", lambda *args, **how: nothing)
     assert scale_check.climb(ResidualConfig(**tiny_settings, backup_dir="copies"), BUDGETS) == []
-    warned = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
-    assert warned == ["backup_dir", "num_samples"]
+    named = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert named == ["backup_dir", "num_samples"]
