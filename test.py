@@ -87,7 +87,7 @@ def climb(config, ladder):
         Stopped: a signal or max_minutes ended the ladder early.
     """
     for name in sorted({"num_samples", "num_tokens", "keep_last", "backup_dir"} & set(config.given)):
-        print(f"warning: {name} {config.given[name]} has no effect: --ladder gives each budget its own")
+        print(f"note: {name} {config.given[name]} has no effect: --ladder gives each budget its own")
     folder = usable_folder(config.checkpoint_dir, "checkpoint_dir")
     settings = shaping(config.to_dict(), "budget")
 

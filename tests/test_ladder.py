@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -241,3 +242,12 @@ def test_one_budget_has_no_growth(tiny_settings, monkeypatch, capsys):
     config = ResidualConfig(**tiny_settings)
     scale_check.main(config, ladder=(100,))
     assert "R^2" not in capsys.readouterr().out and not Path(config.checkpoint_dir, "outputs").exists()
+
+
+def test_settings_that_a_ladder_makes_idle_are_named(tiny_settings, monkeypatch, capsys):
+    """The numbers of samples come from the ladder, and second copies are not made."""
+    nothing = SimpleNamespace(finish=lambda work: [])
+    monkeypatch.setattr(scale_check, "Sweep", lambda *args, **how: nothing)
+    assert scale_check.climb(ResidualConfig(**tiny_settings, backup_dir="copies"), BUDGETS) == []
+    named = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert named == ["backup_dir", "num_samples"]

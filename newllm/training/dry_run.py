@@ -65,7 +65,10 @@ def checkpoint_lines(config, fingerprint, folder):
         refuse_overlap(folder.resolve(), "the folder to mirror", copies, "its mirror")
         check_target(copies)
         second = newest(CheckpointFiles(copies, 0)) if copies.is_dir() else None
-        if second and (not found or second["save_number"] > found["save_number"]):
+        if second and found and second["run_id"] != found["run_id"]:
+            if not list(folder.glob(f"model_latest_{second['run_id']}.pt*")):  # this folder's earlier run, kept in it
+                raise UserError(f"{copies} holds second copies of another run: choose another --backup_dir.")
+        elif second and (not found or second["save_number"] > found["save_number"]):
             found, where = second, copies
     if found is None:
         if exists and any(path.exists() for path in CheckpointFiles(folder, config.keep_last).states()):

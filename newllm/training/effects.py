@@ -9,7 +9,7 @@ HEAD = (
     "phase2_epochs phase2_learning_rate phase2_batch_size warmup_ratio patience weight_decay dropout whiten_context "
     "val_quick_frac val_quick_every_n_batches"
 )
-FINE_TUNING = "context_lr_scale gradient_sweeps token_dropout"
+FINE_TUNING = "context_lr_scale gradient_sweeps"
 SAVING = "save_every_n_batches save_every_minutes keep_last backup_dir backup_every_minutes"
 
 
@@ -39,35 +39,24 @@ def without_effect(config, on_cpu, tokenizer):
 
     context, control = kind == "context", kind == "context" and config.untrained_control
     baseline, fixed = kind in BASELINES, kind in ("window", "token")
-    why = f"model_type '{kind}' has no context to learn"
-    rule(
-        f"{PHASE1_AND_FIGURES} {FINE_TUNING.replace('token_dropout', '')} init_scale untrained_control",
-        not context,
-        why,
-    )
-    rule(
-        "freeze_context token_dropout compile",
-        fixed,
-        f"nothing trains what model_type '{kind}' has in place of a context map",
-    )
-    rule("context_memory_mb", baseline, "only contexts are kept for each sample, and this model_type stores none")
+    unlearned = f"{PHASE1_AND_FIGURES} {FINE_TUNING} init_scale untrained_control"
+    rule(unlearned, not context, f"model_type '{kind}' has no context to learn")
+    rule("freeze_context token_dropout compile", fixed, f"model_type '{kind}' has no context map that trains")
+    rule("context_memory_mb", baseline, f"model_type '{kind}' keeps no contexts of the samples")
     rule("num_layers", fixed, f"model_type '{kind}' has no layers below the head")
-    rule(
-        "context_dim token_layers",
-        kind == "transformer",
-        "a transformer is as wide as embed_dim and has no layers of the head",
-    )
+    transformer = kind == "transformer"
+    rule("context_dim token_layers", transformer, "a transformer has the width embed_dim, and no layers of the head")
     rule("context_dim", fixed and not config.token_layers, "the head reads no context (token_layers 0)")
     rule("dropout", not baseline and not config.token_layers, "the head has no layers (token_layers 0)")
-    rule("attention", kind != "transformer", f"model_type '{kind}' has no attention")
+    rule("attention", not transformer, f"model_type '{kind}' has no attention")
     rule("adapter_rank", config.context_adapter == "none", "there is no adapter (context_adapter)")
 
     rule(PHASE1, not config.phase1_max_iterations, "there is no Phase 1 (phase1_max_iterations 0)")
     rule("dist_reg", not config.dist_reg_weight, "the regularizer counts nothing (dist_reg_weight 0)")
     later = "it belongs to Phase 2, which phase 1 leaves for a later run"
-    rule(f"{FINE_TUNING} freeze_context context_adapter adapter_rank", config.phase == "1", later)
+    rule(f"{FINE_TUNING} token_dropout freeze_context context_adapter adapter_rank", config.phase == "1", later)
     rule(HEAD, config.phase == "1" and not control, later)
-    rule(FINE_TUNING, config.freeze_context, "contexts are frozen (freeze_context)")
+    rule(f"{FINE_TUNING} token_dropout", config.freeze_context, "contexts are frozen (freeze_context)")
     frozen = config.freeze_context and not config.phase1_max_iterations
     rule("compile", frozen, "nothing trains the context map (freeze_context, phase1_max_iterations 0)")
     _batches(config, rule)
