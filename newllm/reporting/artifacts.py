@@ -192,15 +192,16 @@ def so_far_lines(record, status, baseline=None):
             done, speed = max(done, status.get("tokens_done", 0)), speed or status.get("tok_per_s", 0.0)
         total, spent = total + done, spent + done / max(speed, 1e-9) * bool(speed)
         left = remaining(plan, stage, done, speed) if stage == begun[-1] else {}
-        loss = f", best val loss {min(rows['val_loss']):.4f}" if rows.get("val_loss") else ""
+        losses = [loss for loss in rows.get("val_loss", []) if loss is not None]  # null where it was not finite
+        loss = f", best val loss {min(losses):.4f}" if losses else ""
         lines.append(
             f"  {title}: {count} of at most {of['passes']} {STAGES[stage]}s, {done:,} tokens, {done / speed if speed else 0:.1f} s, "
             f"{speed:,.0f} tok/s{loss}{_against(stage, speed, baseline)}"
         )
-    return lines + _whole(plan, total, spent, left, status)
+    return lines + _whole(plan, total, spent, left)
 
 
-def _whole(plan, tokens, spent, left, status):
+def _whole(plan, tokens, spent, left):
     planned, rest = sum(of["tokens"] for of in plan.values()), sum(left.values())
     lines = [f"  progress: {tokens:,} of at most {planned:,} tokens of all phases ({tokens / max(planned, 1):.1%})"]
     if not left:
