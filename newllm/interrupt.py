@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import Future, wait
 
 EXIT_STATUS = 75  # EX_TEMPFAIL: nothing is wrong, run the same command again
 
@@ -106,3 +107,23 @@ def poll():
     """
     if reason := stop_reason():
         raise Stopped(reason)
+
+
+def interruptible(function, *arguments):
+    """What function(*arguments) returns. For long calls of a library, which hear no signal before their end.
+
+    Raises:
+        Stopped: as in `poll`; the call is left behind in a thread that ends with the process.
+    """
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    while not wait([future], timeout=0.2).done:
+        poll()
+    return future.result()

@@ -13,7 +13,7 @@ from itertools import chain, islice
 import torch
 
 from newllm.data.corpus import known_labels, open_corpus, pin
-from newllm.data.tokenizer import Tokenizer, train_bpe
+from newllm.data.tokenizer import Tokenizer, start_size, train_bpe
 from newllm.data.vocabulary import GPT2_FILES, choose_tokenizer, tokenizer_choice
 from newllm.errors import UserError
 from newllm.interrupt import poll
@@ -21,7 +21,8 @@ from newllm.progress import silent
 from newllm.storage import Corrupt, load_sealed, save_sealed, usable_folder
 
 FORMAT_VERSION = 1  # raise it when rendering, packing or the file's fields change: older cache files are passed over
-BATCH = 256  # dialogues encoded in one call
+BATCH = 256  # dialogues encoded in one call, at most
+CHARACTERS = 1 << 22  # encoded in one call, nearly always: each takes about 100 bytes of memory meanwhile
 KINDS = {"auto": "gpt2", "gpt2": "gpt2", "bpe": "bpe"}  # of tokenizer to look for in the cache, by the setting
 
 
@@ -134,15 +135,16 @@ def pack(dialogues, tokenizer, count, length, advance=lambda tokens: None):
         (int32 [n, L+1] ids, int64 [n] index of each sample's first dialogue, list of the digests of all texts taken).
     """
     samples, first, taken, sample = [], [], [], []
+    at_once = min(BATCH, max(1, CHARACTERS // start_size(length + 1)))
     while len(samples) < count:
         poll()
         # Every sample still missing takes one dialogue at least, so this many are never too many.
-        batch = list(islice(dialogues, min(BATCH, count - len(samples))))
+        batch = list(islice(dialogues, min(at_once, count - len(samples))))
         if not batch:
             break
         taken += [_text_digest(text) for _, text in batch]
         before = len(samples)
-        for (index, _), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
+        for (index, _), ids in zip(batch, tokenizer.encode_starts([text for _, text in batch], length + 1), strict=True):
             if not sample:
                 first.append(index)
             sample += ids[: length + 1 - len(sample)]
@@ -175,7 +177,7 @@ def _build(corpus, tokenizer, config, progress):
     while True:
         lesson = [text for text in head if _text_digest(text) not in held]
         if trained:
-            tokenizer = train_bpe(lesson, config.vocab_size)
+            tokenizer = train_bpe(lesson, config.vocab_size, progress)
         val, val_dialogue, val_taken = pack(enumerate(corpus.held_out()), tokenizer, config.val_samples, length)
         if set(val_taken).isdisjoint(map(_text_digest, lesson)):
             break

@@ -7,7 +7,14 @@ into a tokenizer of one token.
 import hashlib
 import re
 
+from newllm.interrupt import interruptible, poll
+from newllm.progress import silent
+
 END_OF_TEXT = "<|endoftext|>"
+BYTE = re.compile("<0x[0-9A-F]{2}>")
+MARGIN = 64  # ids before the end of a cut text that the cut may have changed: more than a word has
+LONGEST_WORD = 1024  # bytes of what the trainer takes for a word: its time grows with their square
+LESSON = 1_000_000  # characters of one dialogue that a tokenizer is trained on, at most
 
 
 class Tokenizer:
@@ -45,18 +52,34 @@ class Tokenizer:
 
     def encode_batch(self, texts):
         """Ids of each text: list of lists of int."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+        return [encoding.ids for encoding in interruptible(self._tokenizer.encode_batch, list(texts))]
+
+    def encode_starts(self, texts, count):
+        """The first `count` ids of each text, of a short one all: list of lists of int.
+
+        Of a long text no more is read than that takes, so its length costs nothing. Where a text is cut only the last
+        ids depend on what follows; MARGIN of them are thrown away.
+        """
+        size, starts = start_size(count), []
+        for text, ids in zip(texts, self.encode_batch(text[:size] for text in texts), strict=True):
+            reach = size
+            while len(ids) < count + MARGIN and reach < len(text):
+                reach *= 4
+                ids = self.encode_batch([text[:reach]])[0]
+            starts.append(ids[:count])
+        return starts
 
     def decode(self, ids):
         """Text of a list of int, the end-of-text id as "<|endoftext|>"; bytes that are no UTF-8 become U+FFFD."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
     def decoder(self):
-        """Function that takes ids one after the other and gives the text that each completes, which may be "" (part of a character)."""
-        from tokenizers.decoders import DecodeStream
+        """A `Decoder`, for ids that come one after the other."""
+        return Decoder(self)
 
-        stream = DecodeStream(skip_special_tokens=False)
-        return lambda token: stream.step(self._tokenizer, token) or ""
+    def is_byte(self, token):
+        """Whether an id is one of the single bytes that a vocabulary of characters falls back to."""
+        return BYTE.fullmatch(self._tokenizer.id_to_token(token) or "") is not None
 
     def token_bytes(self):
         """UTF-8 bytes each id stands for: int32 [V], 0 for the end of text."""
@@ -65,7 +88,7 @@ class Tokenizer:
         spellings = [self._tokenizer.id_to_token(i) for i in range(self.vocab_size)]
         if '"ByteFallback"' in self._json:  # characters, spaces as U+2581, and bytes as <0x00>
             sizes = [
-                1 if re.fullmatch("<0x[0-9A-F]{2}>", spelling) else len(spelling.replace("\u2581", " ").encode())
+                1 if BYTE.fullmatch(spelling) else len(spelling.replace("\u2581", " ").encode())
                 for spelling in spellings
             ]
         else:  # every character of a token's spelling stands for one byte
@@ -74,8 +97,39 @@ class Tokenizer:
         return torch.tensor(sizes, dtype=torch.int32)
 
 
-def train_bpe(texts, vocab_size):
-    """Byte-level BPE of at most `vocab_size` ids; id 0 ends a text, every byte has an id, so every text round-trips."""
+class Decoder:
+    """Text of ids that come one after the other: all pieces and the rest together are what `decode` makes of all ids."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self._open = tokenizer, []
+
+    def __call__(self, token):
+        """The text that an id completes; "" while it may be a part of a character."""
+        self._open.append(token)
+        text = self._tokenizer.decode(self._open)
+        # A byte may still belong to the character, or to the invalid bytes, that the next id goes on with.
+        if text.endswith("\ufffd") or self._tokenizer.is_byte(token):
+            return ""
+        self._open = []
+        return text
+
+    def rest(self):
+        """What the last ids left open, as it is: an unfinished character is U+FFFD."""
+        ids, self._open = self._open, []
+        return self._tokenizer.decode(ids)
+
+
+def start_size(count):
+    """Characters of a text in which nearly always `count` ids are found."""
+    return 8 * (count + MARGIN)
+
+
+def train_bpe(texts, vocab_size, progress=silent):
+    """Byte-level BPE of at most `vocab_size` ids; id 0 ends a text, every byte has an id, so every text round-trips.
+
+    Args:
+        progress: function of (label, total, unit) to a context manager whose `update` gets the characters read.
+    """
     from tokenizers import models, pre_tokenizers, trainers
 
     tokenizer = byte_level(models.BPE())
@@ -85,7 +139,19 @@ def train_bpe(texts, vocab_size):
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # the library returns it in random order
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    words = tokenizer.pre_tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(length=LONGEST_WORD)])
+    lesson = [text[:LESSON] for text in texts]
+    with progress("tokenizer", sum(map(len, lesson)), unit="char") as bar:
+
+        def read():
+            for text in lesson:
+                yield text
+                poll()
+                bar.update(len(text))
+
+        interruptible(tokenizer.train_from_iterator, read(), trainer)
+    tokenizer.pre_tokenizer = words
     return Tokenizer("bpe", tokenizer.to_str())
 
 
