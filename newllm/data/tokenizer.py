@@ -4,6 +4,8 @@ Built with the `tokenizers` library itself: transformers 5 turns GPT2TokenizerFa
 into a tokenizer of one token.
 """
 
+import codecs
+import functools
 import hashlib
 import re
 
@@ -11,8 +13,6 @@ from newllm.interrupt import interruptible, poll
 from newllm.progress import silent
 
 END_OF_TEXT = "<|endoftext|>"
-BYTE = re.compile("<0x[0-9A-F]{2}>")
-MARGIN = 64  # ids before the end of a cut text that the cut may have changed: more than a word has
 LONGEST_WORD = 1024  # bytes of what the trainer takes for a word: its time grows with their square
 LESSON = 1_000_000  # characters of one dialogue that a tokenizer is trained on, at most
 
@@ -54,74 +54,47 @@ class Tokenizer:
         """Ids of each text: list of lists of int."""
         return [encoding.ids for encoding in interruptible(self._tokenizer.encode_batch, list(texts))]
 
-    def encode_starts(self, texts, count):
-        """The first `count` ids of each text, of a short one all: list of lists of int.
-
-        Of a long text no more is read than that takes, so its length costs nothing. Where a text is cut only the last
-        ids depend on what follows; MARGIN of them are thrown away.
-        """
-        size, starts = start_size(count), []
-        for text, ids in zip(texts, self.encode_batch(text[:size] for text in texts), strict=True):
-            reach = size
-            while len(ids) < count + MARGIN and reach < len(text):
-                reach *= 4
-                ids = self.encode_batch([text[:reach]])[0]
-            starts.append(ids[:count])
-        return starts
-
     def decode(self, ids):
         """Text of a list of int, the end-of-text id as "<|endoftext|>"; bytes that are no UTF-8 become U+FFFD."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return b"".join(map(self._bytes.__getitem__, ids)).decode(errors="replace")
 
     def decoder(self):
-        """A `Decoder`, for ids that come one after the other."""
-        return Decoder(self)
+        """Function that takes ids one after the other and gives the text that each completes, which may be "" (part of a character).
 
-    def is_byte(self, token):
-        """Whether an id is one of the single bytes that a vocabulary of characters falls back to."""
-        return BYTE.fullmatch(self._tokenizer.id_to_token(token) or "") is not None
+        Called without an id it gives what is left at the end, U+FFFD for an unfinished character: all together is `decode`.
+        """
+        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        return lambda token=None: decode(b"", True) if token is None else decode(self._bytes[token])
+
+    @functools.cached_property
+    def _bytes(self):
+        """UTF-8 bytes of each id."""
+        spellings = [self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
+        if '"ByteFallback"' in self._json:  # characters, spaces as U+2581, and bytes as <0x00>
+            return [
+                bytes([int(spelling[3:5], 16)])
+                if re.fullmatch("<0x[0-9A-F]{2}>", spelling)
+                else spelling.replace("\u2581", " ").encode()
+                for spelling in spellings
+            ]
+        # Every character of a token's spelling stands for one byte: a printable one for itself, the rest in order.
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        letters = sorted(ByteLevel.alphabet())
+        others = (byte for byte in range(256) if chr(byte) not in letters)
+        byte_of = {letter: ord(letter) if ord(letter) < 256 else next(others) for letter in letters}
+        return [
+            bytes(map(byte_of.get, spelling)) if byte_of.keys() >= set(spelling) else spelling.encode()
+            for spelling in spellings
+        ]
 
     def token_bytes(self):
         """UTF-8 bytes each id stands for: int32 [V], 0 for the end of text."""
         import torch
 
-        spellings = [self._tokenizer.id_to_token(i) for i in range(self.vocab_size)]
-        if '"ByteFallback"' in self._json:  # characters, spaces as U+2581, and bytes as <0x00>
-            sizes = [
-                1 if BYTE.fullmatch(spelling) else len(spelling.replace("\u2581", " ").encode())
-                for spelling in spellings
-            ]
-        else:  # every character of a token's spelling stands for one byte
-            sizes = [len(spelling) for spelling in spellings]
+        sizes = torch.tensor([len(piece) for piece in self._bytes], dtype=torch.int32)
         sizes[self.eos_id] = 0
-        return torch.tensor(sizes, dtype=torch.int32)
-
-
-class Decoder:
-    """Text of ids that come one after the other: all pieces and the rest together are what `decode` makes of all ids."""
-
-    def __init__(self, tokenizer):
-        self._tokenizer, self._open = tokenizer, []
-
-    def __call__(self, token):
-        """The text that an id completes; "" while it may be a part of a character."""
-        self._open.append(token)
-        text = self._tokenizer.decode(self._open)
-        # A byte may still belong to the character, or to the invalid bytes, that the next id goes on with.
-        if text.endswith("\ufffd") or self._tokenizer.is_byte(token):
-            return ""
-        self._open = []
-        return text
-
-    def rest(self):
-        """What the last ids left open, as it is: an unfinished character is U+FFFD."""
-        ids, self._open = self._open, []
-        return self._tokenizer.decode(ids)
-
-
-def start_size(count):
-    """Characters of a text in which nearly always `count` ids are found."""
-    return 8 * (count + MARGIN)
+        return sizes
 
 
 def train_bpe(texts, vocab_size, progress=silent):
