@@ -167,11 +167,11 @@ def load_sealed(path, map_location="cpu", mmap=False):
 
 
 def write_text(path, text):
-    """Replace a small text file atomically: readers see the old or the new content, whole."""
+    """Replace a small text file atomically: readers see the old or the new content, whole. Half a character is written escaped."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w") as file:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

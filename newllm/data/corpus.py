@@ -83,7 +83,7 @@ def open_corpus(source, split="", column=""):
             raise UserError(f"UltraChat cannot be had from the Hugging Face hub ({reason}); {WAY_OUT}.") from reason
     if known:
         return _hub(source, known, split, column)
-    path = Path(source).expanduser()
+    path = Path(source)
     if not source or not os.path.exists(path):
         close = difflib.get_close_matches(source, SOURCES, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else "."
@@ -178,7 +178,7 @@ def _ultrachat():
 
 def _on_hub(source):
     """Match of owner/name, subset, revision; None for another source, such as what exists here or is named as a file."""
-    if source.endswith(SUFFIXES + TABLES) or os.path.exists(Path(source).expanduser()):
+    if source.endswith(SUFFIXES + TABLES) or os.path.exists(source):
         return None
     return ON_HUB.fullmatch(source)
 

@@ -44,12 +44,12 @@ def read_status(checkpoint_dir):
     """
     path = Path(checkpoint_dir) / STATUS_NAME
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"no run has begun in {checkpoint_dir}: there is no {path.name}; start one with train.py."
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}).") from error
     saved_at = fields.pop("saved_at")
     fields["minutes_since_checkpoint"] = None if saved_at is None else (time.time() - saved_at) / 60
