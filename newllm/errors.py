@@ -36,10 +36,10 @@ def exit_on_user_error():
         finally:
             sys.stdout.flush()  # here, as the end of Python only prints that it failed
     except OSError as error:
-        failed = silence_broken_streams()
         if isinstance(error, BrokenPipeError):
+            silence_broken_streams()
             raise SystemExit(BROKEN_PIPE) from None
-        if not failed:
+        if not silence_broken_streams("\n"):
             raise
         print(f"error: the output cannot be written ({error.strerror}): give it another place.", file=sys.stderr)
         raise SystemExit(2) from None
@@ -58,11 +58,16 @@ def open_streams():
             getattr(sys, name).reconfigure(errors=errors)
 
 
-def silence_broken_streams():
-    """Lead output that cannot be written to nowhere, so that nothing tries again; whether there was any."""
+def silence_broken_streams(probe=""):
+    """Lead output that cannot be written to nowhere, so that nothing tries again; whether there was any.
+
+    Args:
+        probe: what to write to stdout to find out, beside what is still to be written.
+    """
     broken = False
     for stream in (sys.stdout, sys.stderr):
         try:
+            stream.write(probe if stream is sys.stdout else "")
             stream.flush()
         except OSError:
             broken = True

@@ -158,12 +158,20 @@ def load_sealed(path, map_location="cpu", mmap=False):
         Corrupt: the seal is missing or wrong, or the content is not plain data.
     """
     verify_seal(path)
+    mmap = mmap and _is_text(os.fspath(path))  # torch maps no file whose name is not UTF-8
     try:
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # bad pickles fail in every way: Unpickling, Key, Index, Value, Type, Runtime errors
         raise Corrupt(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+
+
+def _is_text(name):
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def write_text(path, text):

@@ -86,8 +86,9 @@ def export_folder(found, record, folder):
                 re.sub(r"^from newllm\.(?:\w+\.)*(\w+) import", r"from .\1 import", text, flags=re.M)
             )
         (folder / "README.md").write_text(model_card(record), encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror or error}): choose another folder.") from error
+    except (OSError, UnicodeError) as error:  # the latter for a folder whose name is not UTF-8
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder} cannot be written ({reason}): choose another folder.") from error
 
 
 def model_card(record):
