@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 
-from newllm.interrupt import EXIT_STATUS, Stopped
+from newllm.interrupt import EXIT_STATUS, LeftBehind, Stopped
 
 BROKEN_PIPE = 128 + 13  # what a shell says of a program that nobody reads any more
 
@@ -32,6 +32,9 @@ def exit_on_user_error():
             raise SystemExit(130) from None
         except Stopped as stop:
             print(f"stopped: {stop}; run the same command again to continue", file=sys.stderr)
+            if isinstance(stop, LeftBehind):
+                sys.stdout.flush()
+                os._exit(EXIT_STATUS)
             raise SystemExit(EXIT_STATUS) from None
         finally:
             sys.stdout.flush()  # here, as the end of Python only prints that it failed

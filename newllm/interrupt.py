@@ -17,6 +17,10 @@ class Stopped(Exception):
     """The run stopped as asked; what had to be saved has been saved. The message is the reason."""
 
 
+class LeftBehind(Stopped):
+    """The same, while a thread is still within a library: Python's orderly end would wait for it or trip over it."""
+
+
 class Interrupt:
     """Context manager that listens for SIGTERM, SIGINT and a time limit, in the main thread.
 
@@ -113,7 +117,7 @@ def interruptible(function, *arguments):
     """What function(*arguments) returns. For long calls of a library, which hear no signal before their end.
 
     Raises:
-        Stopped: as in `poll`; the call is left behind in a thread that ends with the process.
+        LeftBehind: a signal came or the time is over.
     """
     future = Future()
 
@@ -125,5 +129,6 @@ def interruptible(function, *arguments):
 
     threading.Thread(target=work, daemon=True).start()
     while not wait([future], timeout=0.2).done:
-        poll()
+        if reason := stop_reason():
+            raise LeftBehind(reason)
     return future.result()

@@ -174,7 +174,7 @@ def _starts(tokenizer, texts, count):
         reach = size
         while len(ids) < count + MARGIN and reach < len(text):
             poll()
-            reach *= 4
+            reach *= 2
             (ids,) = tokenizer.encode_batch([text[:reach]])
         starts.append(ids[:count])
     return starts

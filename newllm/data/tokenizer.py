@@ -13,8 +13,8 @@ from newllm.interrupt import interruptible, poll
 from newllm.progress import silent
 
 END_OF_TEXT = "<|endoftext|>"
-LONGEST_WORD = 1024  # bytes of what the trainer takes for a word: its time grows with their square
-LESSON = 1_000_000  # characters of one dialogue that a tokenizer is trained on, at most
+LONGEST_WORD = 256  # bytes of what the trainer takes for a word: its time grows with their square
+LESSON = 300_000  # characters of one dialogue that a tokenizer is trained on, at most
 
 
 class Tokenizer:
