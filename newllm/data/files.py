@@ -157,6 +157,7 @@ def digest(path):
             raise UserError(f"{path} is empty; give a file with dialogues as --data_source.")
         with open(path, "rb") as file:
             while block := file.read(BLOCK):
+                poll()
                 result.update(block)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
