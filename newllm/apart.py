@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import threading
 
-from newllm.errors import UserError
+from newllm.errors import UserError, open_streams, silence_broken_streams
 from newllm.interrupt import Stopped, stop_reason
 
 POLL_SECONDS = 0.2
@@ -18,6 +18,7 @@ def call_apart(function, *arguments):
 
     Raises:
         UserError: the function raised it, or its process ended without an answer.
+        BrokenPipeError: nobody reads its output.
         Stopped: the function raised it, or it was interrupted because this process is to stop.
     """
     context = multiprocessing.get_context("spawn")
@@ -47,9 +48,13 @@ def _answer(sender, function, arguments):
     if hasattr(os, "setsid"):
         os.setsid()  # Ctrl-C in a terminal then reaches the parent alone, which passes it on once
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    open_streams()
     try:
         answer = function(*arguments), None
     except (UserError, Stopped) as error:
+        answer = None, error
+    except BrokenPipeError as error:  # nobody reads what it prints
+        silence_broken_streams()
         answer = None, error
     sender.send(answer)
 

@@ -9,6 +9,7 @@ import difflib
 import inspect
 import itertools
 import math
+import os
 import re
 import shlex
 import sys
@@ -94,6 +95,8 @@ ELSEWHERE = {
     "nothing, as the loss is plain cross-entropy": "focal_gamma label_smoothing",
 }
 ELSEWHERE = {name: here for here, names in ELSEWHERE.items() for name in names.split()}
+# Settings in which `~` and `$NAME` are expanded: paths, and what may be one.
+PLACES = {"data_source", "tokenizer", "embeddings", "cache_dir", "checkpoint_dir", "backup_dir"}
 
 # What these settings are in files of versions that did not have them.
 EARLIER = dict(data_split="", data_column="", context_adapter="none", adapter_rank=0, attention="auto")
@@ -271,10 +274,11 @@ class Config:
 
     def differences(self):
         """Settings that differ from the file's values, as {name: (file's value, value in effect)}."""
+        file = {name: getattr(type(self), name, None) for name in field_types()}
         return {
-            name: (getattr(type(self), name, None), value)
+            name: (file[name], value)
             for name, value in self.to_dict().items()
-            if value != getattr(type(self), name, None)
+            if value != (expanded(file[name]) if name in PLACES and file[name] else file[name])
         }
 
 
@@ -316,8 +320,25 @@ def field_types():
 
 
 def check_value(name, value):
-    """The value in its declared type (an int is a fine float), or a UserError that names the field."""
-    kind, bounds = field_types()[name]
+    """The value in its declared type (an int is a fine float), paths expanded, or a UserError that names the field."""
+    value = checked(name, value, *field_types()[name])
+    return expanded(value) if name in PLACES else value
+
+
+def expanded(path):
+    """A path (or a name) in which `~` and `$NAME` are what a shell makes of them.
+
+    Raises:
+        UserError: there is no such user or variable.
+    """
+    found = os.path.expandvars(os.path.expanduser(path))
+    if (unknown := re.match(r"~\w*|.*?(\$\w+|\$\{\w+\})", found)) and not os.path.lexists(found):
+        raise UserError(f"'{path}': {unknown[1] or unknown[0]} stands for nothing here; write the path out.")
+    return found
+
+
+def checked(name, value, kind, bounds):
+    """The value, if it is of a kind (a type or a tuple of choices) and within bounds (a Range or None)."""
     if isinstance(kind, tuple):
         if value not in kind:
             raise UserError(f"{name} must be one of {', '.join(kind)}, not {value!r}{_nearest(str(value), kind)}.")
@@ -355,8 +376,7 @@ def parse_args(config_class, argv=None, description=None, extra=None):
     Returns:
         (configuration, namespace that holds the extra flags).
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(f"{message}; see --help."))
+    parser = Parser(description=description)
     if extra:
         extra(parser)
     settings = parser.add_argument_group("settings (defaults are the values of config.py)")
@@ -370,14 +390,32 @@ def parse_args(config_class, argv=None, description=None, extra=None):
             settings.add_argument(f"--{name}", metavar="|".join(kind), **options)
         else:
             settings.add_argument(f"--{name}", type=_converter(name, kind), metavar=kind.__name__, **options)
-    argv = [_underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
-    _refuse_values(argv)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
         raise UserError(f"unknown argument '{unknown[0]}'{_hint(unknown[0].split('=')[0], flags)}; see --help.")
     given = {name: value for name, value in vars(namespace).items() if name in field_types()}
     return config_class(**given), namespace
+
+
+class Parser(argparse.ArgumentParser):
+    """Parser of every command: errors are one sentence, flags are written out, `-` and `_` in them are the same."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise UserError(f"{message}; see --help.")
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = [_underscored(word) for word in (sys.argv[1:] if args is None else args)]
+        _refuse_values(args)
+        return super().parse_known_args(args, namespace)
+
+
+def flag(name, kind, bounds=None):
+    """Type of a script's own flag for argparse: checked as a setting of that name would be, in the same words."""
+    return lambda text: checked(name, _converter(name, kind)(text), kind, bounds)
 
 
 def _underscored(word):

@@ -4,6 +4,8 @@ import torch
 
 from newllm.interrupt import poll
 
+COLDEST = 1e-6  # a temperature below it would divide by nothing
+
 
 @torch.inference_mode()
 def generate(model, prompt_ids, count, seed, temperature=1.0, top_k=0, top_p=1.0, eos_id=None):
@@ -12,7 +14,7 @@ def generate(model, prompt_ids, count, seed, temperature=1.0, top_k=0, top_p=1.0
     Args:
         model: a model with `advance`. prompt_ids: list of at least one id.
         count: tokens, at most. seed: of the draws.
-        temperature: 0 takes the likeliest token (greedy), less than 1 prefers likely ones.
+        temperature: 0 (or below COLDEST) takes the likeliest token (greedy), less than 1 prefers likely ones.
         top_k: draw among so many likeliest tokens; 0: all. top_p: draw among the likeliest that have this probability together
             (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
         eos_id: id that ends the text, and is not given out; None: none does.
@@ -28,7 +30,7 @@ def generate(model, prompt_ids, count, seed, temperature=1.0, top_k=0, top_p=1.0
         for token in read:
             poll()
             logits, state = model.advance(torch.tensor([token], device=device), state)
-        if temperature == 0:
+        if temperature < COLDEST:
             token = logits.argmax().item()
         else:
             shares = narrow(None, logits.float().cpu()).softmax(-1)

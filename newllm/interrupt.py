@@ -8,12 +8,17 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import Future, wait
 
 EXIT_STATUS = 75  # EX_TEMPFAIL: nothing is wrong, run the same command again
 
 
 class Stopped(Exception):
     """The run stopped as asked; what had to be saved has been saved. The message is the reason."""
+
+
+class LeftBehind(Stopped):
+    """The same, while a thread is still within a library: Python's orderly end would wait for it or trip over it."""
 
 
 class Interrupt:
@@ -106,3 +111,24 @@ def poll():
     """
     if reason := stop_reason():
         raise Stopped(reason)
+
+
+def interruptible(function, *arguments):
+    """What function(*arguments) returns. For long calls of a library, which hear no signal before their end.
+
+    Raises:
+        LeftBehind: a signal came or the time is over.
+    """
+    future = Future()
+
+    def work():
+        try:
+            future.set_result(function(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    while not wait([future], timeout=0.2).done:
+        if reason := stop_reason():
+            raise LeftBehind(reason)
+    return future.result()

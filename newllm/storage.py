@@ -158,6 +158,7 @@ def load_sealed(path, map_location="cpu", mmap=False):
         Corrupt: the seal is missing or wrong, or the content is not plain data.
     """
     verify_seal(path)
+    mmap = mmap and _is_text(os.fspath(path))  # torch maps no file whose name is not UTF-8
     try:
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except (OSError, MemoryError, torch.OutOfMemoryError):
@@ -166,12 +167,19 @@ def load_sealed(path, map_location="cpu", mmap=False):
         raise Corrupt(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
+def _is_text(name):
+    try:
+        return bool(name.encode())
+    except UnicodeEncodeError:
+        return False
+
+
 def write_text(path, text):
-    """Replace a small text file atomically: readers see the old or the new content, whole."""
+    """Replace a small text file atomically: readers see the old or the new content, whole. Half a character is written escaped."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w") as file:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())

@@ -81,13 +81,14 @@ def export_folder(found, record, folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         for name, source in CODE.items():
-            text = (ROOT / source).read_text()
+            text = (ROOT / source).read_text(encoding="utf-8")
             (folder / name).write_text(
                 re.sub(r"^from newllm\.(?:\w+\.)*(\w+) import", r"from .\1 import", text, flags=re.M)
             )
-        (folder / "README.md").write_text(model_card(record))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror or error}): choose another folder.") from error
+        (folder / "README.md").write_text(model_card(record), encoding="utf-8", errors="backslashreplace")
+    except (OSError, UnicodeError) as error:  # the latter for a folder whose name is not UTF-8
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder} cannot be written ({reason}): choose another folder.") from error
 
 
 def model_card(record):

@@ -19,7 +19,7 @@ from pathlib import Path
 import train
 from config import ResidualConfig
 from newllm.apart import call_apart
-from newllm.config import EARLIER, parse_args
+from newllm.config import EARLIER, Range, expanded, flag, parse_args
 from newllm.errors import UserError, exit_on_user_error
 from newllm.interrupt import Interrupt
 from newllm.reporting.comparison import Comparison, markdown, read_json, read_result, read_results, write_report
@@ -227,9 +227,11 @@ def whole_numbers(text):
 def flags(parser):
     """The command's own flags."""
     parser.add_argument("--arms", default="all", help=f"comma-separated, of {', '.join(ARMS)}")
-    parser.add_argument("--seeds", type=int, default=5, help="seeds 0 ... N-1")
+    parser.add_argument("--seeds", type=flag("seeds", int, Range(1)), default=5, help="seeds 0 ... N-1")
     parser.add_argument("--tokens", default="100000", help="training tokens, comma-separated")
-    parser.add_argument("--results", default="results", help="folder of the figures, one small file a run")
+    parser.add_argument(
+        "--results", type=expanded, default="results", help="folder of the figures, one small file a run"
+    )
     parser.add_argument(
         "--keep", action="store_true", help="keep models, pictures, tables of the runs made, in checkpoint_dir/RUN"
     )

@@ -3,9 +3,9 @@
 python3 -m scripts.draw_docs        # writes docs/idea.png and docs/architecture.png
 """
 
-import argparse
 from pathlib import Path
 
+from newllm.config import Parser, expanded
 from newllm.errors import exit_on_user_error
 from newllm.reporting.style import COUNTED, REFERENCE, TRAINED, TRAINING_DATA, UNTRAINED, figure
 
@@ -108,8 +108,8 @@ def architecture(path):
 
 def main(arguments=None):
     """Draw both."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", default="docs", help="where to write them")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=expanded, default="docs", help="where to write them")
     folder = Path(parser.parse_args(arguments).folder)
     for draw in (idea, architecture):
         draw(folder / f"{draw.__name__}.png")

@@ -44,13 +44,13 @@ def measure(config):
     train.load_embedding = lambda source, *shape: None if source == "random" else torch.zeros(*shape)
     with (
         tempfile.TemporaryDirectory() as folder,
-        open(os.devnull, "w") as nowhere,
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
         contextlib.redirect_stdout(nowhere),
     ):
         summary = train.main(dataclasses.replace(config, checkpoint_dir=folder, **ROUNDS))
     if not torch.cuda.is_initialized() and os.path.exists("/proc/self/status"):
         # What the kernel tells through getrusage begins, in a new process, with the size of the one that started it.
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
     return int(summary["peak_memory_mb"] * MB)
 
 

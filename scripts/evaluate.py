@@ -7,14 +7,13 @@
 Trains nothing and changes nothing; compare models with other tokenizers by bits per byte.
 """
 
-import argparse
 import contextlib
 import json
 
 import torch
 
 from config import ResidualConfig
-from newllm.config import EARLIER
+from newllm.config import EARLIER, Parser, Range, expanded, flag
 from newllm.data.corpus import open_corpus
 from newllm.data.dataset import pack
 from newllm.errors import UserError, exit_on_user_error
@@ -119,11 +118,16 @@ def size_mb(tensor):
 
 def main(arguments=None):
     """Print the figures."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model_path", help="a model file, a checkpoint, or a folder of checkpoints")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("model_path", type=expanded, help="a model file, a checkpoint, or a folder of checkpoints")
     parser.add_argument("--inspect", action="store_true", help="only list what the file holds")
-    parser.add_argument("--data_source", default="", help="other data than the run's, as in config.py")
-    parser.add_argument("--samples", type=int, default=0, help="samples to predict; 0: as many as the run did")
+    parser.add_argument("--data_source", type=expanded, default="", help="other data than the run's, as in config.py")
+    parser.add_argument(
+        "--samples",
+        type=flag("samples", int, Range(0)),
+        default=0,
+        help="samples to predict; 0: as many as the run did",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     options = parser.parse_args(arguments)
     with Interrupt():

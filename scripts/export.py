@@ -4,12 +4,12 @@ python3 -m scripts.export                        # the latest complete run with 
 python3 -m scripts.export RUN --output my.zip
 """
 
-import argparse
 import os
 import zipfile
 from pathlib import Path
 
 from config import ResidualConfig
+from newllm.config import Parser, expanded
 from newllm.errors import UserError, exit_on_user_error
 from newllm.reporting.artifacts import artifact_paths, complete, find_run, runs_in
 from newllm.training.trained import open_saved
@@ -17,11 +17,13 @@ from newllm.training.trained import open_saved
 
 def main(arguments=None):
     """Write the file and say what is in it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("run", nargs="?", help="id of a run; none: the latest")
-    parser.add_argument("--checkpoint_dir", default=ResidualConfig().checkpoint_dir, help="folder of the runs")
+    parser.add_argument(
+        "--checkpoint_dir", type=expanded, default=ResidualConfig().checkpoint_dir, help="folder of the runs"
+    )
     parser.add_argument("--format", choices=("zip", "transformers"), default="zip", help="what to write")
-    parser.add_argument("--output", help="the file, or the folder, to write")
+    parser.add_argument("--output", type=expanded, help="the file, or the folder, to write")
     options = parser.parse_args(arguments)
     folder = options.checkpoint_dir
     record = complete([find_run(folder, options.run)], folder)[0] if options.run else latest_with_model(folder)

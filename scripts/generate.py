@@ -8,13 +8,14 @@ A model file (`checkpoints/DATA/models/TYPE_RUN.pth`) needs nothing else; a chec
 the tokenizer. The text appears as it is drawn.
 """
 
-import argparse
+import signal
 import sys
 
 from config import ResidualConfig
+from newllm.config import Parser, Range, expanded, flag
 from newllm.errors import UserError, exit_on_user_error
 from newllm.generate import generate
-from newllm.interrupt import Interrupt
+from newllm.interrupt import Interrupt, Stopped
 from newllm.training.trained import open_model
 
 
@@ -25,23 +26,39 @@ class Writer:
         self.options = options
         self.model, self.tokenizer, _ = open_model(options.model_path, options.cache_dir)
 
-    def write(self, prompt, stop=None):
-        """Print a continuation as it comes, up to the text `stop`; returns it."""
-        options, written, waiting = self.options, "", ""
+    def pieces(self, prompt):
+        """Texts that come one after the other and are together a continuation."""
+        options = self.options
         how = dict(
             temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, eos_id=self.tokenizer.eos_id
         )
         prompt_ids = self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]
         decode = self.tokenizer.decoder()
         for token in generate(self.model, prompt_ids, options.max_tokens, options.seed, **how):
-            waiting += decode(token)
-            if stop and stop in waiting:
-                waiting = waiting.partition(stop)[0]
-                break
-            # What may be the beginning of `stop` waits for its end.
-            if not (stop and any(waiting.endswith(stop[:n]) for n in range(1, len(stop)))):
-                print(waiting, end="", flush=True)
-                written, waiting = written + waiting, ""
+            yield decode(token)
+        yield decode()
+
+    def write(self, prompt, stop=None):
+        """Print a continuation as it comes; returns it.
+
+        Args:
+            stop: in a conversation, the text before which it ends. There Ctrl-C ends the answer alone.
+        """
+        written, waiting = "", ""
+        with Interrupt() as interrupt:
+            try:
+                for piece in self.pieces(prompt):
+                    waiting += piece
+                    if stop and stop in waiting:
+                        waiting = waiting.partition(stop)[0]
+                        break
+                    # What may be the beginning of `stop` waits for its end.
+                    if not (stop and any(waiting.endswith(stop[:n]) for n in range(1, len(stop)))):
+                        print(waiting, end="", flush=True)
+                        written, waiting = written + waiting, ""
+            except Stopped:
+                if not stop or interrupt.signal != signal.SIGINT:
+                    raise
         print(waiting, flush=True)
         return written + waiting
 
@@ -50,36 +67,59 @@ def chat(writer, turns):
     """A conversation: a line of the user's, an answer, until the lines end."""
     history = ""
     for line in turns:
-        history += f"User: {line.strip()}\nAssistant:"
+        history += f"User: {readable(line, 'this line').strip()}\nAssistant:"
         history += writer.write(history, stop="\nUser:") + "\n"
+
+
+def readable(text, what):
+    """A text of the user's, of which Python may have kept bytes that the locale does not know.
+
+    Raises:
+        UserError: the bytes are not UTF-8.
+    """
+    try:
+        return text.encode(errors="surrogateescape").decode()
+    except UnicodeError:
+        raise UserError(f"{what} is not UTF-8 text: {text!r}.") from None
 
 
 def main(arguments=None):
     """Write, or talk."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
+
+    def add(name, kind, bounds, default, text):
+        parser.add_argument(
+            f"--{name}", type=flag(name, kind, bounds), metavar=kind.__name__, default=default, help=text
+        )
+
     parser.add_argument(
-        "--model_path", default=ResidualConfig().checkpoint_dir, help="a model file, a checkpoint or a folder of these"
+        "--model_path",
+        type=expanded,
+        default=ResidualConfig().checkpoint_dir,
+        help="a model file, a checkpoint or a folder of these",
     )
     parser.add_argument("--prompt", default="User:", help="text to continue")
-    parser.add_argument("--max_tokens", type=int, default=100, help="length, at most")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token")
-    parser.add_argument("--top_k", type=int, default=0, help="draw among so many likeliest tokens; 0: all")
+    add("max_tokens", int, Range(1), 100, "length, at most")
+    add("temperature", float, Range(0), 0.8, "0: always the likeliest token")
+    add("top_k", int, Range(0), 0, "draw among so many likeliest tokens; 0: all")
+    add("top_p", float, Range(0, 1, above=True), 0.9, "draw among the likeliest with this probability together")
+    add("seed", int, Range(0, 2**63 - 1), 0, "of the draws")
     parser.add_argument(
-        "--top_p", type=float, default=0.9, help="draw among the likeliest with this probability together"
+        "--cache_dir", type=expanded, default="", help="folder of tokenized data, where it is not that of the run"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the draws")
-    parser.add_argument("--cache_dir", default="", help="folder of tokenized data, where it is not that of the run")
     parser.add_argument("--chat", action="store_true", help="talk, a line at a time; the prompt is not used")
     options = parser.parse_args(arguments)
-    if options.temperature < 0 or options.top_k < 0 or not 0 < options.top_p <= 1 or options.max_tokens < 1:
-        raise UserError("temperature and top_k are at least 0, top_p lies in (0, 1], max_tokens is at least 1.")
-    with Interrupt():
-        writer = Writer(options)
-        if options.chat:
-            chat(writer, sys.stdin)
-        else:
-            print(options.prompt, end="", flush=True)
-            writer.write(options.prompt)
+    prompt = readable(options.prompt, "--prompt")
+    writer = Writer(options)
+    if not options.chat:
+        print(prompt, end="", flush=True)
+        writer.write(prompt)
+        return
+    try:
+        chat(writer, sys.stdin)
+    except KeyboardInterrupt:  # at the prompt, where nothing is to be saved
+        print()
+        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import filecmp
 import os
 from pathlib import Path
 
+from newllm.config import Parser, expanded
 from newllm.errors import UserError, exit_on_user_error
 from newllm.training.drive import COLAB_DRIVE, check_target, copy_verified, refuse_overlap
 from newllm.training.lock import LOCK_NAME, holder
@@ -186,19 +187,21 @@ def probe(here, there):
     Raises:
         UserError: what was written did not arrive.
     """
-    text = f"written through {here}"
-    (here / PROBE).write_text(text)
-    arrived = (there / PROBE).read_text()
+    text = os.fsencode(f"written through {here}")
+    (here / PROBE).write_bytes(text)
+    arrived = (there / PROBE).read_bytes()
     (here / PROBE).unlink()
     if arrived != text:
         raise UserError(f"what is written to {here} does not arrive in {there}: is Drive mounted and writable?")
 
 
 def parse(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--drive", required=True, metavar="DIR", help="folder on Drive that holds them")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--drive", type=expanded, required=True, metavar="DIR", help="folder on Drive that holds them")
     parser.add_argument("--names", nargs="+", default=list(NAMES), metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--root", default=".", metavar="DIR", help="the project's folder (default: here)")
+    parser.add_argument(
+        "--root", type=expanded, default=".", metavar="DIR", help="the project's folder (default: here)"
+    )
     parser.add_argument("--relink", action="store_true", help="replace links that lead to another place")
     return parser.parse_args(arguments)
 

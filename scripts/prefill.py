@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from config import ResidualConfig
-from newllm.config import parse_args
+from newllm.config import Range, expanded, flag, parse_args
 from newllm.data.dataset import load_data
 from newllm.errors import UserError, exit_on_user_error
 from newllm.fixed_point.diagnostics import cold_start_curve
@@ -221,11 +221,13 @@ def flags(parser):
     parser.add_argument("--lengths", type=whole, default="1000,10000,100000", help="tokens, comma-separated")
     parser.add_argument("--tolerance", type=lambda text: numbers(float, 1e-6, 1)(text)[::-1], default="1e-2,1e-3,1e-4",
                         help="relative changes of a sweep that are small enough, comma-separated")  # fmt: skip
-    parser.add_argument("--max_sweeps", type=lambda text: whole(text)[0], default="64", help="of a piece, at most")
-    parser.add_argument("--piece", type=lambda text: whole(text)[0], default="4096", help="tokens swept at once")
+    parser.add_argument(
+        "--max_sweeps", type=flag("max_sweeps", int, Range(1, 10**9)), default=64, help="of a piece, at most"
+    )
+    parser.add_argument("--piece", type=flag("piece", int, Range(1, 10**9)), default=4096, help="tokens swept at once")
     parser.add_argument("--trained", action="store_true", help="trained weights alone; without them an error")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.add_argument("--plot", help="PNG file (default: in outputs/plots of checkpoint_dir)")
+    parser.add_argument("--plot", type=expanded, help="PNG file (default: in outputs/plots of checkpoint_dir)")
 
 
 if __name__ == "__main__":

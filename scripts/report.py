@@ -8,10 +8,10 @@
 All of it comes from the records that runs write; no model is loaded.
 """
 
-import argparse
 from pathlib import Path
 
 from config import ResidualConfig
+from newllm.config import Parser, expanded
 from newllm.errors import UserError, exit_on_user_error
 from newllm.reporting.artifacts import (
     complete,
@@ -37,9 +37,11 @@ PATTERNS = {
 
 def main(arguments=None):
     """Print what is asked for."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="*", metavar="RUN", help="id of a run, or of two; none: the latest")
-    parser.add_argument("--checkpoint_dir", default=ResidualConfig().checkpoint_dir, help="folder of the runs")
+    parser.add_argument(
+        "--checkpoint_dir", type=expanded, default=ResidualConfig().checkpoint_dir, help="folder of the runs"
+    )
     parser.add_argument("--remake", action="store_true", help="make the artefacts of the run again")
     options = parser.parse_args(arguments)
     if len(options.runs) > 2:

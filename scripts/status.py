@@ -6,11 +6,11 @@ Reads a small file; works while training runs, on any machine that sees the fold
 tells the runs done and remaining, the time, and where the run in hand is.
 """
 
-import argparse
 import json
 from pathlib import Path
 
 from config import ResidualConfig
+from newllm.config import Parser, expanded
 from newllm.errors import exit_on_user_error
 from newllm.reporting.status import STATUS_NAME, read_status, status_lines
 from newllm.reporting.sweep import read_sweep, sweep_lines
@@ -18,8 +18,10 @@ from newllm.reporting.sweep import read_sweep, sweep_lines
 
 def main(arguments=None):
     """Print the status of the run or the sweep in a folder."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint_dir", default=ResidualConfig().checkpoint_dir, help="folder of the run")
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--checkpoint_dir", type=expanded, default=ResidualConfig().checkpoint_dir, help="folder of the run"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     options = parser.parse_args(arguments)
     folder, sweep = Path(options.checkpoint_dir), read_sweep(options.checkpoint_dir)

@@ -9,7 +9,6 @@ temporary file, and end with the weights, metrics and histories of a run that no
 status is 0 when all did; else what differs is named and the folder kept.
 """
 
-import argparse
 import functools
 import itertools
 import multiprocessing
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from newllm.config import Parser
 from newllm.errors import UserError, exit_on_user_error
 from newllm.storage import Corrupt, load_sealed
 from scripts.killed_child import KILLED, LATEST, LONGEST, SAVED, end, start
@@ -69,16 +69,16 @@ def survive(folder, settings, alone, lives):
             status = end(start(folder, settings, kill_at), seconds)
             if status != -signal.SIGKILL:
                 break
-            if kill_at and KILLED not in output.read_text():
+            if kill_at and KILLED not in output.read_text(encoding="utf-8"):
                 raise Broken(f"it hangs: not at its end after {seconds} s")
             kills += 1
         else:
             status = restart(folder, settings)
         if status:
-            raise Broken(f"it ended with status {status} ({output.read_text().splitlines()[-1]})")
+            raise Broken(f"it ended with status {status} ({output.read_text(encoding='utf-8').splitlines()[-1]})")
         compare(folder, alone)
     except Broken as error:
-        notes = [line for line in output.read_text().splitlines() if line.startswith(KILLED)]
+        notes = [line for line in output.read_text(encoding="utf-8").splitlines() if line.startswith(KILLED)]
         problem = "; ".join([str(error), *notes, f"kept as {folder}"])
         print(f"\n{problem}", flush=True)
         return kills, problem
@@ -96,13 +96,13 @@ def restart(folder, settings):
     Raises:
         Broken: it had lost a complete save, or did not go on from the last one.
     """
-    before = (folder / "output.txt").read_text()
+    before = (folder / "output.txt").read_text(encoding="utf-8")
     found = read(folder / "checkpoints" / LATEST)
     number, saves = found["save_number"] if found else 0, before.count(SAVED)
     if number < saves:
         raise Broken(f"{saves} saves were complete, but the checkpoint is number {number}")
     status = end(start(folder, settings))
-    output = (folder / "output.txt").read_text()[len(before) :]
+    output = (folder / "output.txt").read_text(encoding="utf-8")[len(before) :]
     if found and f"(save {number}, {found['saved_at']})" not in output:
         raise Broken(f"it did not go on from its save {number} ({found['epoch']})")
     return status
@@ -190,7 +190,7 @@ def parse(arguments):
     Raises:
         UserError: a number below its bound, or a system without fork.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=20, help="kills at random moments (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
     parser.add_argument(
@@ -217,7 +217,7 @@ def prepare(scratch, kinds):
     source, words = random.Random(0), ["a", "bad", "dot", "kin", "lust", "move", "born", "dawn", "kiln", "lorn", "best"]
     texts = [" ".join(source.choices(words, k=20)) for _ in range(60)]
     corpus = scratch / "dialogues.txt"
-    corpus.write_text("\n\n".join(f"User: {text[:30]}\nAssistant: {text[30:]}" for text in texts))
+    corpus.write_text("\n\n".join(f"User: {text[:30]}\nAssistant: {text[30:]}" for text in texts), encoding="utf-8")
     settings = {kind: SETTINGS | RUNS[kind] | {"data_source": str(corpus)} for kind in kinds}
     seconds = {}
     for kind in kinds:

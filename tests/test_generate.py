@@ -1,16 +1,32 @@
 """Generation: the same logits as reading the whole text at once, greedy without chance, draws that the seed decides."""
 
+import argparse
+import contextlib
+import fcntl
 import io
+import itertools
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import ROOT
 
 from config import ResidualConfig
+from newllm.data.tokenizer import train_bpe
 from newllm.errors import UserError
 from newllm.evaluate import encode
 from newllm.generate import generate
+from newllm.interrupt import Stopped, poll
 from newllm.models.baselines import build_model
+from newllm.training import trained
 from scripts import generate as script
 from train import main as train
 
@@ -81,9 +97,112 @@ def test_the_command_writes_with_what_was_trained(tiny_settings, tmp_path, capsy
     empty.mkdir()
     with pytest.raises(UserError, match="no whole checkpoint"):
         script.main(["--model_path", str(empty)])
-    real = script.open_saved
-    monkeypatch.setattr(script, "open_saved", lambda path: (real(path)[0], real(path)[1] | {"stage": "untrained"}))
+    real = trained.open_saved
+    monkeypatch.setattr(trained, "open_saved", lambda path: (real(path)[0], real(path)[1] | {"stage": "untrained"}))
     with pytest.raises(UserError, match="has trained nothing yet"):
         script.main(["--model_path", folder])
-    with pytest.raises(UserError, match="top_p lies in"):
-        script.main(["--top_p", "0"])
+
+
+@pytest.mark.parametrize(
+    "flag, values, words",
+    [
+        ("temperature", ("nan", "inf", "-inf"), "temperature must be a finite number, not "),
+        ("temperature", ("-1", "-1e-9"), "temperature must be >= 0, not "),
+        ("temperature", ("hot", ""), "temperature must be of type float, not '"),
+        ("top_k", ("-1",), "top_k must be >= 0, not -1"),
+        ("top_p", ("0", "2", "-1"), "top_p must be > 0 and <= 1, not "),
+        ("top_p", ("nan",), "top_p must be a finite number, not nan"),
+        ("max_tokens", ("0", "-1"), "max_tokens must be >= 1, not "),
+        ("max-tokens", ("1.5", "many"), "max_tokens must be of type int, not '"),
+        ("seed", ("-1", "9" * 20), "seed must be >= 0 and <= "),
+        ("seed", ("9" * 5000,), "seed must be of type int, not '9"),
+        ("prompt", ("\udcff", "\ud83d"), "--prompt is not UTF-8 text: '"),
+        ("temprature", ("1",), "unrecognized arguments: --temprature=1; see --help"),
+    ],
+)
+def test_a_bad_flag_is_one_sentence(flag, values, words):
+    """In the words that train.py has for its settings, before anything is loaded."""
+    for value in values:
+        with pytest.raises(UserError, match=re.escape(words)) as caught:
+            script.main([f"--{flag}={value}"])
+        assert "\n" not in str(caught.value)
+
+
+class Talker:
+    """A writer whose model says the same id for ever, or what it is given."""
+
+    def __init__(self, ids=None):
+        self.tokenizer = train_bpe(["hello there"] * 9, 300)
+        self.options = argparse.Namespace(temperature=0, top_k=0, top_p=1, max_tokens=10**9, seed=0)
+        self.model, self.ids = None, ids or itertools.repeat(self.tokenizer.encode("a")[0])
+
+    write, pieces = script.Writer.write, script.Writer.pieces
+
+
+@pytest.mark.parametrize("text", ["so \U0001f642", "Us", "a\nUser", "\nUser"])
+def test_what_was_held_back_is_printed_at_the_end(monkeypatch, capsys, text):
+    """Half a character as U+FFFD; what began like the end of an answer and was none."""
+    talker = Talker()
+    ids = talker.tokenizer.encode(text)
+    for cut in (ids, ids[:-1]):
+        monkeypatch.setattr(script, "generate", lambda *args, ids=cut, **options: iter(ids))
+        assert talker.write("hi", stop="\nUser:") == talker.tokenizer.decode(cut) == capsys.readouterr().out[:-1]
+
+
+def test_ctrl_c_ends_an_answer_and_sigterm_the_conversation(monkeypatch, capsys):
+    """What was said so far belongs to the conversation; the next answer is heard."""
+
+    def speak(number):
+        def generate(*args, **options):
+            yield talker.tokenizer.encode("a")[0]
+            signal.raise_signal(number)
+            while True:
+                poll()
+                yield talker.tokenizer.encode("b")[0]
+
+        return generate
+
+    talker = Talker()
+    monkeypatch.setattr(script, "generate", speak(signal.SIGINT))
+    script.chat(talker, ["one", "two"])
+    assert capsys.readouterr().out.replace("b", "") == "a\na\n"
+    monkeypatch.setattr(script, "generate", speak(signal.SIGTERM))
+    with pytest.raises(Stopped, match="SIGTERM"):
+        script.chat(talker, ["one", "two"])
+    monkeypatch.setattr(script, "generate", speak(signal.SIGINT))
+    with pytest.raises(Stopped, match="SIGINT"):  # not a conversation
+        talker.write("hi")
+
+
+def at_the_prompt(keys):
+    """Types keys where --chat waits for a line, in a terminal; (seconds until it has ended, status, what it said)."""
+    code = (
+        "from newllm.errors import exit_on_user_error\nfrom scripts import generate\n"
+        "generate.Writer = lambda options: print('ready', flush=True)\n"
+        "with exit_on_user_error():\n    generate.main(['--chat'])"
+    )
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs,
+        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(theirs)
+    said = b""
+    while b"ready" not in said:
+        said += os.read(ours, 1000)
+    time.sleep(0.3)
+    os.write(ours, keys)
+    started = time.monotonic()
+    status = process.wait(timeout=60)
+    with contextlib.suppress(OSError):  # nothing was said, and the other end is closed
+        said += os.read(ours, 1000)
+    os.close(ours)
+    return time.monotonic() - started, status, said
+
+
+def test_ctrl_c_and_ctrl_d_at_the_prompt_leave_at_once():
+    """The first one; without a traceback or another line typed."""
+    for keys, expected in ((b"\x03", 130), (b"\x04", 0)):
+        seconds, status, said = at_the_prompt(keys)
+        assert (status, b"Traceback" in said) == (expected, False) and seconds < 10, said

@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from newllm.data import hub
-from newllm.data.files import SUFFIXES, TABLES, column_names, digest, read_file, render
+from newllm.data.files import SUFFIXES, TABLES, Tally, column_names, digest, read_file, render
 from newllm.data.splits import HELD_OUT_EVERY, WAY_OUT, choose_splits, open_hub, read_rows, read_saved
 from newllm.errors import UserError
 
@@ -83,7 +83,7 @@ def open_corpus(source, split="", column=""):
             raise UserError(f"UltraChat cannot be had from the Hugging Face hub ({reason}); {WAY_OUT}.") from reason
     if known:
         return _hub(source, known, split, column)
-    path = Path(source).expanduser()
+    path = Path(source)
     if not source or not os.path.exists(path):
         close = difflib.get_close_matches(source, SOURCES, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else "."
@@ -148,14 +148,19 @@ def _finite(name, identity, note, read):
     @functools.cache
     def found():
         texts, remarks = read()
-        kept = [text for text in texts if text]
-        if len(kept) < len(texts):
-            remarks = [*remarks, f"data: {len(texts) - len(kept):,} empty dialogues of {name} left out"]
+        tally = Tally()
+        kept = list(filter(tally.keeps, texts))
         if not kept:
-            raise UserError(f"{name} holds no dialogues; choose another --data_source.")
-        return kept, Listing(len(kept), remarks)
+            why = f": all {tally.seen:,} are empty, without text or null" if texts else ""
+            raise UserError(f"{name} holds no dialogues{why}; choose another --data_source.")
+        return kept, Listing(len(kept), [*remarks, *tally.remarks(name)])
 
     return Corpus(name, identity, note, lambda: iter(found()[0]), lambda: reversed(found()[0]), lambda: found()[1])
+
+
+def _remarks(streams):
+    """What two streams, each a partial with a tally, have left out so far."""
+    return [line for stream in streams for line in stream.keywords["tally"].remarks(stream.args[1])]
 
 
 # The hub
@@ -163,15 +168,17 @@ def _finite(name, identity, note, read):
 
 def _ultrachat():
     rows = open_hub(ULTRACHAT, None, ULTRACHAT_REVISION)
-    train, held_out = (
-        functools.partial(read_rows, rows[split], f"UltraChat {split}") for split in ("train_sft", "test_sft")
-    )
-    return Corpus("ultrachat", ULTRACHAT_IDENTITY, ULTRACHAT_NOTE, train, held_out)
+    streams = [
+        functools.partial(read_rows, rows[split], f"UltraChat {split}", tally=Tally())
+        for split in ("train_sft", "test_sft")
+    ]
+    labels = "ultrachat", ULTRACHAT_IDENTITY, ULTRACHAT_NOTE
+    return Corpus(*labels, *streams, lambda: Listing(None, _remarks(streams)))
 
 
 def _on_hub(source):
     """Match of owner/name, subset, revision; None for another source, such as what exists here or is named as a file."""
-    if source.endswith(SUFFIXES + TABLES) or os.path.exists(Path(source).expanduser()):
+    if source.endswith(SUFFIXES + TABLES) or os.path.exists(source):
         return None
     return ON_HUB.fullmatch(source)
 
@@ -192,11 +199,12 @@ def _hub(source, labels, split, column):
         raise _not_had(source, reason) from reason
     train, held_out = choose_splits(rows, split, where)
     streams = [
-        functools.partial(read_rows, rows[name], f"{where} {name}", column, part)
+        functools.partial(read_rows, rows[name], f"{where} {name}", column, part, tally=Tally())
         for name, part in ([(train, None), (held_out, None)] if held_out else [(train, False), (train, True)])
     ]
     rest = f"split {held_out}" if held_out else f"every {HELD_OUT_EVERY}th row, as there is no split test or validation"
-    return Corpus(*labels, *streams, lambda: Listing(None, [f"data: trains on split {train}, holds out {rest}"]))
+    choice = f"data: trains on split {train}, holds out {rest}"
+    return Corpus(*labels, *streams, lambda: Listing(None, [choice, *_remarks(streams)]))
 
 
 # The embedded corpus
@@ -248,13 +256,13 @@ def _saved(path, split, column):
     names = [train, held_out] if held_out else [train]
     identity = _digest_of([[digest(Path(file["filename"])) for file in rows[name].cache_files] for name in names])
     streams = [
-        functools.partial(read_saved, rows[name], f"{path} {name}", column, backwards)
+        functools.partial(read_saved, rows[name], f"{path} {name}", column, backwards, tally=Tally())
         for name, backwards in ((train, False), (held_out or train, not held_out))
     ]
     size = None if held_out else len(rows[train])
     note = f"data: {path} (split {' and '.join(names)}, sha256 {identity[:12]})"
     labels = _fit_name(path.resolve().name), f"sha256:{identity}{_of_column(column)}", note
-    return Corpus(*labels, *streams, lambda: Listing(size, []))
+    return Corpus(*labels, *streams, lambda: Listing(size, _remarks(streams)))
 
 
 def _files(path, split, column):
@@ -262,7 +270,8 @@ def _files(path, split, column):
         raise UserError(f"{path} has no splits: leave out data_split.")
     folder = path.is_dir()
     files = sorted(file for file in path.iterdir() if not file.name.startswith(".")) if folder else [path]
-    files = [f for f in files if f.name.endswith(SUFFIXES)] or [f for f in files if f.name.endswith(TABLES)]
+    found = files
+    files = [f for f in found if f.name.endswith(SUFFIXES)] or [f for f in found if f.name.endswith(TABLES)]
     if not files:
         kinds = ", ".join(SUFFIXES + TABLES)
         raise UserError(f"{path} is no data: data_source takes {kinds} files, a folder of them or of save_to_disk.")
@@ -273,11 +282,13 @@ def _files(path, split, column):
     for suffix in () if folder else SUFFIXES + TABLES:
         stem = stem.removesuffix(suffix)
     note = f"data: {path} ({f'{len(files)} files, ' if folder else ''}sha256 {identity[:12]})"
+    others = [file.name for file in found if file not in files]
+    remarks = [f"data: of {path} not read: {', '.join(others)}"] if others else []
     return _finite(
         _fit_name(stem),
         f"sha256:{identity}{_of_column(column)}",
         note,
-        lambda: ([text for file in files for text in read_file(file, column)], []),
+        lambda: ([text for file in files for text in read_file(file, column)], remarks),
     )
 
 

@@ -21,7 +21,9 @@ from newllm.progress import silent
 from newllm.storage import Corrupt, load_sealed, save_sealed, usable_folder
 
 FORMAT_VERSION = 1  # raise it when rendering, packing or the file's fields change: older cache files are passed over
-BATCH = 256  # dialogues encoded in one call
+BATCH = 256  # dialogues encoded in one call, at most
+MARGIN = 64  # ids before the end of a cut text that the cut may have changed: more than a word has
+CHARACTERS = 1 << 22  # encoded in one call, nearly always: each takes about 100 bytes of memory meanwhile
 KINDS = {"auto": "gpt2", "gpt2": "gpt2", "bpe": "bpe"}  # of tokenizer to look for in the cache, by the setting
 
 
@@ -134,15 +136,16 @@ def pack(dialogues, tokenizer, count, length, advance=lambda tokens: None):
         (int32 [n, L+1] ids, int64 [n] index of each sample's first dialogue, list of the digests of all texts taken).
     """
     samples, first, taken, sample = [], [], [], []
+    at_once = min(BATCH, max(1, CHARACTERS // _start_size(length + 1)))
     while len(samples) < count:
         poll()
         # Every sample still missing takes one dialogue at least, so this many are never too many.
-        batch = list(islice(dialogues, min(BATCH, count - len(samples))))
+        batch = list(islice(dialogues, min(at_once, count - len(samples))))
         if not batch:
             break
         taken += [_text_digest(text) for _, text in batch]
         before = len(samples)
-        for (index, _), ids in zip(batch, tokenizer.encode_batch([text for _, text in batch]), strict=True):
+        for (index, _), ids in zip(batch, _starts(tokenizer, [text for _, text in batch], length + 1), strict=True):
             if not sample:
                 first.append(index)
             sample += ids[: length + 1 - len(sample)]
@@ -154,6 +157,27 @@ def pack(dialogues, tokenizer, count, length, advance=lambda tokens: None):
         advance((len(samples) - before) * length)
     ids = torch.stack(samples) if samples else torch.empty(0, length + 1, dtype=torch.int32)
     return ids, torch.tensor(first[: len(samples)], dtype=torch.int64), taken
+
+
+def _start_size(count):
+    """Characters of a text in which `count` ids and the margin are nearly always found."""
+    return 8 * (count + MARGIN)
+
+
+def _starts(tokenizer, texts, count):
+    """The first `count` ids of each text, of a short one all: lists of int.
+
+    Of a long text no more is encoded than that takes. A cut changes only the ids just before it, which are thrown away.
+    """
+    size, starts = _start_size(count), []
+    for text, ids in zip(texts, tokenizer.encode_batch([text[:size] for text in texts]), strict=True):
+        reach = size
+        while len(ids) < count + MARGIN and reach < len(text):
+            poll()
+            reach *= 2
+            (ids,) = tokenizer.encode_batch([text[:reach]])
+        starts.append(ids[:count])
+    return starts
 
 
 def _text_digest(text):
@@ -175,7 +199,7 @@ def _build(corpus, tokenizer, config, progress):
     while True:
         lesson = [text for text in head if _text_digest(text) not in held]
         if trained:
-            tokenizer = train_bpe(lesson, config.vocab_size)
+            tokenizer = train_bpe(lesson, config.vocab_size, progress)
         val, val_dialogue, val_taken = pack(enumerate(corpus.held_out()), tokenizer, config.val_samples, length)
         if set(val_taken).isdisjoint(map(_text_digest, lesson)):
             break

@@ -1,5 +1,6 @@
 """Dialogues out of data files (lines, JSON, tables, plain text), and the one rendering of a dialogue as text."""
 
+import codecs
 import csv
 import glob
 import gzip
@@ -8,8 +9,11 @@ import io
 import json
 import re
 import zlib
+from dataclasses import dataclass
+from itertools import chain
 
 from newllm.errors import UserError
+from newllm.interrupt import poll
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
 TABLES = (".csv", ".tsv", ".json", ".arrow")  # in a folder only without any of the above, beside which they describe
@@ -25,10 +29,13 @@ COLUMNS = (  # where a row may hold its dialogue, in order of preference
 )
 SHAREGPT = {"human": "User", "gpt": "Assistant"}
 BLOCK = 1 << 20
+BATCH = 256  # rows of a table in memory at once
 
 
 def render(row, where, column=""):
     """A row as text: "User: ...\\nAssistant: ...", messages without content left out; "" for an empty dialogue.
+
+    Null is an empty text or an empty list. A number, an object, or a list where a text belongs is an error.
 
     Args:
         row: dict with `messages` or `conversations` ([{role, content}] or [{from, value}]), `data` (strings, user
@@ -43,34 +50,28 @@ def render(row, where, column=""):
         raise UserError(
             f"{where} is a {type(row).__name__}, not an object with messages, data or text; repair or remove it."
         )
-    keys = ", ".join(map(str, row)) or "none"
-    if column:
-        names = column_names(column)
-        if missing := [name for name in names if name not in row]:
-            raise UserError(f"{where} has no column '{missing[0]}' for --data_column; its columns are: {keys}.")
-    else:
-        names = next((names for names in COLUMNS if names[-1] in row and row.get(names[0]) is not None), None)
-        if names is None:
-            raise UserError(
-                f"{where} has neither messages, data, text, conversations nor a pair such as prompt and response, and "
-                f"no --data_column says where its dialogue is; its keys are: {keys}."
-            )
-    values = ["" if row[name] is None else row[name] for name in names]
-    value = values if len(names) > 1 else values[0]
+    names = _names_of(row, where, column)
+    values = [row[name] for name in names]
+    value = values[0]
     try:
-        if not column and names == ("instruction", "output") and row.get("input"):
-            value[0] += "\n" + row["input"]
-        if isinstance(value, str) and (column or names == ("text",)):
-            text = value.strip()
-        elif isinstance(value, list) or not value:
-            turns = [_turn(number, turn) for number, turn in enumerate(value or ())]
-            text = "\n".join(f"{role}: {content}" for role, content in turns if content)
+        if len(names) > 1:
+            turns = zip(("User", "Assistant"), map(_text, values), strict=True)
+            if not column and names == ("instruction", "output") and (more := _text(row.get("input"))):
+                turns = [("User", f"{_text(value)}\n{more}".strip()), ("Assistant", _text(values[1]))]
+        elif isinstance(value, list) and (column or names != ("text",)):
+            turns = [_turn(number, turn) for number, turn in enumerate(value)]
+        elif value is None or column or names == ("text",):
+            turns = None
         else:
             raise TypeError
+        text = _text(value) if turns is None else "\n".join(f"{role}: {said}" for role, said in turns if said)
     except (TypeError, KeyError, AttributeError):
         shape = "a list of texts or of objects with role and content or from and value"
         shape = "texts" if len(names) > 1 else "a text" if names == ("text",) else shape
-        raise UserError(f"{where} does not have {shape} in {' and '.join(names)}; repair or remove it.") from None
+        found = " and ".join(type(value).__name__ for value in values)
+        raise UserError(
+            f"{where} does not have {shape} in {' and '.join(names)} (found: {found}); repair or remove it."
+        ) from None
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -83,6 +84,30 @@ def column_names(column):
     return tuple(name.strip() for name in column.split(","))
 
 
+def _names_of(row, where, column):
+    """The names in a row under which its dialogue is: the first that hold something, else the first that are there."""
+    keys = ", ".join(map(str, row)) or "none"
+    if column:
+        names = column_names(column)
+        if missing := [name for name in names if name not in row]:
+            raise UserError(f"{where} has no column '{missing[0]}' for --data_column; its columns are: {keys}.")
+        return names
+    there = [names for names in COLUMNS if all(name in row for name in names)]
+    if not there:
+        raise UserError(
+            f"{where} has neither messages, data, text, conversations nor a pair such as prompt and response, and "
+            f"no --data_column says where its dialogue is; its keys are: {keys}."
+        )
+    return next((names for names in there if any(row[name] is not None for name in names)), there[0])
+
+
+def _text(value):
+    """A text without the blanks around it; null is an empty one, and nothing else is a text."""
+    if value is not None and not isinstance(value, str):
+        raise TypeError
+    return (value or "").strip()
+
+
 def _turn(number, turn):
     """Role and content of a message, of a ShareGPT turn, or of the text with this number."""
     if isinstance(turn, str):
@@ -92,7 +117,32 @@ def _turn(number, turn):
     else:
         speaker, content = turn["from"].strip(), turn["value"]
         role = SHAREGPT.get(speaker.lower(), speaker.capitalize())
-    return role, "" if content is None else content.strip()
+    if not role:
+        raise KeyError
+    return role, _text(content)
+
+
+@dataclass
+class Tally:
+    """How many dialogues a reading has seen, and how many of them were empty and left out."""
+
+    seen: int = 0
+    empty: int = 0
+
+    def keeps(self, text):
+        """Count a text; whether it is a dialogue."""
+        self.seen += 1
+        self.empty += not text
+        return bool(text)
+
+    def remarks(self, name):
+        """What to say about it: nothing, or a line, which warns if it is half of all."""
+        if not self.empty:
+            return []
+        loud = "warning: " if 2 * self.empty >= self.seen else ""
+        return [
+            f"{loud}data: {self.empty:,} empty dialogues of {name} left out, of {self.seen:,}: no text in them, or null"
+        ]
 
 
 def digest(path):
@@ -107,6 +157,7 @@ def digest(path):
             raise UserError(f"{path} is empty; give a file with dialogues as --data_source.")
         with open(path, "rb") as file:
             while block := file.read(BLOCK):
+                poll()
                 result.update(block)
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
@@ -126,44 +177,39 @@ def read_file(path, column=""):
         return _read_parquet(path, column)
     if path.name.endswith(".arrow"):
         return _read_arrow(path, column)
-    try:
-        content = path.read_bytes()
-        if path.name.endswith(".gz"):
-            content = gzip.decompress(content)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be unpacked ({error}); fetch it again.") from error
-    lines = _decoded_lines(content, path)
-    text = "\n".join(line for _, line in lines)
-    if path.name.endswith(".txt"):
-        return [text.strip() for text in re.split(r"\n\s*\n", text) if text.strip()]
     rows = None
-    if path.name.endswith((".csv", ".tsv")):
-        rows = _csv_rows(text, path)
-    elif path.name.endswith(".json"):
-        rows = _json_rows(text, path)
+    if not path.name.endswith((".jsonl", ".jsonl.gz")):
+        text = "\n".join(line for _, line in _lines(path))
+        if path.name.endswith(".txt"):
+            return [text.strip() for text in re.split(r"\n\s*\n", text) if text.strip()]
+        rows = _json_rows(text, path) if path.name.endswith(".json") else _csv_rows(text, path)
     if rows is None:
-        return [render(_parse(line, where), where, column) for where, line in lines if line.strip()]
-    return [render(row, f"{path} row {number}", column) for number, row in enumerate(rows, 1)]
+        return [render(_parse(line, where), where, column) for where, line in _lines(path) if line.strip()]
+    return _rendered(rows, path, column)
+
+
+def _rendered(rows, path, column):
+    texts = []
+    for number, row in enumerate(rows, 1):
+        poll()
+        texts.append(render(row, f"{path} row {number}", column))
+    return texts
 
 
 def _read_parquet(path, column):
     import pyarrow
     import pyarrow.parquet
 
-    texts, wanted = [], column_names(column) if column else {name for names in COLUMNS for name in (*names, "input")}
+    wanted = column_names(column) if column else {name for names in COLUMNS for name in (*names, "input")}
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             names = file.schema_arrow.names
             if not column or set(wanted) <= set(names):
                 names = [name for name in names if name in wanted] or names
-            for batch in file.iter_batches(columns=names):
-                texts += [
-                    render(row, f"{path} row {number}", column)
-                    for number, row in enumerate(batch.to_pylist(), len(texts) + 1)
-                ]
+            rows = chain.from_iterable(batch.to_pylist() for batch in file.iter_batches(BATCH, columns=names))
+            return _rendered(rows, path, column)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} is no readable parquet file ({_reason(error)}); write it again.") from error
-    return texts
 
 
 def _read_arrow(path, column):
@@ -171,7 +217,7 @@ def _read_arrow(path, column):
 
     try:
         rows = datasets.load_dataset("arrow", data_files=glob.escape(str(path)), split="train", streaming=True)
-        return [render(row, f"{path} row {number}", column) for number, row in enumerate(rows, 1)]
+        return _rendered(rows, path, column)
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is no readable arrow file ({_reason(error)}); write it again.") from error
 
@@ -180,15 +226,19 @@ def _reason(error):
     return str(error).splitlines()[0].rstrip(".")
 
 
-def _decoded_lines(content, path):
-    """Pairs of (place, line) of UTF-8 bytes, with or without a byte order mark."""
-    lines = []
-    for number, line in enumerate(io.BytesIO(content.removeprefix(b"\xef\xbb\xbf")), 1):
-        try:
-            lines.append((f"{path} line {number}", line.decode().rstrip("\r\n")))
-        except UnicodeDecodeError:
-            raise UserError(f"{path} line {number} is not UTF-8; convert the file.") from None
-    return lines
+def _lines(path):
+    """Pairs of (place, line) of a UTF-8 file, packed or not, with or without a byte order mark."""
+    try:
+        with (gzip.open if path.name.endswith(".gz") else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                poll()
+                try:
+                    text = line.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode()
+                except UnicodeDecodeError:
+                    raise UserError(f"{path} line {number} is not UTF-8; convert the file.") from None
+                yield f"{path} line {number}", text.rstrip("\r\n")
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path} cannot be unpacked ({error}); fetch it again.") from error
 
 
 def _csv_rows(text, path):
@@ -196,6 +246,8 @@ def _csv_rows(text, path):
     csv.field_size_limit(max(len(text), csv.field_size_limit()))
     reader = csv.DictReader(io.StringIO(text), strict=True, delimiter="\t" if path.name.endswith(".tsv") else ",")
     try:
+        if len(set(reader.fieldnames or ())) < len(reader.fieldnames or ()):
+            raise csv.Error("two columns of one name")
         for row in reader:
             if None in row or None in row.values():
                 raise csv.Error(f"not {len(reader.fieldnames)} fields as in its head")
@@ -207,18 +259,28 @@ def _csv_rows(text, path):
 def _json_rows(text, path):
     """Rows of an array, or of the array `data` of an object; None for a file of JSON lines."""
     try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
+        found = _parse(text, path)
+    except UserError as error:
+        if getattr(error.__cause__, "msg", "") == "Extra data":
             return None
-        raise UserError(f"{path} is not valid JSON ({error}); repair it.") from None
+        raise
     if isinstance(found, dict) and isinstance(found.get("data"), list):
         found = found["data"]
     return found if isinstance(found, list) else [found]
 
 
-def _parse(line, where):
+def _parse(text, where):
     try:
-        return json.loads(line)
+        return json.loads(text, object_pairs_hook=_object)
     except ValueError as error:
-        raise UserError(f"{where} is not valid JSON ({error}); repair or remove it.") from None
+        raise UserError(f"{where} is not valid JSON ({error}); repair or remove it.") from error
+    except RecursionError as error:
+        raise UserError(f"{where} is nested too deeply; repair or remove it.") from error
+
+
+def _object(pairs):
+    """A JSON object. Of two values under one key the parser would drop one."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return found

@@ -4,9 +4,10 @@ import re
 from pathlib import Path
 
 from newllm.data import hub
-from newllm.data.files import render
+from newllm.data.files import Tally, render
 from newllm.data.hub import retry
 from newllm.errors import UserError
+from newllm.interrupt import poll
 
 HELD_OUT_EVERY = 20  # rows of a stream that has no split to hold out
 WAY_OUT = "take --data_source chitchat or a file"
@@ -72,17 +73,19 @@ def choose_splits(splits, split, where):
     return train, next((name for name in names if name in splits and name != train), None)
 
 
-def read_rows(rows, where, column="", held_out=None):
+def read_rows(rows, where, column="", held_out=None, tally=None):
     """Texts of a split in order. A break is mended by opening again behind the last row, or it is an error.
 
     Args:
         rows: iterable of dicts with `skip`. where: what they are, for messages. column: as in `render`.
         held_out: True for every HELD_OUT_EVERY-th row alone, False for the others, None for all.
+        tally: files.Tally of the rows read; it begins anew.
 
     Raises:
         UserError: the stream broke off, or a row holds no dialogue.
     """
-    reader, done = iter(rows), 0
+    reader, done, tally = iter(rows), 0, tally or Tally()
+    tally.seen = tally.empty = 0
 
     def next_row():
         nonlocal reader
@@ -102,20 +105,26 @@ def read_rows(rows, where, column="", held_out=None):
         if row is None:
             return
         done += 1
-        if held_out in (None, done % HELD_OUT_EVERY == 0) and (text := render(row, f"{where} row {done}", column)):
-            yield text
+        poll()
+        if held_out in (None, done % HELD_OUT_EVERY == 0):
+            text = render(row, f"{where} row {done}", column)
+            if tally.keeps(text):
+                yield text
 
 
-def read_saved(rows, where, column="", backwards=False):
+def read_saved(rows, where, column="", backwards=False, tally=None):
     """Texts of a memory-mapped split, from either end.
 
     Args:
-        rows: datasets.Dataset. where, column: as in `read_rows`.
+        rows: datasets.Dataset. where, column, tally: as in `read_rows`.
 
     Raises:
         UserError: a row holds no dialogue.
     """
-    numbers = range(len(rows))
+    numbers, tally = range(len(rows)), tally or Tally()
+    tally.seen = tally.empty = 0
     for number in reversed(numbers) if backwards else numbers:
-        if text := render(rows[number], f"{where} row {number + 1}", column):
+        poll()
+        text = render(rows[number], f"{where} row {number + 1}", column)
+        if tally.keeps(text):
             yield text

@@ -4,10 +4,17 @@ Built with the `tokenizers` library itself: transformers 5 turns GPT2TokenizerFa
 into a tokenizer of one token.
 """
 
+import codecs
+import functools
 import hashlib
 import re
 
+from newllm.interrupt import interruptible, poll
+from newllm.progress import silent
+
 END_OF_TEXT = "<|endoftext|>"
+LONGEST_WORD = 256  # bytes of what the trainer takes for a word: its time grows with their square
+LESSON = 300_000  # characters of one dialogue that a tokenizer is trained on, at most
 
 
 class Tokenizer:
@@ -45,37 +52,57 @@ class Tokenizer:
 
     def encode_batch(self, texts):
         """Ids of each text: list of lists of int."""
-        return [encoding.ids for encoding in self._tokenizer.encode_batch(list(texts))]
+        return [encoding.ids for encoding in interruptible(self._tokenizer.encode_batch, list(texts))]
 
     def decode(self, ids):
         """Text of a list of int, the end-of-text id as "<|endoftext|>"; bytes that are no UTF-8 become U+FFFD."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+        return b"".join(map(self._bytes.__getitem__, ids)).decode(errors="replace")
 
     def decoder(self):
-        """Function that takes ids one after the other and gives the text that each completes, which may be "" (part of a character)."""
-        from tokenizers.decoders import DecodeStream
+        """Function that takes ids one after the other and gives the text that each completes, which may be "" (part of a character).
 
-        stream = DecodeStream(skip_special_tokens=False)
-        return lambda token: stream.step(self._tokenizer, token) or ""
+        Called without an id it gives what is left at the end, U+FFFD for an unfinished character: all together is `decode`.
+        """
+        decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        return lambda token=None: decode(b"", True) if token is None else decode(self._bytes[token])
+
+    @functools.cached_property
+    def _bytes(self):
+        """UTF-8 bytes of each id."""
+        spellings = [self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
+        if '"ByteFallback"' in self._json:  # characters, spaces as U+2581, and bytes as <0x00>
+            return [
+                bytes([int(spelling[3:5], 16)])
+                if re.fullmatch("<0x[0-9A-F]{2}>", spelling)
+                else spelling.replace("\u2581", " ").encode()
+                for spelling in spellings
+            ]
+        # Every character of a token's spelling stands for one byte: a printable one for itself, the rest in order.
+        from tokenizers.pre_tokenizers import ByteLevel
+
+        letters = sorted(ByteLevel.alphabet())
+        others = (byte for byte in range(256) if chr(byte) not in letters)
+        byte_of = {letter: ord(letter) if ord(letter) < 256 else next(others) for letter in letters}
+        return [
+            bytes(map(byte_of.get, spelling)) if byte_of.keys() >= set(spelling) else spelling.encode()
+            for spelling in spellings
+        ]
 
     def token_bytes(self):
         """UTF-8 bytes each id stands for: int32 [V], 0 for the end of text."""
         import torch
 
-        spellings = [self._tokenizer.id_to_token(i) for i in range(self.vocab_size)]
-        if '"ByteFallback"' in self._json:  # characters, spaces as U+2581, and bytes as <0x00>
-            sizes = [
-                1 if re.fullmatch("<0x[0-9A-F]{2}>", spelling) else len(spelling.replace("\u2581", " ").encode())
-                for spelling in spellings
-            ]
-        else:  # every character of a token's spelling stands for one byte
-            sizes = [len(spelling) for spelling in spellings]
+        sizes = torch.tensor([len(piece) for piece in self._bytes], dtype=torch.int32)
         sizes[self.eos_id] = 0
-        return torch.tensor(sizes, dtype=torch.int32)
+        return sizes
 
 
-def train_bpe(texts, vocab_size):
-    """Byte-level BPE of at most `vocab_size` ids; id 0 ends a text, every byte has an id, so every text round-trips."""
+def train_bpe(texts, vocab_size, progress=silent):
+    """Byte-level BPE of at most `vocab_size` ids; id 0 ends a text, every byte has an id, so every text round-trips.
+
+    Args:
+        progress: function of (label, total, unit) to a context manager whose `update` gets the characters read.
+    """
     from tokenizers import models, pre_tokenizers, trainers
 
     tokenizer = byte_level(models.BPE())
@@ -85,7 +112,19 @@ def train_bpe(texts, vocab_size):
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # the library returns it in random order
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    words = tokenizer.pre_tokenizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(length=LONGEST_WORD)])
+    lesson = [text[:LESSON] for text in texts]
+    with progress("tokenizer", sum(map(len, lesson)), unit="char") as bar:
+
+        def read():
+            for text in lesson:
+                yield text
+                poll()
+                bar.update(len(text))
+
+        interruptible(tokenizer.train_from_iterator, read(), trainer)
+    tokenizer.pre_tokenizer = words
     return Tokenizer("bpe", tokenizer.to_str())
 
 

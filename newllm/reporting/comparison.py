@@ -72,8 +72,8 @@ def read_json(path):
         UserError: it cannot be read, or holds none.
     """
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): remove it and run the command again.") from error
 
 
@@ -226,7 +226,7 @@ def write_report(comparison, folder):
     contexts = markdown(CONTEXT_COLUMNS, comparison.context_rows())
     lines = [*markdown(COLUMNS, rows), "", *contexts, "", *(f"- {sentence}" for sentence in comparison.verdicts())]
     folder = Path(folder)
-    (folder / "comparison.md").write_text("\n".join(lines) + "\n")
-    with open(folder / "comparison.csv", "w", newline="") as file:
+    (folder / "comparison.md").write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
+    with open(folder / "comparison.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([COLUMNS, *rows])
     return lines

@@ -148,7 +148,7 @@ def read_rows(path):
         for line in file:
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
             yield row
 

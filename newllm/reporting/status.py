@@ -65,12 +65,12 @@ def read_status(checkpoint_dir):
     """
     path = Path(checkpoint_dir) / STATUS_NAME
     try:
-        fields = dict(json.loads(path.read_text()))
+        fields = dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         deeper = ", ".join(sorted(str(found.parent) for found in path.parent.glob(f"*/{STATUS_NAME}")))
         remedy = f"give one of these by --checkpoint_dir: {deeper}" if deeper else "start one with train.py"
         raise UserError(f"no run has begun in {checkpoint_dir}: there is no {path.name}; {remedy}.") from None
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}): move it away; the next run writes another.") from error
     saved = _read(path.with_name(MANIFEST_NAME))
     if saved and saved.get("run_id") == fields.get("run_id"):
@@ -158,6 +158,6 @@ def whole(eta):
 def _read(path):
     """The object in a small file, {} where there is none."""
     try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}

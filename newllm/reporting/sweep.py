@@ -197,11 +197,11 @@ def _discard_checkpoints(folder):
 
 def _read(path):
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_text(encoding="utf-8"))
         return fields | {"settings": dict(fields["settings"]), "runs": list(fields["runs"])}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error!r}): move it away to begin a sweep anew.") from error
 
 

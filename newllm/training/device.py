@@ -170,7 +170,7 @@ def memory_mb():
             "memory_reserved_mb": torch.cuda.memory_reserved() / 1e6,
         }
     try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
     except OSError:
         return {"memory_mb": None}
     return {"memory_mb": pages * os.sysconf("SC_PAGE_SIZE") / 1e6}
@@ -191,6 +191,6 @@ def peak_memory_mb():
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e6
     with contextlib.suppress(OSError):  # getrusage would begin with the peak of the process that started this one
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) * 1024 / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

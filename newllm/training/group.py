@@ -100,7 +100,10 @@ class Group:
     @contextlib.contextmanager
     def run(self):
         """In the block only the main process prints; at its end the processes part, after an orderly one all at once."""
-        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(sys.stdout if self.is_main else nowhere):
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            contextlib.redirect_stdout(sys.stdout if self.is_main else nowhere),
+        ):
             try:
                 yield
                 self._wait()

@@ -214,7 +214,7 @@ def read_lock(path):
     """
     try:
         found = json.loads(Path(path).read_bytes())
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     whole = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in FIELDS.items())
     return found if whole and math.isfinite(found["time"]) else None

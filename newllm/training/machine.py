@@ -10,7 +10,7 @@ from pathlib import Path
 def here():
     """What must agree before a process number means anything: machine, boot, and the container's own numbering."""
     try:
-        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         pid_namespace = os.readlink("/proc/self/ns/pid")
     except OSError:
         boot_id = pid_namespace = ""
@@ -20,7 +20,7 @@ def here():
 def boot_time():
     """Wall time at which this machine started; minus infinity where it is not known."""
     try:
-        return time.time() - float(Path("/proc/uptime").read_text().split()[0])
+        return time.time() - float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
     except (OSError, ValueError):
         return -math.inf
 
@@ -31,7 +31,7 @@ def start_time(pid):
     With it a process number that was given out again is not mistaken for the old process.
     """
     try:
-        state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except (OSError, ValueError):
         return None
     return "" if state in "ZX" else fields[18]

@@ -91,7 +91,9 @@ def provenance():
     versions = {"newllm": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
     command = ["git", "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5)
+        found = subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, encoding="utf-8", timeout=5
+        )
     except (OSError, subprocess.TimeoutExpired):
         return {"versions": versions, "git_commit": None}
     return {"versions": versions, "git_commit": found.stdout.strip() or None}

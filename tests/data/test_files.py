@@ -131,8 +131,21 @@ def test_file_cannot_pass_for_ultrachat(write_jsonl):
 
 
 def test_empty_dialogues_are_dropped_and_counted(write_jsonl):
-    source = open_corpus(str(write_jsonl([{"text": "a"}, {"text": " "}, {"data": []}])))
-    assert source.size == 1 and source.remarks == ["data: 2 empty dialogues of talk left out"]
+    """Of which there are many, it is a warning; of all, an error that says so."""
+    good = [{"text": letter} for letter in "abcd"]
+    source = open_corpus(str(write_jsonl([{"text": " "}, *good, {"data": []}, {"text": None}])))
+    said = "data: 3 empty dialogues of talk left out, of 7: no text in them, or null"
+    assert source.size == 4 and source.remarks == [said]
+    source = open_corpus(str(write_jsonl([{"text": "a"}, {"messages": None}])))
+    assert source.remarks == ["warning: data: 1 empty dialogues of talk left out, of 2: no text in them, or null"]
+    source = open_corpus(str(write_jsonl([{"text": None}] * 3)))
+    assert "talk holds no dialogues: all 3 are empty" in message_of(lambda: source.size)
+
+
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path, write_jsonl):
+    write_jsonl([{"text": "a"}])
+    (tmp_path / "notes.csv").write_text("text\nb\n")
+    assert open_corpus(str(tmp_path)).remarks == [f"data: of {tmp_path} not read: notes.csv"]
 
 
 @pytest.mark.parametrize(
@@ -155,6 +168,19 @@ def test_empty_dialogues_are_dropped_and_counted(write_jsonl):
         ("a.json", b'["x"]', "a.json row 1 is a str, not an object"),
         ("a.arrow", b"no arrow", "a.arrow is no readable arrow file"),
         ("a.doc", b"a,b", "a.doc is no data"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": ["x", "y"]}\n',
+            "a.jsonl line 2 does not have a text in text (found: list)",
+        ),
+        ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000 + b"]" * 100_000, "a.jsonl line 2 is nested too deeply"),
+        ("a.jsonl", b'{"text": ' + b'{"a":' * 100_000, "a.jsonl line 1 is nested too deeply"),
+        ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "a.jsonl line 1 is not valid JSON"),
+        ("a.jsonl", b'{"text": NaN}', "a.jsonl line 1 does not have a text in text (found: float)"),
+        ("a.jsonl", b'{"text": "x", "text": "y"}', "a.jsonl line 1 is not valid JSON (an object has a key twice)"),
+        ("a.json", b"[" * 100_000 + b"]" * 100_000, "a.json is nested too deeply"),
+        ("a.json", b"[" + b"9" * 5000 + b"]", "a.json is not valid JSON"),
+        ("a.csv", b"text,text\nx,y\n", "a.csv line 1 is no row (two columns of one name)"),
     ],
 )
 def test_bad_file_is_one_sentence(tmp_path, name, content, words):

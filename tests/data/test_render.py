@@ -55,6 +55,14 @@ def test_text_is_taken_as_it_is():
         ({"instruction": "a", "input": "b", "output": "c"}, "instruction,output", "User: a\nAssistant: c"),
         ({"a": "x", "b": None}, "a, b", "User: x"),
         ({"a": None}, "a", ""),
+        ({"text": None}, "", ""),
+        ({"text": ""}, "", ""),
+        ({"messages": None}, "", ""),
+        ({"messages": []}, "", ""),
+        ({"prompt": None, "response": None}, "", ""),
+        ({"prompt": None, "response": "b"}, "", "Assistant: b"),
+        ({"instruction": None, "input": " b ", "output": "c"}, "", "User: b\nAssistant: c"),
+        ({"messages": None, "prompt": "a", "response": "b"}, "", "User: a\nAssistant: b"),
     ],
 )
 def test_shapes_of_dialogues(row, column, text):
@@ -79,6 +87,24 @@ def test_shapes_of_dialogues(row, column, text):
         ({"prompt": "a", "response": 3}, "does not have texts in prompt and response"),
         ({"instruction": "a", "input": 3, "output": "b"}, "does not have texts in instruction and output"),
         ({"text": "\ud83d"}, "lone surrogate"),
+        *(({"text": value}, "a text in text (found: ") for value in (0, False, 1.5, {}, {"a": 1}, [], ["a"], [["a"]])),
+        *(
+            ({"messages": value}, "in messages (found: ")
+            for value in (0, False, "", {}, {"role": "user", "content": "a"})
+        ),
+        *(({"data": [value]}, "does not have a list of texts") for value in (None, 0, ["a"], {}, True)),
+        *(
+            ({"messages": [{"role": "user", "content": value}]}, "does not have a list of texts")
+            for value in (0, False, ["a"], {}, [{"type": "text", "text": "a"}])
+        ),
+        ({"messages": [{"role": " ", "content": "a"}]}, "does not have a list of texts"),
+        ({"messages": [{"role": "user"}]}, "does not have a list of texts"),
+        ({"prompt": {"role": "user", "content": "a"}, "response": "b"}, "texts in prompt and response"),
+        ({"prompt": ["a"], "response": "b"}, "texts in prompt and response"),
+        *(
+            ({"instruction": "a", "input": value, "output": "b"}, "texts in instruction")
+            for value in (0, [], {}, False)
+        ),
     ],
 )
 def test_malformed_row_is_named(row, words):

@@ -40,14 +40,30 @@ def test_a_single_saved_split_is_read_from_both_ends(save, name):
 
 
 def test_of_a_saved_dataset_only_what_is_needed_is_read(tmp_path):
-    """It may be larger than memory: a row in the middle without a dialogue is never met."""
-    good = [{"text": f"t{number}"} for number in range(5)]
-    datasets.Dataset.from_list([*good, {"text": None}, *good]).save_to_disk(tmp_path / "talk")
+    """It may be larger than memory: a row in the middle whose text is a number is never met."""
+    good = [{"messages": [f"t{number}"], "text": None} for number in range(5)]
+    datasets.Dataset.from_list([*good, {"messages": None, "text": 5}, *good]).save_to_disk(tmp_path / "talk")
     corpus = open_corpus(str(tmp_path / "talk"))
     train, held_out = corpus.train(), corpus.held_out()
-    assert [next(train) for _ in range(5)] == [next(held_out) for _ in range(5)][::-1] == [f"t{n}" for n in range(5)]
-    assert "train row 6 has neither messages" in message_of(next, train)
-    assert "train row 6 has neither messages" in message_of(next, held_out)
+    assert (
+        [next(train) for _ in range(5)] == [next(held_out) for _ in range(5)][::-1] == [f"User: t{n}" for n in range(5)]
+    )
+    assert "train row 6 does not have a text in text" in message_of(next, train)
+    assert "train row 6 does not have a text in text" in message_of(next, held_out)
+
+
+def test_empty_rows_of_a_saved_dataset_are_counted_as_they_are_met(tmp_path):
+    """Each reading counts its own; half of the rows or more is a warning."""
+    rows = [{"text": text} for text in ("a", None, "b", "c", "d", "e")]
+    datasets.DatasetDict(
+        train=datasets.Dataset.from_list(rows), test=datasets.Dataset.from_list(rows[:2])
+    ).save_to_disk(tmp_path / "talk")
+    corpus = open_corpus(str(tmp_path / "talk"))
+    for _ in range(2):  # a held-out stream is read as often as a tokenizer is trained
+        assert list(corpus.train()) == ["a", "b", "c", "d", "e"] and list(corpus.held_out()) == ["a"]
+        few, half = corpus.remarks
+        assert few.startswith("data: 1 empty dialogues of ") and "talk train left out, of 6" in few
+        assert half.startswith("warning: data: 1 empty dialogues of ") and "talk test left out, of 2" in half
 
 
 def test_the_identity_of_a_saved_dataset_is_its_content(save):

@@ -1,12 +1,14 @@
 """Round trips, byte counts, and the two roads to the GPT-2 vocabulary."""
 
 import json
+import time
 
 import huggingface_hub
 import pytest
-from checks import needs_gpt2
+from checks import needs_gpt2, random_streams
 
 from newllm.data import hub, vocabulary
+from newllm.data import tokenizer as tokenizer_module
 from newllm.data.tokenizer import Tokenizer, train_bpe
 from newllm.data.vocabulary import choose_tokenizer, load_gpt2
 from newllm.errors import UserError
@@ -152,5 +154,27 @@ def test_ids_decode_one_after_the_other_to_the_same_text():
     ids = [*tokenizer.encode(text), tokenizer.eos_id]
     decode = tokenizer.decoder()
     parts = [decode(token) for token in ids]
-    assert "".join(parts) == tokenizer.decode(ids) == text + "<|endoftext|>"
+    assert "".join(parts) == tokenizer.decode(ids) == text + "<|endoftext|>" and decode() == ""
     assert "" in parts and not any("\ufffd" in part for part in parts)
+
+
+def test_any_stream_of_ids_is_the_text_that_is_decoded(either):
+    """1,000 random streams, as the library decodes them; an unfinished character at the end is U+FFFD."""
+    for ids, text in random_streams(either, 1000):
+        assert either._tokenizer.decode(ids, skip_special_tokens=False) == text
+    cut = either.encode("\U0001f642 a \U0001f642")[:-1]
+    decode = either.decoder()
+    assert "".join(map(decode, cut)).strip() == "\U0001f642 a" and decode() == "\ufffd"
+
+
+def test_training_takes_long_words_in_pieces_and_of_a_long_text_the_beginning(monkeypatch):
+    """Its time would grow with the square of a word's length; what ordinary texts give stays as it is."""
+    started = time.monotonic()
+    found = train_bpe(["A" * 5_000_000, "\n" * 5_000_000, "hello"], 400)
+    assert time.monotonic() - started < 20
+    assert found.decode(found.encode("AAAA hello")) == "AAAA hello"
+    texts = ["hello " + "A" * 200 + " there"] * 9
+    expected = train_bpe(texts, 400).to_json()
+    monkeypatch.setattr(tokenizer_module, "LONGEST_WORD", 10**6)
+    monkeypatch.setattr(tokenizer_module, "LESSON", 10**9)
+    assert train_bpe(texts, 400).to_json() == expected

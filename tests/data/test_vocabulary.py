@@ -6,6 +6,7 @@ import json
 import pytest
 import tokenizers
 import transformers
+from checks import random_streams
 from hub_fakes import dialogue
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
@@ -72,6 +73,7 @@ def holds(tokenizer):
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text and sizes[ids].sum() == len(text.encode())
         assert tokenizer.eos_id not in ids and "".join(map(tokenizer.decoder(), ids)) == text
+    assert len(list(random_streams(tokenizer, 1000))) == 1000
     assert sizes[tokenizer.eos_id] == 0 and tokenizer.decode([tokenizer.eos_id]) == END_OF_TEXT
 
 

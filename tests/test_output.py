@@ -1,0 +1,92 @@
+"""Output that is closed, full, read by nobody or in a poor encoding: commands end in a line and a status, runs stay whole."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, as_flags
+
+from config import ResidualConfig
+from newllm.errors import BROKEN_PIPE
+from train import main as train
+
+FRAME = "import sys; from newllm.errors import UserError, exit_on_user_error\nwith exit_on_user_error():\n    "
+
+
+def shell(command, **environment):
+    """A line of bash; its status is that of the first command of a pipe."""
+    return subprocess.run(
+        ["bash", "-c", command + "; exit ${PIPESTATUS[0]}"],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHON": sys.executable} | environment,
+        capture_output=True,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.mark.parametrize(
+    "body, redirection, status, errors",
+    [
+        ("print('x' * 10**6)", "| head -c 5 >/dev/null", BROKEN_PIPE, b""),
+        ("print('x' * 10**6)", "2>&1 | true", BROKEN_PIPE, b""),
+        ("[print('x', flush=True) for _ in range(10**5)]", "| head -3 >/dev/null", BROKEN_PIPE, b""),
+        ("print('x' * 10**6); sys.exit(0)", "| true", BROKEN_PIPE, b""),
+        ("print('x')", ">/dev/full", 2, b"error: the output cannot be written (No space left on device)"),
+        ("[print('x', flush=True) for _ in range(9)]", ">/dev/full", 2, b"error: the output cannot be written"),
+        ("print(sys.stdout.isatty(), sys.stdin.read())", "<&- >&- 2>&-", 0, b""),
+        ("raise UserError('so')", ">&-", 2, b"error: so\n"),
+        ("raise UserError('so')", "2>&-", 2, b""),
+        ("raise OSError(5, 'of the program itself')", "", 1, b"Traceback"),
+    ],
+)
+def test_output_that_cannot_be_written_ends_a_command_quietly(body, redirection, status, errors):
+    """Nobody reads: the status that other programs have. Closed: as if read. Full: a sentence. No traceback."""
+    done = shell(f'$PYTHON -c "$BODY" {redirection}', BODY=FRAME + body)
+    assert done.returncode == status and errors in done.stderr and (errors or not done.stderr), done
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1:strict", "utf-8:strict"])
+def test_characters_that_the_output_lacks_are_shown_escaped(encoding):
+    """Also those of a file's name that is not UTF-8, also in an error."""
+    body = "print('\\u6771\\udcff'); raise UserError('\\u6771\\udcff')"
+    done = shell('$PYTHON -c "$BODY"', BODY=FRAME + body, PYTHONIOENCODING=encoding)
+    shown = "\u6771".encode("utf-8" if encoding[0] == "u" else "ascii", "backslashreplace") + b"\\udcff\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, shown, b"error: " + shown)
+
+
+def test_a_run_without_output_is_whole(tiny_settings):
+    """All streams closed: it trains."""
+    done = shell(f"$PYTHON train.py {' '.join(as_flags(tiny_settings))} <&- >&- 2>&-")
+    assert done.returncode == 0 and (Path(tiny_settings["checkpoint_dir"]) / "model_latest.pt").exists()
+
+
+def test_a_run_whose_reader_left_is_whole(tiny_settings):
+    """It ends, lets go of its folder, and the same settings bring it to its end."""
+    assert shell(f"$PYTHON train.py {' '.join(as_flags(tiny_settings))} | head -3 >/dev/null").returncode == BROKEN_PIPE
+    assert not (Path(tiny_settings["checkpoint_dir"]) / "run.lock").exists()
+    assert train(ResidualConfig(**tiny_settings))["val_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    "name, locale",
+    [
+        ("\u0434\u0430\u043d\u043d\u044b\u0435", {"PYTHONIOENCODING": "ascii"}),
+        (os.fsdecode(b"odd\xff"), {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}),
+    ],
+)
+def test_paths_in_any_script_and_locale(tiny_settings, tmp_path, name, locale):
+    """Data, cache, checkpoints, second copies and artefacts."""
+    data, folder = tmp_path / f"{name}.jsonl", tmp_path / name
+    data.write_bytes(Path(tiny_settings["data_source"]).read_bytes())
+    changes = dict(data_source=data, cache_dir=folder / "k", checkpoint_dir=folder / "c", backup_dir=folder / "b")
+    flags = as_flags(tiny_settings | changes | dict(artifacts=True, phase1_max_iterations=1, phase2_epochs=1))
+    done = subprocess.run(
+        [sys.executable, "train.py", *flags],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | locale,
+        capture_output=True,
+    )
+    assert done.returncode == 0 and b"warning" not in done.stdout and not done.stderr, done
+    assert list(folder.glob("c/*/outputs/report_*.html")) and list(folder.glob("b/model_latest.pt"))
