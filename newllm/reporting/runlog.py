@@ -50,6 +50,11 @@ class RunLog:
             goes_on = "continues it" if self._status.owns() else "begins anew"
             self._status.update(now=True, state=f"stopped: {reason}; the same command {goes_on}")
 
+    def _load(self):
+        """[the GPU's load of the last moments], [] where nobody can say."""
+        load = self._gauge and self._gauge()
+        return [] if load is None else [load]
+
     def plan(self, stages):
         """Tell the status file what the run will do, as newllm.reporting.status.remaining takes it."""
         self._status.fields["plan"] = stages
@@ -61,9 +66,9 @@ class RunLog:
         """
         if not self.writes:
             return
-        if stage in STAGES and self._gauge:
-            values |= {"gpu_utilization": fmean(self._loads) if self._loads else None}
-            self._loads.clear()
+        if stage in STAGES and (loads := self._loads or self._load()):
+            values |= {"gpu_utilization": fmean(loads)}
+            self._loads = []
         row = dict(time=datetime.now(timezone.utc).isoformat(timespec="seconds"), stage=stage, **values)
         self._lines.append(json.dumps(_plain(row)))
         self._write(self._lines[-1])
@@ -107,9 +112,9 @@ class RunLog:
         """
         if not self.writes:
             return
-        if self._status.due and self._gauge and (load := self._gauge()) is not None:
-            self._loads.append(load)
-            position["gpu_utilization"] = load
+        if self._status.due and (loads := self._load()):
+            self._loads += loads
+            position["gpu_utilization"] = loads[0]
         left = (progress.total - progress.done) / max(progress.speed, 1e-9)
         counts = {
             "tokens_done": progress.done,

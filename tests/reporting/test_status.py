@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from helpers import as_flags
@@ -18,6 +19,7 @@ from config import ResidualConfig
 from newllm.errors import UserError
 from newllm.interrupt import Stopped
 from newllm.reporting.record import find_records, read_record
+from newllm.reporting.runlog import RunLog, read_rows
 from newllm.reporting.status import StatusFile, read_status, remaining, status_lines, this_process
 from scripts import export, report, status
 
@@ -252,6 +254,21 @@ def test_what_is_left_is_estimated_by_the_work_of_each_stage():
     assert remaining(plan, "phase1", 100, 10.0) == {"phase1": 10.0, "phase2": 30.0}
     assert remaining(plan, "phase2", 100, 10.0) == {"phase2": 0.0}
     assert remaining(plan, "phase1", 0, 0.0) == remaining({}, "phase1", 0, 9.0) == {}
+
+
+def test_rows_hold_the_mean_load_of_the_gpu(tmp_path):
+    """Of the moments since the row before, one at least; without a GPU that tells, no such figure."""
+    loads = iter((80.0, 60.0, 30.0))
+    log = RunLog(tmp_path, "data", "r", gauge=lambda: next(loads))
+    log._status.written = float("-inf")
+    log.status(SimpleNamespace(total=9, done=3, speed=1.0), stage="phase1")
+    log._status.written = float("-inf")
+    log.status(SimpleNamespace(total=9, done=6, speed=1.0), stage="phase1")
+    log.log("phase1", iteration=1)
+    log.log("phase1", iteration=2)
+    RunLog(tmp_path, "data", "r", gauge=lambda: None).log("phase1", iteration=3)
+    assert [row.get("gpu_utilization") for row in read_rows(log.path)] == [70.0, 30.0, None]
+    assert "gpu_utilization" not in list(read_rows(log.path))[2] and read_status(tmp_path)["gpu_utilization"] == 60.0
 
 
 def test_the_global_step_and_the_gpu_are_shown(tmp_path):
