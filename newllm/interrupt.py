@@ -113,8 +113,11 @@ def poll():
         raise Stopped(reason)
 
 
-def interruptible(function, *arguments):
+def interruptible(function, *arguments, tick=lambda: None):
     """What function(*arguments) returns. For long calls of a library, which hear no signal before their end.
+
+    Args:
+        tick: called now and then meanwhile.
 
     Raises:
         LeftBehind: a signal came or the time is over.
@@ -131,4 +134,5 @@ def interruptible(function, *arguments):
     while not wait([future], timeout=0.2).done:
         if reason := stop_reason():
             raise LeftBehind(reason)
+        tick()
     return future.result()

@@ -83,7 +83,8 @@ def export_folder(found, record, folder):
         for name, source in CODE.items():
             text = (ROOT / source).read_text(encoding="utf-8")
             (folder / name).write_text(
-                re.sub(r"^from newllm\.(?:\w+\.)*(\w+) import", r"from .\1 import", text, flags=re.M)
+                re.sub(r"^from newllm\.(?:\w+\.)*(\w+) import", r"from .\1 import", text, flags=re.M),
+                encoding="utf-8",
             )
         (folder / "README.md").write_text(model_card(record), encoding="utf-8", errors="backslashreplace")
     except (OSError, UnicodeError) as error:  # the latter for a folder whose name is not UTF-8

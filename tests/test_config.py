@@ -1,9 +1,11 @@
 """The configuration: one line per setting, errors that name the setting, a fixed order of precedence."""
 
 import dataclasses
+import importlib
 import math
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +14,7 @@ import pytest
 from helpers import ROOT
 
 from config import ResidualConfig
-from newllm.config import ELSEWHERE, PRESETS, Config, check_value, field_comments, field_types, parse_args
+from newllm.config import ELSEWHERE, PLACES, PRESETS, Config, check_value, field_comments, field_types, parse_args
 from newllm.errors import UserError
 
 FIELDS = field_types()
@@ -393,3 +395,61 @@ def test_settings_given_are_those_of_flags_and_keywords():
     assert copy.given == config.given | {"dropout": 0.5} and "given" not in copy.to_dict()
     assert pickle.loads(pickle.dumps(copy)).given == copy.given
     assert ResidualConfig(**ResidualConfig(dropout=0.5).to_dict()).given == {"dropout": 0.5}
+
+
+PATHS = ("data_source", "tokenizer", "embeddings", "cache_dir", "checkpoint_dir", "backup_dir")
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_home_and_variables_in_a_path_are_what_a_shell_makes_of_them(monkeypatch, tmp_path, name):
+    """From a flag, a notebook and config.py; what stands for nothing is a sentence, unless it is there."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("PLACE", "here")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for given in ("~/c", "$HOME/c", "${HOME}/c"):
+        file = type("ResidualConfig", (ResidualConfig,), {name: given})
+        assert getattr(ResidualConfig(**{name: given}), name) == str(tmp_path / "c")
+        assert getattr(parse_args(ResidualConfig, [f"--{name}={given}"])[0], name) == str(tmp_path / "c")
+        assert getattr(file(), name) == str(tmp_path / "c") and name not in file().differences()
+    assert getattr(ResidualConfig(**{name: "$PLACE/c"}), name) == "here/c"
+    for given in ("$NOWHERE/c", "${NOWHERE}", "~nobody-here/c"):
+        with pytest.raises(UserError, match="stands for nothing here"):
+            ResidualConfig(**{name: given})
+    (tmp_path / "$NOWHERE").mkdir()
+    assert getattr(ResidualConfig(**{name: "$NOWHERE"}), name) == "$NOWHERE"
+
+
+def test_every_path_is_one_in_which_home_is_expanded():
+    """Also a setting that is added later."""
+    assert set(PATHS) == PLACES >= {name for name in FIELDS if name.endswith(("_dir", "_path", "_file", "_folder"))}
+
+
+@pytest.mark.parametrize(
+    "script, arguments",
+    [
+        ("status", ["--checkpoint_dir", "~/c"]),
+        ("report", ["--checkpoint_dir", "$HOME/c"]),
+        ("export", ["--checkpoint_dir", "~/c"]),
+        ("evaluate", ["~/c"]),
+        ("generate", ["--model-path=~/c"]),
+        ("link_drive", ["--drive", "~/c/d"]),
+    ],
+)
+def test_paths_of_the_commands_are_expanded_too(monkeypatch, tmp_path, script, arguments):
+    """The sentence about what is missing names the folder below home."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(f"scripts.{script}")
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "c"))):
+        module.main(**vars(module.parse(arguments))) if script == "link_drive" else module.main(arguments)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("script", ["status", "report", "export", "evaluate", "generate", "draw_docs", "verify_resume"])
+def test_an_unknown_flag_of_a_command_is_one_sentence(script):
+    """Written out, as in train.py: no beginning of a flag stands for it."""
+    for flag in ("--nonsense", "--hel", "--checkpoint_di=x"):
+        with pytest.raises(UserError, match="see --help") as caught:
+            importlib.import_module(f"scripts.{script}").main([flag])
+        assert "\n" not in str(caught.value)

@@ -1,10 +1,12 @@
 """Signals and time limits: saved, exited with a status of its own, and continued to the same bits."""
 
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from helpers import as_flags
 
 from config import ResidualConfig
 from newllm import interrupt
-from newllm.interrupt import EXIT_STATUS, Interrupt, Stopped, poll
+from newllm.interrupt import EXIT_STATUS, Interrupt, LeftBehind, Stopped, interruptible, poll
 from newllm.reporting.status import read_status
 from scripts import status
 from train import main
@@ -152,3 +154,35 @@ def test_status_tells_where_a_run_is_while_it_trains_and_after_it_was_cut_off(ti
     ):
         assert key in out
     assert "cut off" in out
+
+
+def test_a_long_call_of_a_library_is_left_when_a_signal_comes():
+    """Within a second; its result and its errors come through where none comes."""
+    assert interruptible(divmod, 7, 2) == (3, 1)
+    with pytest.raises(ZeroDivisionError):
+        interruptible(divmod, 7, 0)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    started = time.monotonic()
+    with Interrupt(), pytest.raises(LeftBehind, match="SIGTERM"):
+        interruptible(time.sleep, 30)
+    assert time.monotonic() - started < 5
+
+
+def test_preparing_a_long_text_stops_when_told(tmp_path):
+    """One line, the status of an orderly stop, and no waiting for the library's call."""
+    source = random.Random(0)
+    text = "".join(chr(source.randrange(0x4E00, 0x9FFF)) for _ in range(300_000))
+    with open(tmp_path / "long.jsonl", "w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text[start:] + text}) + "\n" for start in range(12))
+    settings = dict(
+        data_source=tmp_path / "long.jsonl", tokenizer="bpe", vocab_size=60000, num_samples=8, val_samples=4
+    )
+    process = start(settings | dict(cache_dir=tmp_path / "k", checkpoint_dir=tmp_path / "c"))
+    line = process.stdout.readline()  # of the progress
+    process.send_signal(signal.SIGINT)
+    asked = time.monotonic()
+    errors = process.communicate(timeout=60)[1]
+    assert line.startswith("Progress: ") and "char/s" in line and time.monotonic() - asked < 10
+    assert (
+        process.returncode == EXIT_STATUS and errors.startswith("stopped: SIGINT received") and errors.count("\n") == 1
+    )

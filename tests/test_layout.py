@@ -107,6 +107,26 @@ def test_a_function_is_read_at_a_glance(path):
             assert length <= LONGEST, f"{path}: {node.name} has {length} lines"
 
 
+@pytest.mark.parametrize("path", SOURCES, ids=module_name)
+def test_files_are_utf8_and_flags_one_sentence(path):
+    """Whatever the locale: text files name their encoding. Every command has the parser whose errors are sentences."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        given = {word.arg: word.value for word in node.keywords}
+        if name in ("open", "fdopen"):
+            mode = given.get("mode", (node.args[1:] or [ast.Constant("r")])[0])
+            text = isinstance(mode, ast.Constant) and isinstance(mode.value, str) and "b" not in mode.value
+        elif name in ("read_text", "write_text"):
+            text = isinstance(node.func, ast.Attribute) and len(node.args) < (1 if name == "read_text" else 2)
+        else:
+            text = name in ("run", "Popen", "check_output") and "text" in given
+        assert not text or "encoding" in given, f"{path}:{node.lineno} names no encoding"
+        if module_name(path) != "newllm.config":
+            assert name != "ArgumentParser", f"{path}:{node.lineno}: use newllm.config.Parser"
+
+
 def test_public_functions_say_what_they_do():
     """Every public function and class of the package has a docstring, except one-liners whose name says it all."""
     for path in PACKAGE:

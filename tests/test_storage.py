@@ -13,7 +13,13 @@ import torch
 from helpers import Evil, seal, write_evil
 
 from newllm import storage
+from newllm.errors import UserError
+from newllm.reporting.comparison import read_result
+from newllm.reporting.record import read_record
+from newllm.reporting.status import read_status
+from newllm.reporting.sweep import read_sweep
 from newllm.storage import Corrupt, load_sealed, save_sealed, usable_folder, verify_seal
+from newllm.training.lock import read_lock
 
 VALUE = {"weights": torch.arange(300.0).reshape(3, 100), "step": 7, "name": "x", "rates": [0.1, None], "done": False}
 
@@ -270,3 +276,27 @@ def test_saving_through_a_linked_folder_keeps_the_link(tmp_path):
         assert link.is_symlink()
         assert os.listdir(tmp_path / "drive") == ["x.pt"]
         assert_same(load_sealed(link / "x.pt"))
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, "9" * 5000, "\ufffd{", "", "[1]" * 2])
+def test_small_files_that_are_damaged_in_odd_ways_are_one_sentence(tmp_path, text):
+    """Nested beyond the parser's depth, a number beyond Python's, no JSON: every small file the project reads back."""
+    names = ("status.json", "sweep_state.json", "result.json", "run.lock", "metrics_1.jsonl")
+    for name in names:
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    for read in (
+        lambda: read_status(tmp_path),
+        lambda: read_sweep(tmp_path),
+        lambda: read_result(tmp_path / "result.json"),
+        lambda: read_record(tmp_path / "metrics_1.jsonl"),
+    ):
+        with pytest.raises(UserError) as caught:
+            read()
+        assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    assert read_lock(tmp_path / "run.lock") is None
+
+
+def test_text_files_are_utf8_and_take_any_name(tmp_path):
+    """Half a character, as in a path that is not UTF-8, is written escaped."""
+    storage.write_text(tmp_path / "a.html", "\u6771 \udcff")
+    assert (tmp_path / "a.html").read_bytes() == "\u6771 \\udcff".encode()

@@ -123,7 +123,7 @@ def train_bpe(texts, vocab_size, progress=silent):
                 poll()
                 bar.update(len(text))
 
-        interruptible(tokenizer.train_from_iterator, read(), trainer)
+        interruptible(tokenizer.train_from_iterator, read(), trainer, tick=lambda: bar.update(0))
     tokenizer.pre_tokenizer = words
     return Tokenizer("bpe", tokenizer.to_str())
 

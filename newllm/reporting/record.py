@@ -14,7 +14,7 @@ class Record:
 
     Attributes:
         run: its id. path: of the record.
-        start: first row: device, data, versions, commit; its config is the one in effect when something was last trained.
+        start: first row: device, data, versions, commit; its config and plan are those in effect when something was last trained.
         untrained, phase1, phase2: {name: value by epoch or iteration}, of the head on untrained contexts and the two phases.
         summary: what the closing block prints; {} while the run is under way.
         curves: of its final and its untrained contexts; {} as well.
@@ -56,7 +56,7 @@ def read_record(path):
     """
     path = Path(path)
     starts, rows, last, warnings = [], {stage: {} for stage in STAGES}, {"summary": {}, "curves": {}, "times": {}}, []
-    settings = None
+    in_effect = {}
     try:
         for row in read_rows(path):
             stage = row.pop("stage")
@@ -66,7 +66,7 @@ def read_record(path):
                 warnings.append(row["message"])
             elif stage in STAGES:
                 rows[stage][row[STAGES[stage]]] = row
-                settings = starts[-1]["config"] if starts else None
+                in_effect = starts[-1] if starts else {}
             elif stage in last:
                 last[stage] = row
     except (OSError, KeyError, TypeError, AttributeError) as error:
@@ -78,7 +78,7 @@ def read_record(path):
         for stage, found in rows.items()
     }
     run = path.stem.removeprefix("metrics_")
-    start = starts[0] | {"config": settings or starts[0]["config"]}
+    start = starts[0] | {name: in_effect[name] for name in ("config", "plan", "attention") if name in in_effect}
     return Record(run, path, start, **columns, **last, sessions=len(starts), warnings=warnings)
 
 
