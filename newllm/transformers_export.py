@@ -26,10 +26,37 @@ CLASSES = {
     "AutoConfig": "modeling_newllm.NewLLMConfig",
     "AutoModelForCausalLM": "modeling_newllm.NewLLMForCausalLM",
 }
-CHAT_TEMPLATE = (  # as newllm.data.files.render writes a dialogue
-    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] | trim }}\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
+CHAT_TEMPLATE = """\
+{%- set dialogue = namespace(text='') -%}
+{%- for message in messages -%}
+{%- if message is string -%}
+{%- set role = 'Assistant' if loop.index0 % 2 else 'User' -%}
+{%- set content = message -%}
+{%- elif message is not mapping -%}
+{{- raise_exception('message ' ~ loop.index ~ ' is neither a text nor an object with role and content') -}}
+{%- elif 'role' in message -%}
+{%- set role, content = message['role'], message['content'] -%}
+{%- else -%}
+{%- set role, content = message['from'], message['value'] -%}
+{%- endif -%}
+{%- if role is not string or not (content is string or content is none) -%}
+{{- raise_exception('message ' ~ loop.index ~ ' does not have a text as role and a text, or null, as content') -}}
+{%- endif -%}
+{%- set role, content = role.strip().capitalize(), (content or '').strip() -%}
+{%- if message is mapping and 'role' not in message -%}
+{%- set role = {'Human': 'User', 'Gpt': 'Assistant'}.get(role, role) -%}
+{%- endif -%}
+{%- if content -%}
+{%- set dialogue.text = dialogue.text ~ ('\\n' if dialogue.text else '') ~ role ~ ': ' ~ content -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if dialogue.text.encode() or true -%}
+{{- dialogue.text -}}
+{%- endif -%}
+{%- if add_generation_prompt -%}
+{{- '\\nAssistant:' if dialogue.text else 'Assistant:' -}}
+{%- endif -%}
+"""  # writes a dialogue as newllm.data.files.render does, and raises where that does, on lone surrogates too
 
 
 def to_transformers(found):
