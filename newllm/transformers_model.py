@@ -5,6 +5,7 @@ It wraps newllm.models.language_model.LanguageModel; there is no second implemen
 Shapes: B sequences, T tokens, C context width, E embedding width, V vocabulary.
 """
 
+import warnings
 from types import SimpleNamespace
 
 import torch
@@ -13,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from newllm.fixed_point.solver import prefill, sequential
 from newllm.models.language_model import LanguageModel
+from newllm.versions import TESTED, outside
 
 PREFILLS = ("steps", "sweeps")
 MAX_SWEEPS = 64  # of a piece; a map that has not converged by then is evaluated step by step
@@ -97,6 +99,8 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
+        for said in outside(TESTED or ()):
+            warnings.warn(f"{said}: this model was not tested with it.", stacklevel=2)
         settings = SimpleNamespace(
             model_type=config.network, context_dim=config.hidden_size, embed_dim=config.embed_dim,
             num_layers=config.num_hidden_layers, token_layers=config.token_layers, tie_weights=config.tie_word_embeddings,
@@ -149,7 +153,11 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _require_known(self, ids):
         """Say which id is too large. Single tokens are not looked at: generation has drawn them from the logits."""
-        if ids.shape[1] > 1 and not torch.compiler.is_compiling() and (largest := ids.max().item()) >= self.network.vocab_size:
+        if (
+            ids.shape[1] > 1
+            and not torch.compiler.is_compiling()
+            and (largest := ids.max().item()) >= self.network.vocab_size
+        ):
             raise ValueError(
                 f"input_ids hold {largest}, and this model has the ids 0 to {self.network.vocab_size - 1}: after "
                 "tokenizer.add_tokens call model.resize_token_embeddings(len(tokenizer))."

@@ -2,6 +2,7 @@
 
 python3 -m scripts.export                        # the latest complete run, as newllm_TYPE_RUN.zip in this folder
 python3 -m scripts.export RUN --output my.zip
+python3 -m scripts.export --refresh FOLDER       # an exported transformers folder: today's code, the same weights
 """
 
 import argparse
@@ -22,11 +23,15 @@ def main(arguments=None):
     parser.add_argument("--checkpoint_dir", default=ResidualConfig.checkpoint_dir, help="folder of the runs")
     parser.add_argument("--format", choices=("zip", "transformers"), default="zip", help="what to write")
     parser.add_argument("--output", help="the file, or the folder, to write")
+    parser.add_argument("--refresh", metavar="FOLDER", help="rewrite the code in a folder of --format transformers")
     options = parser.parse_args(arguments)
+    if options.refresh is not None:
+        refresh(options)
+        return
     records = runs_in(options.checkpoint_dir)
     record = find_run(records, options.run) if options.run else records[-1]
     artifacts = artifact_paths(record.folder, record.kind, record.run)
-    target = Path(options.output or f"newllm_{record.kind}_{record.run}{'.zip' * (options.format == 'zip')}")
+    target = place(options.output or f"newllm_{record.kind}_{record.run}{'.zip' * (options.format == 'zip')}")
     if options.format == "transformers":
         from newllm.transformers_export import export_folder  # transformers is slow to import, and needed here alone
 
@@ -39,6 +44,26 @@ def main(arguments=None):
     with zipfile.ZipFile(target) as archive:
         for entry in archive.infolist():
             print(f"  {entry.filename} {entry.file_size / 1e6:.2f} MB")
+
+
+def place(text):
+    """A path of the command line; ~ and $HOME mean home."""
+    return Path(os.path.expandvars(text)).expanduser()
+
+
+def refresh(options):
+    """Rewrite the code of a folder exported before.
+
+    Raises:
+        UserError: it is no such folder, or it is given beside something to export.
+    """
+    if options.run or options.output:
+        raise UserError("--refresh rewrites one folder in place: give neither a run nor --output beside it.")
+    from newllm.transformers_export import refresh_folder
+
+    folder = place(options.refresh)
+    refresh_folder(folder)
+    print(f"{folder}: its code is that of this project now; weights and tokenizer are as they were")
 
 
 def write_zip(target, folder, paths):
