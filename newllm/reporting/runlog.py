@@ -2,7 +2,7 @@
 
 import json
 import math
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from newllm.reporting.status import StatusFile
@@ -10,7 +10,7 @@ from newllm.storage import usable_folder
 
 
 def new_run_id():
-    return datetime.now(timezone.utc).strftime("%Y%m%d_%H%M%S")
+    return datetime.now(UTC).strftime("%Y%m%d_%H%M%S")
 
 
 class RunLog:
@@ -41,7 +41,7 @@ class RunLog:
         """
         if not self.writes:
             return
-        row = dict(time=datetime.now(timezone.utc).isoformat(timespec="seconds"), stage=stage, **values)
+        row = dict(time=datetime.now(UTC).isoformat(timespec="seconds"), stage=stage, **values)
         try:
             _append_line(self.path, json.dumps(_plain(row)).encode())
         except OSError as error:

@@ -6,7 +6,7 @@ import math
 import os
 import socket
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from newllm.errors import UserError
@@ -103,7 +103,7 @@ class Sweep:
             self._change(run, status="done", metrics=frozen, seconds=seconds)
 
     def _change(self, run, **fields):
-        run |= fields | {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        run |= fields | {"time": datetime.now(UTC).isoformat(timespec="seconds")}
         self._write()
 
     def _write(self):
@@ -163,7 +163,7 @@ def progress(runs, alive=True):
     for run in runs:
         {"done": done, "failed": failed}.get(run["status"], left).append(run)
     begun = [datetime.fromisoformat(run["time"]) for run in left if alive and run["status"] == "running"]
-    spent = sum((datetime.now(timezone.utc) - time).total_seconds() for time in begun)
+    spent = sum((datetime.now(UTC) - time).total_seconds() for time in begun)
     eta = None
     if done:
         seconds_per_size = sum(run["seconds"] for run in done) / sum(run["size"] for run in done)

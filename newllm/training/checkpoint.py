@@ -9,7 +9,7 @@ costs training no time. There is at most one save under way: the next one waits 
 """
 
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from newllm.errors import UserError
 from newllm.interrupt import Stopped, agree, save_requested, stop_reason
@@ -244,7 +244,7 @@ class Checkpointer:
             "run_id": self.run_id,
             "save_number": self._save_number,
             "seconds": self.seconds,
-            "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
             **self._provenance,
         }
 
