@@ -42,18 +42,17 @@ CHAT_TEMPLATE = """\
 {%- set content = message -%}
 {%- elif message is not mapping -%}
 {{- raise_exception('message ' ~ loop.index ~ ' is neither a text nor an object with role and content') -}}
-{%- elif 'role' in message -%}
+{%- elif message['role'] is defined and message['role'] is not none -%}
 {%- set role, content = message['role'], message['content'] -%}
 {%- else -%}
 {%- set role, content = message['from'], message['value'] -%}
 {%- endif -%}
-{%- if role is not string or not (content is string or content is none) -%}
+{%- if role is not string or not role.strip() or not (content is string or content is none or content is undefined) -%}
 {{- raise_exception('message ' ~ loop.index ~ ' does not have a text as role and a text, or null, as content') -}}
 {%- endif -%}
+{%- set speaker = message is mapping and message['role'] is not string -%}
 {%- set role, content = role.strip().capitalize(), (content or '').strip() -%}
-{%- if message is mapping and 'role' not in message -%}
-{%- set role = {'Human': 'User', 'Gpt': 'Assistant'}.get(role, role) -%}
-{%- endif -%}
+{%- set role = {'Human': 'User', 'Gpt': 'Assistant'}.get(role, role) if speaker else role -%}
 {%- if content -%}
 {%- set dialogue.text = dialogue.text ~ ('\\n' if dialogue.text else '') ~ role ~ ': ' ~ content -%}
 {%- endif -%}
@@ -64,7 +63,7 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}
 {{- '\\nAssistant:' if dialogue.text else 'Assistant:' -}}
 {%- endif -%}
-"""  # writes a dialogue as newllm.data.files.render does, and raises where that does, on lone surrogates too
+"""  # writes a dialogue as newllm.data.files.render does, and raises where that does; encode() refuses lone surrogates
 
 
 def to_transformers(found):

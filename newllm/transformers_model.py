@@ -143,6 +143,9 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
             )
         embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         kept, size = min(network.vocab_size, embedding.num_embeddings), embedding.num_embeddings
+        if not mean_resizing:  # transformers leaves new rows to _init_weights
+            for layer in (embedding, network.output or embedding):
+                layer.weight.data[kept:].normal_(0, layer.weight.data[:kept].std().item())
         bias = network.output_bias.detach()
         bias = torch.cat([bias[:kept], bias.min().expand(size - kept)])
         network.output_bias = torch.nn.Parameter(bias, requires_grad=network.output_bias.requires_grad)
