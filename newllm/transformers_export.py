@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 import tokenizers
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from newllm.errors import UserError
@@ -157,14 +158,16 @@ def write_code(folder):
 
 @contextlib.contextmanager
 def replacing(folder):
-    """A folder beside this one, to write files to, which then take their places in it: all of them, or none.
+    """A temporary folder to write files to, which then take their places in it: all of them, or none.
 
     Raises:
         UserError: it cannot be written; what was there is there still.
     """
     folder, moved = folder.resolve(), []
     try:
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", suffix=".tmp", dir=folder.parent) as room:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        place = folder if folder.is_dir() else folder.parent  # a folder may be a mounted disk of its own
+        with tempfile.TemporaryDirectory(prefix=".export.", suffix=".tmp", dir=place) as room:
             staged, old = Path(room, "new"), Path(room, "old")
             staged.mkdir(), old.mkdir()
             yield staged
@@ -183,8 +186,9 @@ def replacing(folder):
                     kept = old / target.name
                     os.replace(kept, target) if kept.exists() else target.unlink(missing_ok=True)
                 raise
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror or error}): choose another folder.") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder} cannot be written ({reason}): choose another folder.") from error
 
 
 def model_card(record):

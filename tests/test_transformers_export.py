@@ -141,7 +141,7 @@ def test_what_cannot_be_exported_is_refused(tiny_settings, tmp_path):
         export.main([*flags, str(tmp_path / "project")])
     assert (tmp_path / "project" / "README.md").read_text() == "mine"
     for _ in range(2):  # an earlier export may be replaced
-        export.main([*flags, str(tmp_path / "again")])
+        export.main([*flags, str(tmp_path / "far" / "away" / "again")])
     with pytest.raises(UserError, match="cannot be written"):
         export.main([*flags, str(tmp_path / "file")])
 
@@ -313,6 +313,8 @@ def test_a_failure_leaves_the_folder_as_it_was(exported, small, monkeypatch, fai
             transformers_export.refresh_folder(folder) if again == "refresh" else exported(small)
     assert len(calls) >= 3 and sums(folder) == before
     assert sorted(path.name for path in folder.parent.iterdir() if path.name != "modules") == ["model"]
+    transformers_export.refresh_folder(folder)
+    assert "def outside" in (folder / "versions.py").read_text()
 
 
 def test_an_export_says_what_it_was_not_tested_with(exported, small, monkeypatch):
