@@ -7,7 +7,7 @@ python3 train.py --dry_run            # everything up to the first step, and wha
 
 import copy
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from config import ResidualConfig
 from newllm.clock import Clock, timed
@@ -207,7 +207,7 @@ def run_stages(config, runtime, data, model, checkpointer, log, predicted_peak_m
 def identity(run_id, device, checkpointer):
     """Which run made the figures, when, on what, by which commit; of one that was complete already, as it was then."""
     results = checkpointer.results.get("phase2") or checkpointer.results["phase1"]
-    when = datetime.fromtimestamp(checkpointer.saved_at or time.time(), timezone.utc)
+    when = datetime.fromtimestamp(checkpointer.saved_at or time.time(), UTC)
     return {
         "run_id": run_id,
         "date": when.isoformat(timespec="seconds"),

@@ -8,6 +8,7 @@ Shapes: B sequences, T tokens, C context width, E embedding width.
 import math
 
 import torch
+from einops import rearrange
 
 from newllm.fixed_point import diagnostics
 from newllm.fixed_point.solver import sequential, solve, sweep
@@ -81,7 +82,7 @@ def evaluate_contexts(model, data, config, device, progress=silent):
     enough = [share >= config.phase1_min_converged_ratio for share in stats.converged]
     capacity = diagnostics.past_capacity(sides["train"], sides["val"])
     tokens = min(RANK_TOKENS, count * length)
-    spectra = {name: diagnostics.spectrum(c.flatten(0, 1)[:tokens]) for name, (c, _) in sides.items()}
+    spectra = {name: diagnostics.spectrum(rearrange(c, "b t c -> (b t) c")[:tokens]) for name, (c, _) in sides.items()}
     spectrum = spectra["val"].tolist()
     ranks = sorted({round(1 + i * (len(spectrum) - 1) / SPECTRUM_POINTS) for i in range(SPECTRUM_POINTS + 1)})
     return {

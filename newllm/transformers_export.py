@@ -1,9 +1,16 @@
 """A trained model as a folder that transformers loads offline: weights, tokenizer, chat template, code, model card."""
 
+import contextlib
+import importlib.metadata
+import json
+import os
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import tokenizers
+from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from newllm.errors import UserError
@@ -21,15 +28,43 @@ CODE = {  # file of the folder: the module it is copied from
     "solver.py": "fixed_point/solver.py",
     "errors.py": "errors.py",
     "interrupt.py": "interrupt.py",
+    "versions.py": "versions.py",
 }
+NEEDED = ("torch", "transformers", "tokenizers")  # to load an exported folder
 CLASSES = {
     "AutoConfig": "modeling_newllm.NewLLMConfig",
     "AutoModelForCausalLM": "modeling_newllm.NewLLMForCausalLM",
 }
-CHAT_TEMPLATE = (  # as newllm.data.files.render writes a dialogue
-    "{% for message in messages %}{{ message['role'] | capitalize }}: {{ message['content'] | trim }}\n{% endfor %}"
-    "{% if add_generation_prompt %}Assistant:{% endif %}"
-)
+CHAT_TEMPLATE = """\
+{%- set dialogue = namespace(text='') -%}
+{%- for message in messages -%}
+{%- if message is string -%}
+{%- set role = 'Assistant' if loop.index0 % 2 else 'User' -%}
+{%- set content = message -%}
+{%- elif message is not mapping -%}
+{{- raise_exception('message ' ~ loop.index ~ ' is neither a text nor an object with role and content') -}}
+{%- elif message['role'] is defined and message['role'] is not none -%}
+{%- set role, content = message['role'], message['content'] -%}
+{%- else -%}
+{%- set role, content = message['from'], message['value'] -%}
+{%- endif -%}
+{%- if role is not string or not role.strip() or not (content is string or content is none or content is undefined) -%}
+{{- raise_exception('message ' ~ loop.index ~ ' does not have a text as role and a text, or null, as content') -}}
+{%- endif -%}
+{%- set speaker = message is mapping and message['role'] is not string -%}
+{%- set role, content = role.strip().capitalize(), (content or '').strip() -%}
+{%- set role = {'Human': 'User', 'Gpt': 'Assistant'}.get(role, role) if speaker else role -%}
+{%- if content -%}
+{%- set dialogue.text = dialogue.text ~ ('\\n' if dialogue.text else '') ~ role ~ ': ' ~ content -%}
+{%- endif -%}
+{%- endfor -%}
+{%- if dialogue.text.encode() or true -%}
+{{- dialogue.text -}}
+{%- endif -%}
+{%- if add_generation_prompt -%}
+{{- '\\nAssistant:' if dialogue.text else 'Assistant:' -}}
+{%- endif -%}
+"""  # writes a dialogue as newllm.data.files.render does, and raises where that does; encode() refuses lone surrogates
 
 
 def to_transformers(found):
@@ -59,7 +94,7 @@ def to_transformers(found):
     end = tokenizer.decode([tokenizer.eos_id])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.to_json()), eos_token=end, pad_token=end,
-        padding_side="left", clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE,
+        padding_side="left", clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE, split_special_tokens=True,
     )  # fmt: skip
     return model.eval(), fast
 
@@ -75,19 +110,83 @@ def export_folder(found, record, folder):
     """
     model, tokenizer = to_transformers(found)
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "modeling_newllm.py").exists():
+    if folder.is_dir() and any(folder.iterdir()) and not is_export(folder):
         raise UserError(f"{folder} holds other files, which would be replaced: choose a new folder.")
+    with replacing(folder) as staged:
+        model.save_pretrained(staged)
+        tokenizer.save_pretrained(staged)
+        write_code(staged)
+        (staged / "README.md").write_text(model_card(record), encoding="utf-8", errors="backslashreplace")
+
+
+def refresh_folder(folder):
+    """Give a folder exported before the code of today, for the versions of transformers of today; nothing else changes.
+
+    Raises:
+        UserError: it is no exported folder, or cannot be written; nothing has changed.
+    """
+    if not is_export(Path(folder)):
+        raise UserError(
+            f"{folder} is no folder that scripts.export --format transformers wrote (it has no config.json of a "
+            "newllm model): give one that is."
+        )
+    with replacing(Path(folder)) as staged:
+        write_code(staged)
+
+
+def is_export(folder):
+    """Whether a folder holds the configuration of an exported model."""
     try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        for name, source in CODE.items():
-            text = (ROOT / source).read_text(encoding="utf-8")
-            (folder / name).write_text(
-                re.sub(r"^from newllm\.(?:\w+\.)*(\w+) import", r"from .\1 import", text, flags=re.M),
-                encoding="utf-8",
-            )
-        (folder / "README.md").write_text(model_card(record), encoding="utf-8", errors="backslashreplace")
-    except (OSError, UnicodeError) as error:  # the latter for a folder whose name is not UTF-8
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] == "newllm"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_code(folder):
+    """The modules that the model needs, importing one another, and the versions they were tested with."""
+    tested = []
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a folder that was never installed
+        tested = [text for text in importlib.metadata.requires("newllm") if re.match(r"[\w-]+", text)[0] in NEEDED]
+    for name, source in CODE.items():
+        text = (ROOT / source).read_text(encoding="utf-8")
+        text = re.sub(r"^from newllm\.(?:\w+\.)*(\w+) import", r"from .\1 import", text, flags=re.M)
+        text = re.sub(r"^TESTED = None.*", lambda _: f"TESTED = {tested!r}", text, flags=re.M)
+        if name == "modeling_newllm.py":  # the first transformers 5 copies only what this file itself imports
+            text += "".join(f"from .{other[:-3]} import __doc__ as _\n" for other in CODE if other != name)
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(folder):
+    """A temporary folder to write files to, which then take their places in it: all of them, or none.
+
+    Raises:
+        UserError: it cannot be written; what was there is there still.
+    """
+    folder, moved = folder.resolve(), []
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        place = folder if folder.is_dir() else folder.parent  # a folder may be a mounted disk of its own
+        with tempfile.TemporaryDirectory(prefix=".export.", suffix=".tmp", dir=place) as room:
+            staged, old = Path(room, "new"), Path(room, "old")
+            staged.mkdir(), old.mkdir()
+            yield staged
+            if not folder.exists():
+                os.replace(staged, folder)
+                return
+            try:
+                for path in sorted(staged.iterdir()):
+                    target = folder / path.name
+                    if target.exists():
+                        shutil.copy2(target, old)
+                    moved.append(target)
+                    os.replace(path, target)
+            except BaseException:
+                for target in moved:
+                    kept = old / target.name
+                    os.replace(kept, target) if kept.exists() else target.unlink(missing_ok=True)
+                raise
+    except (OSError, UnicodeError, SafetensorError) as error:  # UnicodeError: a folder whose name is not UTF-8
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{folder} cannot be written ({reason}): choose another folder.") from error
 

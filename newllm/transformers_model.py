@@ -5,25 +5,21 @@ It wraps newllm.models.language_model.LanguageModel; there is no second implemen
 Shapes: B sequences, T tokens, C context width, E embedding width, V vocabulary.
 """
 
-from dataclasses import dataclass
+import warnings
 from types import SimpleNamespace
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    DynamicCache,
-    GenerationMixin,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
-from transformers.utils import ModelOutput
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from newllm.fixed_point.solver import prefill, sequential
 from newllm.models.language_model import LanguageModel
+from newllm.versions import TESTED, outside
 
 PREFILLS = ("steps", "sweeps")
 MAX_SWEEPS = 64  # of a piece; a map that has not converged by then is evaluated step by step
+# What the installed transformers calls a cache: since 5.24 "cache", before that "past_key_values".
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class NewLLMConfig(PreTrainedConfig):
@@ -54,20 +50,42 @@ class NewLLMConfig(PreTrainedConfig):
     eos_token_id: int | None = 0
     pad_token_id: int | None = 0
 
+
+class ContextCache:
+    """What generation keeps of texts: the context after the last token of each, [B, C], whatever their lengths.
+
+    It has the form of transformers' own caches, a list of layers, here one with one recurrent state.
+    """
+
+    is_compileable = is_croppable = False  # a context cannot be rolled back
+    is_linear = (True,)  # as for other recurrent models, input_ids are those that it has not read
+
+    def __init__(self, context=None):
+        self.recurrent_states = [context]
+
     @property
-    def layer_types(self):
-        """What transformers makes a cache from: the context is the first one's state, the others stay empty."""
-        return ["linear_attention"] * self.num_hidden_layers
+    def layers(self):
+        return [self]
+
+    def get_seq_length(self, layer_idx=0):
+        """No token's keys and values are kept."""
+        return 0
+
+    def reorder_cache(self, rows):
+        """Take the rows [B'] of the batch, as beams do."""
+        self.recurrent_states = [state.index_select(0, rows.to(state.device)) for state in self.recurrent_states]
 
 
-@dataclass
-class NewLLMOutput(ModelOutput):
-    """Loss (mean over labels, where given), logits [B, T, V] and the context after the last token, as a cache."""
+class NewLLMOutput(CausalLMOutputWithPast):
+    """Loss (mean over labels, where given), logits [B, T, V], hidden_states, and the ContextCache.
 
-    loss: torch.Tensor | None = None
-    logits: torch.Tensor | None = None
-    cache_params: DynamicCache | None = None
-    hidden_states: tuple | None = None
+    The cache has the name that the installed transformers gives it, and those it has had.
+    """
+
+    def __getattr__(self, name):
+        if name in ("cache", "cache_params"):
+            return getattr(self, CACHE)
+        raise AttributeError(name)
 
 
 class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
@@ -81,6 +99,8 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
+        for said in outside(TESTED or ()):
+            warnings.warn(f"{said}: this model was not tested with it.", stacklevel=2)
         settings = SimpleNamespace(
             model_type=config.network, context_dim=config.hidden_size, embed_dim=config.embed_dim,
             num_layers=config.num_hidden_layers, token_layers=config.token_layers, tie_weights=config.tie_word_embeddings,
@@ -105,31 +125,73 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.network.output
 
+    def set_output_embeddings(self, value):
+        self.network.output = value
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """As in transformers, and with it what else has a row an id: the output's bias, the copy of the embedding.
+
+        New ids are as likely as the least likely ones were.
+
+        Raises:
+            ValueError: the end-of-text id, or every id, would go; nothing has changed.
+        """
+        network, last = self.network, max([0, *ids_of(self.config.eos_token_id), *ids_of(self.config.pad_token_id)])
+        if new_num_tokens is not None and new_num_tokens <= last:
+            raise ValueError(
+                f"resize_token_embeddings({new_num_tokens}): this model needs its ids up to {last}, so at least {last + 1} tokens."
+            )
+        embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        kept, size = min(network.vocab_size, embedding.num_embeddings), embedding.num_embeddings
+        if not mean_resizing:  # transformers leaves new rows to _init_weights
+            for layer in (embedding, network.output or embedding):
+                layer.weight.data[kept:].normal_(0, layer.weight.data[:kept].std().item())
+        bias = network.output_bias.detach()
+        bias = torch.cat([bias[:kept], bias.min().expand(size - kept)])
+        network.output_bias = torch.nn.Parameter(bias, requires_grad=network.output_bias.requires_grad)
+        if network.context_embedding is not None:
+            network.context_embedding = torch.cat([network.context_embedding[:kept], embedding.weight.detach()[kept:]])
+        network.vocab_size = size
+        return embedding
+
+    def _require_known(self, ids):
+        """Say which id is too large. Single tokens are not looked at: generation has drawn them from the logits."""
+        if (
+            ids.shape[1] > 1
+            and not torch.compiler.is_compiling()
+            and (largest := ids.max().item()) >= self.network.vocab_size
+        ):
+            raise ValueError(
+                f"input_ids hold {largest}, and this model has the ids 0 to {self.network.vocab_size - 1}: after "
+                "tokenizer.add_tokens call model.resize_token_embeddings(len(tokenizer))."
+            )
+
     def forward(
-        self, input_ids, attention_mask=None, cache_params=None, labels=None, use_cache=None, logits_to_keep=0,
-        output_hidden_states=False, return_dict=True, **kwargs,
+        self, input_ids, attention_mask=None, cache=None, labels=None, use_cache=None, logits_to_keep=0,
+        output_hidden_states=False, return_dict=True, cache_params=None, past_key_values=None, **kwargs,
     ):  # fmt: skip
         """Read tokens on from a state.
 
         Args:
             input_ids: [B, T]. attention_mask: [B, T' >= T], 0 for padding on the left, which leaves the state as it is.
-            cache_params: what an earlier call returned. labels: [B, T], shifted inside; -100 is ignored.
+            cache: what an earlier call returned; cache_params, past_key_values: its names before. labels: [B, T], shifted inside; -100 is ignored.
             logits_to_keep: last positions with logits, or their indices; 0: all.
 
         Returns:
             NewLLMOutput; hidden_states is (contexts [B, T, C],) if asked for.
 
         Raises:
-            ValueError: given inputs_embeds or past_key_values, which it would otherwise pass over.
+            ValueError: given inputs_embeds or another model's cache, or an id that the model lacks.
         """
-        if "past_key_values" in kwargs or kwargs.get("inputs_embeds") is not None:
+        given = [found for found in (cache, cache_params, past_key_values) if found is not None]
+        if kwargs.get("inputs_embeds") is not None or not all(isinstance(found, ContextCache) for found in given):
             raise ValueError(
-                "this model reads input_ids on from cache_params: it takes neither inputs_embeds nor past_key_values, "
-                "which guidance_scale needs."
+                "this model reads input_ids on from the cache that it returned (cache, or cache_params): it takes "
+                "neither inputs_embeds nor another model's cache."
             )
-        state = None
-        if cache_params is not None and cache_params.layers[0].is_recurrent_states_initialized[0]:
-            state = cache_params.layers[0].recurrent_states[0]
+        cache = given[0] if given else ContextCache()
+        state = cache.recurrent_states[0]
+        self._require_known(input_ids)
         mask = None
         if attention_mask is not None and not attention_mask[:, -input_ids.shape[1] :].all():
             mask = attention_mask[:, -input_ids.shape[1] :]
@@ -140,10 +202,11 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if self.config.use_cache if use_cache is None else use_cache:
-            cache_params = DynamicCache(config=self.config) if cache_params is None else cache_params
-            cache_params.update_recurrent_state(contexts[:, -1].detach(), 0)
+            cache.recurrent_states = [contexts[:, -1].detach()]
+        elif not given:
+            cache = None
         hidden = (contexts,) if output_hidden_states else None
-        output = NewLLMOutput(loss=loss, logits=logits, cache_params=cache_params, hidden_states=hidden)
+        output = NewLLMOutput(loss=loss, logits=logits, hidden_states=hidden, **{CACHE: cache})
         return output if return_dict else output.to_tuple()
 
     def read(self, tokens, state=None, mask=None):
@@ -163,6 +226,11 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
             if all(stats.converged):
                 return found
         return sequential(step, tokens, width, state)
+
+
+def ids_of(value):
+    """An id, several or none, as a list."""
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 if __name__.startswith("newllm."):  # in an exported folder the configuration names the classes

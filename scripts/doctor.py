@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -33,6 +34,7 @@ from newllm.training.effects import unused_lines
 from newllm.training.memory_estimate import predicted_peak, vocabulary
 from newllm.training.plan import make_plan
 from newllm.training.state import require_space
+from newllm.versions import outside
 
 MARGIN = 0.9  # share of the memory that a run may be predicted to take
 
@@ -43,25 +45,23 @@ class Note(Exception):
 
 def check_packages(config):
     """What newllm needs is installed, in versions that it takes."""
-    from packaging.requirements import Requirement
-
     try:
         needed = importlib.metadata.requires("newllm")
     except importlib.metadata.PackageNotFoundError:
         raise Note(
             "newllm is not installed, so versions are not checked: run `pip install -q -e .` in its folder."
         ) from None
+    own = [text for text in needed if "extra ==" not in text]
     found = []
-    for requirement in (Requirement(text) for text in needed if "extra ==" not in text):
+    for name in (re.match(r"[\w.-]+", text)[0] for text in own):
         try:
-            version = importlib.metadata.version(requirement.name)
+            found.append(f"{name} {importlib.metadata.version(name)}")
         except importlib.metadata.PackageNotFoundError:
-            raise UserError(f"{requirement.name} is not installed: run `pip install -q -e .`.") from None
-        if not requirement.specifier.contains(version, prereleases=True):
-            raise UserError(
-                f"{requirement.name} is {version}, newllm wants {requirement}: `pip install -q -e .` again."
-            )
-        found.append(f"{requirement.name} {version}")
+            raise UserError(f"{name} is not installed: run `pip install -q -e .`.") from None
+    if wrong := outside(own):
+        raise UserError(f"{'; '.join(wrong)}, the range it was tested with: `pip install -q -e .` again.")
+    if wrong := outside(set(needed) - set(own)):
+        raise Note(f"{'; '.join(sorted(set(wrong)))}, the range that optional parts were tested with.")
     return f"python {platform.python_version()}, " + ", ".join(found)
 
 

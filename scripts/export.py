@@ -2,6 +2,7 @@
 
 python3 -m scripts.export                        # the latest complete run with a model, as newllm_TYPE_RUN.zip here
 python3 -m scripts.export RUN --output my.zip
+python3 -m scripts.export --refresh FOLDER       # an exported transformers folder: today's code, the same weights
 """
 
 import os
@@ -24,7 +25,13 @@ def main(arguments=None):
     )
     parser.add_argument("--format", choices=("zip", "transformers"), default="zip", help="what to write")
     parser.add_argument("--output", type=expanded, help="the file, or the folder, to write")
+    parser.add_argument(
+        "--refresh", type=expanded, metavar="FOLDER", help="rewrite the code in a folder of --format transformers"
+    )
     options = parser.parse_args(arguments)
+    if options.refresh is not None:
+        refresh(options)
+        return
     folder = options.checkpoint_dir
     record = complete([find_run(folder, options.run)], folder)[0] if options.run else latest_with_model(folder)
     artifacts = artifact_paths(record.folder, record.kind, record.run)
@@ -55,6 +62,21 @@ def latest_with_model(folder):
     if having and having[-1] is not records[-1]:
         print(f"run {records[-1].run} left no model: the latest that did is {having[-1].run}")
     return (having or records)[-1]
+
+
+def refresh(options):
+    """Rewrite the code of a folder exported before.
+
+    Raises:
+        UserError: it is no such folder, or it is given beside something to export.
+    """
+    if options.run or options.output:
+        raise UserError("--refresh rewrites one folder in place: give neither a run nor --output beside it.")
+    from newllm.transformers_export import refresh_folder
+
+    folder = options.refresh
+    refresh_folder(folder)
+    print(f"{folder}: its code is that of this project now; weights and tokenizer are as they were")
 
 
 def write_zip(target, folder, paths):

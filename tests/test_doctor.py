@@ -123,6 +123,13 @@ def test_packages_that_are_missing_or_old(examine, monkeypatch):
         verdict, text = examine()["packages"]
         assert verdict == "FAIL" and says in text and "pip install" in text
 
+    needs = ["torch>=99", "numpy<1", "pytest<1; extra == 'dev'"]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: needs)
+    assert "newllm wants torch>=99; numpy is" in examine()["packages"][1]  # all at once
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["torch>=2", *needs[2:]])
+    verdict, text = examine()["packages"]
+    assert verdict == "NOTE" and f"pytest is {pytest.__version__}, newllm wants pytest<1" in text
+
     def absent(name):
         raise importlib.metadata.PackageNotFoundError
 

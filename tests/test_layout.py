@@ -33,8 +33,11 @@ MAY_IMPORT = {
     "newllm.fixed_point": {"newllm.fixed_point"},
     "newllm.evaluate": {"newllm.fixed_point", "newllm.models", "newllm.interrupt", "newllm.memory", "newllm.progress"},
     "newllm.generate": {"newllm.interrupt"},
-    "newllm.transformers_model": {"newllm.models", "newllm.fixed_point"},
-    "newllm.transformers_export": {"newllm.transformers_model", "newllm.training", "newllm.reporting", "newllm.errors"},
+    "newllm.versions": set(),
+    "newllm.transformers_model": {"newllm.models", "newllm.fixed_point", "newllm.versions"},
+    "newllm.transformers_export": {
+        "newllm.transformers_model", "newllm.training", "newllm.reporting", "newllm.errors", "newllm.versions",
+    },
     "newllm.reporting": {"newllm.reporting", "newllm.storage", "newllm.errors"},
     "newllm.training": {
         "newllm.training", "newllm.data", "newllm.models", "newllm.fixed_point", "newllm.evaluate", "newllm.generate",

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import stat
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -111,3 +112,49 @@ def test_it_runs_from_top_to_bottom(machine, monkeypatch, on_colab):
     if on_colab:
         assert (drive / "downloaded").read_bytes() == export.read_bytes()
         assert (drive / "MyDrive" / "newllm" / "checkpoints" / "model_latest.pt").exists()
+
+
+def test_it_says_first_where_the_code_comes_from():
+    """The first cell names the three places, the second is the one variable."""
+    notebook = json.loads(NOTEBOOK.read_text())
+    first, second = ("".join(cell["source"]) for cell in notebook["cells"][:2])
+    assert "`REPOSITORY`" in first and "`newllm.zip`" in first and second.startswith('REPOSITORY = ""')
+    assert "REPOSITORY = " not in "\n".join(cells("code")[1:])
+
+
+@pytest.mark.parametrize("way", ["zip", "zip with a folder", "zip on Drive", "here", "nothing", "wrong address"])
+def test_the_code_is_had_from_what_is_there(machine, way):
+    """A zip beside the notebook or on Drive, its top folder or not; the folder itself; else one sentence on what to do."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    home, drive = machine / "home", machine / "drive" / "MyDrive"
+    if way.startswith("zip"):
+        drive.mkdir(parents=True)
+        with zipfile.ZipFile((drive if "Drive" in way else home) / "newllm.zip", "w") as archive:
+            for path in (machine / "project").rglob("*.py"):
+                archive.write(
+                    path, Path("newllm-main" if "folder" in way else "", path.relative_to(machine / "project"))
+                )
+    if way == "wrong address":
+        (machine / "bin" / "git").write_text("#!/bin/bash\necho fatal: not found >&2; exit 128\n")
+    text = NOTEBOOK.read_text().replace("/content/drive/MyDrive", str(drive))
+    if way == "wrong address":
+        text = text.replace('REPOSITORY = \\"\\"', 'REPOSITORY = \\"an address\\"')
+    notebook = nbformat.reads(text, as_version=4)
+    last = next(i for i, cell in enumerate(notebook.cells) if "pip install" in cell.source)
+    notebook.cells = [*notebook.cells[: last + 1], nbformat.v4.new_code_cell("print(pathlib.Path.cwd())")]
+    where = machine / "project" / "notebooks" if way == "here" else home
+    client = nbclient.NotebookClient(notebook, timeout=60, resources={"metadata": {"path": str(where)}})
+    if way in ("nothing", "wrong address"):
+        with pytest.raises(nbclient.exceptions.CellExecutionError) as error:
+            client.execute()
+        says = (
+            "There is no project here: fill in REPOSITORY" if way == "nothing" else "'an address', brought no project"
+        )
+        assert says in str(error.value) and not (machine / "installed").exists()
+        return
+    client.execute()
+    expected = {"here": machine / "project", "zip with a folder": home / "newllm" / "newllm-main"}.get(
+        way, home / "newllm"
+    )
+    assert notebook.cells[-1].outputs[-1].text.strip() == str(expected)
+    assert (machine / "installed").read_text() == "install -q -e .\n"

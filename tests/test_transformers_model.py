@@ -1,5 +1,8 @@
-"""The model behaves as transformers' own do: cache, padding, decoding, ends, refusals, labels, Trainer, folders."""
+"""The model behaves as transformers' own do: cache, padding, decoding, ends, refusals, labels, Trainer, sizes, folders."""
 
+import importlib.metadata
+import logging
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +20,11 @@ def model(request):
 
     settings = dict(vocab_size=V, hidden_size=32, embed_dim=24, num_hidden_layers=2, eos_token_id=None)
     return NewLLMForCausalLM(NewLLMConfig(network=request.param, **settings)).eval()
+
+
+def cache_of(output):
+    """By the name that this version gives it."""
+    return output["cache" if "cache" in output else "past_key_values"]
 
 
 @pytest.fixture
@@ -50,16 +58,41 @@ def test_padding_on_the_left_and_company_change_nothing(model, ids):
         assert texts[row, T:].equal(model.generate(alone, max_new_tokens=6, do_sample=False)[0, n:])
 
 
-def test_a_cache_continues_a_text(model, ids):
-    """In one piece, in two, one by one; the state has one size."""
+@pytest.mark.parametrize("name", ["cache", "cache_params", "past_key_values"])
+def test_a_cache_continues_a_text(model, ids, name):
+    """In one piece, in two, one by one, by each of the names that transformers has had for it; the state has one size."""
     whole, cache, pieces = model(ids).logits, None, []
     for start, end in ((0, 4), (4, 5), (5, T)):
-        output = model(ids[:, start:end], cache_params=cache)
-        cache = output.cache_params
+        output = model(ids[:, start:end], **{name: cache})
+        cache = getattr(output, name)
+        assert cache is cache_of(output)
         pieces.append(output.logits)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-6)
     assert cache.layers[0].recurrent_states[0].shape == (B, 32)
-    assert model(ids, use_cache=False).cache_params is None
+    assert getattr(model(ids, use_cache=False), name) is None
+
+
+def test_nothing_that_the_installed_version_will_drop_is_used(model, ids, caplog):
+    """Generation and a call that reads on give no warning of a deprecation."""
+    transformers.logging.get_logger().addHandler(caplog.handler)
+    with warnings.catch_warnings(record=True) as said, caplog.at_level(logging.WARNING):
+        warnings.simplefilter("always")
+        first = model.generate(ids, max_new_tokens=2, do_sample=False, return_dict_in_generate=True, num_beams=2)
+        model(ids[:, :1], cache=model(ids).cache)
+        assert cache_of(first) is not None
+    transformers.logging.get_logger().removeHandler(caplog.handler)
+    assert not [text for text in (*map(str, said), caplog.text) if "deprecat" in text]
+
+
+def test_guidance_is_the_difference_to_the_text_without_its_prompt(model, ids):
+    """Each step's scores, from logits of the whole texts with the prompt and from its last token on."""
+    found = model.generate(
+        ids[:1], max_new_tokens=4, do_sample=False, guidance_scale=2.0, return_dict_in_generate=True, output_scores=True
+    )
+    for step, scores in enumerate(found.scores):
+        text = found.sequences[:, : T + step]
+        with_prompt, without = (model(part).logits[:, -1].log_softmax(-1) for part in (text, text[:, T - 1 :]))
+        torch.testing.assert_close(scores, 2 * with_prompt - without, rtol=1e-4, atol=1e-4)
 
 
 def test_beams_and_sampling(model, ids):
@@ -116,7 +149,7 @@ def test_generation_resumes_from_the_cache_it_returns(model, ids):
         first = model.generate(ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
         whole = model.generate(torch.cat([first.sequences, turn], 1), max_new_tokens=3, do_sample=False)
         unread = torch.cat([first.sequences[:, -1:], turn], 1)
-        more = model.generate(unread, cache_params=first.past_key_values, max_new_tokens=3, do_sample=False)
+        more = model.generate(unread, cache=cache_of(first), max_new_tokens=3, do_sample=False)
         assert more.equal(whole[:, T + 3 :])
 
 
@@ -150,7 +183,6 @@ def test_texts_end_where_they_are_told_to(model, ids):
         (dict(prefill_chunk_size=3), "without a cache"),
         (dict(past_key_values=transformers.DynamicCache()), "cache_params"),
         (dict(inputs_embeds=torch.zeros(1, T, 24)), "cache_params"),
-        (dict(guidance_scale=2.0), "cache_params"),
     ],
     ids=lambda value: "" if isinstance(value, str) else next(iter(value)),
 )
@@ -199,7 +231,7 @@ def test_a_prompt_by_sweeps_is_the_prompt_by_steps(model, ids):
                 model.config.prefill = how
                 given = dict(options)
                 if "cache_params" in given:
-                    given["cache_params"] = model(ids[:, :4]).cache_params
+                    given["cache_params"] = cache_of(model(ids[:, :4]))
                 logits[how] = model(ids, **given).logits
             torch.testing.assert_close(logits["sweeps"], logits["steps"], rtol=1e-3, atol=1e-3)
 
@@ -211,3 +243,81 @@ def test_a_folder_round_trips_to_the_bit(model, tmp_path):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     mine, theirs = model.state_dict(), loaded.state_dict()
     assert mine.keys() == theirs.keys() and all(mine[name].equal(theirs[name]) for name in mine)
+
+
+@pytest.fixture(params=[dict(), dict(tie_word_embeddings=False), dict(keeps_embedding=True), dict(network="token")])
+def sized(request):
+    """A model whose output prefers the smaller ids."""
+    from newllm.transformers_model import NewLLMConfig, NewLLMForCausalLM
+
+    shape = dict(vocab_size=V, hidden_size=32, embed_dim=24, num_hidden_layers=2, eos_token_id=3, pad_token_id=3)
+    model = NewLLMForCausalLM(NewLLMConfig(**shape | request.param)).eval()
+    model.network.output_bias.data = -torch.arange(float(V))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("options", "size"),
+    [
+        (dict(new_num_tokens=V + 7), V + 7),
+        (dict(new_num_tokens=V - 20), V - 20),
+        (dict(pad_to_multiple_of=16), 64),
+        (dict(new_num_tokens=V + 7, pad_to_multiple_of=16), 64),
+        (dict(new_num_tokens=V + 7, mean_resizing=False), V + 7),
+        (dict(new_num_tokens=V), V),
+        ({}, V),
+    ],
+    ids=str,
+)
+def test_another_number_of_tokens(sized, tmp_path, options, size):
+    """Ids that stay have the logits they had, new ones are no likelier than the least likely; saved, loaded, generated."""
+    ids = torch.randint(0, V - 20, (2, T), generator=torch.Generator().manual_seed(0))
+    before = sized(ids).logits
+    sized.resize_token_embeddings(**options)
+    logits, kept = sized(ids).logits, min(size, V)
+    assert logits.shape[-1] == sized.config.vocab_size == size
+    torch.testing.assert_close(logits[..., :kept], before[..., :kept])
+    assert (logits[..., kept:].mean() < logits[..., : kept // 2].mean()) or size <= V
+    if size > V:
+        assert sized.network.embedding.weight[V:].std() < 3 * sized.network.embedding.weight[:V].std()
+        sized(torch.tensor([[size - 1, 2]]))
+    sized.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded(ids).logits.equal(logits)
+    text = loaded.generate(ids, max_new_tokens=3, do_sample=False)
+    assert text.equal(sized.generate(ids, max_new_tokens=3, do_sample=False)) and text.shape[1] > T
+    loss = loaded(ids, labels=ids).loss
+    loss.backward()
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("size", [3, 1, 0, -5])
+def test_the_end_of_text_cannot_be_taken_away(sized, size):
+    """A sentence, and the model is as it was."""
+    before = {name: tensor.clone() for name, tensor in sized.state_dict().items()}
+    with pytest.raises(ValueError, match="at least 4 tokens"):
+        sized.resize_token_embeddings(size)
+    after = sized.state_dict()
+    assert sized.config.vocab_size == V and all(after[name].equal(before[name]) for name in before)
+
+
+def test_an_id_that_the_model_lacks_is_named(sized):
+    """As after add_tokens without a larger model, with what to do."""
+    with pytest.raises(ValueError, match=f"hold {V}, .*resize_token_embeddings"):
+        sized.generate(torch.tensor([[1, V]]), max_new_tokens=2)
+
+
+def test_versions_outside_the_tested_range_are_named(monkeypatch):
+    """Below, above, in it, not installed."""
+    from newllm.versions import outside
+
+    installed = {"low": "1.9.1", "high": "2.0", "fine": "1.9.1+cpu", "early": "2.0.dev1"}
+
+    def version(name):
+        if name not in installed:
+            raise importlib.metadata.PackageNotFoundError
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    said = outside(["low>=1.10,<2", "high>=1.0,<2", "fine>=1.9,<2", "early>=1,<3", "absent>=1"])
+    assert [text.split(",")[0] for text in said] == ["low is 1.9.1", "high is 2.0"] and "<2" in said[0]

@@ -112,10 +112,10 @@ def _turn(number, turn):
     """Role and content of a message, of a ShareGPT turn, or of the text with this number."""
     if isinstance(turn, str):
         return ("User", "Assistant")[number % 2], turn.strip()
-    if "role" in turn:
-        role, content = turn["role"].strip().capitalize(), turn["content"]
+    if turn.get("role") is not None:  # tables have every key in every row
+        role, content = turn["role"].strip().capitalize(), turn.get("content")
     else:
-        speaker, content = turn["from"].strip(), turn["value"]
+        speaker, content = turn["from"].strip(), turn.get("value")
         role = SHAREGPT.get(speaker.lower(), speaker.capitalize())
     if not role:
         raise KeyError

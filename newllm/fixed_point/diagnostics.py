@@ -8,6 +8,7 @@ Shapes: B sequences, T tokens, C context width, E embedding width, N = B * T.
 import math
 
 import torch
+from einops import rearrange
 
 from newllm.fixed_point.losses import covariance
 from newllm.fixed_point.solver import sequential, solve
@@ -91,11 +92,11 @@ def ridge_r2(fit_inputs, fit_targets, inputs, targets):
         R^2 of each group [G]; at most 1, negative when worse than the mean.
     """
     mean_x, mean_y = fit_inputs.mean(0), fit_targets.mean(0)
-    x, y = fit_inputs - mean_x, (fit_targets - mean_y).flatten(1)
+    x, y = fit_inputs - mean_x, rearrange(fit_targets - mean_y, "n g d -> n (g d)")
     gram = x.T @ x
     gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp(min=1e-12))
     weights = torch.linalg.solve(gram, x.T @ y)
-    predicted = ((inputs - mean_x) @ weights).view_as(targets) + mean_y
+    predicted = rearrange((inputs - mean_x) @ weights, "n (g d) -> n g d", d=targets.shape[-1]) + mean_y
     residual = (targets - predicted).square().sum((0, 2))
     return 1 - residual / (targets - targets.mean(0)).square().sum((0, 2)).clamp(min=1e-12)
 
@@ -118,14 +119,13 @@ def past_capacity(fit, held_out, max_lag=PROBE_LAGS):
 
     def probe(contexts, embeddings):
         targets = embeddings @ projection / embed_dim**0.5
-        lagged = torch.stack([targets[:, max_lag - j : length - j] for j in range(1, max_lag + 1)], dim=2)
-        return contexts[:, max_lag:].flatten(0, 1), lagged.flatten(0, 1)
+        lagged = [targets[:, max_lag - j : length - j] for j in range(1, max_lag + 1)]
+        return rearrange(contexts[:, max_lag:], "b t c -> (b t) c"), rearrange(lagged, "j b t d -> (b t) j d")
 
     return ridge_r2(*probe(*fit), *probe(*held_out)).clamp(min=0).tolist()
 
 
 def identity_r2(fit, held_out):
     """Held-out R^2 of the best linear map from e_t to c_t: 1 means the context is the current token and nothing else."""
-    inputs = [embeddings.flatten(0, 1) for _, embeddings in (fit, held_out)]
-    targets = [contexts.flatten(0, 1).unsqueeze(1) for contexts, _ in (fit, held_out)]
-    return ridge_r2(inputs[0], targets[0], inputs[1], targets[1]).item()
+    pairs = [(rearrange(e, "b t e -> (b t) e"), rearrange(c, "b t c -> (b t) 1 c")) for c, e in (fit, held_out)]
+    return ridge_r2(*pairs[0], *pairs[1]).item()

@@ -2,7 +2,7 @@
 
 import json
 import math
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 
@@ -13,7 +13,7 @@ STAGES = {"untrained": "epoch", "phase1": "iteration", "phase2": "epoch"}  # and
 
 
 def new_run_id():
-    return datetime.now(timezone.utc).strftime("%Y%m%d_%H%M%S")
+    return datetime.now(UTC).strftime("%Y%m%d_%H%M%S")
 
 
 class RunLog:
@@ -69,7 +69,7 @@ class RunLog:
         if stage in STAGES and (loads := self._loads or self._load()):
             values |= {"gpu_utilization": fmean(loads)}
             self._loads = []
-        row = dict(time=datetime.now(timezone.utc).isoformat(timespec="seconds"), stage=stage, **values)
+        row = dict(time=datetime.now(UTC).isoformat(timespec="seconds"), stage=stage, **values)
         self._lines.append(json.dumps(_plain(row)))
         self._write(self._lines[-1])
         self.follow(stage, values)

@@ -104,7 +104,7 @@ def is_gone(fields):
 def _started(pid):
     """When a process of this machine started, in ticks since boot; None where that cannot be known."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        return int(Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
         return None
 

@@ -4,7 +4,7 @@ import contextlib
 import json
 import math
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from newllm.errors import UserError
@@ -101,7 +101,7 @@ class Sweep:
             self._change(run, status="done", metrics=frozen, seconds=seconds)
 
     def _change(self, run, **fields):
-        run |= fields | {"time": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+        run |= fields | {"time": datetime.now(UTC).isoformat(timespec="seconds")}
         self._write()
 
     def _write(self):
@@ -161,7 +161,7 @@ def progress(runs, alive=True):
     for run in runs:
         {"done": done, "failed": failed}.get(run["status"], left).append(run)
     begun = [datetime.fromisoformat(run["time"]) for run in left if alive and run["status"] == "running"]
-    spent = sum((datetime.now(timezone.utc) - time).total_seconds() for time in begun)
+    spent = sum((datetime.now(UTC) - time).total_seconds() for time in begun)
     eta = None
     if done:
         seconds_per_size = sum(run["seconds"] for run in done) / sum(run["size"] for run in done)

@@ -9,7 +9,7 @@ costs training no time. There is at most one save under way: the next one waits 
 """
 
 import time
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from newllm.clock import Clock, timed
 from newllm.errors import UserError
@@ -287,7 +287,7 @@ class Checkpointer:
             "save_number": self._save_number,
             "seconds": self.seconds,
             "times": self.times,
-            "saved_at": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
             **self._provenance,
         }
 

@@ -1,0 +1,63 @@
+"""Every dependency has a floor and a ceiling, every package imported is one, and constraints.txt holds one exact set."""
+
+import ast
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+OPTIONAL = {name: list(map(Requirement, texts)) for name, texts in PROJECT["optional-dependencies"].items()}
+NEEDED = list(map(Requirement, PROJECT["dependencies"]))
+EVERY = NEEDED + [each for needed in OPTIONAL.values() for each in needed]
+LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+PINNED = {canonicalize_name(each.name): each for each in map(Requirement, LINES)}
+
+
+@pytest.mark.parametrize("needed", EVERY, ids=str)
+def test_a_dependency_has_a_floor_and_ends_at_its_next_major_version(needed):
+    """Or is one exact version; the one in constraints.txt lies in the range."""
+    bounds = {each.operator: Version(each.version) for each in needed.specifier}
+    if needed.name != "lm_eval":  # not among what the tests install
+        [exact] = PINNED[canonicalize_name(needed.name)].specifier
+        assert needed.specifier.contains(exact.version)
+        if set(bounds) != {"=="} and needed.name != "torch":  # whose minor versions change figures
+            assert bounds["<"] == Version(str(Version(exact.version).major + 1))
+    assert set(bounds) in ({"=="}, {">=", "<"})
+
+
+def test_the_exact_set_is_exact():
+    """One version each, without a local tag such as +cpu, which other machines do not have."""
+    assert len(PINNED) == len(LINES)
+    for each in PINNED.values():
+        [exact] = each.specifier
+        assert exact.operator == "==" and "+" not in exact.version and "*" not in exact.version
+
+
+def test_every_package_that_is_imported_is_a_dependency_and_every_dependency_is_imported():
+    """Directly, in newllm, scripts or the root's files; chitchat-dataset is read, not imported."""
+    sources = [*ROOT.glob("*.py"), *(ROOT / "newllm").rglob("*.py"), *(ROOT / "scripts").glob("*.py")]
+    imported = set()
+    for node in (node for path in sources for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    own = {path.stem for path in ROOT.glob("*.py")} | {"newllm", "scripts"}
+    known = {re.split(r"[-.]", each.name)[0] for each in EVERY} | {"wandb", "trackio"}  # trackers of one's choice
+    assert imported - set(sys.stdlib_module_names) - own <= known
+    assert {each.name for each in NEEDED} - imported == {"chitchat-dataset"}
+
+
+def test_the_python_that_runs_this_is_admitted():
+    """And none is that a package of the exact set does not have."""
+    admitted = SpecifierSet(PROJECT["requires-python"])
+    assert admitted.contains(".".join(map(str, sys.version_info[:3])))
+    assert not admitted.contains("3.10.13") and not admitted.contains("3.15.0")
