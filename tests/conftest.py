@@ -1,5 +1,7 @@
 """A small configuration and a small corpus, so that every test runs on a CPU, without network, in seconds."""
 
+import os
+
 import pytest
 import torch
 from helpers import write_dialogues
@@ -22,3 +24,8 @@ def tiny_settings(tmp_path, corpus_file):
         cache_dir=str(tmp_path / "cache"), checkpoint_dir=str(tmp_path / "checkpoints"),
         artifacts=False,
     )  # fmt: skip
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Of `-n auto`: a process a core, four at most, as each takes about a gigabyte; GPU tests share one device, so one by one."""
+    return 0 if "gpu" in (config.option.markexpr or "") else min(4, os.cpu_count())

@@ -32,7 +32,7 @@ def test_every_format_gives_the_same_dialogues(tmp_path, write_jsonl):
     texts = [render(row, "") for row in rows]
     plain = write_jsonl(rows)
     packed = tmp_path / "talk.jsonl.gz"
-    packed.write_bytes(gzip.compress(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n\r\n")))
+    packed.write_bytes(gzip.compress(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n\r\n"), mtime=0))
     table = tmp_path / "talk.parquet"
     datasets.Dataset.from_list([row | {"other": 1} for row in rows]).to_parquet(str(table))
     blank = tmp_path / "talk.txt"
@@ -157,7 +157,7 @@ def test_files_of_a_folder_that_are_not_read_are_named(tmp_path, write_jsonl):
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "a.jsonl line 2 is not UTF-8"),
         ("a.jsonl", b"\n\n", "a holds no dialogues"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz cannot be unpacked"),
-        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99)[:-9], "a.jsonl.gz cannot be unpacked"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-9], "a.jsonl.gz cannot be unpacked"),
         ("a.parquet", b"no parquet", "a.parquet is no readable parquet file"),
         ("a.csv", b"text\n", "a holds no dialogues"),
         ("a.csv", b"text\nx\ny,z\n", "a.csv line 3 is no row (not 1 fields as in its head)"),

@@ -115,7 +115,7 @@ def test_every_setting_is_judged(base):
         (dict(phase="1", freeze_context=True, phase2_epochs=3), {"freeze_context"}),
         (dict(phase="1", untrained_control=False, phase2_epochs=3), {"phase2_epochs"}),
     ],
-    ids=str,
+    ids=lambda value: str(value if isinstance(value, dict) else sorted(value)),
 )
 def test_those_given_are_named_in_a_line_each(given, named):
     """What was given and changes nothing, with its value and the reason; what was not given is no matter."""
