@@ -25,7 +25,7 @@ from newllm.reporting.record import read_record
 from newllm.reporting.runlog import RunLog, new_run_id
 from newllm.reporting.summary import context_line, curves, plain, summarize
 from newllm.training.checkpoint import Checkpointer
-from newllm.training.device import compile_cost, describe_device, memory_mb, open_runtime, peak_memory_mb
+from newllm.training.device import compile_cost, describe_device, open_runtime, peak_memory_mb
 from newllm.training.memory_estimate import predicted_peak
 from newllm.training.phase1 import train_phase1
 from newllm.training.phase2 import train_phase2
@@ -34,8 +34,11 @@ from newllm.training.tracking import start_tracking
 from newllm.training.trained import save_model
 
 
-def main(config):
+def main(config, sources=(load_data, load_embedding)):
     """Run all stages that are not complete yet.
+
+    Args:
+        sources: what gives the data and the embedding's vectors, with the arguments of the defaults.
 
     Returns:
         The summary: what the closing block prints, as a dict, and the curves of pictures.
@@ -44,6 +47,7 @@ def main(config):
         UserError: bad settings, data, checkpoint or a training that diverged.
         Stopped: a signal or max_minutes ended the run early; everything is saved.
     """
+    load, embed = sources
     if config.whiten_context and config.model_type == "context" and not config.freeze_context:
         raise UserError("whiten_context whitens contexts that no longer change: use --freeze_context with it.")
     if config.context_adapter != "none":
@@ -53,12 +57,10 @@ def main(config):
         interrupt.alone = runtime.group.size == 1
         with runtime.group.run():
             with runtime.group.main_first():
-                data = load_data(config, Progress)
-                pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
+                data = load(config, Progress)
+                pretrained = embed(config.embeddings, data.vocab_size, config.embed_dim)
             runtime.group.require_same("data", data.fingerprint)
-            cuda = runtime.device.type == "cuda"
-            libraries = 0 if cuda else memory_mb()["memory_mb"] or 0
-            peak = predicted_peak(config, data.vocab_size, runtime.precision, libraries, cuda)
+            peak = predicted_peak(config, data.vocab_size, runtime)
             model = build_model(config, data.vocab_size, pretrained).to(runtime.device)
             model.start_at_frequencies(data.train[:, 1:])
             with Checkpointer(config, data.fingerprint, new_run_id(), runtime.group) as checkpointer:
@@ -84,7 +86,9 @@ def run_stages(config, runtime, data, model, checkpointer, predicted_peak_mb):
 
     def measure_contexts():
         log.say("measuring contexts: rank, convergence, memory")
-        return evaluate_contexts(model, data, config, runtime.device, Progress)
+        found = evaluate_contexts(model, data, config, runtime.device, Progress)
+        free_memory()  # its probes hold more than training does at small sizes
+        return found
 
     learns_context = bool(model.context_parameters())
     if not checkpointer.is_done("untrained"):

@@ -56,7 +56,7 @@ class OptimizerStep:
                 memory = is_out_of_memory(error)
                 if not memory and not self.step.compiled:
                     raise
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                reason = _reason(error)
             if done is None:  # out here: inside `except` the traceback keeps the failed attempt's tensors alive
                 self._change_plan(memory, reason, count, state, where)
         self._update(float(done[0]), state, where)
@@ -69,8 +69,12 @@ class OptimizerStep:
             remedy = "use a smaller phase1_batch_size or phase2_batch_size" if memory else "train with --no_compile"
             raise UserError(f"{reason} at {where}: {remedy}, or fewer processes.")
         if not memory:
-            self.step.fall_back()
-            self.note(f"warning: torch.compile failed at {where} ({reason}); going on without it")
+            remedy = "going on without it"
+            if shared := self.step.compile_anew():
+                remedy = f"once more in an empty cache (delete {shared} if this comes again: a killed run leaves damaged files)"
+            else:
+                self.step.fall_back()
+            self.note(f"warning: torch.compile failed at {where} ({reason}); {remedy}")
         elif state["parts"] < count:
             state["parts"] *= 2
             size = math.ceil(count / state["parts"])
@@ -104,3 +108,9 @@ class OptimizerStep:
                 "continue from the last checkpoint, with a smaller model if it happens again."
             ) from None
         state["skipped"] += not math.isfinite(norm)
+
+
+def _reason(error):
+    """The first line that says something: torch puts the name of its backend before the error of it."""
+    error = getattr(error, "inner_exception", error)
+    return f"{type(error).__name__}: {next(filter(None, str(error).splitlines()), 'no reason given')}"
