@@ -25,7 +25,7 @@ from newllm.errors import exit_on_user_error
 from newllm.interrupt import Interrupt
 from newllm.reporting.criteria import table
 from newllm.training.device import describe_device, memory_of, open_runtime
-from newllm.training.memory_estimate import libraries_mb, moments, vocabulary, why_lower_bound
+from newllm.training.memory_estimate import left_out, libraries_mb, moments, vocabulary
 
 # From the second iteration and epoch on, saves and best weights lie beside training.
 ROUNDS = dict(
@@ -76,7 +76,7 @@ def report(config, measuring=False):
         "moments": rows,
         "predicted_peak": peak,
         "at": f"{largest['stage']}, {largest['moment']}; most of it {max(largest['things'], key=largest['things'].get)}",
-        "lower_bound": why_lower_bound(config, cuda),
+        "left_out": left_out(config, cuda),
         "memory": memory,
         "margin": memory - peak,
     }
@@ -105,7 +105,7 @@ def main(config, as_json=False, measuring=False):
         return
     print(f"device: {result['device']}; vocabulary {vocabulary(config):,}\n")
     print("\n\n".join(stage_tables(result["moments"])))
-    bound = f"a lower bound: without {result['lower_bound']}" if result["lower_bound"] else "within 15 % as measured"
+    bound = f"a lower bound, without {result['left_out']}" if result["left_out"] else "give or take 15 %"
     print(f"\npredicted peak: {result['predicted_peak']:,.0f} MB ({result['at']}), {bound}")
     if measuring:
         off = f"{result['relative_error']:+.1%} off"

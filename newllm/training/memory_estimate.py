@@ -17,10 +17,10 @@ from newllm.models.cross_entropy import CHUNK_ELEMENTS
 from newllm.training.device import STORAGE_DTYPE, memory_mb, peak_memory_mb
 from newllm.training.optim import make_optimizer
 
-# Floats of a token that autograd keeps, for each layer and unit of its width (context map: and sweep), and for each layer of
-# the head and unit of C + E; of this MIXED where products are made in half precision. LOSS: Phase 1's, for each unit of C.
-LAYER = {"context": 5.6, "gru": 8.5, "lstm": 17.5, "transformer": 28.5, "window": 0.0, "token": 0.0}
-HEAD, LOSS, MIXED = 4.3, 8.0, 0.6
+# Floats of a token that autograd keeps, in fp32 and where products are made in half precision: for each layer and unit of its
+# width (of the context map: and sweep), for each layer of the head and unit of C + E, and of Phase 1's loss for each of C.
+LAYER = {"context": (5.6, 3.3), "gru": (8.4, 6.2), "lstm": (17.3, 14.0), "transformer": (28.5, 18.0)}
+HEAD, LOSS = (4.3, 3.0), 8.0
 # Floats of a token in a pass without gradient, for each unit of what the head reads; contexts that are kept: as a window's.
 FORWARD = {"context": 4.75, "gru": 3.2, "lstm": 3.2, "transformer": 8.5, "window": 2.4, "token": 2.4}
 # Blocks of this size have pages of their own. Of smaller ones, what is freed is often too little for the next, so that the
@@ -56,14 +56,11 @@ def predicted_peak(config, vocab_size, runtime):
     return peak if cuda else max(peak, peak_memory_mb())
 
 
-def why_lower_bound(config, cuda):
-    """What the prediction leaves out, so that it is a lower bound; "" where it holds within 15 % (docs/memory... )."""
-    left_out = {
-        "holes and workspaces of a GPU, on which nothing was measured": cuda,
-        "what compiled code holds": config.compile,
-        "the adapter": config.context_adapter != "none",
-    }
-    return ", ".join(reason for reason, holds in left_out.items() if holds)
+def left_out(config, cuda):
+    """What the prediction does not count, which makes it a lower bound; "" where measured peaks lie within 15 % of it."""
+    if cuda:
+        return "what a GPU's allocator and libraries need, where nothing was measured"
+    return "what the compiler and its code take" if config.compile else ""
 
 
 def moments(config, vocab_size, precision, cuda=False):
@@ -73,12 +70,11 @@ def moments(config, vocab_size, precision, cuda=False):
         precision: "fp32", "bf16" or "fp16", as in effect. cuda: whether the memory is that of a GPU.
     """
     C, E, V, T, kind = config.context_dim, config.embed_dim, vocab_size, config.max_seq_length, config.model_type
-    half, mixed = STORAGE_DTYPE[precision].itemsize, 1.0 if precision == "fp32" else MIXED
+    half, mixed = STORAGE_DTYPE[precision].itemsize, precision != "fp32"
     context, head, weights = _parameters(config, V)
-    layer, read = config.num_layers * LAYER[kind] * C, C + E
-    head_floats = config.token_layers * HEAD * read + 2 * E
-    if kind == "transformer":  # which has no context
-        layer, read, head_floats = config.num_layers * LAYER[kind] * E, E, 2 * E
+    width, read, head_layers = (E, E, 0) if kind == "transformer" else (C, C + E, config.token_layers)
+    map_floats = config.num_layers * LAYER.get(kind, (0, 0))[mixed] * width
+    head_floats = head_layers * HEAD[mixed] * read + E
     found = []
 
     def add(stage, moment, held, **work):
@@ -107,16 +103,17 @@ def moments(config, vocab_size, precision, cuda=False):
 
     def phase1():
         held = training(context, 2 * context, [config.num_samples * C])
-        step("phase1", held, config.phase1_batch_size, mixed * layer + LOSS * C)
+        step("phase1", held, config.phase1_batch_size, map_floats + LOSS * C)
         measuring("phase1", held)
 
     def phase2(stage, frozen):
         rows = [samples * read for samples in (config.num_samples, config.val_samples)] if frozen else []
-        held = training(context + head, 2 * (head if frozen else context + head), rows)
+        tuned = 0 if frozen or config.context_adapter != "none" else context
+        held = training(context + head, 2 * (head + tuned), rows)
         if stage == "untrained":
             held |= {"copy of the network": weights + 4 * V * E}
         sweeps = 0 if frozen else config.gradient_sweeps or 1 if kind == "context" else 1
-        step(stage, held, config.phase2_batch_size, mixed * (sweeps * layer + head_floats), 1)
+        step(stage, held, config.phase2_batch_size, sweeps * map_floats + head_floats, 1)
         floats = read * FORWARD["window" if frozen else kind]
         if frozen:
             n = T * min(SEQUENCES_AT_A_TIME, config.num_samples)
