@@ -88,8 +88,7 @@ def moments(config, vocab_size, precision, cuda=False):
 
     def in_heap(n, floats):
         """Bytes of so many floats for each of n tokens, with the holes between them."""
-        large = n * max(read, 2 * E) * half >= LARGE
-        return 4 * n * floats * (1.0 if cuda or large else HOLES)
+        return 4 * n * floats * (1.0 if cuda or n * max(read, 2 * E) * half >= LARGE else HOLES)
 
     def step(stage, held, batch_size, floats, logits=0):
         n = T * -(-config.num_samples // batch_count(config.num_samples, batch_size, config.min_batches))
@@ -100,11 +99,6 @@ def moments(config, vocab_size, precision, cuda=False):
         n = T * min(-(-RANK_TOKENS // T), config.num_samples, config.val_samples)
         probes = min(PROBE_LAGS, T // 2) * min(PROBE_DIMS, E)
         add(stage, "contexts measured", held, evaluation=4 * n * (4 * read + 5 * probes))
-
-    def phase1():
-        held = training(context, 2 * context, [config.num_samples * C])
-        step("phase1", held, config.phase1_batch_size, map_floats + LOSS * C)
-        measuring("phase1", held)
 
     def phase2(stage, frozen):
         rows = [samples * read for samples in (config.num_samples, config.val_samples)] if frozen else []
@@ -126,7 +120,9 @@ def moments(config, vocab_size, precision, cuda=False):
         measuring("untrained", {})
         if config.untrained_control:
             phase2("untrained", frozen=True)
-        phase1()
+        held = training(context, 2 * context, [config.num_samples * C])
+        step("phase1", held, config.phase1_batch_size, map_floats + LOSS * C)
+        measuring("phase1", held)
     if config.phase == "both" or kind != "context":
         phase2("phase2", frozen=kind not in BASELINES and (kind != "context" or config.freeze_context))
     return found
