@@ -21,10 +21,11 @@ from newllm.training.optim import make_optimizer
 # width (of the context map: and sweep), for each layer of the head and unit of C + E, and of Phase 1's loss for each of C.
 LAYER = {"context": (5.6, 3.3), "gru": (8.4, 6.2), "lstm": (17.3, 14.0), "transformer": (28.5, 18.0)}
 HEAD, LOSS = (4.3, 3.0), 8.0
-# Floats of a token in a pass without gradient, for each unit of what the head reads; contexts that are kept: as a window's.
-FORWARD = {"context": 4.75, "gru": 3.2, "lstm": 3.2, "transformer": 8.5, "window": 2.4, "token": 2.4}
+# The same of a pass without gradient, for each unit of what the head reads; contexts that are kept: as a window's.
+FORWARD = {"context": (4.75, 4.75), "gru": (3.2, 3.2), "lstm": (3.2, 3.2), "transformer": (17.0, 8.5)}
+FORWARD |= dict.fromkeys(("window", "token"), (2.4, 2.4))
 # Blocks of this size have pages of their own. Of smaller ones, what is freed is often too little for the next, so that the
-# heap outgrows what is alive in it, by a factor that was measured.
+# heap outgrows what is alive in it, by a factor that was measured; it falls to 1 towards blocks that are large.
 LARGE, HOLES = 32 << 20, 1.7
 
 
@@ -88,7 +89,8 @@ def moments(config, vocab_size, precision, cuda=False):
 
     def in_heap(n, floats):
         """Bytes of so many floats for each of n tokens, with the holes between them."""
-        return 4 * n * floats * (1.0 if cuda or n * max(read, 2 * E) * half >= LARGE else HOLES)
+        small = 0.0 if cuda else min(1.0, max(0.0, 2.5 * (1 - n * max(read, 2 * E) * half / LARGE)))
+        return 4 * n * floats * (1 + small * (HOLES - 1))
 
     def step(stage, held, batch_size, floats, logits=0):
         n = T * -(-config.num_samples // batch_count(config.num_samples, batch_size, config.min_batches))
@@ -108,7 +110,7 @@ def moments(config, vocab_size, precision, cuda=False):
             held |= {"copy of the network": weights + 4 * V * E}
         sweeps = 0 if frozen else config.gradient_sweeps or 1 if kind == "context" else 1
         step(stage, held, config.phase2_batch_size, sweeps * map_floats + head_floats, 1)
-        floats = read * FORWARD["window" if frozen else kind]
+        floats = read * FORWARD["window" if frozen else kind][mixed]
         if frozen:
             n = T * min(SEQUENCES_AT_A_TIME, config.num_samples)
             add(stage, "contexts made", held, evaluation=in_heap(n, floats))
