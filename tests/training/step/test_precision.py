@@ -10,8 +10,8 @@ from newllm.training.step import OptimizerStep
 from train import main
 
 STEPS = 200
-# Twice what was seen. Of the largest too, since Phase 1's loss falls to a twentieth of it, where rounding does not follow.
-TOLERANCE, TOLERANCE_OF_LARGEST = 0.05, 0.005
+# Twice what was seen. Of the largest too: Phase 1 ends at a fortieth of it, where rounding no longer shrinks with the loss.
+TOLERANCE, TOLERANCE_OF_LARGEST = 0.05, 0.02
 
 
 @pytest.fixture
