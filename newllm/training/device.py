@@ -74,16 +74,21 @@ class StepFunction:
                 return self._graphed(tokens_BTE, start_BC)
             return sequential(self.contexts, tokens_BTE, start_BC.shape[-1], start_BC)[0]
 
-    def compile_anew(self):
-        """Compile once more, in an empty cache: a killed run leaves files in the shared one that cannot be loaded.
+    def survive(self, where, reason):
+        """After a compiled call failed: compile anew in an empty cache, or compute as written where that was tried.
 
         Returns:
-            The shared cache's folder; None when the process has left it before.
+            A line that says so. A killed run leaves files in the shared cache that cannot be loaded.
         """
-        shared = leave_shared_cache()
-        if shared:
+        remedy = "going on without it"
+        if shared := leave_shared_cache():
             self._call = torch.compile(self.eager, dynamic=True)
-        return shared
+            remedy = (
+                f"once more in an empty cache (if this comes again, delete {shared}: a killed run leaves damaged files)"
+            )
+        else:
+            self.fall_back()
+        return f"warning: torch.compile failed at {where} ({reason}); {remedy}"
 
     def fall_back(self):
         """Compute as written from now on; the model itself was never changed."""
@@ -101,6 +106,12 @@ def keep_freed_memory():
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(m_mmap_threshold, 32 << 20)  # the most it takes: up to this size blocks come from the heap,
         libc.mallopt(m_trim_threshold, 2**31 - 1)  # which is not trimmed
+
+
+def reason_of(error):
+    """The first line that says something: torch puts the name of its backend before the error of it."""
+    error = getattr(error, "inner_exception", error)
+    return f"{type(error).__name__}: {next(filter(None, str(error).splitlines()), 'no reason given')}"
 
 
 def leave_shared_cache():

@@ -8,6 +8,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from newllm.errors import UserError
 from newllm.interrupt import Stopped
 from newllm.memory import free_memory, is_out_of_memory, split
+from newllm.training.device import reason_of
 
 SMALLEST_SCALE = 2.0**-10  # an fp16 loss scale this small is no overflow of the scale any more
 
@@ -56,7 +57,7 @@ class OptimizerStep:
                 memory = is_out_of_memory(error)
                 if not memory and not self.step.compiled:
                     raise
-                reason = _reason(error)
+                reason = reason_of(error)
             if done is None:  # out here: inside `except` the traceback keeps the failed attempt's tensors alive
                 self._change_plan(memory, reason, count, state, where)
         self._update(float(done[0]), state, where)
@@ -69,12 +70,7 @@ class OptimizerStep:
             remedy = "use a smaller phase1_batch_size or phase2_batch_size" if memory else "train with --no_compile"
             raise UserError(f"{reason} at {where}: {remedy}, or fewer processes.")
         if not memory:
-            remedy = "going on without it"
-            if shared := self.step.compile_anew():
-                remedy = f"once more in an empty cache (delete {shared} if this comes again: a killed run leaves damaged files)"
-            else:
-                self.step.fall_back()
-            self.note(f"warning: torch.compile failed at {where} ({reason}); {remedy}")
+            self.note(self.step.survive(where, reason))
         elif state["parts"] < count:
             state["parts"] *= 2
             size = math.ceil(count / state["parts"])
@@ -108,9 +104,3 @@ class OptimizerStep:
                 "continue from the last checkpoint, with a smaller model if it happens again."
             ) from None
         state["skipped"] += not math.isfinite(norm)
-
-
-def _reason(error):
-    """The first line that says something: torch puts the name of its backend before the error of it."""
-    error = getattr(error, "inner_exception", error)
-    return f"{type(error).__name__}: {next(filter(None, str(error).splitlines()), 'no reason given')}"
