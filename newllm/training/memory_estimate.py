@@ -5,6 +5,8 @@ for each token, measured once for each kind of network. What the process takes w
 Letters: n tokens of a batch, C context width, E embedding width, V vocabulary, T tokens of a sample.
 """
 
+import math
+
 import torch
 from torch.nn import functional
 
@@ -20,7 +22,11 @@ from newllm.training.optim import make_optimizer
 # Floats of a token that autograd keeps, in fp32 and where products are made in half precision: for each layer and unit of its
 # width (of the context map: and sweep), for each layer of the head and unit of C + E, and of Phase 1's loss for each of C.
 LAYER = {"context": (5.6, 3.3), "gru": (8.4, 6.2), "lstm": (17.3, 14.0), "transformer": (28.5, 18.0)}
-HEAD, LOSS = (4.3, 3.0), 8.0
+HEAD, LOSS, SHARES = (
+    (4.3, 3.0),
+    8.0,
+    (3.0, 2.0),
+)  # SHARES: for each head and token that an attention which keeps them looks at
 # The same of a pass without gradient, for each unit of what the head reads; contexts that are kept: as a window's.
 FORWARD = {"context": (4.75, 4.75), "gru": (3.2, 3.2), "lstm": (3.2, 3.2), "transformer": (17.0, 8.5)}
 FORWARD |= dict.fromkeys(("window", "token"), (2.4, 2.4))
@@ -73,19 +79,19 @@ def moments(config, vocab_size, precision, cuda=False):
     C, E, V, T, kind = config.context_dim, config.embed_dim, vocab_size, config.max_seq_length, config.model_type
     half, mixed = STORAGE_DTYPE[precision].itemsize, precision != "fp32"
     context, head, weights = _parameters(config, V)
-    width, read, head_layers = (E, E, 0) if kind == "transformer" else (C, C + E, config.token_layers)
-    map_floats = config.num_layers * LAYER.get(kind, (0, 0))[mixed] * width
-    head_floats = head_layers * HEAD[mixed] * read + E
-    found = []
+    read, map_floats, head_floats = _floats(config, mixed)
+    n = T * min(-(-RANK_TOKENS // T), config.num_samples, config.val_samples)
+    measured = 4 * n * (4 * read + 5.5 * min(PROBE_LAGS, T // 2) * min(PROBE_DIMS, E))  # contexts, by probes
+    found, saved = [], config.save_checkpoint and not cuda
 
     def add(stage, moment, held, **work):
         found.append((stage, moment, {"weights": weights} | held | work))
 
     def training(trained, moments, rows):
         """Gradients and moments; best or earlier weights and the snapshot being saved; contexts unless in a file."""
-        snapshot = trained + moments if config.save_checkpoint and not cuda else 0
         kept = [size for size in (T * half * row for row in rows) if size <= config.context_memory_mb * 1e6]
-        return {"optimizer": 1.5 * moments, "copies of weights": trained + snapshot, "contexts": sum(kept)}
+        copies = trained + saved * (trained + moments)
+        return {"optimizer": 1.5 * moments, "copies of weights": copies, "contexts": sum(kept)}
 
     def in_heap(n, floats):
         """Bytes of so many floats for each of n tokens, with the holes between them."""
@@ -95,12 +101,9 @@ def moments(config, vocab_size, precision, cuda=False):
     def step(stage, held, batch_size, floats, logits=0):
         n = T * -(-config.num_samples // batch_count(config.num_samples, batch_size, config.min_batches))
         chunk = min(n * V, CHUNK_ELEMENTS) * (half + 4 * cuda) + 8 * V * E  # and the output's gradient, twice
-        add(stage, "step", held, activations=in_heap(n, floats), logits=chunk * logits)
-
-    def measuring(stage, held):
-        n = T * min(-(-RANK_TOKENS // T), config.num_samples, config.val_samples)
-        probes = min(PROBE_LAGS, T // 2) * min(PROBE_DIMS, E)
-        add(stage, "contexts measured", held, evaluation=4 * n * (4 * read + 5 * probes))
+        activations = in_heap(n, floats)
+        add(stage, "step", held, activations=activations, logits=chunk * logits)
+        return activations
 
     def phase2(stage, frozen):
         rows = [samples * read for samples in (config.num_samples, config.val_samples)] if frozen else []
@@ -109,25 +112,39 @@ def moments(config, vocab_size, precision, cuda=False):
         if stage == "untrained":
             held |= {"copy of the network": weights + 4 * V * E}
         sweeps = 0 if frozen else config.gradient_sweeps or 1 if kind == "context" else 1
-        step(stage, held, config.phase2_batch_size, sweeps * map_floats + head_floats, 1)
+        freed = step(stage, held, config.phase2_batch_size, sweeps * map_floats + head_floats, 1)
         floats = read * FORWARD["window" if frozen else kind][mixed]
         if frozen:
             n = T * min(SEQUENCES_AT_A_TIME, config.num_samples)
             add(stage, "contexts made", held, evaluation=in_heap(n, floats))
         n = T * min(SEQUENCES_AT_A_TIME, config.val_samples)
         chunk = n * V // -(-n // max(1, CHUNK_ELEMENTS // V))
-        add(stage, "validation", held, evaluation=in_heap(n, floats), logits=chunk * (8 + (half if half < 4 else 0)))
+        work = {"evaluation": in_heap(n, floats), "logits": chunk * (8 + (half if half < 4 else 0))}
+        if kind in BASELINES and not cuda:  # whose blocks are too large for half of what a step has left free
+            work["free within the heap"] = max(0.0, min(freed, sum(work.values()) - freed)) / 2
+        add(stage, "validation", held, **work)
+        if kind == "context" and not frozen:
+            add(stage, "contexts measured", held, evaluation=measured)
 
     if kind == "context":
-        measuring("untrained", {})
+        add("untrained", "contexts measured", {}, evaluation=measured)
         if config.untrained_control:
             phase2("untrained", frozen=True)
         held = training(context, 2 * context, [config.num_samples * C])
         step("phase1", held, config.phase1_batch_size, map_floats + LOSS * C)
-        measuring("phase1", held)
+        add("phase1", "contexts measured", held, evaluation=measured)
     if config.phase == "both" or kind != "context":
         phase2("phase2", frozen=kind not in BASELINES and (kind != "context" or config.freeze_context))
     return found
+
+
+def _floats(config, mixed):
+    """Of a token: width that the head reads, and floats that autograd keeps of a pass (context map: of a sweep) and of the head."""
+    C, E, layers, kept = config.context_dim, config.embed_dim, config.num_layers, LAYER.get(config.model_type, (0, 0))
+    if config.model_type != "transformer":
+        return C + E, layers * kept[mixed] * C, config.token_layers * HEAD[mixed] * (C + E) + E
+    shares = config.max_seq_length * (E // math.gcd(E, 64)) if config.dropout or config.attention == "math" else 0
+    return E, layers * (kept[mixed] * E + SHARES[mixed] * shares), E
 
 
 def _parameters(config, vocab_size):
