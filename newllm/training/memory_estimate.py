@@ -82,7 +82,7 @@ def moments(config, vocab_size, precision, cuda=False):
     read, map_floats, head_floats = _floats(config, mixed)
     n = T * min(-(-RANK_TOKENS // T), config.num_samples, config.val_samples)
     measured = 4 * n * (4 * read + 5.5 * min(PROBE_LAGS, T // 2) * min(PROBE_DIMS, E))  # contexts, by probes
-    found, saved = [], config.save_checkpoint and not cuda
+    found = []
 
     def add(stage, moment, held, **work):
         found.append((stage, moment, {"weights": weights} | held | work))
@@ -90,7 +90,7 @@ def moments(config, vocab_size, precision, cuda=False):
     def training(trained, moments, rows):
         """Gradients and moments; best or earlier weights and the snapshot being saved; contexts unless in a file."""
         kept = [size for size in (T * half * row for row in rows) if size <= config.context_memory_mb * 1e6]
-        copies = trained + saved * (trained + moments)
+        copies = trained + (trained + moments) * (config.save_checkpoint and not cuda)
         return {"optimizer": 1.5 * moments, "copies of weights": copies, "contexts": sum(kept)}
 
     def in_heap(n, floats):
@@ -101,9 +101,8 @@ def moments(config, vocab_size, precision, cuda=False):
     def step(stage, held, batch_size, floats, logits=0):
         n = T * -(-config.num_samples // batch_count(config.num_samples, batch_size, config.min_batches))
         chunk = min(n * V, CHUNK_ELEMENTS) * (half + 4 * cuda) + 8 * V * E  # and the output's gradient, twice
-        activations = in_heap(n, floats)
-        add(stage, "step", held, activations=activations, logits=chunk * logits)
-        return activations
+        add(stage, "step", held, activations=in_heap(n, floats), logits=chunk * logits)
+        return in_heap(n, floats)
 
     def phase2(stage, frozen):
         rows = [samples * read for samples in (config.num_samples, config.val_samples)] if frozen else []
@@ -115,13 +114,13 @@ def moments(config, vocab_size, precision, cuda=False):
         freed = step(stage, held, config.phase2_batch_size, sweeps * map_floats + head_floats, 1)
         floats = read * FORWARD["window" if frozen else kind][mixed]
         if frozen:
-            n = T * min(SEQUENCES_AT_A_TIME, config.num_samples)
-            add(stage, "contexts made", held, evaluation=in_heap(n, floats))
+            made = in_heap(T * min(SEQUENCES_AT_A_TIME, config.num_samples), floats)
+            add(stage, "contexts made", held, evaluation=made)
         n = T * min(SEQUENCES_AT_A_TIME, config.val_samples)
-        chunk = n * V // -(-n // max(1, CHUNK_ELEMENTS // V))
-        work = {"evaluation": in_heap(n, floats), "logits": chunk * (8 + (half if half < 4 else 0))}
-        if kind in BASELINES and not cuda:  # whose blocks are too large for half of what a step has left free
-            work["free within the heap"] = max(0.0, min(freed, sum(work.values()) - freed)) / 2
+        logits = n * V // -(-n // max(1, CHUNK_ELEMENTS // V)) * (8 + half * mixed)
+        work = {"evaluation": in_heap(n, floats), "logits": logits}
+        if kind in BASELINES and not cuda:  # logits are blocks too large for most of what a step has left free
+            work["free within the heap"] = 0.7 * min(freed, work["logits"])
         add(stage, "validation", held, **work)
         if kind == "context" and not frozen:
             add(stage, "contexts measured", held, evaluation=measured)
