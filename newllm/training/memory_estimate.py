@@ -33,6 +33,9 @@ FORWARD |= dict.fromkeys(("window", "token"), (2.4, 2.4))
 # Blocks of this size have pages of their own. Of smaller ones, what is freed is often too little for the next, so that the
 # heap outgrows what is alive in it, by a factor that was measured; it falls to 1 towards blocks that are large.
 LARGE, HOLES = 32 << 20, 1.7
+SCATTERED_MB = (
+    30.0  # of the saving thread, and of freed memory between what is in use, which does not go back after a stage
+)
 
 
 def libraries_mb(config, runtime):
@@ -47,7 +50,7 @@ def libraries_mb(config, runtime):
         functional.linear(weight.detach(), weight).square().mean().backward()
     optimizer.step()
     torch.linalg.eigvalsh(weight.detach().double())
-    return memory_mb()["memory_mb"] or 0.0
+    return (memory_mb()["memory_mb"] or 0.0) + SCATTERED_MB
 
 
 def vocabulary(config):
