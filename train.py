@@ -30,14 +30,7 @@ from newllm.reporting.record import read_record
 from newllm.reporting.runlog import RunLog, new_run_id
 from newllm.reporting.summary import context_line, curves, plain, summarize
 from newllm.training.checkpoint import Checkpointer
-from newllm.training.device import (
-    compile_cost,
-    describe_device,
-    gpu_utilization,
-    memory_mb,
-    open_runtime,
-    peak_memory_mb,
-)
+from newllm.training.device import compile_cost, describe_device, gpu_utilization, open_runtime, peak_memory_mb
 from newllm.training.dry_run import preview
 from newllm.training.effects import unused_lines
 from newllm.training.memory_estimate import predicted_peak
@@ -49,11 +42,12 @@ from newllm.training.tracking import start_tracking
 from newllm.training.trained import save_model
 
 
-def main(config, dry_run=False):
+def main(config, dry_run=False, sources=(load_data, load_embedding)):
     """Run all stages that are not complete yet.
 
     Args:
         dry_run: stop before the first step, having said what a run would do.
+        sources: what gives the data and the embedding's vectors, with the arguments of the defaults.
 
     Returns:
         The summary: what the closing block prints, as a dict, and the curves of pictures; None of a dry run.
@@ -71,19 +65,8 @@ def main(config, dry_run=False):
             runtime = open_runtime(config)
         interrupt.alone = runtime.group.size == 1
         with runtime.group.run():
-            with timed("loading"), runtime.group.main_first():
-                data = load_data(config, Progress)
-                pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
-                require_own_ids(config.embeddings, tokenizer_choice(config))
-            runtime.group.require_same("data", data.fingerprint)
-            if config.whiten_context and runtime.group.size > 1:
-                raise UserError("whiten_context is fitted by one process on all samples: start it without torchrun.")
-            cuda = runtime.device.type == "cuda"
-            libraries = 0 if cuda else memory_mb()["memory_mb"] or 0
-            peak = predicted_peak(config, data.vocab_size, runtime.precision, libraries, cuda)
             with timed("loading"):
-                model = build_model(config, data.vocab_size, pretrained).to(runtime.device)
-                model.start_at_frequencies(data.train[:, 1:])
+                data, model, peak = load(config, runtime, *sources)
             if dry_run:
                 return preview(config, runtime, data, model, peak)
             with Checkpointer(config, data.fingerprint, new_run_id(), runtime.group) as checkpointer:
@@ -94,8 +77,27 @@ def main(config, dry_run=False):
                     return run_stages(config, runtime, data, model, checkpointer, log, peak)
 
 
-def run_stages(config, runtime, data, model, checkpointer, log, predicted_peak_mb):
-    """The story: untrained row, Phase 1, Phase 2, report."""
+def load(config, runtime, load_data, load_embedding):
+    """(data, model, predicted peak in MB) of a configuration.
+
+    Raises:
+        UserError: they cannot be had, or do not fit each other or the other processes.
+    """
+    with runtime.group.main_first():
+        data = load_data(config, Progress)
+        pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
+        require_own_ids(config.embeddings, tokenizer_choice(config))
+    runtime.group.require_same("data", data.fingerprint)
+    if config.whiten_context and runtime.group.size > 1:
+        raise UserError("whiten_context is fitted by one process on all samples: start it without torchrun.")
+    peak = predicted_peak(config, data.vocab_size, runtime)
+    model = build_model(config, data.vocab_size, pretrained).to(runtime.device)
+    model.start_at_frequencies(data.train[:, 1:])
+    return data, model, peak
+
+
+def begin_record(config, runtime, data, model, checkpointer, log):
+    """Say and write down what is in effect; returns the line about the device."""
     log.mend(checkpointer.record)
     if config.trackers != "none" and log.writes:
         folder = log.folder.parent / "tracking" / log.run_id
@@ -112,11 +114,19 @@ def run_stages(config, runtime, data, model, checkpointer, log, predicted_peak_m
     for line in checkpointer.notes:
         if line.startswith("warning"):
             log.log("warning", message=line)
+    return device
+
+
+def run_stages(config, runtime, data, model, checkpointer, log, predicted_peak_mb):
+    """The story: untrained row, Phase 1, Phase 2, report."""
+    device = begin_record(config, runtime, data, model, checkpointer, log)
 
     @timed("contexts")
     def measure_contexts():
         log.say("measuring contexts: rank, convergence, memory")
-        return evaluate_contexts(model, data, config, runtime.device, Progress)
+        found = evaluate_contexts(model, data, config, runtime.device, Progress)
+        free_memory()  # its probes hold more than training does at small sizes
+        return found
 
     learns_context = bool(model.context_parameters())
     if not checkpointer.is_done("untrained"):

@@ -7,10 +7,12 @@ Parts are timed one after the other in one process (newllm/training/timing.py). 
 at the shapes used (forward and both gradients), so a share says what is left to gain on this machine, whatever machine it
 is. Only matrix products count as arithmetic. Switches are compared before that, each in a process of its own, whose peak
 memory is then its own too; the last two are the baseline Transformer, end to end, with either backend of its attention.
+A speed is the median of a few steps, with the slowest and the fastest.
 """
 
 import dataclasses
 import json
+import statistics
 
 from config import ResidualConfig
 from newllm.apart import call_apart
@@ -23,7 +25,11 @@ from newllm.training.device import describe_device, open_runtime, peak_memory_mb
 from newllm.training.timing import Bench
 
 PART_COLUMNS = ("part", "tok/s", "GFLOP/s", "of matrix rate", "x per-token loop")
-SWITCH_COLUMNS = ("one switch at a time", "Phase 1 tok/s", "Phase 2 tok/s", "peak MB")
+SWITCH_COLUMNS = ("one switch at a time", "Phase 1 tok/s", "Phase 2 tok/s", "loss", "peak MB")
+LOSS_NOTE = (
+    "loss: of the second epoch over the same random ids; rows of equal batches differ in it by rounding alone, or compute "
+    "something else.\nIt does not show which switch is the first to a given validation loss: scripts.compare does."
+)
 VOCABULARIES = (4096, 50257)
 
 
@@ -31,7 +37,7 @@ def bench(config, say):
     """Time all parts; `say` takes a line of progress.
 
     Returns:
-        List of rows: part, tok_per_s, gflops, share (of its time, that its products take at the rates measured for their
+        List of rows: part, tok_per_s [median, lowest, highest], gflops, share (of its time, that its products take at the rates measured for their
         shapes, in the precision in effect), ratio (to the per-token loop; None where that has no counterpart).
     """
     main, result, rates = Bench(config, VOCABULARIES[0]), [], {}
@@ -47,10 +53,12 @@ def bench(config, say):
             result.append(dict(part=part, tok_per_s=None, gflops=rate / 1e9, share=1.0, ratio=None))
             say(f"{part}: {rate / 1e9:,.0f} GFLOP/s")
 
-    def add(part, tok_per_s, *work, base=None):
+    def add(part, speeds, *work, base=None):
         """A row; work: (FLOP a token, FLOP/s of products of that shape), one pair a shape."""
+        tok_per_s = statistics.median(speeds)
         gflops, share = tok_per_s * sum(n for n, _ in work) / 1e9, tok_per_s * sum(n / rate for n, rate in work)
-        result.append(dict(part=part, tok_per_s=tok_per_s, gflops=gflops, share=share, ratio=base and tok_per_s / base))
+        ratio = base and tok_per_s / statistics.median(base)
+        result.append(dict(part=part, tok_per_s=spread(speeds), gflops=gflops, share=share, ratio=ratio))
         say(f"{part}: {tok_per_s:,.0f} tok/s, {share:.0%} of the matrix rate")
 
     flops, single, rate = main.flops, rates["fp32", "map"], rates[used, "map"]
@@ -78,6 +86,7 @@ SWITCHES = {  # name: settings that differ
     "batches of 48": {"phase1_batch_size": 48, "phase2_batch_size": 48},
     "gradient through the whole sample": {"gradient_sweeps": 0},
     "gradient through 1 sweep": {"gradient_sweeps": 1},
+    "all together": {"compile": True, "phase1_batch_size": 48, "phase2_batch_size": 48, "gradient_sweeps": 1},
 }
 
 
@@ -86,16 +95,20 @@ TRANSFORMER = dict(model_type="transformer", freeze_context=False, whiten_contex
 
 
 def time_switch(config):
-    """Phase 1 and fine-tuned Phase 2 of one configuration, and the peak memory of the process that trained both."""
-    each = Bench(config, VOCABULARIES[0])
-    return dict(phase1_tok_per_s=each.phase1(), phase2_tok_per_s=each.phase2(False), peak_memory_mb=peak_memory_mb())
+    """Phase 1 and fine-tuned Phase 2 of one configuration, its loss, and the peak memory of the process that trained both."""
+    return _timed(Bench(config, VOCABULARIES[0]), lambda each: each.phase1())
 
 
 def time_attention(config, backend):
     """The same of a Transformer, which has no Phase 1, with this attention backend."""
     each = Bench(config, VOCABULARIES[0])
     each.model.body.set_attn_implementation(backend)
-    return dict(phase1_tok_per_s=None, phase2_tok_per_s=each.phase2(False), peak_memory_mb=peak_memory_mb())
+    return _timed(each, lambda each: None)
+
+
+def _timed(each, phase1):
+    speeds = {"phase1_tok_per_s": spread(phase1(each)), "phase2_tok_per_s": spread(each.phase2(False))}
+    return speeds | {"loss": each.loss, "peak_memory_mb": peak_memory_mb()}
 
 
 def bench_switches(config, say):
@@ -110,13 +123,23 @@ def bench_switches(config, say):
     return rows
 
 
+def spread(speeds):
+    """[median, lowest, highest] of a list; None of None."""
+    return speeds and [statistics.median(speeds), min(speeds), max(speeds)]
+
+
+def shown_speed(speed):
+    return "{:,.0f} ({:,.0f} to {:,.0f})".format(*speed) if speed else ""
+
+
 def shown_part(row):
-    speed, ratio = (f"{row[key]:,.{digits}f}" if row[key] else "" for key, digits in (("tok_per_s", 0), ("ratio", 1)))
-    return row["part"], speed, f"{row['gflops']:,.1f}", f"{row['share']:.1%}", ratio
+    ratio = f"{row['ratio']:,.1f}" if row["ratio"] else ""
+    return row["part"], shown_speed(row["tok_per_s"]), f"{row['gflops']:,.1f}", f"{row['share']:.1%}", ratio
 
 
 def shown_switch(row):
-    return row["switch"], *(f"{value:,.0f}" if value else "" for name, value in row.items() if name != "switch")
+    speeds = (shown_speed(row[phase]) for phase in ("phase1_tok_per_s", "phase2_tok_per_s"))
+    return row["switch"], *speeds, f"{row['loss']:.4f}", f"{row['peak_memory_mb']:,.0f}"
 
 
 def main(config, as_json=False, switches=True):
@@ -132,7 +155,7 @@ def main(config, as_json=False, switches=True):
         return
     print("\n" + "\n".join(table(PART_COLUMNS, map(shown_part, parts))))
     if changed:
-        print("\n" + "\n".join(table(SWITCH_COLUMNS, map(shown_switch, changed))))
+        print("\n" + "\n".join([*table(SWITCH_COLUMNS, map(shown_switch, changed)), LOSS_NOTE]))
 
 
 if __name__ == "__main__":

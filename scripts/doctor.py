@@ -24,14 +24,14 @@ from newllm.data import hub
 from newllm.data.corpus import ULTRACHAT, ULTRACHAT_REVISION, open_corpus
 from newllm.data.vocabulary import choose_tokenizer, tokenizer_choice
 from newllm.errors import UserError, exit_on_user_error
-from newllm.models.baselines import Baseline, build_model
+from newllm.models.baselines import Baseline
 from newllm.models.pretrained import require_own_ids
 from newllm.reporting.banner import batches, cadence, trainable
 from newllm.storage import usable_folder
-from newllm.training.device import allocator_setting, describe_device, memory_mb, memory_of, open_runtime
+from newllm.training.device import allocator_setting, describe_device, memory_of, open_runtime
 from newllm.training.drive import COLAB_DRIVE
 from newllm.training.effects import unused_lines
-from newllm.training.memory_estimate import predicted_peak, vocabulary
+from newllm.training.memory_estimate import predicted_peak, sketch, vocabulary
 from newllm.training.plan import make_plan
 from newllm.training.state import require_space
 from newllm.versions import outside
@@ -80,7 +80,7 @@ def check_device(config):
 
 def check_precision(config):
     """What would be in effect: device, precision, batches, cadence."""
-    runtime, model = open_runtime(config), build_model(config, vocabulary(config))
+    runtime, model = open_runtime(config), sketch(config, vocabulary(config))
     plan = make_plan(config, config.num_samples - round(config.tune_share * config.num_samples), model, runtime.device)
     baseline = isinstance(model, Baseline)
     attention = model.attention_in_effect(runtime.device, runtime.storage_dtype) if baseline else None
@@ -104,11 +104,8 @@ def check_memory(config):
     """The predicted peak fits into what the device has."""
     runtime = open_runtime(config)
     cuda = runtime.device.type == "cuda"
-    libraries = 0 if cuda else memory_mb()["memory_mb"] or 0
-    peak = predicted_peak(config, vocabulary(config), runtime.precision, libraries, cuda)
+    peak = predicted_peak(config, vocabulary(config), runtime)
     total = memory_of(runtime.device) / 1e6 * (config.gpu_memory_fraction if cuda else 1)
-    if peak is None:
-        raise Note(f"no prediction for model_type '{config.model_type}'; there are {total:,.0f} MB.")
     said = f"predicted peak {peak:,.0f} MB of {total:,.0f} MB"
     if peak > MARGIN * total:
         raise UserError(
@@ -142,7 +139,7 @@ def check_folders(config):
 def check_disk(config):
     """There is room for the checkpoints of a run."""
     folder, runtime = usable_folder(config.checkpoint_dir, "checkpoint_dir"), open_runtime(config)
-    require_space(folder, build_model(config, vocabulary(config)), config, runtime.storage_dtype)
+    require_space(folder, sketch(config, vocabulary(config)), config, runtime.storage_dtype)
     return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free in {folder}"
 
 

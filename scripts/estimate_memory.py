@@ -4,17 +4,15 @@
     python3 -m scripts.estimate_memory --measure            # trains it on random ids too, two rounds a stage, and compares
     python3 -m scripts.estimate_memory --json
 
-The process without the network is measured: libraries load much of themselves on first use, so the run of a miniature
-network, in a process of its own, tells what they take. All the rest is arithmetic (newllm/training/memory_estimate.py).
+The process without the network is measured here and now; the rest is arithmetic (newllm/training/memory_estimate.py).
+Reading the data is not in it.
 """
 
 import contextlib
 import dataclasses
 import json
 import os
-import re
 import tempfile
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -27,31 +25,24 @@ from newllm.errors import exit_on_user_error
 from newllm.interrupt import Interrupt
 from newllm.reporting.criteria import table
 from newllm.training.device import describe_device, memory_of, open_runtime
-from newllm.training.memory_estimate import moments, predict, vocabulary
+from newllm.training.memory_estimate import left_out, libraries_mb, moments, vocabulary
 
 # From the second iteration and epoch on, saves and best weights lie beside training.
 ROUNDS = dict(
     phase1_max_iterations=2, phase2_epochs=2, load_checkpoint=False, backup_dir="", max_minutes=0.0, artifacts=False
 )
-MINIATURE = dict(num_samples=2, val_samples=2, max_seq_length=2, vocab_size=257, tokenizer="bpe", embeddings="random", context_dim=2,
-                 embed_dim=2, num_layers=1, token_layers=1, preset="none")  # fmt: skip
 MB = 1e6
 
 
 def measure(config):
-    """Peak of a run of this configuration on random ids, in bytes. Only for a fresh process: it replaces the run's data."""
-    train.load_data = random_data
-    train.load_embedding = lambda source, *shape: None if source == "random" else torch.zeros(*shape)
+    """Peak MB of this process after a run of this configuration on random ids."""
     with (
         tempfile.TemporaryDirectory() as folder,
         open(os.devnull, "w", encoding="utf-8") as nowhere,
         contextlib.redirect_stdout(nowhere),
     ):
-        summary = train.main(dataclasses.replace(config, checkpoint_dir=folder, **ROUNDS))
-    if not torch.cuda.is_initialized() and os.path.exists("/proc/self/status"):
-        # What the kernel tells through getrusage begins, in a new process, with the size of the one that started it.
-        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
-    return int(summary["peak_memory_mb"] * MB)
+        config = dataclasses.replace(config, checkpoint_dir=folder, **ROUNDS)
+        return train.main(config, sources=(random_data, zero_embedding))["peak_memory_mb"]
 
 
 def random_data(config, progress=None):
@@ -64,19 +55,28 @@ def random_data(config, progress=None):
     )  # fmt: skip
 
 
+def zero_embedding(source, *shape):
+    return None if source == "random" else torch.zeros(*shape)
+
+
 def report(config, measuring=False):
-    """Everything that the command says, as a dict of plain values in bytes."""
-    runtime = open_runtime(config)
+    """Everything that the command says, as a dict of plain values in MB."""
+    runtime, vocab_size = open_runtime(config), vocabulary(config)
     cuda = runtime.device.type == "cuda"
-    base = call_apart(measure, dataclasses.replace(config, **MINIATURE))
-    rows = predict(moments(config, vocabulary(config), runtime.precision, cuda), base, cuda)
-    moment, things = max(rows, key=lambda row: sum(row[1].values()))
-    peak, memory = sum(things.values()), memory_of(runtime.device)
+    libraries, rows = libraries_mb(config, runtime), []
+    for stage, moment, things in moments(config, vocab_size, runtime.precision, cuda):
+        things = {"process and libraries": libraries} | {name: size / MB for name, size in things.items()}
+        rows.append({"stage": stage, "moment": moment, "sum": sum(things.values()), "things": things})
+    largest, memory = max(rows, key=lambda row: row["sum"]), memory_of(runtime.device) / MB
+    peak = largest["sum"]
+    if cuda:
+        memory *= config.gpu_memory_fraction
     result = {
         "device": describe_device(runtime),
-        "moments": [{"stage": m.stage, "moment": m.name, "bytes": sum(row.values()), "things": row} for m, row in rows],
+        "moments": rows,
         "predicted_peak": peak,
-        "at": f"{moment.stage}, {moment.name}; most of it {max(things, key=things.get)}",
+        "at": f"{largest['stage']}, {largest['moment']}; most of it {max(largest['things'], key=largest['things'].get)}",
+        "left_out": left_out(config, cuda),
         "memory": memory,
         "margin": memory - peak,
     }
@@ -88,12 +88,12 @@ def report(config, measuring=False):
 
 def stage_tables(found):
     """A table for each stage: things down, moments across, in MB."""
-    for stage in dict.fromkeys(moment["stage"] for moment in found):
-        columns = [moment for moment in found if moment["stage"] == stage]
-        names = dict.fromkeys(name for moment in columns for name in moment["things"])
-        rows = [(name, *(f"{moment['things'].get(name, 0) / MB:,.1f}" for moment in columns)) for name in names]
-        rows.append(("sum", *(f"{moment['bytes'] / MB:,.1f}" for moment in columns)))
-        yield "\n".join(table((f"{stage}, MB", *(moment["moment"] for moment in columns)), rows))
+    for stage in dict.fromkeys(row["stage"] for row in found):
+        columns = [row for row in found if row["stage"] == stage]
+        names = dict.fromkeys(name for row in columns for name in row["things"])
+        rows = [(name, *(f"{row['things'].get(name, 0):,.1f}" for row in columns)) for name in names]
+        rows.append(("sum", *(f"{row['sum']:,.1f}" for row in columns)))
+        yield "\n".join(table((f"{stage}, MB", *(row["moment"] for row in columns)), rows))
 
 
 def main(config, as_json=False, measuring=False):
@@ -105,15 +105,14 @@ def main(config, as_json=False, measuring=False):
         return
     print(f"device: {result['device']}; vocabulary {vocabulary(config):,}\n")
     print("\n\n".join(stage_tables(result["moments"])))
-    print(f"\npredicted peak: {result['predicted_peak'] / MB:,.0f} MB ({result['at']})")
+    bound = f"a lower bound, without {result['left_out']}" if result["left_out"] else "give or take 15 %"
+    print(f"\npredicted peak: {result['predicted_peak']:,.0f} MB ({result['at']}), {bound}")
     if measuring:
-        print(
-            f"measured peak: {result['measured_peak'] / MB:,.0f} MB, so the estimate is {result['relative_error']:+.1%} off"
-        )
+        off = f"{result['relative_error']:+.1%} off"
+        print(f"measured peak: {result['measured_peak']:,.0f} MB, so the estimate is {off}")
     verdict = "fits" if result["margin"] >= 0 else "does not fit"
-    print(
-        f"memory of this machine: {result['memory'] / MB:,.0f} MB, so the run {verdict}: margin {result['margin'] / MB:,.0f} MB"
-    )
+    margin = f"margin {result['margin']:,.0f} MB"
+    print(f"memory of this machine: {result['memory']:,.0f} MB, so the run {verdict}: {margin}")
 
 
 if __name__ == "__main__":

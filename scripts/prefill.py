@@ -26,13 +26,14 @@ from newllm.data.dataset import load_data
 from newllm.errors import UserError, exit_on_user_error
 from newllm.fixed_point.diagnostics import cold_start_curve
 from newllm.fixed_point.solver import prefill
+from newllm.memory import is_out_of_memory
 from newllm.models.baselines import build_model
 from newllm.models.pretrained import load_embedding
 from newllm.progress import Progress
 from newllm.reporting.criteria import table
 from newllm.reporting.plots import prefill_speed
 from newllm.reporting.runlog import new_run_id
-from newllm.training.device import StepFunction, describe_device, open_runtime, peak_memory_mb
+from newllm.training.device import StepFunction, describe_device, open_runtime, peak_memory_mb, reason_of
 from newllm.training.trained import load_trained
 
 LOOP_PIECE = 256  # tokens of the loop between two looks at the clock
@@ -123,6 +124,17 @@ def measure(stream, options, weights, say):
     return rows, stream.curve(reference)
 
 
+def surviving(stream, weights, say, measured):
+    """What `measured` returns, begun anew when the compiler fails: at the second time as written."""
+    try:
+        return measured()
+    except Exception as error:
+        if not stream.step.compiled or is_out_of_memory(error):
+            raise
+        say(stream.step.survive(f"the contexts of the {weights} network", reason_of(error)))
+    return surviving(stream, weights, say, measured)
+
+
 def shown(row):
     """A row of the table; without convergence there is no speed-up, since what the loop gives was not reached."""
     passes = " + ".join(f"{done['passes']:.1f} {precision}" for precision, done in row["work"].items())
@@ -161,7 +173,8 @@ def report(config, options, say):
     say(f"device: {found['device']}\n" + "\n".join([*data.notes, line]))
 
     def add(weights):
-        rows, curve = measure(Stream(model, ids.to(runtime.device), runtime, options), options, weights, say)
+        stream = Stream(model, ids.to(runtime.device), runtime, options)
+        rows, curve = surviving(stream, weights, say, lambda: measure(stream, options, weights, say))
         found["rows"] += rows
         found["curves"][weights] = curve
 

@@ -12,7 +12,8 @@ from newllm.config import parse_args
 from newllm.errors import UserError
 from newllm.fixed_point.solver import sequential
 from newllm.models.language_model import LanguageModel
-from newllm.training.device import open_runtime
+from newllm.training import device
+from newllm.training.device import StepFunction, open_runtime
 from scripts import prefill
 
 LENGTHS = [20, 50]
@@ -154,3 +155,23 @@ def test_flags_are_numbers_in_order():
     for argv in (("--lengths", "0"), ("--lengths", "1,x"), ("--tolerance", "0"), ("--tolerance", "2"), ("--piece", "")):
         with pytest.raises(UserError, match="are wanted, not"):
             parsed(*argv)
+
+
+def test_a_failing_compiler_costs_lines_and_no_result(monkeypatch):
+    """Two failures, in the shared cache and in an empty one: then the figures are those of the step as written."""
+
+    def compile(function, **_):
+        def compiled(*inputs, **options):
+            raise RuntimeError("backend failed")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(device, "leave_shared_cache", iter(["/shared", None]).__next__)
+    each, lines = stream(), []
+    each.step = StepFunction(each.step.eager, True)
+    rows, _ = prefill.surviving(
+        each, "untrained", lines.append, lambda: prefill.measure(each, options(lengths=[20]), "untrained", print)
+    )
+    assert len(lines) == 2 and "RuntimeError: backend failed" in lines[0] and "delete /shared" in lines[0]
+    assert lines[1].endswith("going on without it") and rows[0]["error"] < 1e-2

@@ -1,8 +1,10 @@
 """Where a run computes and in which precision: what is in effect, not what was asked for."""
 
+import atexit
 import contextlib
 import ctypes
 import functools
+import logging
 import os
 import re
 import resource
@@ -21,6 +23,7 @@ from newllm.training.group import Group
 
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 STORAGE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_own_cache = []  # of compiled code, once a process has left the shared one
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ class StepFunction:
 
     def __init__(self, function, compiled):
         self.eager, self.compiled = function, compiled
+        if compiled:  # a cached graph that cannot be read is made again, after a traceback as a warning
+            torch._logging.set_logs(inductor=logging.ERROR)
         self._call = torch.compile(function, dynamic=True) if compiled else function
         # Of the step as written: a compiled one would convert the weights to the compute type at every step, not once.
         steps = functools.partial(sequential, functools.partial(function, stream=False))
@@ -69,6 +74,22 @@ class StepFunction:
                 return self._graphed(tokens_BTE, start_BC)
             return sequential(self.contexts, tokens_BTE, start_BC.shape[-1], start_BC)[0]
 
+    def survive(self, where, reason):
+        """After a compiled call failed: compile anew in an empty cache, or compute as written where that was tried.
+
+        Returns:
+            A line that says so. A killed run leaves files in the shared cache that cannot be loaded.
+        """
+        remedy = "going on without it"
+        if shared := leave_shared_cache():
+            self._call = torch.compile(self.eager, dynamic=True)
+            remedy = (
+                f"once more in an empty cache (if this comes again, delete {shared}: a killed run leaves damaged files)"
+            )
+        else:
+            self.fall_back()
+        return f"warning: torch.compile failed at {where} ({reason}); {remedy}"
+
     def fall_back(self):
         """Compute as written from now on; the model itself was never changed."""
         self._call, self.compiled = self.eager, False
@@ -85,6 +106,27 @@ def keep_freed_memory():
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(m_mmap_threshold, 32 << 20)  # the most it takes: up to this size blocks come from the heap,
         libc.mallopt(m_trim_threshold, 2**31 - 1)  # which is not trimmed
+
+
+def reason_of(error):
+    """The first line that says something: torch puts the name of its backend before the error of it."""
+    error = getattr(error, "inner_exception", error)
+    return f"{type(error).__name__}: {next(filter(None, str(error).splitlines()), 'no reason given')}"
+
+
+def leave_shared_cache():
+    """Give torch's compiler an empty cache until the process ends; returns the folder of the one before, at the first call."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+    from torch._inductor.utils import fresh_cache  # private; the environment alone leaves loaded code in use
+
+    if _own_cache:
+        return None
+    shared = cache_dir()
+    torch.compiler.reset()
+    _own_cache.append(fresh_cache())
+    _own_cache[0].__enter__()
+    atexit.register(_own_cache[0].__exit__, None, None, None)
+    return shared
 
 
 def compile_cost():

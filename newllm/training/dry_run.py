@@ -21,7 +21,7 @@ def preview(config, runtime, data, model, peak):
     """Say what is in effect, whether memory and disk suffice, and what would be continued.
 
     Args:
-        peak: predicted MB, or None.
+        peak: predicted MB.
 
     Raises:
         UserError: what a run would be refused for.
@@ -34,11 +34,9 @@ def preview(config, runtime, data, model, peak):
     unused = unused_lines(config, runtime.device.type == "cpu", data.tokenizer.name)
     print(*banner(config, device, data, model, plan, notes), *unused, sep="\n")
     memory = memory_of(runtime.device) / 1e6 * (1 if runtime.device.type == "cpu" else config.gpu_memory_fraction)
-    if peak is not None:
-        verdict = "fits" if peak <= memory else "does not fit"
-        print(
-            f"memory: predicted peak {peak:,.0f} MB of {memory:,.0f} MB, so the run {verdict}: margin {memory - peak:,.0f} MB"
-        )
+    verdict = "fits" if peak <= memory else "does not fit"
+    margin = f"margin {memory - peak:,.0f} MB"
+    print(f"memory: predicted peak {peak:,.0f} MB of {memory:,.0f} MB, so the run {verdict}: {margin}")
     if config.save_checkpoint:
         existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
         require_space(existing, model, config, runtime.storage_dtype)

@@ -1,54 +1,56 @@
 """What a run holds in memory at each moment that can be its largest: arithmetic from the configuration alone.
 
-A thing is a list of tensor sizes in bytes, as code and autograd keep them: in mixed precision a linear layer saves its
-input in half precision, and weights cast to it live as long as the graph.
-Letters: n tokens of a batch, C context width, E embedding width, W = C + E, V vocabulary.
+Weights, gradients, moments and stored contexts are exact. What a step or a validation holds besides is a number of floats
+for each token, measured once for each kind of network. What the process takes without any of it is measured at the start.
+Letters: n tokens of a batch, C context width, E embedding width, V vocabulary, T tokens of a sample.
 """
 
-from dataclasses import dataclass
+import math
+
+import torch
+from torch.nn import functional
 
 from newllm.data.order import batch_count
 from newllm.data.vocabulary import GPT2_SIZE, WORDLLAMA_SIZE, tokenizer_choice
 from newllm.evaluate import RANK_TOKENS, SEQUENCES_AT_A_TIME
 from newllm.fixed_point.diagnostics import PROBE_DIMS, PROBE_LAGS
-from newllm.models.adapter import RANKS
-from newllm.models.cross_entropy import CACHE_ELEMENTS, CHUNK_ELEMENTS
-from newllm.training.device import STORAGE_DTYPE
+from newllm.models.baselines import BASELINES, build_model
+from newllm.models.cross_entropy import CHUNK_ELEMENTS
+from newllm.training.device import STORAGE_DTYPE, memory_mb, peak_memory_mb
+from newllm.training.optim import make_optimizer
 
-HEAP_LIMIT = 32 << 20  # bytes; a block of this size has pages of its own, smaller ones lie in the heap
-# torch aligns a block to 64 bytes, for which glibc wants a hole larger than the block: what a freed one leaves is too small
-# for the next of its size, and the heap outgrows what is alive in it, by a quarter to a half where it was measured.
-FRAGMENTATION = 0.3
+# Floats of a token that autograd keeps, in fp32 and where products are made in half precision: for each layer and unit of its
+# width (of the context map: and sweep), for each layer of the head and unit of C + E, and of Phase 1's loss for each of C.
+LAYER = {"context": (5.6, 3.3), "gru": (8.4, 6.2), "lstm": (17.3, 14.0), "transformer": (28.5, 18.0)}
+HEAD, LOSS, SHARES = (
+    (4.3, 3.0),
+    8.0,
+    (3.0, 2.0),
+)  # SHARES: for each head and token that an attention which keeps them looks at
+# The same of a pass without gradient, for each unit of what the head reads; contexts that are kept: as a window's.
+FORWARD = {"context": (4.75, 4.75), "gru": (3.2, 3.2), "lstm": (3.2, 3.2), "transformer": (17.0, 8.5)}
+FORWARD |= dict.fromkeys(("window", "token"), (2.4, 2.4))
+# Blocks of this size have pages of their own. Of smaller ones, what is freed is often too little for the next, so that the
+# heap outgrows what is alive in it, by a factor that was measured; it falls to 1 towards blocks that are large.
+LARGE, HOLES = 32 << 20, 1.7
+SCATTERED_MB = (
+    30.0  # of the saving thread, and of freed memory between what is in use, which does not go back after a stage
+)
 
 
-@dataclass(frozen=True)
-class Moment:
-    """What is alive at one time: thing -> sizes of its tensors in bytes."""
-
-    stage: str
-    name: str
-    things: dict
-
-
-def predict(moments, base, cuda=False):
-    """Bytes at each moment.
-
-    Args:
-        base: bytes of the process with the libraries loaded and in use.
-
-    Returns:
-        List of (moment, {thing: bytes}); the values of a dict add up to the memory held then.
-    """
-    rows, stage, heap = [], None, 0
-    for moment in moments:
-        things = {"process and libraries": base} | {name: sum(sizes) for name, sizes in moment.things.items()}
-        if not cuda:
-            small = sum(size for sizes in moment.things.values() for size in sizes if size < HEAP_LIMIT)
-            # What is freed stays in the heap until the stage ends.
-            stage, heap = moment.stage, max(heap if moment.stage == stage else 0, (1 + FRAGMENTATION) * small)
-            things["free within the heap"] = round(heap - small)
-        rows.append((moment, things))
-    return rows
+def libraries_mb(config, runtime):
+    """MB of this process with all that a training step loads at first use; 0 for a GPU, and where nothing tells."""
+    if runtime.device.type == "cuda":
+        return 0.0
+    if config.model_type == "transformer":
+        import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+    weight = torch.nn.Parameter(torch.ones(512, 512))
+    optimizer = make_optimizer([([weight], 1.0)], 1e-3, 0.0)
+    with runtime.autocast():
+        functional.linear(weight.detach(), weight).square().mean().backward()
+    optimizer.step()
+    torch.linalg.eigvalsh(weight.detach().double())
+    return (memory_mb()["memory_mb"] or 0.0) + SCATTERED_MB
 
 
 def vocabulary(config):
@@ -56,172 +58,106 @@ def vocabulary(config):
     return {"bpe": config.vocab_size, "wordllama": WORDLLAMA_SIZE}.get(tokenizer_choice(config), GPT2_SIZE)
 
 
-def predicted_peak(config, vocab_size, precision, libraries_mb, cuda=False):
-    """MB of the largest moment, None for a baseline or a control; other arguments as of `moments`."""
-    if config.model_type != "context":
-        return None
-    rows = predict(moments(config, vocab_size, precision, cuda), 1e6 * libraries_mb, cuda)
-    return max(sum(things.values()) for _, things in rows) / 1e6
+def predicted_peak(config, vocab_size, runtime):
+    """MB at the largest moment of a run in this process, never less than it has held already."""
+    cuda = runtime.device.type == "cuda"
+    found = moments(config, vocab_size, runtime.precision, cuda)
+    peak = libraries_mb(config, runtime) + max(sum(things.values()) for *_, things in found) / 1e6
+    return peak if cuda else max(peak, peak_memory_mb())
 
 
-class Sizes:
-    """Sizes in bytes of what the network of a configuration makes, on a device in a precision.
-
-    Args:
-        precision: "fp32", "bf16" or "fp16", as in effect. cuda: whether the device is one.
-    """
-
-    def __init__(self, config, vocab_size, precision, cuda=False):
-        self.config, self.V, self.cuda = config, vocab_size, cuda
-        self.C, self.E, self.W = config.context_dim, config.embed_dim, config.context_dim + config.embed_dim
-        self.half = STORAGE_DTYPE[precision].itemsize  # of products, and of contexts between steps
-        self.mixed = precision != "fp32"
-        self.trains_output = not config.tie_weights or config.embeddings == "random"
-        self.trains_embedding = config.embeddings == "random" and (config.tie_weights or not config.freeze_context)
-        self.between = 4 if cuda else self.half  # layers: CUDA normalises in fp32, a CPU in the type of what comes
-
-    def parameters(self):
-        """(context map, head, frozen tensors): lists of bytes."""
-        c, C, E, W, V = self.config, self.C, self.E, self.W, self.V
-        context = [E, E] + c.num_layers * [W * W, W, C, C, E, E]
-        matrices = self.trains_embedding + (not c.tie_weights)
-        head = c.token_layers * [W * W, W, W * E, E, E, E] + matrices * [V * E] + [V]
-        frozen = ((not self.trains_embedding) + c.freeze_context) * [V * E]
-        return tuple([4 * size for size in part] for part in (context, head, frozen))
-
-    def fine_tuned(self, context):
-        """Of the context map's parameters, those that Phase 2 trains: itself, or an adapter's matrices."""
-        rank = self.config.adapter_rank or RANKS[-1][1]
-        return self.config.num_layers * 2 * [4 * rank * self.W] if self.config.context_adapter != "none" else context
-
-    def batch_tokens(self, batch_size):
-        """Tokens of the largest batch of an epoch."""
-        c = self.config
-        return -(-c.num_samples // batch_count(c.num_samples, batch_size, c.min_batches)) * c.max_seq_length
-
-    def stored(self, samples, width):
-        """Of contexts or features kept for all samples; what is beyond the limit lies in a file."""
-        size = samples * self.config.max_seq_length * width * self.half
-        return [size] if size <= self.config.context_memory_mb * 1e6 else []
-
-    def snapshot(self, tensors):
-        """Of the copy that is being saved while training goes on; it lies in the host's memory."""
-        return tensors if self.config.save_checkpoint and not self.cuda else []
-
-    def casts(self, weights):
-        """Half-precision copies of weights of so many elements, which the graph keeps."""
-        return [elements * self.half for elements in weights] if self.mixed else []
-
-    def embedding(self, n, fixed):
-        """Of tokens, before and after the norm, and its statistics; where it trains, ids and a gradient of its own too."""
-        sizes = [n * self.E * 4, n * self.E * self.half, 8 * n]
-        return sizes if fixed or not self.trains_embedding else [*sizes, 8 * n, self.V * self.E * 4]
-
-    def sweeps(self, n, count=1, stream=True):
-        """What sweeps save for the backward pass; `stream`: whether the last one makes streams, as the others do not."""
-        C, E, W, half, layers = self.C, self.E, self.W, self.half, self.config.num_layers
-        cut = count - stream  # sweeps whose last layer computes its context half only
-        whole = [n * W * half, n * W * half, n * C * self.between, 8 * n, n * E * self.between, 8 * n]
-        part = [n * W * half, n * C * half, n * C * self.between, 8 * n]
-        weights = (layers - (not stream)) * [W * W] + cut * [C * W]
-        return (layers * count - cut) * whole + cut * part + self.casts(weights)
-
-    def head(self, n, frozen):
-        """What the head saves for the backward pass: less in the first layer where contexts need no gradient."""
-        W, E = self.W, self.E
-        masks = 2 * [n * W * (1 if self.cuda else self.half)] if self.config.dropout else []
-        inputs = [*3 * [n * W * self.half], n * E * self.between, 8 * n]  # of both products, of GELU, of the norm
-        sizes = self.config.token_layers * (masks + inputs) + self.casts(self.config.token_layers * [W * W, W * E])
-        return [*sizes[bool(frozen and masks) :], n * E * self.between]
-
-    def logits(self, n, training):
-        """Of the cross-entropy: a chunk, and in training its softmax in parts and both gradients, else its softmax."""
-        chunks = -(-n // max(1, CHUNK_ELEMENTS // self.V))
-        chunk, weight = -(-n // chunks) * self.V, self.V * self.E
-        sizes = [chunk * self.half, *self.casts([weight])]
-        if not training:
-            return sizes + (1 + self.mixed) * [chunk * 4]
-        gradient = [weight * self.half, weight * 4] if self.trains_output else []
-        return [*sizes, 4 * (chunk if self.cuda else min(chunk, CACHE_ELEMENTS)), n * self.E * self.half, *gradient]
-
-    def sequential(self, sequences, width):
-        """Evaluation step by step: embeddings, the result of each step, and all of them as one tensor; `width` bytes each."""
-        T, C, E = self.config.max_seq_length, sequences * self.C * width, sequences * self.E * width
-        return [T * E, *T * [C, E], T * C, T * E]
-
-    def evaluation(self):
-        """Contexts of equally many training and validation samples, in fp32, and the probes for past tokens."""
-        config, C, T = self.config, self.C, self.config.max_seq_length
-        count = max(1, min(-(-RANK_TOKENS // T), config.num_samples, config.val_samples))
-        lags = min(PROBE_LAGS, T // 2)
-        probed, targets = count * (T - lags), lags * min(PROBE_DIMS, self.E)
-        probes = 6 * [probed * targets * 4] + 3 * [probed * C * 4] + 2 * [C * targets * 4]
-        return 2 * [count * T * C * 4, count * T * self.E * 4] + max(probes, self.sequential(count, 4), key=sum)
-
-    def validation(self, frozen):
-        """Next-token loss on validation samples, as many at a time as the evaluation takes: the largest of its steps."""
-        sequences, width = min(SEQUENCES_AT_A_TIME, self.config.val_samples), self.half if frozen else 4
-        n = sequences * self.config.max_seq_length
-        contexts = [n * self.C * width, n * self.E * width]
-        layers = [n * self.W * width, *2 * [n * self.W * self.half]] * bool(self.config.token_layers)
-        scores = [n * self.E * width, *self.logits(n, training=False)]
-        made = [] if frozen else self.sequential(sequences, self.between)
-        return max(contexts + layers, contexts + scores, made, key=sum)
+def left_out(config, cuda):
+    """What the prediction does not count, which makes it a lower bound; "" where measured peaks lie within 15 % of it."""
+    if cuda:
+        return "what a GPU's allocator and libraries need, where nothing was measured"
+    return "what the compiler and its code take" if config.compile else ""
 
 
 def moments(config, vocab_size, precision, cuda=False):
-    """The moments of a run, in its order. On CUDA they are those of the device."""
-    sizes = Sizes(config, vocab_size, precision, cuda)
-    context, head, frozen = sizes.parameters()
-    weights = {"weights": context + head + frozen}
-    control = context + head + max(frozen, [4 * sizes.V * sizes.E], key=sum)  # which keeps what F reads
-    found = _phase2(sizes, "untrained", {"weights": weights["weights"] + control}, context, head, frozen=True)
-    found += _phase1(sizes, weights, context, head)
-    if config.phase == "both":
-        found += _phase2(sizes, "phase2", weights, context, head, config.freeze_context)
+    """The moments of a run in its order: list of (stage, moment, {thing: bytes}), libraries aside.
+
+    Args:
+        precision: "fp32", "bf16" or "fp16", as in effect. cuda: whether the memory is that of a GPU.
+    """
+    C, E, V, T, kind = config.context_dim, config.embed_dim, vocab_size, config.max_seq_length, config.model_type
+    half, mixed = STORAGE_DTYPE[precision].itemsize, precision != "fp32"
+    context, head, weights = _parameters(config, V)
+    read, map_floats, head_floats = _floats(config, mixed)
+    n = T * min(-(-RANK_TOKENS // T), config.num_samples, config.val_samples)
+    measured = 4 * n * (4 * read + 5.5 * min(PROBE_LAGS, T // 2) * min(PROBE_DIMS, E))  # contexts, by probes
+    found = []
+
+    def add(stage, moment, held, **work):
+        found.append((stage, moment, {"weights": weights} | held | work))
+
+    def training(trained, moments, rows):
+        """Gradients and moments; best or earlier weights and the snapshot being saved; contexts unless in a file."""
+        kept = [size for size in (T * half * row for row in rows) if size <= config.context_memory_mb * 1e6]
+        copies = trained + (trained + moments) * (config.save_checkpoint and not cuda)
+        return {"optimizer": 1.5 * moments, "copies of weights": copies, "contexts": sum(kept)}
+
+    def in_heap(n, floats):
+        """Bytes of so many floats for each of n tokens, with the holes between them."""
+        small = 0.0 if cuda else min(1.0, max(0.0, 2.5 * (1 - n * max(read, 2 * E) * half / LARGE)))
+        return 4 * n * floats * (1 + small * (HOLES - 1))
+
+    def step(stage, held, batch_size, floats, logits=0):
+        n = T * -(-config.num_samples // batch_count(config.num_samples, batch_size, config.min_batches))
+        chunk = min(n * V, CHUNK_ELEMENTS) * (half + 4 * cuda) + 8 * V * E  # and the output's gradient, twice
+        add(stage, "step", held, activations=in_heap(n, floats), logits=chunk * logits)
+        return in_heap(n, floats)
+
+    def phase2(stage, frozen):
+        rows = [samples * read for samples in (config.num_samples, config.val_samples)] if frozen else []
+        tuned = 0 if frozen or config.context_adapter != "none" else context
+        held = training(context + head, 2 * (head + tuned), rows)
+        if stage == "untrained":
+            held |= {"copy of the network": weights + 4 * V * E}
+        sweeps = 0 if frozen else config.gradient_sweeps or 1 if kind == "context" else 1
+        freed = step(stage, held, config.phase2_batch_size, sweeps * map_floats + head_floats, 1)
+        floats = read * FORWARD["window" if frozen else kind][mixed]
+        if frozen:
+            made = in_heap(T * min(SEQUENCES_AT_A_TIME, config.num_samples), floats)
+            add(stage, "contexts made", held, evaluation=made)
+        n = T * min(SEQUENCES_AT_A_TIME, config.val_samples)
+        logits = n * V // -(-n // max(1, CHUNK_ELEMENTS // V)) * (8 + half * mixed)
+        work = {"evaluation": in_heap(n, floats), "logits": logits}
+        if kind in BASELINES and not cuda:  # logits are blocks too large for most of what a step has left free
+            work["free within the heap"] = 0.7 * min(freed, work["logits"])
+        add(stage, "validation", held, **work)
+        if kind == "context" and not frozen:
+            add(stage, "contexts measured", held, evaluation=measured)
+
+    if kind == "context":
+        add("untrained", "contexts measured", {}, evaluation=measured)
+        if config.untrained_control:
+            phase2("untrained", frozen=True)
+        held = training(context, 2 * context, [config.num_samples * C])
+        step("phase1", held, config.phase1_batch_size, map_floats + LOSS * C)
+        add("phase1", "contexts measured", held, evaluation=measured)
+    if config.phase == "both" or kind != "context":
+        phase2("phase2", frozen=kind not in BASELINES and (kind != "context" or config.freeze_context))
     return found
 
 
-def _phase1(sizes, held, context, head):
-    config, C = sizes.config, sizes.C
-    n, contexts = sizes.batch_tokens(config.phase1_batch_size), sizes.stored(config.num_samples, C)
-    held = held | {"optimizer": 2 * context}
-    state = held | {"contexts": contexts, "copies of weights": context}  # the first ones, and those before a last step
-    snapshot = {"snapshot being saved": sizes.snapshot(3 * context + head + contexts)}
-    batch = 2 * [n * C * sizes.half] + 2 * [n * C * sizes.between]  # contexts old and new
-    loss = 4 * [n * C * 4 + C * C * 4]  # in fp32: change, contexts, centred, gradient; covariance and its factors
-    step = {"activations": sizes.sweeps(n, stream=False) + sizes.embedding(n, fixed=True) + batch + loss}
-    gradients = {"gradients": context}
-    return [
-        Moment("phase1", "step", state | step | snapshot),
-        Moment("phase1", "save", state | gradients | {"copies of weights": 2 * context} | snapshot),
-        Moment("phase1", "evaluation", held | gradients | {"evaluation": sizes.evaluation()}),
-    ]
+def _floats(config, mixed):
+    """Of a token: width that the head reads, and floats that autograd keeps of a pass (context map: of a sweep) and of the head."""
+    C, E, layers, kept = config.context_dim, config.embed_dim, config.num_layers, LAYER.get(config.model_type, (0, 0))
+    if config.model_type != "transformer":
+        return C + E, layers * kept[mixed] * C, config.token_layers * HEAD[mixed] * (C + E) + E
+    shares = config.max_seq_length * (E // math.gcd(E, 64)) if config.dropout or config.attention == "math" else 0
+    return E, layers * (kept[mixed] * E + SHARES[mixed] * shares), E
 
 
-def _phase2(sizes, stage, held, context, head, frozen):
-    config = sizes.config
-    trained, trains = context + head, head if frozen else sizes.fine_tuned(context) + head
-    n = sizes.batch_tokens(config.phase2_batch_size)
-    made, found = [], []
-    if frozen:
-        features = [size for count in (config.num_samples, config.val_samples) for size in sizes.stored(count, sizes.W)]
-        held, made = held | {"contexts": features}, [n * sizes.C * sizes.half, n * sizes.E * sizes.half]
-        part = min(SEQUENCES_AT_A_TIME, max(config.num_samples, config.val_samples))
-        found = [Moment(stage, "contexts made", held | {"evaluation": sizes.sequential(part, sizes.half)})]
-    else:
-        made = (
-            sizes.sweeps(n, max(1, config.gradient_sweeps))
-            + sizes.embedding(n, fixed=False)
-            + [n * sizes.C * sizes.between]
-        )
-    state = held | {"optimizer": 2 * trains, "copies of weights": trained}  # those of the best epoch
-    snapshot = {"snapshot being saved": sizes.snapshot(trained + 2 * trains)}
-    gradients = {"gradients": trains}
-    step = {"activations": made + sizes.head(n, frozen), "logits": sizes.logits(n, training=True)}
-    return [
-        *found,
-        Moment(stage, "step", state | step | snapshot),
-        Moment(stage, "save", state | gradients | snapshot),
-        Moment(stage, "validation", state | gradients | {"evaluation": sizes.validation(frozen)}),
-    ]
+def sketch(config, vocab_size):
+    """The network of a configuration without values: on torch's meta device, where only shapes take memory."""
+    with torch.device("meta"):
+        pretrained = None if config.embeddings == "random" else torch.empty(vocab_size, config.embed_dim)
+        return build_model(config, vocab_size, pretrained)
+
+
+def _parameters(config, vocab_size):
+    """Bytes of the context map's and the head's trained parameters, and of all that the network holds."""
+    model = sketch(config, vocab_size)
+    parts = model.context_parameters(), model.head_parameters(), model.state_dict().values()
+    return tuple(sum(tensor.nbytes for tensor in part) for part in parts)

@@ -8,6 +8,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from newllm.errors import UserError
 from newllm.interrupt import Stopped
 from newllm.memory import free_memory, is_out_of_memory, split
+from newllm.training.device import reason_of
 
 SMALLEST_SCALE = 2.0**-10  # an fp16 loss scale this small is no overflow of the scale any more
 
@@ -56,7 +57,7 @@ class OptimizerStep:
                 memory = is_out_of_memory(error)
                 if not memory and not self.step.compiled:
                     raise
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                reason = reason_of(error)
             if done is None:  # out here: inside `except` the traceback keeps the failed attempt's tensors alive
                 self._change_plan(memory, reason, count, state, where)
         self._update(float(done[0]), state, where)
@@ -69,8 +70,7 @@ class OptimizerStep:
             remedy = "use a smaller phase1_batch_size or phase2_batch_size" if memory else "train with --no_compile"
             raise UserError(f"{reason} at {where}: {remedy}, or fewer processes.")
         if not memory:
-            self.step.fall_back()
-            self.note(f"warning: torch.compile failed at {where} ({reason}); going on without it")
+            self.note(self.step.survive(where, reason))
         elif state["parts"] < count:
             state["parts"] *= 2
             size = math.ceil(count / state["parts"])

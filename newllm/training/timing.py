@@ -1,7 +1,7 @@
 """How fast each part of a network works: tokens per second, as training runs it, on random ids.
 
-Each figure is a median over calls, or over the steps of an epoch, so what happens once an epoch (monitoring, validation) is
-in none.
+Each figure is a list: one speed a call, or a step of an epoch, so what happens once an epoch (monitoring, validation) is in
+none.
 """
 
 import contextlib
@@ -33,7 +33,10 @@ LOOP_TOKENS = 32  # tokens of the per-token loop, which takes a while for each
 class Bench:
     """A configuration's network, random ids and runtime, and how long each of its parts takes.
 
-    A baseline has no Phase 1 and no steps: of its parts there is `phase2` alone.
+    Each part is a list of tokens per second. A baseline has no Phase 1 and no steps: of its parts there is `phase2` alone.
+
+    Attributes:
+        loss: training loss of the last epoch that was timed; None after Phase 1 alone.
     """
 
     def __init__(self, config, vocab_size):
@@ -41,21 +44,21 @@ class Bench:
         self.device, self.vocab_size = self.runtime.device, vocab_size
         shape = (ROUNDS + 1) * max(config.phase1_batch_size, config.phase2_batch_size), config.max_seq_length + 1
         self.ids = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).int()
-        self.model = build_model(config, vocab_size).to(self.device)
+        self.model, self.loss = build_model(config, vocab_size).to(self.device), None
 
     def synchronize(self):
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
-    def seconds(self, function):
-        """Median time of ROUNDS calls after one that is not timed."""
+    def rates(self, amount, function):
+        """Amount a second of each of ROUNDS calls, after one that is not timed."""
         seconds = []
         for _ in range(ROUNDS + 1):
             started = time.perf_counter()
             function()
             self.synchronize()
             seconds.append(time.perf_counter() - started)
-        return statistics.median(seconds[1:])
+        return [amount / each for each in seconds[1:]]
 
     def matrix_rate(self, rows, inputs, outputs, precision):
         """FLOP/s of the three products of a layer inputs -> outputs on so many rows: forward, input and weight gradient."""
@@ -69,7 +72,7 @@ class Bench:
             torch.mm(gradient, weight, out=x_gradient)
             torch.mm(gradient.T, x, out=weight_gradient)
 
-        return 3 * 2 * rows * inputs * outputs / self.seconds(products)
+        return statistics.median(self.rates(3 * 2 * rows * inputs * outputs, products))
 
     def per_token_loop(self, training):
         """Tokens per second one token at a time, each with its own call and, in training, its own backward pass."""
@@ -85,7 +88,7 @@ class Bench:
                     if training:
                         (context - before).square().mean().backward()
 
-        return LOOP_TOKENS / self.seconds(loop)
+        return self.rates(LOOP_TOKENS, loop)
 
     def sweep_forward(self):
         """Tokens per second of one sweep over a batch, without gradient."""
@@ -96,18 +99,17 @@ class Bench:
             with torch.no_grad(), self.runtime.autocast():
                 sweep(self.model.step, contexts, self.model.embed(ids))
 
-        return ids.numel() / self.seconds(once)
+        return self.rates(ids.numel(), once)
 
     def sequential(self, sequences):
         """Tokens per second step by step, with so many sequences at once."""
         ids, how = self.ids[:1].expand(sequences, -1), (self.runtime.autocast, self.device, self.runtime.storage_dtype)
-        seconds = self.seconds(lambda: trajectories(self.model, ids, *how))
-        return sequences * self.config.max_seq_length / seconds
+        return self.rates(sequences * self.config.max_seq_length, lambda: trajectories(self.model, ids, *how))
 
     def generation(self):
         """Tokens per second of greedy generation, one sequence."""
         # In fp32: for a single token, converting the weights costs more than using them.
-        return LOOP_TOKENS / self.seconds(lambda: list(generate(self.model, [0], LOOP_TOKENS, seed=0, temperature=0)))
+        return self.rates(LOOP_TOKENS, lambda: list(generate(self.model, [0], LOOP_TOKENS, seed=0, temperature=0)))
 
     def phase1(self):
         """Tokens per second of Phase 1's steps as train.py runs them."""
@@ -130,31 +132,33 @@ class Bench:
             config = dataclasses.replace(self.config, checkpoint_dir=folder, **rounds)
             with Checkpointer(config, "", "bench", self.runtime.group) as checkpointer:
                 train(self.model, data, config, self.runtime, watch, checkpointer)
+        self.loss = watch.loss
         return watch.tok_per_s()
 
 
 class Stopwatch:
-    """Stands in for the run's record: notes when each batch ended, and says nothing."""
+    """Stands in for the run's record: notes when each batch ended and the last epoch's training loss, and says nothing."""
 
     def __init__(self, synchronize):
-        self.synchronize, self.marks = synchronize, []
+        self.synchronize, self.marks, self.loss = synchronize, [], None
 
     def status(self, progress, **position):
         self.synchronize()
         self.marks.append((position["epoch"], progress.done, time.perf_counter()))
 
     def tok_per_s(self):
-        """Median over the steps from one batch's end to the next one's, both in the same epoch and that not the first."""
-        return statistics.median(
+        """Of each step from one batch's end to the next one's, both in the same epoch and that not the first."""
+        return [
             (done - done_before) / (now - before)
             for (epoch_before, done_before, before), (epoch, done, now) in itertools.pairwise(self.marks)
             if epoch_before == epoch > 1
-        )
+        ]
 
-    def log(self, *_, **__):
+    def log(self, *_, train_loss=None, **__):
+        self.loss = train_loss
+
+    def say(self, line):
         pass
-
-    say = log
 
     def warn(self, line):
         print(line, flush=True)
