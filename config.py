@@ -66,7 +66,7 @@ class ResidualConfig(Config):
     device = "auto"  # "cuda" if there is one, else "cpu"
     precision = "auto"  # "bf16" where the hardware has it, "fp16" on older GPUs, else "fp32"
     context_memory_mb = 512  # contexts and features of the training samples beyond this live in files in checkpoint_dir
-    compile = False  # torch.compile of the context map; on CUDA also its steps through time as one CUDA graph
+    compile = False  # torch.compile of the context map
     attention = "auto"  # kernel of the Transformer's attention: "flash", "math", or as torch chooses
     gpu_memory_fraction = 1.0  # share of the GPU's memory this process may take; less where others share it
     seed = 42  # fixes data order, initialisation and dropout
@@ -76,6 +76,7 @@ class ResidualConfig(Config):
     load_checkpoint = True  # continue from checkpoint_dir/model_latest.pt when it is there and fits
     checkpoint_dir = "checkpoints"  # folder of everything a run writes; may be a link to Google Drive
     save_every_n_batches = 100  # batches between checkpoints
+    save_min_seconds = 30.0  # least seconds between two saves by batches; a fast GPU would save all the time
     save_every_minutes = 10.0  # minutes between checkpoints, at most; 0: by batches alone
     keep_last = 2  # older states to keep as model_step_*.pt beside the latest and the previous one
     backup_dir = ""  # second copies of the checkpoints, e.g. on Google Drive, made in the background; "": none

@@ -99,7 +99,9 @@ ELSEWHERE = {name: here for here, names in ELSEWHERE.items() for name in names.s
 PLACES = {"data_source", "tokenizer", "embeddings", "cache_dir", "checkpoint_dir", "backup_dir"}
 
 # What these settings are in files of versions that did not have them.
-EARLIER = dict(data_split="", data_column="", context_adapter="none", adapter_rank=0, attention="auto")
+EARLIER = dict(
+    data_split="", data_column="", context_adapter="none", adapter_rank=0, attention="auto", save_min_seconds=30.0
+)
 
 
 class Immutable(UserError, dataclasses.FrozenInstanceError):
@@ -186,6 +188,7 @@ class Config:
     load_checkpoint: bool
     checkpoint_dir: str
     save_every_n_batches: Count
+    save_min_seconds: NonNegative
     save_every_minutes: NonNegative
     keep_last: CountOrZero
     backup_dir: str

@@ -123,7 +123,7 @@ def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None
         given = features(part) if features else trajectories(model, ids[part], autocast, device)
         with autocast():
             nll, correct = linear_token_nll(model.hidden(*given), *model.output_weights(), targets[part])
-        return nll.double().sum().item(), correct.sum().item()
+        return torch.stack([nll.double().sum(), correct.double().sum()]).tolist()
 
     scores = torch.tensor(map_parts(scored, len(ids), SEQUENCES_AT_A_TIME), dtype=torch.float64).view(-1, 2).sum(0)
     nats, right, count, text = totals(*scores.tolist(), targets.numel(), text_bytes(ids, token_bytes))

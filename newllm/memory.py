@@ -7,12 +7,15 @@ import itertools
 
 import torch
 
+SAYING_SO = ("out of memory", "_alloc_failed", "not enough memory", "defaultcpuallocator", "memory allocation")
+
 
 def is_out_of_memory(error):
     """Whether an exception says that the device or the machine has no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)  # torch's CPU has no class for it
+    # The class that says so is the allocator's own: the CPU's, the driver's and the libraries' errors say it in words.
+    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in SAYING_SO)
 
 
 def free_memory():

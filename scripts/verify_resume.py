@@ -32,7 +32,7 @@ from scripts.killed_child import KILLED, LATEST, LONGEST, SAVED, end, start
 SETTINGS = dict(
     tokenizer="bpe", vocab_size=300, val_samples=4, max_seq_length=16, context_dim=16, embed_dim=16, num_layers=1,
     dropout=0.3, phase1_min_converged_ratio=1.0, dist_reg_weight=1.0, context_noise=0.1, val_quick_every_n_batches=2,
-    precision="fp32", device="cpu", save_every_n_batches=3, save_every_minutes=0.0, artifacts=False,
+    precision="fp32", device="cpu", save_every_n_batches=3, save_min_seconds=0.0, save_every_minutes=0.0, artifacts=False,
 )  # fmt: skip
 LONG = dict(num_samples=30, min_batches=30, phase1_max_iterations=4, phase2_epochs=4)
 SHORT = dict(num_samples=4, min_batches=4, phase1_max_iterations=1, phase2_epochs=2)

@@ -71,7 +71,11 @@ def test_what_is_in_effect(examine, monkeypatch):
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
     said = examine(phase1_batch_size=12, phase2_batch_size=2, min_batches=3)["in effect"][1]
-    assert "4 samples in Phase 1" in said and "2 samples in Phase 2" in said and "allocator PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:512" in said
+    assert (
+        "4 samples in Phase 1" in said
+        and "2 samples in Phase 2" in said
+        and "allocator PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:512" in said
+    )
     assert "no checkpoints" in examine(save_checkpoint=False)["in effect"][1]
 
 

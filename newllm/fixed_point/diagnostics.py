@@ -20,8 +20,9 @@ RIDGE = 1e-3  # ridge strength relative to the mean variance of a context dimens
 
 
 def spectrum(contexts_NC):
-    """Singular values of the centred contexts as shares of their sum [C], largest first, fp64."""
-    values = torch.linalg.eigvalsh(covariance(contexts_NC.double())).clamp(min=0).sqrt().flip(0)
+    """Singular values of the centred contexts as shares of their sum [C], largest first, fp64 on the CPU."""
+    # Small GPUs have next to no fp64, and eigenvalues are many dependent steps.
+    values = torch.linalg.eigvalsh(covariance(contexts_NC.double()).cpu()).clamp(min=0).sqrt().flip(0)
     return values / values.sum().clamp(min=1e-30)
 
 

@@ -5,6 +5,7 @@ Shapes: N tokens, C context width.
 """
 
 import contextlib
+import math
 
 import torch
 
@@ -41,19 +42,24 @@ class _SteinLoss(torch.autograd.Function):
             identity = torch.eye(size, device=wide.device, dtype=wide.dtype)
             with _half_precision_products(contexts_NC):
                 cov = centred.T @ centred / (tokens - 1) + 1e-3 * identity
-            factor = torch.linalg.cholesky(cov)
+            factor, failed = torch.linalg.cholesky_ex(cov)  # the checked one would make the host wait for the device
+            factor = factor.masked_fill(failed > 0, math.nan)
             loss = (cov.trace() - 2 * factor.diagonal().log().sum() - size) / size
             if ctx.needs_input_grad[0]:
                 pull = (identity - torch.cholesky_inverse(factor)) * (2 / (tokens - 1) / size)
                 # With fewer tokens than dimensions the inverse is large, and cancels, off their span: full precision.
                 exact = contextlib.nullcontext() if tokens < 2 * size else _half_precision_products(contexts_NC)
                 with exact:
-                    ctx.save_for_backward((centred @ pull).to(contexts_NC.dtype))
+                    gradient = centred @ pull
+                # Numbers like 1e-7 are lost to fp16 until the loss scale, which comes with grad_output, has made them larger.
+                kept = wide.dtype if contexts_NC.dtype == torch.float16 else contexts_NC.dtype
+                ctx.save_for_backward(gradient.to(kept))
+                ctx.dtype = contexts_NC.dtype
         return loss
 
     @staticmethod
     def backward(ctx, grad_output):
-        return ctx.saved_tensors[0] * grad_output
+        return (ctx.saved_tensors[0] * grad_output).to(ctx.dtype)
 
 
 @contextlib.contextmanager

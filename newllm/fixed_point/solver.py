@@ -102,10 +102,13 @@ def solve(step, tokens_BTE, context_dim, max_sweeps, threshold, ratio=1.0, start
     for _ in range(max_sweeps):
         new, _ = sweep(step, contexts, tokens_BTE)
         change_BT = squared_change(new, contexts)
-        stats.residual.append(change_BT.mean().item())
-        stats.converged.append((change_BT < threshold).double().mean().item())
+        found = [change_BT.mean().double(), (change_BT < threshold).double().mean()]
         if trajectory_BTC is not None:
-            stats.error.append(((new - trajectory_BTC).norm() / trajectory_BTC.norm()).item())
+            found.append(((new - trajectory_BTC).norm() / trajectory_BTC.norm()).double())
+        for values, value in zip(
+            (stats.residual, stats.converged, stats.error), torch.stack(found).tolist(), strict=False
+        ):
+            values.append(value)
         contexts = new
         if stats.converged[-1] >= ratio:
             break
@@ -162,9 +165,10 @@ def prefill(step, tokens_BTE, context_dim, tolerance, max_sweeps, piece=4096, st
         t = t + first
         while len(t) and sweeps < max_sweeps:
             old, (new, stream) = contexts[b, t + 1], step(contexts[b, t], tokens_BTE[b, t])
+            new = new.to(contexts.dtype)  # autocast decides what a step gives, by its own rules on each device
             if stream is not None:
-                streams = tokens_BTE.new_empty(batch, length, stream.shape[-1]) if streams is None else streams
-                streams[b, t] = stream
+                streams = stream.new_empty(batch, length, stream.shape[-1]) if streams is None else streams
+                streams[b, t] = stream.to(streams.dtype)
             stats.evaluations += len(t)
             sweeps += 1
             moved = ~((new - old).norm(dim=-1) <= tolerance * new.norm(dim=-1))  # as NaN does

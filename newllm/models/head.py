@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from newllm.models.context import normed
+
 # The token stream still points along its own token's vector, so a tied model starts by predicting each token to repeat,
 # with a logit of about std * E: small enough here for the first loss to be that of the bias with thousands of ids.
 EMBEDDING_STD = 0.01
@@ -64,7 +66,7 @@ class TokenLayer(nn.Module):
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, context, stream):
-        return self.norm(stream + self.mlp(torch.cat([context, stream], dim=-1)))
+        return normed(self.norm, stream + self.mlp(torch.cat([context, stream], dim=-1)))
 
 
 class TokenPredictor(nn.Module):

@@ -8,9 +8,10 @@ Shapes: B sequences, T tokens, C context width, E embedding width, V vocabulary.
 
 import torch
 from torch import nn
+from torch.func import functional_call
 from torch.nn import functional
 
-from newllm.models.context import ContextMap, ResidualLayer, in_compute_type
+from newllm.models.context import ContextMap, ResidualLayer, cast_parameters, in_compute_type
 from newllm.models.head import EMBEDDING_STD, TokenPredictor
 from newllm.models.window import NoContext, Window
 
@@ -58,6 +59,15 @@ class LanguageModel(TokenPredictor):
     def step(self, context, token, stream=True):
         """One step of F on normalised embeddings: (c_{t-1} [..., C], e_t [..., E]) -> (c_t, u_t or, without stream, None)."""
         return self.context_map(context, token, stream)
+
+    def cast_step(self):
+        """`step` for the many calls of one batch: on CUDA under autocast F's weights are cast here, and not by each call."""
+        kind = self.output_bias.device.type
+        learned = any(True for _ in self.context_map.parameters())
+        if kind == "cpu" or not torch.is_autocast_enabled(kind) or not learned:
+            return self.step
+        weights = cast_parameters(self.context_map)
+        return lambda *inputs, **how: functional_call(self.context_map, weights, inputs, how)
 
     def advance(self, ids, state=None):
         """One token further: ids [B] and what the last call left -> (logits [B, V], the context [B, C] for the next call)."""

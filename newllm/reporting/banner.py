@@ -49,8 +49,9 @@ def cadence(config):
     """How often the state is saved."""
     if not config.save_checkpoint:
         return "no checkpoints"
-    minutes = f" or {config.save_every_minutes:g} minutes" if config.save_every_minutes else ""
-    return f"checkpoint every {config.save_every_n_batches} batches{minutes}"
+    minutes = f", or {config.save_every_minutes:g} minutes" if config.save_every_minutes else ""
+    apart = f", {config.save_min_seconds:g} s apart at least" if config.save_min_seconds else ""
+    return f"checkpoint every {config.save_every_n_batches} batches{apart}{minutes}"
 
 
 def _phases(plan):

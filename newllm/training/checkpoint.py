@@ -177,9 +177,10 @@ class Checkpointer:
     def due(self, steps):
         """Whether to save after this many steps of the stage: by those of the run, by time, or because somebody asks for it."""
         agree(self.group.first_reason)
+        config, since = self.config, time.monotonic() - self._last_save
         return stop_reason() is not None or self.group.decided(
-            (self._stage_begun + steps) % self.config.save_every_n_batches == 0
-            or (time.monotonic() - self._last_save) / 60 >= self.config.save_every_minutes > 0
+            ((self._stage_begun + steps) % config.save_every_n_batches == 0 and since >= config.save_min_seconds)
+            or since / 60 >= config.save_every_minutes > 0
             or save_requested()
         )
 

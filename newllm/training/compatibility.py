@@ -23,7 +23,7 @@ SHAPES = {
         "control phase2": "phase2_epochs phase2_learning_rate phase2_batch_size dropout warmup_ratio patience weight_decay",
         "phase2": "context_lr_scale gradient_sweeps token_dropout",
         "": "phase val_quick_frac val_quick_every_n_batches device precision context_memory_mb compile attention "
-        "gpu_memory_fraction cache_dir save_checkpoint load_checkpoint checkpoint_dir save_every_n_batches save_every_minutes "
+        "gpu_memory_fraction cache_dir save_checkpoint load_checkpoint checkpoint_dir save_every_n_batches save_min_seconds save_every_minutes "
         "keep_last backup_dir backup_every_minutes max_minutes artifacts trackers",
     }.items()
     for name in names.split()

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from newllm.evaluate import trajectories
+from newllm.training.device import STORAGE_DTYPE
 from newllm.training.sample_store import SampleStore
 
 FILES = "contexts_*.bin"  # only Phase 1 needs them
@@ -34,7 +35,8 @@ class StoredContexts:
     def __init__(self, data, config, runtime, folder):
         self.group, self.num_samples = runtime.group, len(data.train)
         self.own, self.turns = self.group.owned_of(self.num_samples), 0
-        self.paths = [Path(folder) / f"contexts_{self.group.rank}_{number}.bin" for number in range(2)]  # of FILES
+        self.folder, self.precision = Path(folder), runtime.precision
+        self.paths = self._paths(self.precision)
         shape = config.max_seq_length, config.context_dim
         self._described = len(self.own), shape, runtime.storage_dtype, runtime.device
         self.in_files = contexts_in_files(config, runtime.storage_dtype)
@@ -43,6 +45,10 @@ class StoredContexts:
             self._stores = [SampleStore(*self._described, place) for place in places]
         else:
             self._stores = [SampleStore(*self._described)] * 2
+
+    def _paths(self, precision):
+        """Of both files, of FILES. Named by their type: contexts in another must not overwrite those of the last saved state."""
+        return [self.folder / f"contexts_{self.group.rank}_{number}_{precision}.bin" for number in range(2)]
 
     @property
     def _old(self):
@@ -75,10 +81,11 @@ class StoredContexts:
         if not self.in_files:
             return self._old.rows if self.group.size == 1 else self._of_all(samples, self.__getitem__)
         digests = [self._of_all(samples, lambda own, s=s: s.digests[own // self.group.size]) for s in self._stores]
-        return {"digests": torch.stack(digests), "turns": self.turns, "processes": self.group.size}
+        written = {"turns": self.turns, "processes": self.group.size, "precision": self.precision}
+        return {"digests": torch.stack(digests), **written}
 
     def restore(self, saved, model, data, runtime, note):
-        """Continue from what `state` returned, whether contexts were in memory or in files then and whichever they are now.
+        """Continue from what `state` returned: contexts in memory or in files, then and now, and of any type then.
 
         Args:
             note: takes a line when files are not what they were and contexts have to be computed again, step by step with
@@ -88,9 +95,13 @@ class StoredContexts:
             self._fill(lambda samples: saved[samples])
             return
         self.turns = saved["turns"]
-        shared = self.in_files and self._stores[0].path == self.paths[0]
-        stores = self._stores if shared else [SampleStore(*self._described, path) for path in self.paths]
-        digests = saved["digests"][:, self.own] if saved["processes"] == self.group.size else None
+        precision = saved.get("precision", self.precision)
+        paths = self._paths(precision)
+        shared = self.in_files and self._stores[0].path == paths[0]
+        described = *self._described[:2], STORAGE_DTYPE[precision], runtime.device
+        stores = self._stores if shared else [SampleStore(*described, path) for path in paths]
+        known = "precision" in saved and saved["processes"] == self.group.size  # else nobody knows what the bytes mean
+        digests = saved["digests"][:, self.own] if known else None
         if digests is None or not all(store.adopt(each) for store, each in zip(stores, digests, strict=True)):
             note(LOST)
             for store in stores:
@@ -99,8 +110,13 @@ class StoredContexts:
             self._fill(lambda samples: trajectories(model, data.train[samples], *how)[0])
         elif not shared:
             old, new = stores[self.turns % 2], stores[(self.turns + 1) % 2]
-            made = (new.digests >= 0).view(-1, 1, 1).to(runtime.device)
-            self._fill(lambda samples: torch.where(made[rows := samples // self.group.size], new[rows], old[rows]))
+            made = (new.digests >= 0).view(-1, 1, 1)
+
+            def newest(samples):
+                rows = samples // self.group.size
+                return torch.where(made[rows].to(runtime.device), new[rows], old[rows])
+
+            self._fill(newest)
 
     def sync(self):
         """Files onto the disk, so that a state saved afterwards can rely on them."""

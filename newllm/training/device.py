@@ -49,16 +49,20 @@ class Runtime:
 
 
 class StepFunction:
-    """The model's step of F, or a baseline's pass over samples, compiled if asked for until a compiled call fails."""
+    """The model's step of F, or a baseline's pass over samples, compiled if asked for until a compiled call fails.
 
-    def __init__(self, function, compiled):
+    Args:
+        cast: function that gives `function` for the many calls of one batch, with its weights cast once.
+        note: takes a line about what was survived.
+    """
+
+    def __init__(self, function, compiled, cast=None, note=print):
         self.eager, self.compiled = function, compiled
         if compiled:  # a cached graph that cannot be read is made again, after a traceback as a warning
             torch._logging.set_logs(inductor=logging.ERROR)
         self._call = torch.compile(function, dynamic=True) if compiled else function
-        # Of the step as written: a compiled one would convert the weights to the compute type at every step, not once.
-        steps = functools.partial(sequential, functools.partial(function, stream=False))
-        self._graphed = Graphed(lambda tokens, start: steps(tokens, start.shape[-1], start)[0])
+        self._cast = cast or (lambda: function)
+        self._graphed = Graphed(self._steps, lambda tokens, start: self._steps(tokens[:, :1], start), note)
 
     def __call__(self, *inputs):
         return self._call(*inputs)
@@ -68,9 +72,9 @@ class StepFunction:
         return self._call(context, token, stream=False)
 
     def trajectory(self, tokens_BTE, start_BC):
-        """Contexts [B, T, C] step by step from a start, without gradient: on CUDA, if compiled, replayed as one graph."""
+        """Contexts [B, T, C] step by step from a start, without gradient: on CUDA replayed as one graph."""
         with torch.no_grad():
-            if self.compiled and tokens_BTE.is_cuda:
+            if tokens_BTE.is_cuda:
                 return self._graphed(tokens_BTE, start_BC)
             return sequential(self.contexts, tokens_BTE, start_BC.shape[-1], start_BC)[0]
 
@@ -90,9 +94,23 @@ class StepFunction:
             self.fall_back()
         return f"warning: torch.compile failed at {where} ({reason}); {remedy}"
 
+    def for_batch(self):
+        """The step for all calls of one batch, under one autocast."""
+        return self._call if self.compiled else self._cast()
+
+    def forget(self):
+        """Drop the recorded graphs, and the memory that they keep."""
+        self._graphed.forget()
+
+    def _steps(self, tokens_BTE, start_BC):
+        # Of the step as written: a compiled one would convert the weights to the compute type at every step, not once.
+        step = functools.partial(self._cast(), stream=False)
+        return sequential(step, tokens_BTE, start_BC.shape[-1], start_BC)[0]
+
     def fall_back(self):
         """Compute as written from now on; the model itself was never changed."""
         self._call, self.compiled = self.eager, False
+        self.forget()
 
 
 def keep_freed_memory():
@@ -146,11 +164,8 @@ def open_runtime(config):
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is 'cuda' but torch finds no CUDA device; use --device cpu or auto.")
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    if not on_cpu:
-        if not allocator_setting():
-            os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read at the first use of the device
-        if config.gpu_memory_fraction < 1:
-            torch.cuda.set_per_process_memory_fraction(config.gpu_memory_fraction)
+    if not on_cpu and not allocator_setting():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read at the first use of the device
     precision = best_precision(on_cpu) if config.precision == "auto" else config.precision
     if precision == "fp16" and on_cpu:
         raise UserError("precision fp16 needs a CUDA device (a CPU would silently compute in fp32); use bf16 or fp32.")
@@ -167,6 +182,10 @@ def open_runtime(config):
             f"{started} processes were started but they form {accelerator.num_processes} group(s) of one and would train "
             "independently; on CPU start them with ACCELERATE_USE_CPU=true torchrun."
         )
+    if not on_cpu and config.gpu_memory_fraction < 1:
+        torch.cuda.set_per_process_memory_fraction(
+            config.gpu_memory_fraction
+        )  # of this process's own device, chosen by now
     return Runtime(accelerator, Group(accelerator), precision, config.compile)
 
 

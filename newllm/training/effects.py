@@ -10,7 +10,7 @@ HEAD = (
     "val_quick_frac val_quick_every_n_batches"
 )
 FINE_TUNING = "context_lr_scale gradient_sweeps"
-SAVING = "save_every_n_batches save_every_minutes keep_last backup_dir backup_every_minutes"
+SAVING = "save_every_n_batches save_min_seconds save_every_minutes keep_last backup_dir backup_every_minutes"
 
 
 def training_samples(config):

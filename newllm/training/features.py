@@ -38,7 +38,8 @@ class FrozenFeatures:
         """Contexts of covariance I, by the symmetric root of their covariance over training tokens (ZCA)."""
         first = torch.arange(min(len(self._stores["train"]), -(-WHITENING_TOKENS // length)))
         contexts = self._stores["train"][first].split(self.widths, dim=-1)[0].flatten(0, 1).double()
-        mean, (variances, directions) = contexts.mean(0), torch.linalg.eigh(covariance(contexts))
+        covariances = covariance(contexts).cpu()  # see spectrum
+        mean, variances, directions = contexts.mean(0), *(x.to(contexts.device) for x in torch.linalg.eigh(covariances))
         scale = (variances + WHITENING_FLOOR * variances.mean()).rsqrt()
         whiten = directions * scale @ directions.T
         for store in self._stores.values():

@@ -46,8 +46,8 @@ class Group:
         """The sum of the processes' tensors."""
         if self.size == 1:
             return tensor
-        with _together():
-            return self._accelerator.reduce(tensor, reduction="sum")
+        with _together():  # between GPUs only what lies on them can be summed
+            return self._accelerator.reduce(tensor.to(self._accelerator.device), reduction="sum").to(tensor.device)
 
     def totals(self, *numbers):
         """The sums of the processes' numbers, each in double precision."""

@@ -5,6 +5,7 @@ K_new = G(K), loss, one optimizer step, K <- K_new. No label is used.
 """
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -50,7 +51,7 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
     if saved:
         contexts.restore(state.pop("contexts"), model, data, runtime, log.warn)
     history = checkpointer.history["phase1_history"]
-    step = StepFunction(model.step, runtime.compile)
+    step = StepFunction(model.step, runtime.compile, model.cast_step, log.warn)
     take_step = OptimizerStep(runtime, optimizer, step, config.grad_clip, log.warn)
     count = len(data.train)
     batches = batch_count(count, config.phase1_batch_size, config.min_batches)
@@ -69,7 +70,7 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
         """The batch's loss as a function of how it is cut into parts; what it returns besides: parts of the loss, contexts."""
         own = group.owned(samples)
         with timed("fetching rows"):
-            ids = data.train[samples[own], :-1].to(runtime.device).long()
+            ids = data.train[samples[own], :-1].to(runtime.device, non_blocking=True).long()
             old_bTC = contexts[samples[own]]
 
         def gradients(parts):
@@ -79,7 +80,8 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
 
             def swept(part):
                 with runtime.autocast():
-                    return sweep(step.contexts, start_bTC[part], model.embed(ids[part], fixed=True))[0]
+                    contexts_alone = functools.partial(step.for_batch(), stream=False)
+                    return sweep(contexts_alone, start_bTC[part], model.embed(ids[part], fixed=True))[0]
 
             def loss_of(new_BTC, old_BTC):
                 loss, values = phase1_loss(
@@ -91,7 +93,7 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
                     consistency=state["iteration"] > 0,
                 )
                 runtime.accelerator.backward(loss)
-                return loss.item(), values
+                return loss.detach().double(), values
 
             if len(parts) == group.size == 1:
                 new_bTC = swept(parts[0])
@@ -191,8 +193,8 @@ def _finished(state, history, config):
 
 def _accumulate(sums, values, share):
     """Add a batch's values to the iteration's means, weighted by its share of the samples."""
-    for name, value in values.items():
-        sums[name] = sums.get(name, 0.0) + share * value.item()
+    for name, value in zip(values, torch.stack([value.double() for value in values.values()]).tolist(), strict=True):
+        sums[name] = sums.get(name, 0.0) + share * value
 
 
 @torch.no_grad()

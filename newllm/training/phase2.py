@@ -1,5 +1,6 @@
 """Phase 2: next-token prediction on contexts, frozen (computed once) or fine-tuned (gradient through time)."""
 
+import functools
 import math
 import time
 
@@ -56,7 +57,8 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
     optimizer = prepare_optimizer(runtime, optimizer, saved)
     history = checkpointer.history["phase2_history"] if stage == "phase2" else state["history"]
     baseline = isinstance(model, Baseline)
-    step = StepFunction(model.encode if baseline else model.step, runtime.compile)
+    cast = None if baseline else model.cast_step
+    step = StepFunction(model.encode if baseline else model.step, runtime.compile, cast, log.warn)
     take_step = OptimizerStep(runtime, optimizer, step, config.grad_clip, log.warn)
     count = len(data.train)
     batches = batch_count(count, config.phase2_batch_size, config.min_batches)
@@ -79,7 +81,7 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
         """The batch's loss as a function of how it is cut into parts."""
         own = samples[group.owned(samples)]
         with timed("fetching rows"):
-            ids = data.train[own].to(runtime.device).long()
+            ids = data.train[own].to(runtime.device, non_blocking=True).long()
 
         def gradients(parts):
             loss = sum(part_gradients(part) for part in parts)
@@ -92,10 +94,11 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
             if baseline:
                 return step(ids[part, :-1])
             embeddings = model.token_dropout(model.embed(ids[part, :-1]))
+            each = step.for_batch()
             if config.gradient_sweeps:
-                sizes = model.context_dim, config.gradient_sweeps
-                return truncated(step, embeddings, *sizes, step.contexts, step.trajectory)
-            return sequential(step, embeddings, model.context_dim)
+                how = config.gradient_sweeps, functools.partial(each, stream=False), step.trajectory
+                return truncated(each, embeddings, model.context_dim, *how)
+            return sequential(each, embeddings, model.context_dim)
 
         def part_gradients(part):
             with runtime.autocast():
@@ -103,7 +106,7 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
                 loss = linear_cross_entropy(hidden, *model.output_weights(), ids[part, 1:])
             loss = loss * (len(ids[part]) / len(samples))
             runtime.accelerator.backward(loss)
-            return loss.item()
+            return loss.detach().double()
 
         return gradients
 

@@ -48,19 +48,19 @@ class SampleStore:
     @timed("fetching rows")
     def __getitem__(self, samples):
         if self.digests is None:
-            return self.rows[samples]
+            return self.rows[samples.to(self.device, non_blocking=True)]
         rows = torch.zeros(len(samples), *self.shape, dtype=self.dtype)
         for sample, row in zip(samples.tolist(), _bytes_of(rows), strict=True):
             if self.digests[sample] >= 0:
                 with self._said():
                     self._seek(sample, row)
                     _fill(self._file, row)
-        return rows.to(self.device)
+        return rows.to(self.device, non_blocking=True)
 
     @timed("fetching rows")
     def __setitem__(self, samples, rows):
         if self.digests is None:
-            self.rows[samples] = rows.to(self.dtype)
+            self.rows[samples.to(self.device, non_blocking=True)] = rows.to(self.device, self.dtype)
             return
         for sample, row in zip(samples.tolist(), _bytes_of(rows.to("cpu", self.dtype).contiguous()), strict=True):
             with self._said():

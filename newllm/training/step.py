@@ -34,13 +34,13 @@ class OptimizerStep:
 
         Args:
             gradients: function of a list of slices of these; adds up the gradients and returns (loss of the whole batch,
-                anything).
+                a number or a scalar on the device, anything).
             count: samples of the batch that this process owns.
             state: the stage's state: `parts` is read and may grow, `skipped` and `grad_norm` are written.
             seed: of everything random within the step. where: for messages.
 
         Returns:
-            What `gradients` returned.
+            What `gradients` returned, the loss as a number.
 
         Raises:
             UserError: loss or gradient is not finite, with no parameter touched; or a single sample does not fit.
@@ -60,11 +60,11 @@ class OptimizerStep:
                 reason = reason_of(error)
             if done is None:  # out here: inside `except` the traceback keeps the failed attempt's tensors alive
                 self._change_plan(memory, reason, count, state, where)
-        self._update(float(done[0]), state, where)
-        return done
+        return self._update(done[0], state, where), *done[1:]
 
     def _change_plan(self, memory, reason, count, state, where):
         self.optimizer.zero_grad()
+        self.step.forget()
         free_memory()
         if self.runtime.group.size > 1:  # the others are elsewhere in the batch and cannot begin it again
             remedy = "use a smaller phase1_batch_size or phase2_batch_size" if memory else "train with --no_compile"
@@ -81,16 +81,20 @@ class OptimizerStep:
             raise UserError(f"not even one sample fits into memory at {where}: use a smaller model or max_seq_length.")
 
     def _update(self, loss, state, where):
-        if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at {where}: stopped before the step; lower the learning rate.")
         accelerator = self.runtime.accelerator
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.runtime.group.sum_gradients(parameters)
         accelerator.unscale_gradients(self.optimizer)
-        total = get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = state["grad_norm"] = total.item()
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        together = any(gradient.is_cuda for gradient in gradients) or None  # one launch for all tensors
+        total = get_total_norm(gradients, foreach=together)
+        loss = torch.as_tensor(loss, dtype=torch.float64, device=total.device)
+        loss, norm = torch.stack([loss, total.double()]).tolist()  # the one time that a step waits for the device
+        state["grad_norm"] = norm
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at {where}: stopped before the step; lower the learning rate.")
         if norm > self.max_norm:  # else every gradient would be read and written to be multiplied by one
-            clip_grads_with_norm_(parameters, self.max_norm, total)
+            clip_grads_with_norm_(parameters, self.max_norm, total, foreach=together)
         scaler = accelerator.scaler  # fp16: the scaler leaves such a step out and lowers its scale
         if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < SMALLEST_SCALE):
             raise UserError(f"the gradient is {norm} at {where}: stopped before the step; lower the learning rate.")
@@ -104,3 +108,4 @@ class OptimizerStep:
                 "continue from the last checkpoint, with a smaller model if it happens again."
             ) from None
         state["skipped"] += not math.isfinite(norm)
+        return loss

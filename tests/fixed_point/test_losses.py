@@ -245,3 +245,14 @@ def test_the_first_sweep_has_no_consistency_term():
     torch.testing.assert_close(
         torch.autograd.grad(total, new, retain_graph=True)[0], 0.3 * torch.autograd.grad(parts["dist_reg"], new)[0]
     )
+
+
+def test_contexts_without_a_covariance_have_no_loss():
+    """Neither do they end in a traceback of the factorization: a loss that is no number is what stops a run with a sentence."""
+    for wrong in (float("nan"), float("inf")):
+        contexts = torch.randn(40, 5)
+        contexts[3, 2] = wrong
+        contexts.requires_grad_()
+        loss = logdet_loss(contexts)
+        assert loss.isnan()
+        loss.backward()

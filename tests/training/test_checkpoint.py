@@ -7,6 +7,7 @@ import signal
 import time
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -64,6 +65,34 @@ def test_a_slow_disk_does_not_slow_training_and_changes_nothing(tiny_settings, m
     assert summary["val_loss"] == expected["val_loss"]
     assert load_sealed(Path(slow.checkpoint_dir) / "model_latest.pt")["save_number"] < 3 * 12  # ends of epochs
     assert summary["saving_share_background"] > 0.1 and summary["saving_share"] > 0
+
+
+def test_saves_by_batches_have_a_least_time_between_them(tiny_settings, monkeypatch):
+    """A fast device saves every so many batches only if the seconds have passed too; minutes and signals know no least time."""
+    settings = tiny_settings | dict(save_every_n_batches=10, save_min_seconds=30.0)
+    clock = [1000.0]
+    monkeypatch.setattr(checkpoint, "time", SimpleNamespace(monotonic=lambda: clock[0], time=time.time))
+    config = ResidualConfig(**settings, save_every_minutes=2.0)
+    with Checkpointer(config, "data", "run", open_runtime(config).group) as checkpointer:
+
+        def due(batch, seconds):
+            clock[0] = 1000.0 + seconds
+            return checkpointer.due(batch)
+
+        assert [due(10, 29), due(20, 30), due(21, 31)] == [False, True, False]
+        assert due(33, 119) is False and due(33, 120) is True  # by time
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "save_requested", lambda **_: True)
+            assert due(1, 1) is True
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "stop_reason", lambda: "SIGTERM")
+            assert due(1, 1) is True
+        clock[0] = 1100.0
+        checkpointer.save("now", LanguageModel(config, 50), {})
+        assert [due(20, 110), due(30, 131)] == [False, True]  # since that save
+    without = dataclasses.replace(config, save_min_seconds=0.0, checkpoint_dir=config.checkpoint_dir + "_without")
+    with Checkpointer(without, "data", "run", open_runtime(config).group) as checkpointer:
+        assert checkpointer.due(10) is True and checkpointer.due(11) is False
 
 
 def test_what_is_saved_is_the_state_at_that_moment(tiny_settings, monkeypatch):

@@ -28,7 +28,7 @@ MARKS = dict(
     token_dropout="2", warmup_ratio="c2", patience="c2", val_quick_frac="-", val_quick_every_n_batches="-",
     min_batches="c12", weight_decay="c2", grad_clip="c12", device="-", precision="-", context_memory_mb="-", compile="-",
     attention="-", gpu_memory_fraction="-", seed="*", save_checkpoint="-", load_checkpoint="-", checkpoint_dir="-",
-    save_every_n_batches="-", save_every_minutes="-", keep_last="-", backup_dir="-", backup_every_minutes="-",
+    save_every_n_batches="-", save_min_seconds="-", save_every_minutes="-", keep_last="-", backup_dir="-", backup_every_minutes="-",
     max_minutes="-", artifacts="-", trackers="-",
 )  # fmt: skip
 LETTERS = {"data": "*", "model": "*", "budget": "n", "untrained": "u", "control": "c", "phase1": "1", "phase2": "2"}

@@ -24,7 +24,7 @@ OTHER = dict(
     phase2_batch_size=9, untrained_control=True, freeze_context=True, whiten_context=True, context_lr_scale=3.0,
     context_adapter="lora", adapter_rank=2, gradient_sweeps=1, dropout=0.7, token_dropout=0.6, warmup_ratio=0.7, patience=1,
     val_quick_frac=0.9, val_quick_every_n_batches=7, weight_decay=5.0, context_memory_mb=1, compile=True, attention="math",
-    gpu_memory_fraction=0.3, save_every_n_batches=1, save_every_minutes=0.001, keep_last=5, backup_dir="BACKUP",
+    gpu_memory_fraction=0.3, save_every_n_batches=1, save_min_seconds=1.5, save_every_minutes=0.001, keep_last=5, backup_dir="BACKUP",
     backup_every_minutes=0.001,
 )  # fmt: skip
 

@@ -14,7 +14,7 @@ def fresh_state():
 
 def taker(runtime, optimizer, max_norm=1.0, step=None, notes=None):
     """One step after the other on a loss that is given as a function."""
-    eager = SimpleNamespace(compiled=False)
+    eager = SimpleNamespace(compiled=False, forget=lambda: None)
     take = OptimizerStep(runtime, optimizer, step or eager, max_norm, ([] if notes is None else notes).append)
     state = fresh_state()
 

@@ -1,6 +1,7 @@
 """A batch that does not fit into memory is computed in parts, to the same steps, in training and evaluation."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +19,6 @@ from newllm.memory import map_parts, split
 from newllm.models.cross_entropy import linear_cross_entropy
 from newllm.storage import load_sealed
 from newllm.training import phase1, phase2
-from newllm.training.device import StepFunction
 from newllm.training.optim import make_optimizer
 from newllm.training.step import OptimizerStep
 from train import main
@@ -27,12 +27,17 @@ NO_MEMORY = {
     "device": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
     "CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
     "Python": MemoryError(),
+    "driver": torch.AcceleratorError("CUDA error: out of memory"),
+    "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "cuDNN": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "cuSOLVER": RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+    "NCCL": RuntimeError("NCCL error: unhandled cuda error. Cuda failure 'out of memory'"),
 }
 
 
 def sweep_of_two(step, contexts, tokens):
     """A sweep of training for at most two sequences."""
-    if len(contexts) > 2 and isinstance(step.__self__, StepFunction):
+    if len(contexts) > 2 and isinstance(step, functools.partial):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     return sweep(step, contexts, tokens)
 
@@ -60,7 +65,11 @@ def test_a_batch_that_does_not_fit_is_done_again_in_parts(runtime, kind):
     parameter = nn.Parameter(torch.zeros(2))
     notes, drawn, state = [], [], fresh_state()
     take = OptimizerStep(
-        runtime, make_optimizer([([parameter], 1.0)], 1e-3, 0.0), SimpleNamespace(compiled=False), 9.0, notes.append
+        runtime,
+        make_optimizer([([parameter], 1.0)], 1e-3, 0.0),
+        SimpleNamespace(compiled=False, forget=lambda: None),
+        9.0,
+        notes.append,
     )
 
     def gradients(parts):
@@ -83,7 +92,7 @@ def test_a_sample_that_does_not_fit_and_a_real_error_end_the_run(runtime):
     """The first with a sentence, the second as it is; nothing is tried for ever."""
     parameter = nn.Parameter(torch.zeros(2))
     optimizer = make_optimizer([([parameter], 1.0)], 1e-3, 0.0)
-    take = OptimizerStep(runtime, optimizer, SimpleNamespace(compiled=False), 1.0, print)
+    take = OptimizerStep(runtime, optimizer, SimpleNamespace(compiled=False, forget=lambda: None), 1.0, print)
 
     def fails(error):
         def gradients(parts):

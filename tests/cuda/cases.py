@@ -1,0 +1,555 @@
+"""What must hold on a CUDA device, tried on a pretended one. Run by test_pretended_cuda.py; `pretended` is loaded before torch."""
+
+import collections
+import contextlib
+import copy
+import dataclasses
+import itertools
+import math
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import test_gpu as gpu
+import torch
+from pretended import DEVICE, OnDevice, Refused, pretended_cuda
+
+from config import ResidualConfig
+from newllm.fixed_point.losses import phase1_loss
+from newllm.fixed_point.solver import prefill, sequential, solve
+from newllm.generate import generate
+from newllm.interrupt import Interrupt, Stopped
+from newllm.models.adapter import add_adapter
+from newllm.models.context import ContextMap
+from newllm.models.language_model import LanguageModel
+from newllm.reporting.artifacts import artifact_paths
+from newllm.reporting.record import find_records, read_record
+from newllm.reporting.runlog import RunLog
+from newllm.storage import load_sealed
+from newllm.training import cuda_graph, device
+from newllm.training.checkpoint import Checkpointer
+from newllm.training.contexts import LOST, StoredContexts
+from newllm.training.device import StepFunction, open_runtime
+from newllm.training.group import Group
+from newllm.training.sample_store import SampleStore
+from newllm.training.trained import load_model, open_saved
+from scripts import export
+from scripts import prefill as prefill_command
+from train import main
+
+T4, A100 = (7, 5), (8, 0)
+HALF = {T4: torch.float16, A100: torch.bfloat16}
+IN_FILES = dict(context_memory_mb=0)
+
+
+@pytest.fixture
+def settings(tiny_settings):
+    """A tiny run as a user of a GPU starts it: device and precision are left to the program."""
+    small = dict(num_layers=2, phase1_max_iterations=2, phase2_epochs=2, max_seq_length=12, val_samples=4)
+    return tiny_settings | dict(device="auto", precision="auto") | small
+
+
+UNINTERRUPTED = {}  # frozen or not: weights and summary of a run on a T4 that nothing happened to
+
+
+def uninterrupted(config):
+    if config.freeze_context not in UNINTERRUPTED:
+        whole = elsewhere(config, "whole", context_memory_mb=512)
+        UNINTERRUPTED[config.freeze_context] = run(T4, whole), weights(whole)
+    return UNINTERRUPTED[config.freeze_context]
+
+
+def weights(config):
+    return load_sealed(Path(config.checkpoint_dir) / "model_latest.pt")["model_state_dict"]
+
+
+def elsewhere(config, name, **changes):
+    return dataclasses.replace(config, checkpoint_dir=f"{config.checkpoint_dir}_{name}", **changes)
+
+
+def run(card, config):
+    """The summary of a run on this card."""
+    with pretended_cuda(card):
+        return main(config)
+
+
+def run_until(monkeypatch, card, config, stage, saves=2):
+    """Run on this card, and stop in order when so many saves of a stage have been due."""
+    asked, real = collections.Counter(), Checkpointer.due
+
+    def due(self, batch):
+        asked[self.stage] += 1
+        if asked[stage] == saves:
+            Interrupt.current.signal = signal.SIGTERM
+        return real(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, "due", due)
+        with pytest.raises(Stopped):
+            run(card, config)
+
+
+def printed(capsys):
+    """Lines since the last call."""
+    return capsys.readouterr().out.splitlines()
+
+
+# Whole runs
+
+
+@pytest.mark.parametrize("card", [T4, A100], ids=["T4", "A100"])
+def test_a_whole_run(settings, card, capsys):
+    """In the type that the card computes in; the figures are those of a CPU in fp32, within what that type rounds."""
+    config = ResidualConfig(**settings)
+    found, lines = run(card, config), printed(capsys)
+    assert any({T4: "precision fp16", A100: "precision bf16"}[card] in line for line in lines)
+    assert not any("warning" in line for line in lines)
+    expected = main(elsewhere(config, "cpu", device="cpu", precision="fp32"))
+    # Not the bits: dropout draws otherwise there.
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=0.02)
+    assert found["er_val"] == pytest.approx(expected["er_val"], rel=0.05)
+    assert found["phase1_steps"] == expected["phase1_steps"]
+
+
+@pytest.mark.parametrize("memory", [{}, IN_FILES], ids=["memory", "files"])
+@pytest.mark.parametrize("stage", ["untrained", "phase1", "phase2"])
+def test_a_run_that_was_stopped_ends_with_the_same_bits(settings, monkeypatch, capsys, stage, memory):
+    """Continued inside the control, inside Phase 1 and inside Phase 2, with contexts in memory and in files."""
+    config = ResidualConfig(**settings | memory, freeze_context=stage == "untrained")
+    expected, ends = uninterrupted(config)
+    run_until(monkeypatch, T4, config, stage)
+    printed(capsys)
+    assert run(T4, config)["val_loss"] == expected["val_loss"] and LOST not in printed(capsys)
+    assert all(torch.equal(ends[name], weight) for name, weight in weights(config).items())
+
+
+@pytest.mark.parametrize("memory", [{}, IN_FILES], ids=["memory", "files"])
+@pytest.mark.parametrize(("before", "after"), [(T4, A100), (A100, T4)], ids=["T4 to A100", "A100 to T4"])
+def test_a_run_goes_on_with_its_contexts_on_another_card(settings, monkeypatch, capsys, before, after, memory):
+    """Stopped inside Phase 1: what the next card starts from are the stored contexts, in its own type, and not the bytes."""
+    config = ResidualConfig(**settings | memory, untrained_control=False)
+    run_until(monkeypatch, before, config, "phase1", saves=5)  # in the second sweep, which starts from the first one's
+    with pretended_cuda(before):  # in memory, where made contexts take the place of those they were made from
+        stored = _restored(dataclasses.replace(config, context_memory_mb=512), before)
+    with pretended_cuda(after):
+        converted = _restored(config, after)
+    assert (stored.dtype, converted.dtype) == (HALF[before], HALF[after])
+    assert stored.float().norm() > 1
+    assert (converted.float() - stored.float()).norm() < 0.01 * stored.float().norm()
+    printed(capsys)
+    assert math.isfinite(run(after, config)["val_loss"]) and LOST not in printed(capsys)
+
+
+def _restored(config, card):
+    """The contexts that a run of this configuration would go on from, as they lie on the CPU."""
+    runtime = open_runtime(config)
+    assert runtime.storage_dtype == HALF[card]
+    saved = load_sealed(Path(config.checkpoint_dir) / "model_latest.pt")["stage_state"]["contexts"]
+    data = SimpleNamespace(train=torch.zeros(config.num_samples, config.max_seq_length + 1, dtype=torch.int32))
+    contexts = StoredContexts(data, config, runtime, Path(config.checkpoint_dir))
+    contexts.restore(saved, None, data, runtime, lambda line: pytest.fail(line))
+    found = contexts.first(config.num_samples).cpu()
+    contexts.close()
+    return found
+
+
+@pytest.mark.parametrize("kind", ["gru", "lstm", "transformer", "window", "token"])
+def test_a_baseline_and_a_control(settings, monkeypatch, kind):
+    """Trained, stopped, continued and evaluated like the model itself."""
+    config = ResidualConfig(**settings | dict(model_type=kind, untrained_control=False, context_dim=32))
+    run_until(monkeypatch, T4, config, "phase2")
+    assert math.isfinite(run(T4, config)["val_loss"])
+
+
+def test_low_rank_additions(settings, monkeypatch):
+    """Trained, stopped, continued and merged; what is not theirs gets no gradient in the cast of all weights either."""
+    pytest.importorskip("peft")
+    config = ResidualConfig(**settings | dict(context_adapter="lora", adapter_rank=4, untrained_control=False))
+    run_until(monkeypatch, T4, config, "phase2")
+    assert math.isfinite(run(T4, config)["val_loss"])
+    with pretended_cuda(T4), torch.autocast("cuda", torch.float16):
+        model = LanguageModel(config, 50).to("cuda")
+        add_adapter(model, 4)
+        model.cast_step()(torch.randn(2, 16).to(DEVICE), torch.randn(2, 16).to(DEVICE))[0].float().sum().backward()
+        trained = {name for name, weight in model.context_map.named_parameters() if weight.grad is not None}
+    assert trained and all(".lora_" in name for name in trained)
+
+
+def test_memory_runs_out_at_a_constant_effective_batch(settings, monkeypatch, capsys):
+    """The batch is done again in parts; what was recorded for the whole is dropped first, and made anew for the parts."""
+    config = ResidualConfig(**settings | dict(untrained_control=False, dropout=0.0, token_dropout=0.0))
+    expected = run(T4, config)
+    own, forgotten = StepFunction.trajectory, []
+    monkeypatch.setattr(
+        StepFunction, "forget", lambda self: (forgotten.append(len(self._graphed.recorded)), self._graphed.forget())
+    )
+
+    def trajectory(self, tokens, start):
+        found = own(self, tokens, start)
+        if len(tokens) > 2:
+            raise torch.AcceleratorError("CUDA error: out of memory")
+        return found
+
+    monkeypatch.setattr(StepFunction, "trajectory", trajectory)
+    printed(capsys)
+    found = run(T4, elsewhere(config, "small"))
+    assert sum("out of memory" in line and "a step as before" in line for line in printed(capsys)) == 1
+    assert forgotten == [1]
+    assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-3)
+    assert found["phase2_steps"] == expected["phase2_steps"]
+
+
+# Text
+
+
+def test_prefill_text_and_export(settings, tmp_path, monkeypatch):
+    """Of a finished run: long sequences by sweeps and by the loop, text token by token, and the model as transformers has it."""
+    config = ResidualConfig(**settings | dict(artifacts=True, untrained_control=False))
+    with pretended_cuda(T4):
+        main(config)
+        options = SimpleNamespace(lengths=[20, 40], tolerance=[1e-2, 1e-4], max_sweeps=64, piece=16, trained=True)
+        rows = prefill_command.report(config, options, lambda line: None)["rows"]
+    assert len(rows) == 4 and all(row["converged"] and row["error"] < 2 * row["tolerance"] + 2e-3 for row in rows)
+    record = read_record(find_records(config.checkpoint_dir)[-1])
+    path = artifact_paths(record.folder, "context", record.run)["model"]
+    model, tokenizer = load_model(open_saved(path)[1])
+    prompt, folder = tokenizer.encode("User: ban dor"), tmp_path / "exported"
+    expected = list(generate(model, prompt, 12, seed=3))
+    export.main(["--checkpoint_dir", str(config.checkpoint_dir), "--format", "transformers", "--output", str(folder)])
+    from transformers import AutoModelForCausalLM
+
+    exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    how = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
+    with torch.no_grad():
+        text, logits = exported.generate(torch.tensor([prompt]), **how), exported(torch.tensor([prompt])).logits
+    with pretended_cuda(T4):
+        assert list(generate(model.to("cuda"), prompt, 12, seed=3)) == expected
+        moved = exported.to("cuda")
+        ids = torch.tensor([prompt]).to("cuda")
+        for way in ("sweeps", "loop"):
+            moved.config.prefill = way
+            with torch.no_grad():
+                torch.testing.assert_close(moved(ids).logits.cpu(), logits, rtol=1e-3, atol=1e-3)
+            assert moved.generate(ids, **how).tolist() == text.tolist()
+
+
+@pytest.mark.parametrize("card", [T4, A100], ids=["T4", "A100"])
+def test_sweeps_take_what_autocast_gives_a_step(card):
+    """A step that computes in another type than the buffers' is written to them all the same: fp32, half, and a step of both."""
+    with pretended_cuda(card):
+        model, tokens = ContextMap(8, 8, 2).to("cuda"), torch.randn(2, 12, 8).to("cuda")
+        expected = sequential(model, tokens, 8)
+
+        def widening(context, token, stream=True):
+            context, stream = model(context, token, stream)
+            return context.float(), stream.float()
+
+        for step in (model, widening):
+            for kind in (torch.float32, HALF[card]):
+                with torch.autocast("cuda", HALF[card]):
+                    contexts, streams, stats = prefill(step, tokens.to(kind), 8, 1e-2, 12, piece=5)
+                assert contexts.dtype == kind and all(stats.converged)
+                for got, wanted in zip((contexts, streams), expected, strict=True):
+                    assert (got.float() - wanted).norm() < 0.05 * wanted.norm()
+
+
+# Launches and waits
+
+
+def test_launches_and_waits_of_a_step(settings, monkeypatch, record_property):
+    """No more than the ceilings, at 2 layers and at 6: what a step does on the device is not lost a kernel at a time."""
+    at, recorded = [], []
+    own_status, own_record = RunLog.status, cuda_graph.record
+
+    def status(self, progress, **where):
+        at.append((where["stage"], where["epoch"], where["batch"], where["batches"], counts.launches, counts.waits))
+        return own_status(self, progress, **where)
+
+    def recording(*work):
+        before = counts.launches
+        found = own_record(*work)
+        recorded.append((counts.launches - before) / settings["max_seq_length"])
+        return found
+
+    monkeypatch.setattr(RunLog, "status", status)
+    monkeypatch.setattr(cuda_graph, "record", recording)
+    ceilings = {"phase1": (250, 2), "untrained": (100, 2), "phase2": (700, 2)}
+    for layers in (2, 6):
+        at.clear(), recorded.clear()
+        quiet = dict(num_layers=layers, val_quick_every_n_batches=0, save_every_n_batches=10**6)
+        with pretended_cuda(T4) as counts:
+            main(ResidualConfig(**settings | quiet | dict(checkpoint_dir=f"{settings['checkpoint_dir']}_{layers}")))
+        steps = {}
+        for before, after in itertools.pairwise(at):
+            inside = before[:2] == after[:2] and before[1] > 1 and after[2] < after[3]
+            if inside:  # not the first of an epoch, nor the last, which measures too
+                steps.setdefault(after[0], []).append((after[4] - before[4], after[5] - before[5]))
+        for stage, ceiling in ceilings.items():
+            launches, waits = map(max, zip(*steps[stage], strict=True))
+            record_property("counts", f"{layers} layers, {stage}: {launches} launches and {waits} waits a step")
+            assert launches <= ceiling[0] and waits <= ceiling[1], (layers, stage, launches, waits)
+        record_property("counts", f"{layers} layers, recording the trajectory: {max(recorded):.1f} launches a token")
+        assert recorded and max(recorded) <= {2: 40, 6: 45}[layers]
+
+
+def test_evaluation_and_sweeps_wait_once_a_part(settings):
+    """Figures of one sweep come together."""
+    with pretended_cuda(T4) as counts:
+        model, tokens = ContextMap(8, 8, 1).to("cuda"), torch.randn(2, 6, 8).to("cuda")
+        reference = sequential(model, tokens, 8)[0].detach()
+        before = counts.waits
+        _, stats = solve(model, tokens, 8, 4, threshold=0.0, ratio=2.0, trajectory_BTC=reference)
+    assert counts.waits - before == 4 == len(stats.error) == len(stats.residual) == len(stats.converged)
+
+
+@pytest.mark.parametrize("card", [T4, A100], ids=["T4", "A100"])
+def test_the_map_stays_in_the_compute_type(card):
+    """From layer to layer nothing is widened: layer norms read and give the type that the products are in."""
+    with pretended_cuda(card) as counts, torch.autocast("cuda", HALF[card]):
+        model, half = ContextMap(8, 8, 3).to("cuda"), HALF[card]
+        context, token = torch.randn(4, 8).to("cuda").to(half), torch.randn(4, 8).to("cuda").to(half)
+        out = model(context, token)
+        kinds = {kind for name, kind in counts.types if name in ("native_layer_norm", "addmm", "cat", "add", "relu")}
+    assert [part.dtype for part in out] == [half, half] and kinds == {half}
+
+
+def test_weights_are_cast_once_for_all_steps_of_a_batch():
+    """With gradient through 20 steps too: one launch forth and one back, and the gradient of casting each time."""
+    config = ResidualConfig(context_dim=8, embed_dim=8, num_layers=2)
+    with pretended_cuda(T4) as counts:
+        model = LanguageModel(config, 20).to("cuda")
+        tokens = torch.randn(2, 20, 8).to("cuda").half()
+        gradients = []
+        for once in (True, False):
+            model.zero_grad()
+            before = counts.launched.copy()
+            with torch.autocast("cuda", torch.float16):
+                found = torch.cat(sequential(model.cast_step() if once else model.step, tokens, 8), -1)
+            found.float().square().mean().backward()
+            casts = (counts.launched - before)["_to_copy"]
+            gradients.append(
+                [weight.grad.cpu() for weight in model.context_map.parameters() if weight.grad is not None]
+            )
+            assert (casts < 5) == once
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=1e-3)
+    assert LanguageModel(config, 20).cast_step().__name__ == "step"  # a CPU's kernels take both types
+
+
+def test_the_covariance_is_multiplied_at_reduced_precision(monkeypatch):
+    """Contexts come out of the map in half precision, so that their fp32 product may round its inputs to tf32."""
+    seen, own = [], torch.linalg.cholesky_ex
+
+    def factor(matrix, **how):
+        seen.append((matrix.dtype, torch.backends.cuda.matmul.fp32_precision))
+        return own(matrix, **how)
+
+    products, real = [], torch.Tensor.__matmul__
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", factor)
+    monkeypatch.setattr(torch.Tensor, "__matmul__", lambda one, other: (
+        products.append(torch.backends.cuda.matmul.fp32_precision), real(one, other))[1])  # fmt: skip
+    with pretended_cuda(A100), torch.autocast("cuda", torch.bfloat16):
+        model, tokens = ContextMap(8, 8, 1).to("cuda"), torch.randn(4, 16, 8).to("cuda").bfloat16()
+        contexts, _ = model(torch.zeros_like(tokens), tokens, stream=False)
+        phase1_loss(contexts, torch.zeros_like(contexts), 0.5, "logdet", 0.05)[0].backward()
+    assert products == ["tf32", "tf32"]
+    assert [kind for kind, _ in seen] == [torch.float32] and seen[0][1] != "tf32"  # the factor is exact
+
+
+def test_a_small_gradient_of_the_spread_reaches_fp16_contexts():
+    """A gradient of 1e-8 is nothing in fp16; scaled before it is rounded, as the scaler wants it, it is whole."""
+    contexts = torch.randn(4000, 24, generator=torch.Generator().manual_seed(0)) * 1.1
+    found = {}
+    for kind in (torch.float32, torch.float16):
+        leaf = contexts.clone().to(kind).requires_grad_()
+        loss, _ = phase1_loss(leaf[None], leaf[None].detach(), 1.0, "logdet", 0.05)
+        (loss * 2.0**16).backward()
+        found[kind] = leaf.grad.float()
+    assert (found[torch.float16] - found[torch.float32]).norm() < 0.02 * found[torch.float32].norm()
+
+
+# The trajectory as a graph
+
+
+def _steps(card, notes=None):
+    """A step function on random weights, and its inputs."""
+    config = ResidualConfig(context_dim=12, embed_dim=8, num_layers=2)
+    model = LanguageModel(config, 20).to("cuda")
+    step = StepFunction(model.step, False, model.cast_step, (notes if notes is not None else []).append)
+    tokens = torch.randn(3, 9, 8, generator=torch.Generator().manual_seed(1)).to("cuda").to(HALF[card])
+    return model, step, tokens, tokens.new_zeros(3, 12)
+
+
+@pytest.mark.parametrize("card", [T4, A100], ids=["T4", "A100"])
+def test_the_graph_gives_the_bits_of_the_loop(card):
+    """By default, for other inputs and after the weights have moved in place; one launch, whatever the number of steps."""
+    with pretended_cuda(card) as counts, torch.autocast("cuda", HALF[card]):
+        model, step, tokens, start = _steps(card)
+        for inputs in ((tokens, start), (tokens.flip(0), start + 1), (tokens[:2, :5], start[:2])):
+            for _ in range(2):
+                with torch.no_grad():
+                    expected = step._steps(*inputs)
+                    before = counts.launched["graph replay"]
+                    assert torch.equal(step.trajectory(*inputs).cpu(), expected.cpu())
+                    assert counts.launched["graph replay"] == before + 1
+                    for weight in model.context_map.parameters():
+                        weight.add_(0.01)
+        assert len(step._graphed.recorded) == 2
+        before = counts.launches
+        step.trajectory(tokens, start)
+        assert counts.launches - before < 6
+
+
+@pytest.mark.parametrize(
+    "fault", [RuntimeError("CUDA error: capture is not allowed"), torch.OutOfMemoryError("CUDA out of memory")], ids=str
+)
+def test_a_capture_that_fails_costs_a_line_and_no_bits(settings, monkeypatch, capsys, fault):
+    """The run goes on step by step; the line comes once a stage, not once a batch."""
+    config = ResidualConfig(**settings)
+    expected, ends = uninterrupted(config)
+    printed(capsys)
+
+    @contextlib.contextmanager
+    def capture(graph, **how):
+        yield
+        raise fault
+
+    with pretended_cuda(T4):
+        monkeypatch.setattr(torch.cuda, "graph", capture)
+        found = main(config)
+    warnings = [line for line in printed(capsys) if "warning" in line]
+    assert len(warnings) == 1 and str(fault) in warnings[0] and "going on without" in warnings[0]
+    assert found["val_loss"] == expected["val_loss"]
+    assert all(torch.equal(ends[name], weight) for name, weight in weights(config).items())
+
+
+def test_a_wait_within_a_capture_is_what_cuda_refuses():
+    """A step that asks for a value cannot be recorded: the loop does it, and a later graph is not disturbed."""
+    notes = []
+    with pretended_cuda(T4):
+
+        def step(context, token, stream=True):
+            return context * (token.float().sum().item() > -1e9) + token[..., :1], None
+
+        asking = StepFunction(step, False, None, notes.append)
+        tokens, start = torch.randn(2, 5, 4).to("cuda"), torch.zeros(2, 4).to("cuda")
+        assert torch.equal(asking.trajectory(tokens, start).cpu(), sequential(step, tokens, 4, start)[0].cpu())
+        assert len(notes) == 1 and "stream is capturing" in notes[0]
+        asking.trajectory(tokens, start)
+        assert len(notes) == 1
+        with torch.autocast("cuda", torch.float16):
+            _, other, tokens, start = _steps(T4, notes)
+            other.trajectory(tokens, start)
+        assert other._graphed.recorded and len(notes) == 1
+
+
+# Devices
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.float32, torch.bfloat16])
+def test_a_store_takes_rows_from_anywhere_in_any_type(tmp_path, kind):
+    """Rows of a checkpoint lie on the CPU, in the type of the card that made them."""
+    rows = torch.randn(3, 2, 4).to(kind)
+    with pretended_cuda(T4):
+        for path in (None, tmp_path):
+            store = SampleStore(5, (2, 4), torch.float16, DEVICE, path)
+            for given in (rows, rows.to(DEVICE)):
+                store[torch.tensor([4, 0, 2])] = given
+                found = store[torch.tensor([0, 4])]
+                assert isinstance(found, OnDevice) and torch.equal(found.cpu(), rows[[1, 0]].half())
+
+
+def test_processes_sum_what_lies_on_their_devices():
+    """NCCL sums no tensor of the host: one that comes from there goes to the device and back."""
+    with pretended_cuda(T4):
+
+        def reduce(tensor, reduction):
+            if not tensor.is_cuda:
+                raise RuntimeError("No backend type associated with device type cpu")
+            return 2 * tensor
+
+        accelerator = SimpleNamespace(
+            num_processes=2, process_index=0, is_main_process=True, device=DEVICE, reduce=reduce
+        )
+        group = Group(accelerator)
+        host = group.total(torch.tensor([1, 2]))
+        assert host.tolist() == [2, 4] and not host.is_cuda
+        assert group.total(torch.ones(2).to(DEVICE)).is_cuda
+        assert group.totals(1.5, 2) == [3.0, 4.0]
+        digests = group.assemble(torch.tensor([7, 8]), torch.tensor([0, 2]), 3)
+        assert digests.tolist() == [14, 0, 16] and not digests.is_cuda
+        whole = group.assemble(torch.ones(1, 2).half().to(DEVICE), torch.tensor([1]), 2)
+        assert whole.cpu().tolist() == [[0, 0], [2, 2]] and whole.dtype == torch.float16
+
+
+def test_the_share_of_memory_is_that_of_the_chosen_device(monkeypatch):
+    """A process of several has its device by the time that the share is set."""
+    order = []
+    with pretended_cuda(T4):
+        monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *given: order.append(given))
+        real = device.Accelerator
+        monkeypatch.setattr(device, "Accelerator", lambda **how: order.append("device") or real(**how))
+        open_runtime(ResidualConfig(gpu_memory_fraction=0.5))
+    assert order == ["device", (0.5,)]
+
+
+def test_the_pretended_device_refuses_what_cuda_refuses():
+    """Else all of the above would show nothing."""
+    with pretended_cuda(T4) as counts:
+        x, w = torch.randn(3, 4).to("cuda"), torch.randn(4, 4, device="cuda").requires_grad_()
+        with torch.autocast("cuda", torch.float16):
+            product = x @ w
+            normed = torch.nn.functional.layer_norm(product, (4,))
+        assert (product.dtype, normed.dtype) == (torch.float16, torch.float32) and product.is_cuda
+        (normed.sum() + product.float().sum()).backward()
+        assert isinstance(w.grad, OnDevice) and w.grad.values.abs().sum() > 0
+        refused = {
+            "sum of two devices": lambda: x + torch.ones(3, 4),
+            "host indexed by device": lambda: torch.ones(3)[torch.tensor([0], device="cuda")],
+            "joined": lambda: torch.cat([x, torch.ones(1, 4)]),
+            "as an array": lambda: x.numpy(),
+            "generator": lambda: torch.randn(3, device="cuda", generator=torch.Generator()),
+            "chosen by a host mask": lambda: torch.where(torch.ones(3, 1, dtype=torch.bool), x, x),
+            "product": lambda: torch.ones(4, 3) @ x,
+            "norm of two types": lambda: torch.nn.functional.layer_norm(x.half(), (4,), torch.ones(4, device="cuda")),
+            "written in another type": lambda: x.index_put_((torch.tensor([0], device="cuda"),), x[:1].half()),
+        }
+        for name, wrong in refused.items():
+            with pytest.raises((Refused, TypeError, RuntimeError)):
+                wrong()
+                pytest.fail(f"not refused: {name}")
+        assert (x + torch.tensor(1.0)).is_cuda and x[torch.tensor([0, 1])].is_cuda and x.tolist() == x.cpu().tolist()
+        for waiting, action in {
+            1: lambda: x.sum().item(),
+            0: lambda: x.sum() * 2,
+            2: lambda: (x[x > 0], x.cpu()),
+        }.items():
+            before = counts.waits
+            action()
+            assert counts.waits - before == waiting
+        assert counts.launched["mm"] and copy.deepcopy(w).requires_grad
+
+
+# The tests for a real GPU
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        gpu.test_the_precision_is_what_the_card_computes_in, gpu.test_the_graph_gives_the_bits_of_the_loop,
+        gpu.test_what_cannot_be_captured_is_done_step_by_step, gpu.test_sweeps_reach_the_loops_contexts,
+    ],
+    ids=lambda test: test.__name__,
+)  # fmt: skip
+def test_the_tests_for_a_gpu(test):
+    """They run, and hold where no device's own rounding is meant."""
+    with pretended_cuda(A100):
+        test()
+
+
+def test_the_figures_of_a_gpu(settings):
+    """What `-m gpu` prints of a run of 100,000 tokens, of a tiny one."""
+    with pretended_cuda(A100):
+        lines = gpu.figures(ResidualConfig(**settings | dict(untrained_control=False)), [20])
+    assert sum("of the matrix rate" in line for line in lines) == 2 and len(lines) == 6
