@@ -40,6 +40,7 @@ def test_text_is_taken_as_it_is():
             "System: a\nUser: b",
         ),
         ({"conversations": [{"role": "user", "content": "a"}]}, "", "User: a"),
+        ({"messages": [{"role": "user"}, {"role": "user", "content": "a"}]}, "", "User: a"),
         ({"messages": [{"role": "assistant", "content": None}, {"role": "tool", "content": "a"}]}, "", "Tool: a"),
         ({"messages": [{"role": "assistant"}, {"role": "tool", "content": "a"}]}, "", "Tool: a"),
         ({"messages": [{"role": None, "content": None, "from": "gpt", "value": "a"}]}, "", "Assistant: a"),
@@ -101,7 +102,6 @@ def test_shapes_of_dialogues(row, column, text):
             for value in (0, False, ["a"], {}, [{"type": "text", "text": "a"}])
         ),
         ({"messages": [{"role": " ", "content": "a"}]}, "does not have a list of texts"),
-        ({"messages": [{"role": "user"}]}, "does not have a list of texts"),
         ({"prompt": {"role": "user", "content": "a"}, "response": "b"}, "texts in prompt and response"),
         ({"prompt": ["a"], "response": "b"}, "texts in prompt and response"),
         *(

@@ -42,7 +42,16 @@ CASES = {
     "window": dict(model_type="window"),
     "token": dict(model_type="token", token_layers=0),
 }
-MEASURED = ("run_id", "date", "device", "seconds", "tok_per_s", "memory", "saving_share", "compile")  # not the same twice
+MEASURED = (
+    "run_id",
+    "date",
+    "device",
+    "seconds",
+    "tok_per_s",
+    "memory",
+    "saving_share",
+    "compile",
+)  # not the same twice
 
 
 @pytest.fixture
