@@ -60,7 +60,7 @@ def main(config, dry_run=False, sources=(load_data, load_embedding)):
         raise UserError("whiten_context whitens contexts that no longer change: use --freeze_context with it.")
     if config.context_adapter != "none":
         require_peft()
-    with Interrupt(config.max_minutes) as interrupt, Clock():
+    with Interrupt(config.max_minutes, config.save_checkpoint) as interrupt, Clock():
         with timed("loading"):
             runtime = open_runtime(config)
         interrupt.alone = runtime.group.size == 1

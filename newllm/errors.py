@@ -46,7 +46,8 @@ def exit_on_user_error():
             print("interrupted before the run began", file=sys.stderr)
             raise SystemExit(130) from None
         except Stopped as stop:
-            print(f"stopped: {stop}; run the same command again to continue", file=sys.stderr)
+            advice = "run the same command again to continue" if stop.goes_on else "nothing was to be saved"
+            print(f"stopped: {stop}; {advice}", file=sys.stderr)
             if isinstance(stop, LeftBehind):
                 sys.stdout.flush()
                 os._exit(EXIT_STATUS)

@@ -14,7 +14,13 @@ EXIT_STATUS = 75  # EX_TEMPFAIL: nothing is wrong, run the same command again
 
 
 class Stopped(Exception):
-    """The run stopped as asked; what had to be saved has been saved. The message is the reason."""
+    """The run stopped as asked; what had to be saved has been saved. The message is the reason.
+
+    Attributes:
+        goes_on: whether the same command continues it; else nothing was to be saved, and it begins anew.
+    """
+
+    goes_on = True
 
 
 class LeftBehind(Stopped):
@@ -25,7 +31,7 @@ class Interrupt:
     """Context manager that listens for SIGTERM, SIGINT and a time limit, in the main thread.
 
     Args:
-        max_minutes: minutes after which to stop, 0 for no limit.
+        max_minutes: minutes after which to stop, 0 for no limit. saves: whether what is stopped can be continued.
 
     Attributes:
         alone: whether this process decides for itself when to stop. Of several that train together one must not stop
@@ -34,7 +40,8 @@ class Interrupt:
 
     current = None
 
-    def __init__(self, max_minutes=0.0):
+    def __init__(self, max_minutes=0.0, saves=True):
+        self.saves = saves
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
         self.signal, self.save_requested = None, False
         self.alone, self.agreed = True, None
@@ -48,7 +55,9 @@ class Interrupt:
         Interrupt.current = self
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, Stopped):
+            error.goes_on = self.saves
         Interrupt.current = None
         if self.listens:
             for number, handler in self.before.items():

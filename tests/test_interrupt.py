@@ -16,6 +16,7 @@ from helpers import as_flags
 
 from config import ResidualConfig
 from newllm import interrupt
+from newllm.errors import exit_on_user_error
 from newllm.interrupt import EXIT_STATUS, Interrupt, LeftBehind, Stopped, interruptible, poll
 from newllm.reporting.status import read_status
 from scripts import status
@@ -186,3 +187,13 @@ def test_preparing_a_long_text_stops_when_told(tmp_path):
     assert (
         process.returncode == EXIT_STATUS and errors.startswith("stopped: SIGINT received") and errors.count("\n") == 1
     )
+
+
+@pytest.mark.parametrize(
+    "saves, advice", [(True, "run the same command again to continue"), (False, "nothing was to be saved")]
+)
+def test_who_is_stopped_is_told_whether_the_same_command_continues(capsys, saves, advice):
+    """A run that saves nothing would begin anew."""
+    with pytest.raises(SystemExit) as end, exit_on_user_error(), Interrupt(1e-9, saves):
+        poll()
+    assert end.value.code == EXIT_STATUS and capsys.readouterr().err == f"stopped: max_minutes is over; {advice}\n"

@@ -32,7 +32,7 @@ def summarize(config, data, results):
         "vocab_size": data.vocab_size,
         "train_tokens": config.train_tokens,
         "model_type": config.model_type,
-        "contexts": "frozen" if config.freeze_context else "fine-tuned",
+        "contexts": _contexts(config),
     }
     if phase1:
         summary |= phase1["training"]
@@ -62,6 +62,13 @@ def summarize(config, data, results):
         **{f"val_ppl_{name}": math.exp(nats) for name, nats in untrained["ngrams"].items()},
     }
     return summary
+
+
+def _contexts(config):
+    """What Phase 2 does with the contexts, in a word or two."""
+    if config.model_type in ("window", "token") or config.freeze_context:
+        return "frozen"
+    return "fine-tuned" if config.model_type == "context" else "none"
 
 
 COUNTED = {"kn": "Kneser-Ney of order 5, counting", "bigram": "bigram, counting", "unigram": "unigram, counting"}
