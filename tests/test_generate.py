@@ -174,6 +174,12 @@ def test_ctrl_c_ends_an_answer_and_sigterm_the_conversation(monkeypatch, capsys)
         talker.write("hi")
 
 
+def of_a_terminal():
+    """In a new process: the terminal is its own, and keys are heard even if the tests run in a background that hears none."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def at_the_prompt(keys):
     """Types keys where --chat waits for a line, in a terminal; (seconds until it has ended, status, what it said)."""
     code = (
@@ -185,7 +191,7 @@ def at_the_prompt(keys):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs,
-        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        start_new_session=True, preexec_fn=of_a_terminal,
     )  # fmt: skip
     os.close(theirs)
     said = b""

@@ -66,7 +66,9 @@ def test_the_plan_is_what_trains(tiny_settings, monkeypatch, capsys, name):
 def test_the_cadence_is_that_of_the_settings(tiny_settings):
     """Batches and minutes; nothing where nothing is saved."""
     config = ResidualConfig(**tiny_settings)
-    assert cadence(config) == "checkpoint every 2 batches or 10 minutes"
+    assert cadence(config) == "checkpoint every 2 batches, or 10 minutes"
+    apart = cadence(ResidualConfig(**tiny_settings | dict(save_min_seconds=30.0)))
+    assert apart == "checkpoint every 2 batches, 30 s apart at least, or 10 minutes"
     assert cadence(ResidualConfig(**tiny_settings, save_every_minutes=0.0)) == "checkpoint every 2 batches"
     assert cadence(ResidualConfig(**tiny_settings, save_checkpoint=False)) == "no checkpoints"
 
