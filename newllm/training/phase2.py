@@ -130,10 +130,10 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
         seconds, full = time.monotonic() - started, state["seconds_validation"]
         about = dict(steps=state["steps"], samples=len(quick), subset=state["quick_subset"], seconds=seconds)
         log.log(f"{stage}_quick", **about, seconds_full=full, **metrics)
+        whole = "the full one ends the epoch" if full is None else f"the last full one {full:.1f}s"
         log.say(
             f"{stage} | batch {position()['batch']}/{batches} | quick validation ({len(quick)}/{len(data.val)} samples, subset "
-            f"{state['quick_subset']}, {seconds:.1f}s; all of them {'not yet' if full is None else f'{full:.1f}s'}): "
-            f"loss {metrics['loss']:.4f}"
+            f"{state['quick_subset']}, {seconds:.1f}s; {whole}): loss {metrics['loss']:.4f}"
         )
 
     best = checkpointer.load_best(stage) if state["best"] else None

@@ -50,7 +50,7 @@ def test_quick_validation_happens_at_small_budgets_and_changes_no_bit(config, ca
     assert {row["subset"] for row in rows} == {subset} and len(subset) == 12
     assert rows[0]["seconds_full"] is None and all(row["seconds_full"] > 0 for row in rows[1:])
     out = capsys.readouterr().out
-    assert out.count("quick validation (1/6 samples, subset " + subset) == 3 and "all of them not yet" in out
+    assert out.count("quick validation (1/6 samples, subset " + subset) == 3 and "the full one ends the epoch" in out
     state = state_of(config)
     assert state["results"]["phase2"]["head"]["quick_subset"] == subset
     weights = state_of(without)["model_state_dict"]
