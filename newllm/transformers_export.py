@@ -169,7 +169,8 @@ def replacing(folder):
         place = folder if folder.is_dir() else folder.parent  # a folder may be a mounted disk of its own
         with tempfile.TemporaryDirectory(prefix=".export.", suffix=".tmp", dir=place) as room:
             staged, old = Path(room, "new"), Path(room, "old")
-            staged.mkdir(), old.mkdir()
+            staged.mkdir()
+            old.mkdir()
             yield staged
             if not folder.exists():
                 os.replace(staged, folder)
@@ -184,7 +185,10 @@ def replacing(folder):
             except BaseException:
                 for target in moved:
                     kept = old / target.name
-                    os.replace(kept, target) if kept.exists() else target.unlink(missing_ok=True)
+                    if kept.exists():
+                        os.replace(kept, target)
+                    else:
+                        target.unlink(missing_ok=True)
                 raise
     except (OSError, UnicodeError, SafetensorError) as error:  # UnicodeError: a folder whose name is not UTF-8
         reason = getattr(error, "strerror", None) or error
