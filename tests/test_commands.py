@@ -52,15 +52,10 @@ def printed_commands():
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of what is under version control, with a tiny config.py and the data that the pages speak of."""
-    folder = tmp_path_factory.mktemp("checkout")
-    tracked = subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    for name in tracked:
-        if not name.startswith(("tests/", ".")) and (ROOT / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
+    """A copy of the project, with a tiny config.py and the data that the pages speak of."""
+    folder = tmp_path_factory.mktemp("home") / "checkout"
+    left_out = shutil.ignore_patterns(".*", "__pycache__", "tests", "cache", "checkpoints", "build", "*.egg-info")
+    shutil.copytree(ROOT, folder, ignore=left_out)
     write_dialogues(folder / "dialogues.jsonl", 200)
     text = (folder / "config.py").read_text()
     for name, value in TINY.items():
