@@ -29,3 +29,16 @@ def tiny_settings(tmp_path, corpus_file):
 def pytest_xdist_auto_num_workers(config):
     """Of `-n auto`: a process a core, four at most, as each takes about a gigabyte; GPU tests share one device, so one by one."""
     return 0 if "gpu" in (config.option.markexpr or "") else min(4, os.cpu_count())
+
+
+LONG = (  # files that take longest are begun first, so that no process is left alone with one at the end
+    "test_compilation", "test_pretended_cuda", "test_commands", "test_notebook", "test_verify_resume", "test_processes",
+    "test_effects", "test_compare", "test_generate", "test_train", "test_contexts", "test_transformers_export",
+    "test_interrupt", "test_batch_sizes", "test_lost_machine", "test_ladder", "test_leaks", "test_estimate_memory",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    """The order of files is that of LONG, then as they were found; within a file nothing changes."""
+    place = {name: number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
