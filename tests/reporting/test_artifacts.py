@@ -133,7 +133,8 @@ def test_the_summary_and_the_speed_add_up(record):
     begun, ended = (datetime.fromisoformat(row["time"]) for row in (record.start, record.times))
     assert record.times["seconds"] > (ended - begun).total_seconds() - 1.1  # rows are dated to the second
     saves = re.search(r"(\d+) saves by a thread.*: mean ([\d.]+) s, longest ([\d.]+) s", lines)
-    assert int(saves[1]) >= 9 and float(saves[2]) <= float(saves[3])
+    # A save asked for while another is written is left to the next one, so their number depends on the machine.
+    assert int(saves[1]) == record.times["saves"] > 1 and float(saves[2]) <= float(saves[3])
     assert "waiting for data: " in lines and "GPU utilisation: not available on this device" in lines
 
 
