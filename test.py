@@ -20,8 +20,7 @@ from config import ResidualConfig
 from newllm.apart import call_apart
 from newllm.config import parse_args
 from newllm.errors import UserError, exit_on_user_error
-from newllm.interrupt import Interrupt
-from newllm.reporting.criteria import (
+from newllm.report.criteria import (
     FINAL_DIFF,
     LADDER_COLUMNS,
     MEANING,
@@ -31,13 +30,14 @@ from newllm.reporting.criteria import (
     scale_lines,
     table,
 )
-from newllm.reporting.plots import scale_ladder
-from newllm.reporting.runlog import new_run_id
-from newllm.reporting.summary import plain
-from newllm.reporting.sweep import Sweep
-from newllm.storage import usable_folder
-from newllm.training.compatibility import shaping
-from newllm.training.lock import FolderLock
+from newllm.report.plots import scale_ladder
+from newllm.report.runlog import new_run_id
+from newllm.report.summary import plain
+from newllm.report.sweep import Sweep
+from newllm.saving.compatibility import shaping
+from newllm.saving.files import usable_folder
+from newllm.saving.guard import FolderLock
+from newllm.saving.stop import Interrupt
 
 LADDER = (50, 78, 195, 390, 781)  # samples
 

@@ -12,34 +12,34 @@ from datetime import UTC, datetime
 from config import ResidualConfig
 from newllm.clock import Clock, timed
 from newllm.config import parse_args
-from newllm.data.dataset import load_data
+from newllm.data.samples import load_data
 from newllm.data.vocabulary import tokenizer_choice
 from newllm.errors import UserError, exit_on_user_error
 from newllm.evaluate import bpb_by_context, evaluate_contexts
-from newllm.interrupt import Interrupt
 from newllm.memory import free_memory
 from newllm.models.adapter import require_peft
 from newllm.models.baselines import Baseline, build_model
-from newllm.models.language_model import LanguageModel
+from newllm.models.network import LanguageModel
 from newllm.models.ngram import ngram_rows
 from newllm.models.pretrained import load_embedding, require_own_ids
+from newllm.phases.phase1 import train_phase1
+from newllm.phases.phase2 import train_phase2
 from newllm.progress import Progress
-from newllm.reporting.artifacts import artifact_paths, write_artifacts
-from newllm.reporting.banner import banner
-from newllm.reporting.record import read_record
-from newllm.reporting.runlog import RunLog, new_run_id
-from newllm.reporting.summary import context_line, curves, plain, summarize
-from newllm.training.checkpoint import Checkpointer
-from newllm.training.device import compile_cost, describe_device, gpu_utilization, open_runtime, peak_memory_mb
+from newllm.report.artifacts import artifact_paths, write_artifacts
+from newllm.report.banner import banner
+from newllm.report.record import read_record
+from newllm.report.runlog import RunLog, new_run_id
+from newllm.report.summary import context_line, curves, plain, summarize
+from newllm.saving.checkpoint import Checkpointer
+from newllm.saving.state import provenance, require_space
+from newllm.saving.stop import Interrupt
+from newllm.saving.trained import save_model
 from newllm.training.dry_run import preview
 from newllm.training.effects import unused_lines
 from newllm.training.memory_estimate import predicted_peak
-from newllm.training.phase1 import train_phase1
-from newllm.training.phase2 import train_phase2
 from newllm.training.plan import make_plan
-from newllm.training.state import provenance, require_space
+from newllm.training.runtime import compile_cost, describe_device, gpu_utilization, open_runtime, peak_memory_mb
 from newllm.training.tracking import start_tracking
-from newllm.training.trained import save_model
 
 
 def main(config, dry_run=False, sources=(load_data, load_embedding)):

@@ -5,7 +5,7 @@ import os
 import threading
 
 from newllm.errors import UserError, open_streams, silence_broken_streams
-from newllm.interrupt import Stopped, stop_reason
+from newllm.saving.stop import Stopped, stop_reason
 
 POLL_SECONDS = 0.2
 

@@ -4,7 +4,7 @@ import contextlib
 import os
 import sys
 
-from newllm.interrupt import EXIT_STATUS, LeftBehind, Stopped
+from newllm.saving.stop import EXIT_STATUS, LeftBehind, Stopped
 
 BROKEN_PIPE = 128 + 13  # what a shell says of a program that nobody reads any more
 

@@ -12,11 +12,11 @@ from einops import rearrange
 
 from newllm.fixed_point import diagnostics
 from newllm.fixed_point.solver import sequential, solve, sweep
-from newllm.interrupt import poll
 from newllm.memory import map_parts
 from newllm.models.baselines import Baseline
 from newllm.models.cross_entropy import linear_token_nll
 from newllm.progress import silent
+from newllm.saving.stop import poll
 
 RANK_TOKENS = 10_000  # tokens behind an effective rank; the ceiling is computed for the same number
 CURVE_SEQUENCES = 32  # sequences behind cold-start and memory curves

@@ -2,7 +2,7 @@
 
 import torch
 
-from newllm.interrupt import poll
+from newllm.saving.stop import poll
 
 COLDEST = 1e-6  # a temperature below it would divide by nothing
 

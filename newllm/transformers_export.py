@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerFast
 
 from newllm.errors import UserError
-from newllm.reporting.summary import language_rows
-from newllm.training.trained import load_model
+from newllm.report.summary import language_rows
+from newllm.saving.trained import load_model
 from newllm.transformers_model import NewLLMConfig, NewLLMForCausalLM
 
 ROOT = Path(__file__).parent
@@ -71,7 +71,7 @@ def to_transformers(found):
     """The model and the tokenizer of a model file, as transformers has them.
 
     Args:
-        found: what newllm.training.trained.save_model wrote.
+        found: what newllm.saving.trained.save_model wrote.
 
     Raises:
         UserError: it is a baseline, or a control that cannot read a new text.
@@ -103,7 +103,7 @@ def export_folder(found, record, folder):
     """Write all of it.
 
     Args:
-        found: as above. record: of its run, newllm.reporting.record.Record. folder: made if it is not there.
+        found: as above. record: of its run, newllm.report.record.Record. folder: made if it is not there.
 
     Raises:
         UserError: it is a baseline, or the folder cannot be written, or holds something else than an earlier export.

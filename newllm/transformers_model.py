@@ -1,6 +1,6 @@
 """The model as a transformers model: its context is the recurrent state that generation keeps, whatever the length.
 
-It wraps newllm.models.language_model.LanguageModel; there is no second implementation. A folder written by
+It wraps newllm.models.network.LanguageModel; there is no second implementation. A folder written by
 `scripts.export --format transformers` carries this file and those it needs, so transformers alone can load it.
 Shapes: B sequences, T tokens, C context width, E embedding width, V vocabulary.
 """
@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreT
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from newllm.fixed_point.solver import prefill, sequential
-from newllm.models.language_model import LanguageModel
+from newllm.models.network import LanguageModel
 from newllm.versions import TESTED, outside
 
 PREFILLS = ("steps", "sweeps")

@@ -18,10 +18,10 @@ from config import ResidualConfig
 from newllm.apart import call_apart
 from newllm.config import parse_args
 from newllm.errors import exit_on_user_error
-from newllm.interrupt import Interrupt
 from newllm.models.cross_entropy import CHUNK_ELEMENTS
-from newllm.reporting.criteria import table
-from newllm.training.device import describe_device, open_runtime, peak_memory_mb
+from newllm.report.criteria import table
+from newllm.saving.stop import Interrupt
+from newllm.training.runtime import describe_device, open_runtime, peak_memory_mb
 from newllm.training.timing import Bench
 
 PART_COLUMNS = ("part", "tok/s", "GFLOP/s", "of matrix rate", "x per-token loop")

@@ -21,14 +21,14 @@ from config import ResidualConfig
 from newllm.apart import call_apart
 from newllm.config import EARLIER, Range, expanded, flag, parse_args
 from newllm.errors import UserError, exit_on_user_error
-from newllm.interrupt import Interrupt
-from newllm.reporting.comparison import Comparison, markdown, read_json, read_result, read_results, write_report
-from newllm.reporting.plots import comparison_points, context_curves
-from newllm.reporting.summary import plain
-from newllm.reporting.sweep import Sweep
-from newllm.storage import usable_folder, write_text
-from newllm.training.compatibility import shaping
-from newllm.training.lock import FolderLock
+from newllm.report.comparison import Comparison, markdown, read_json, read_result, read_results, write_report
+from newllm.report.plots import comparison_points, context_curves
+from newllm.report.summary import plain
+from newllm.report.sweep import Sweep
+from newllm.saving.compatibility import shaping
+from newllm.saving.files import usable_folder, write_text
+from newllm.saving.guard import FolderLock
+from newllm.saving.stop import Interrupt
 
 UNTRAINED = dict(phase1_max_iterations=0)
 FROZEN = dict(freeze_context=True)

@@ -21,19 +21,19 @@ import torch
 from config import ResidualConfig
 from newllm.config import parse_args
 from newllm.data import hub
-from newllm.data.corpus import ULTRACHAT, ULTRACHAT_REVISION, open_corpus
+from newllm.data.dialogues import ULTRACHAT, ULTRACHAT_REVISION, open_corpus
 from newllm.data.vocabulary import choose_tokenizer, tokenizer_choice
 from newllm.errors import UserError, exit_on_user_error
 from newllm.models.baselines import Baseline
 from newllm.models.pretrained import require_own_ids
-from newllm.reporting.banner import batches, cadence, trainable
-from newllm.storage import usable_folder
-from newllm.training.device import allocator_setting, describe_device, memory_of, open_runtime
-from newllm.training.drive import COLAB_DRIVE
+from newllm.report.banner import batches, cadence, trainable
+from newllm.saving.drive import COLAB_DRIVE
+from newllm.saving.files import usable_folder
+from newllm.saving.state import require_space
 from newllm.training.effects import unused_lines
 from newllm.training.memory_estimate import predicted_peak, sketch, vocabulary
 from newllm.training.plan import make_plan
-from newllm.training.state import require_space
+from newllm.training.runtime import allocator_setting, describe_device, memory_of, open_runtime
 from newllm.versions import outside
 
 MARGIN = 0.9  # share of the memory that a run may be predicted to take

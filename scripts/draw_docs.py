@@ -7,7 +7,7 @@ from pathlib import Path
 
 from newllm.config import Parser, expanded
 from newllm.errors import exit_on_user_error
-from newllm.reporting.style import COUNTED, REFERENCE, TRAINED, TRAINING_DATA, UNTRAINED, figure
+from newllm.report.style import COUNTED, REFERENCE, TRAINED, TRAINING_DATA, UNTRAINED, figure
 
 BLUE, ORANGE, GREEN, PINK, GREY = (s["color"] for s in (TRAINED, UNTRAINED, COUNTED, TRAINING_DATA, REFERENCE))
 TOKENS = ("User", ":", "how", "do", "I", "boil", "an", "egg")

@@ -22,10 +22,10 @@ from config import ResidualConfig
 from newllm.apart import call_apart
 from newllm.config import parse_args
 from newllm.errors import exit_on_user_error
-from newllm.interrupt import Interrupt
-from newllm.reporting.criteria import table
-from newllm.training.device import describe_device, memory_of, open_runtime
+from newllm.report.criteria import table
+from newllm.saving.stop import Interrupt
 from newllm.training.memory_estimate import left_out, libraries_mb, moments, vocabulary
+from newllm.training.runtime import describe_device, memory_of, open_runtime
 
 # From the second iteration and epoch on, saves and best weights lie beside training.
 ROUNDS = dict(

@@ -14,13 +14,13 @@ import torch
 
 from config import ResidualConfig
 from newllm.config import EARLIER, Parser, Range, expanded, flag
-from newllm.data.corpus import open_corpus
-from newllm.data.dataset import pack
+from newllm.data.dialogues import open_corpus
+from newllm.data.samples import pack
 from newllm.errors import UserError, exit_on_user_error
 from newllm.evaluate import evaluate_prediction
-from newllm.interrupt import Interrupt
-from newllm.reporting.runlog import format_value
-from newllm.training.trained import open_model, open_saved
+from newllm.report.runlog import format_value
+from newllm.saving.stop import Interrupt
+from newllm.saving.trained import open_model, open_saved
 
 
 def evaluate(path, data_source="", samples=0):

@@ -15,8 +15,8 @@ from config import ResidualConfig
 from newllm.config import Parser, Range, expanded, flag
 from newllm.errors import UserError, exit_on_user_error
 from newllm.generate import generate
-from newllm.interrupt import Interrupt, Stopped
-from newllm.training.trained import open_model
+from newllm.saving.stop import Interrupt, Stopped
+from newllm.saving.trained import open_model
 
 
 class Writer:

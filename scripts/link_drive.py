@@ -14,8 +14,8 @@ from pathlib import Path
 
 from newllm.config import Parser, expanded
 from newllm.errors import UserError, exit_on_user_error
-from newllm.training.drive import COLAB_DRIVE, check_target, copy_verified, refuse_overlap
-from newllm.training.lock import LOCK_NAME, holder
+from newllm.saving.drive import COLAB_DRIVE, check_target, copy_verified, refuse_overlap
+from newllm.saving.guard import LOCK_NAME, holder
 
 NAMES = ("cache", "checkpoints")
 PROBE = ".link_probe"

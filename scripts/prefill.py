@@ -22,7 +22,7 @@ import torch
 
 from config import ResidualConfig
 from newllm.config import Range, expanded, flag, parse_args
-from newllm.data.dataset import load_data
+from newllm.data.samples import load_data
 from newllm.errors import UserError, exit_on_user_error
 from newllm.fixed_point.diagnostics import cold_start_curve
 from newllm.fixed_point.solver import prefill
@@ -30,11 +30,11 @@ from newllm.memory import is_out_of_memory
 from newllm.models.baselines import build_model
 from newllm.models.pretrained import load_embedding
 from newllm.progress import Progress
-from newllm.reporting.criteria import table
-from newllm.reporting.plots import prefill_speed
-from newllm.reporting.runlog import new_run_id
-from newllm.training.device import StepFunction, describe_device, open_runtime, peak_memory_mb, reason_of
-from newllm.training.trained import load_trained
+from newllm.report.criteria import table
+from newllm.report.plots import prefill_speed
+from newllm.report.runlog import new_run_id
+from newllm.saving.trained import load_trained
+from newllm.training.runtime import StepFunction, describe_device, open_runtime, peak_memory_mb, reason_of
 
 LOOP_PIECE = 256  # tokens of the loop between two looks at the clock
 CURVE_TOKENS, CURVE_SWEEPS = 2048, 32  # of the curve of errors, in fp32

@@ -13,7 +13,7 @@ from pathlib import Path
 from config import ResidualConfig
 from newllm.config import Parser, expanded
 from newllm.errors import UserError, exit_on_user_error
-from newllm.reporting.artifacts import (
+from newllm.report.artifacts import (
     complete,
     find_run,
     runs_in,
@@ -22,10 +22,10 @@ from newllm.reporting.artifacts import (
     summary_lines,
     write_artifacts,
 )
-from newllm.reporting.criteria import table
-from newllm.reporting.runlog import format_value
-from newllm.reporting.status import read_status
-from newllm.storage import Corrupt, verify_seal
+from newllm.report.criteria import table
+from newllm.report.runlog import format_value
+from newllm.report.status import read_status
+from newllm.saving.files import Corrupt, verify_seal
 
 PATTERNS = {
     "model checkpoints": "models/*.pth",

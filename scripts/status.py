@@ -12,8 +12,8 @@ from pathlib import Path
 from config import ResidualConfig
 from newllm.config import Parser, expanded
 from newllm.errors import exit_on_user_error
-from newllm.reporting.status import STATUS_NAME, read_status, status_lines
-from newllm.reporting.sweep import read_sweep, sweep_lines
+from newllm.report.status import STATUS_NAME, read_status, status_lines
+from newllm.report.sweep import read_sweep, sweep_lines
 
 
 def main(arguments=None):

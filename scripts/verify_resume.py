@@ -26,7 +26,7 @@ import torch
 
 from newllm.config import Parser
 from newllm.errors import UserError, exit_on_user_error
-from newllm.storage import Corrupt, load_sealed
+from newllm.saving.files import Corrupt, load_sealed
 from scripts.killed_child import KILLED, LATEST, LONGEST, SAVED, end, start
 
 SETTINGS = dict(

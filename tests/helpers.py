@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from newllm import storage
-from newllm.interrupt import Interrupt, Stopped
+from newllm.saving import files as storage
+from newllm.saving.stop import Interrupt, Stopped
 
 ROOT = Path(__file__).parent.parent
 WORDS = [f"{first}{last}" for first in ("ba", "do", "ki", "lu") for last in ("n", "r", "st", "ve", "m")]
@@ -57,7 +57,7 @@ def run(command, settings, *extra):
 def stop_after(config, batches):
     """Run until so many batches of this session are done, and stop there in good order, with a checkpoint."""
     import train  # here: most tests need none of it
-    from newllm.training.checkpoint import Checkpointer
+    from newllm.saving.checkpoint import Checkpointer
 
     asked, real = [], Checkpointer.due
 

@@ -12,7 +12,7 @@ import pytest
 from newllm.apart import call_apart
 from newllm.config import check_value
 from newllm.errors import UserError
-from newllm.interrupt import EXIT_STATUS, Interrupt, Stopped
+from newllm.saving.stop import EXIT_STATUS, Interrupt, Stopped
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,7 +21,7 @@ import sys, time
 from pathlib import Path
 from newllm.apart import call_apart
 from newllm.errors import exit_on_user_error
-from newllm.interrupt import Interrupt, poll
+from newllm.saving.stop import Interrupt, poll
 
 def wait(folder):
     with Interrupt():

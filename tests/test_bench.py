@@ -12,7 +12,8 @@ from transformers.models.gpt2 import modeling_gpt2
 
 from config import ResidualConfig
 from newllm.models.flops import Flops
-from newllm.training import phase1, timing
+from newllm.phases import phase1
+from newllm.training import timing
 from newllm.training.timing import Bench, Stopwatch
 from scripts import bench
 

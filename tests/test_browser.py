@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from config import ResidualConfig
-from newllm.reporting.artifacts import artifact_paths
-from newllm.reporting.record import find_records, read_record
+from newllm.report.artifacts import artifact_paths
+from newllm.report.record import find_records, read_record
 from train import main as train
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ from config import ResidualConfig
 from newllm import evaluate
 from newllm.evaluate import evaluate_contexts, evaluate_prediction, text_bytes, trajectories
 from newllm.fixed_point.solver import sequential
-from newllm.models.language_model import LanguageModel
+from newllm.models.network import LanguageModel
 
 V, L = 30, 12
 KEYS = {

@@ -20,13 +20,13 @@ import torch
 from helpers import ROOT
 
 from config import ResidualConfig
-from newllm.data.tokenizer import train_bpe
+from newllm.data.tokens import train_bpe
 from newllm.errors import UserError
 from newllm.evaluate import encode
 from newllm.generate import generate
-from newllm.interrupt import Stopped, poll
 from newllm.models.baselines import build_model
-from newllm.training import trained
+from newllm.saving import trained
+from newllm.saving.stop import Stopped, poll
 from scripts import generate as script
 from train import main as train
 
@@ -87,7 +87,7 @@ def test_the_command_writes_with_what_was_trained(tiny_settings, tmp_path, capsy
     (alone,) = Path(folder).glob("*/models/*.pth")
     alone = alone.rename(tmp_path / "alone.pth")
     with monkeypatch.context() as nothing_else:
-        nothing_else.setattr("newllm.training.trained.load_data", None)
+        nothing_else.setattr("newllm.saving.trained.load_data", None)
         script.main([*flags, str(alone)])
     assert capsys.readouterr().out == text
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand more\n"))

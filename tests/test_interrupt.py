@@ -15,10 +15,10 @@ import torch
 from helpers import as_flags
 
 from config import ResidualConfig
-from newllm import interrupt
 from newllm.errors import exit_on_user_error
-from newllm.interrupt import EXIT_STATUS, Interrupt, LeftBehind, Stopped, interruptible, poll
-from newllm.reporting.status import read_status
+from newllm.report.status import read_status
+from newllm.saving import stop as interrupt
+from newllm.saving.stop import EXIT_STATUS, Interrupt, LeftBehind, Stopped, interruptible, poll
 from scripts import status
 from train import main
 
@@ -75,7 +75,7 @@ def test_a_stop_in_validation_saves_the_epoch_that_is_behind(tiny_settings, monk
     main(ResidualConfig(**settings))
     expected = weights(settings["checkpoint_dir"])
     config = ResidualConfig(**settings | {"checkpoint_dir": settings["checkpoint_dir"] + "_stopped"})
-    from newllm.training import phase2
+    from newllm.phases import phase2
 
     real, calls = phase2.evaluate_prediction, []
 
@@ -99,7 +99,7 @@ def test_a_stop_in_validation_saves_the_epoch_that_is_behind(tiny_settings, monk
 def test_a_second_signal_ends_the_process_at_once():
     """For the impatient: no more waiting for a safe point."""
     code = (
-        "import os, signal\nfrom newllm.interrupt import Interrupt\nwith Interrupt():\n"
+        "import os, signal\nfrom newllm.saving.stop import Interrupt\nwith Interrupt():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n    os.kill(os.getpid(), signal.SIGTERM)\n    print('still here')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

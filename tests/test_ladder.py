@@ -20,8 +20,8 @@ import train
 from config import ResidualConfig
 from newllm.config import parse_args
 from newllm.errors import UserError
-from newllm.interrupt import EXIT_STATUS, Stopped
-from newllm.reporting.sweep import STATE_NAME
+from newllm.report.sweep import STATE_NAME
+from newllm.saving.stop import EXIT_STATUS, Stopped
 
 ROOT = Path(__file__).parent.parent
 BUDGETS = (6, 8, 10)
@@ -31,7 +31,7 @@ import json, os, signal, sys
 import test
 from config import ResidualConfig
 from newllm.errors import exit_on_user_error
-from newllm.reporting.sweep import Sweep
+from newllm.report.sweep import Sweep
 
 settings, kill_after = json.loads(sys.argv[1]), int(sys.argv[2])
 change = Sweep._change

@@ -18,9 +18,9 @@ from helpers import write_dialogues
 from config import ResidualConfig
 from newllm.data.files import read_file
 from newllm.evaluate import encode, sample_nats
-from newllm.reporting.artifacts import artifact_paths
-from newllm.reporting.record import find_records, read_record
-from newllm.training.trained import load_model, open_saved
+from newllm.report.artifacts import artifact_paths
+from newllm.report.record import find_records, read_record
+from newllm.saving.trained import load_model, open_saved
 from scripts import export
 from train import main as train
 

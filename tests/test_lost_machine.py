@@ -16,8 +16,8 @@ from helpers import as_flags, stop_after
 
 from config import ResidualConfig
 from newllm.errors import UserError
-from newllm.reporting.record import find_records, read_record
-from newllm.reporting.runlog import read_rows
+from newllm.report.record import find_records, read_record
+from newllm.report.runlog import read_rows
 from train import main
 
 ROOT = Path(__file__).parent.parent
@@ -125,7 +125,7 @@ def test_a_mirror_older_than_the_local_state_is_left_alone(tiny_settings, tmp_pa
 
 def test_a_mirror_that_fails_does_not_stop_training_and_is_reported(tiny_settings, tmp_path, monkeypatch, capsys):
     """Every copy fails: the run ends as ever, and its last line says so."""
-    from newllm.training import mirror
+    from newllm.saving import backup as mirror
 
     def broken(*_):
         raise OSError(107, "Transport endpoint is not connected")

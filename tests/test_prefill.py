@@ -11,9 +11,9 @@ from config import ResidualConfig
 from newllm.config import parse_args
 from newllm.errors import UserError
 from newllm.fixed_point.solver import sequential
-from newllm.models.language_model import LanguageModel
-from newllm.training import device
-from newllm.training.device import StepFunction, open_runtime
+from newllm.models.network import LanguageModel
+from newllm.training import runtime as device
+from newllm.training.runtime import StepFunction, open_runtime
 from scripts import prefill
 
 LENGTHS = [20, 50]

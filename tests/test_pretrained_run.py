@@ -9,8 +9,8 @@ from tokenizers import decoders, models, pre_tokenizers
 import train
 from config import ResidualConfig
 from newllm.errors import UserError
-from newllm.storage import load_sealed
-from newllm.training.trained import load_model
+from newllm.saving.files import load_sealed
+from newllm.saving.trained import load_model
 
 E = 16
 

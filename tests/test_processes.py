@@ -12,8 +12,8 @@ import pytest
 from helpers import as_flags
 
 from config import ResidualConfig
-from newllm.interrupt import EXIT_STATUS
-from newllm.storage import load_sealed
+from newllm.saving.files import load_sealed
+from newllm.saving.stop import EXIT_STATUS
 from train import main
 
 ROOT = Path(__file__).parent.parent

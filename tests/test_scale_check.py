@@ -9,7 +9,7 @@ from helpers import run
 import test as scale_check
 import train
 from config import ResidualConfig
-from newllm.reporting.criteria import check
+from newllm.report.criteria import check
 
 
 def test_the_scale_check_exits_by_its_criteria(tiny_settings):

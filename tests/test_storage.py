@@ -12,14 +12,14 @@ import pytest
 import torch
 from helpers import Evil, seal, write_evil
 
-from newllm import storage
 from newllm.errors import UserError
-from newllm.reporting.comparison import read_result
-from newllm.reporting.record import read_record
-from newllm.reporting.status import read_status
-from newllm.reporting.sweep import read_sweep
-from newllm.storage import Corrupt, load_sealed, save_sealed, usable_folder, verify_seal
-from newllm.training.lock import read_lock
+from newllm.report.comparison import read_result
+from newllm.report.record import read_record
+from newllm.report.status import read_status
+from newllm.report.sweep import read_sweep
+from newllm.saving import files as storage
+from newllm.saving.files import Corrupt, load_sealed, save_sealed, usable_folder, verify_seal
+from newllm.saving.guard import read_lock
 
 VALUE = {"weights": torch.arange(300.0).reshape(3, 100), "step": 7, "name": "x", "rates": [0.1, None], "done": False}
 

@@ -10,8 +10,8 @@ from helpers import run, write_dialogues
 import train
 from config import ResidualConfig
 from newllm.errors import UserError
-from newllm.reporting.runlog import read_rows
-from newllm.storage import load_sealed
+from newllm.report.runlog import read_rows
+from newllm.saving.files import load_sealed
 
 KEYS = {
     "phase1_steps", "phase1_param_change", "phase1_iterations", "converged_ratio", "er_train", "er_val",
@@ -82,7 +82,7 @@ def test_a_run_cut_at_any_save_continues_to_the_same_bits(tiny_settings, monkeyp
     class Cut(Exception):
         pass
 
-    from newllm.training import checkpoint, checkpoint_files
+    from newllm.saving import checkpoint, checkpoint_files
 
     real = checkpoint.save_sealed
 
@@ -197,7 +197,7 @@ def test_a_changed_schedule_warns_and_continues(tiny_settings, capsys):
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_good_checkpoint(tiny_settings, monkeypatch):
     """One sentence; what is on disk is finite and continues."""
-    from newllm.training import phase1
+    from newllm.phases import phase1
 
     real, calls = phase1.phase1_loss, 0
 

@@ -22,14 +22,14 @@ from helpers import write_dialogues
 from config import ResidualConfig
 from newllm import transformers_export
 from newllm.data.files import render
-from newllm.data.tokenizer import train_bpe
+from newllm.data.tokens import train_bpe
 from newllm.data.vocabulary import choose_tokenizer
 from newllm.errors import UserError
 from newllm.generate import generate
-from newllm.models.language_model import LanguageModel
-from newllm.reporting.artifacts import artifact_paths
-from newllm.reporting.record import find_records, read_record
-from newllm.training.trained import load_model, open_saved
+from newllm.models.network import LanguageModel
+from newllm.report.artifacts import artifact_paths
+from newllm.report.record import find_records, read_record
+from newllm.saving.trained import load_model, open_saved
 from scripts import export
 from train import main as train
 

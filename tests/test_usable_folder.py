@@ -5,7 +5,7 @@ import os
 import pytest
 
 from newllm.errors import UserError
-from newllm.storage import usable_folder
+from newllm.saving.files import usable_folder
 
 
 def test_usable_folder_creates_and_resolves(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from newllm.errors import UserError
-from newllm.storage import save_sealed
+from newllm.saving.files import save_sealed
 from scripts import verify_resume
 
 ROOT = Path(__file__).parent.parent

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from newllm.errors import UserError
-from newllm.interrupt import poll
+from newllm.saving.stop import poll
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
 TABLES = (".csv", ".tsv", ".json", ".arrow")  # in a folder only without any of the above, beside which they describe

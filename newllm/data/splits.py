@@ -7,7 +7,7 @@ from newllm.data import hub
 from newllm.data.files import Tally, render
 from newllm.data.hub import retry
 from newllm.errors import UserError
-from newllm.interrupt import poll
+from newllm.saving.stop import poll
 
 HELD_OUT_EVERY = 20  # rows of a stream that has no split to hold out
 WAY_OUT = "take --data_source chitchat or a file"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from newllm.data import hub
 from newllm.data.hub import retry
-from newllm.data.tokenizer import END_OF_TEXT, Tokenizer, byte_level
+from newllm.data.tokens import END_OF_TEXT, Tokenizer, byte_level
 from newllm.errors import UserError
 
 GPT2 = "openai-community/gpt2"

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from newllm.errors import UserError
 from newllm.models.head import EMBEDDING_STD, TokenPredictor
-from newllm.models.language_model import LanguageModel
+from newllm.models.network import LanguageModel
 
 BASELINES = ("gru", "lstm", "transformer")
 KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}  # of attention, by the setting

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from newllm.evaluate import trajectories
-from newllm.training.device import STORAGE_DTYPE
+from newllm.training.runtime import STORAGE_DTYPE
 from newllm.training.sample_store import SampleStore
 
 FILES = "contexts_*.bin"  # only Phase 1 needs them

@@ -5,16 +5,16 @@ from pathlib import Path
 
 from newllm.errors import UserError
 from newllm.models.baselines import Baseline
-from newllm.reporting.banner import banner
-from newllm.storage import usable_folder
-from newllm.training.checkpoint_files import CheckpointFiles, newest
-from newllm.training.compatibility import compare
-from newllm.training.device import describe_device, memory_of
-from newllm.training.drive import check_target, refuse_overlap
+from newllm.report.banner import banner
+from newllm.saving.checkpoint_files import CheckpointFiles, newest
+from newllm.saving.compatibility import compare
+from newllm.saving.drive import check_target, refuse_overlap
+from newllm.saving.files import usable_folder
+from newllm.saving.guard import holder
+from newllm.saving.state import require_space
 from newllm.training.effects import unused_lines
-from newllm.training.lock import holder
 from newllm.training.plan import make_plan
-from newllm.training.state import require_space
+from newllm.training.runtime import describe_device, memory_of
 
 
 def preview(config, runtime, data, model, peak):

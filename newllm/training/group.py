@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
 from newllm.errors import UserError
-from newllm.interrupt import Stopped
+from newllm.saving.stop import Stopped
 
 
 class Group:

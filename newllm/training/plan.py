@@ -4,7 +4,7 @@ from newllm.data.order import batch_count
 from newllm.models.adapter import adapter_rank
 from newllm.models.baselines import Baseline
 from newllm.models.flops import Flops
-from newllm.training.device import memory_of
+from newllm.training.runtime import memory_of
 
 
 def make_plan(config, num_samples, model, device):

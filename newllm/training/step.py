@@ -6,9 +6,9 @@ import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from newllm.errors import UserError
-from newllm.interrupt import Stopped
 from newllm.memory import free_memory, is_out_of_memory, split
-from newllm.training.device import reason_of
+from newllm.saving.stop import Stopped
+from newllm.training.runtime import reason_of
 
 SMALLEST_SCALE = 2.0**-10  # an fp16 loss scale this small is no overflow of the scale any more
 

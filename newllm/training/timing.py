@@ -21,10 +21,10 @@ from newllm.fixed_point.solver import sweep
 from newllm.generate import generate
 from newllm.models.baselines import build_model
 from newllm.models.flops import Flops
-from newllm.training.checkpoint import Checkpointer
-from newllm.training.device import STORAGE_DTYPE, open_runtime
-from newllm.training.phase1 import train_phase1
-from newllm.training.phase2 import train_phase2
+from newllm.phases.phase1 import train_phase1
+from newllm.phases.phase2 import train_phase2
+from newllm.saving.checkpoint import Checkpointer
+from newllm.training.runtime import STORAGE_DTYPE, open_runtime
 
 ROUNDS = 3  # timed repetitions of a part (calls, or steps of an epoch), after one that is not
 LOOP_TOKENS = 32  # tokens of the per-token loop, which takes a while for each

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from newllm.storage import load_sealed
+from newllm.saving.files import load_sealed
 
 
 def weights(config):

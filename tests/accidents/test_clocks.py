@@ -9,7 +9,7 @@ import pytest
 from left_behind import same, weights
 
 from config import ResidualConfig
-from newllm.storage import load_sealed
+from newllm.saving.files import load_sealed
 from train import main
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from config import ResidualConfig
 from newllm.errors import UserError
-from newllm.storage import load_sealed
+from newllm.saving.files import load_sealed
 from train import main
 
 

@@ -11,7 +11,7 @@ from helpers import as_flags
 from left_behind import content
 
 from newllm.errors import UserError
-from newllm.storage import load_sealed, save_sealed
+from newllm.saving.files import load_sealed, save_sealed
 from train import main
 
 ROOT = Path(__file__).parents[2]

@@ -19,21 +19,22 @@ from config import ResidualConfig
 from newllm.fixed_point.losses import phase1_loss
 from newllm.fixed_point.solver import prefill, sequential, solve
 from newllm.generate import generate
-from newllm.interrupt import Interrupt, Stopped
 from newllm.models.adapter import add_adapter
 from newllm.models.context import ContextMap
-from newllm.models.language_model import LanguageModel
-from newllm.reporting.artifacts import artifact_paths
-from newllm.reporting.record import find_records, read_record
-from newllm.reporting.runlog import RunLog
-from newllm.storage import load_sealed
-from newllm.training import cuda_graph, device
-from newllm.training.checkpoint import Checkpointer
+from newllm.models.network import LanguageModel
+from newllm.report.artifacts import artifact_paths
+from newllm.report.record import find_records, read_record
+from newllm.report.runlog import RunLog
+from newllm.saving.checkpoint import Checkpointer
+from newllm.saving.files import load_sealed
+from newllm.saving.stop import Interrupt, Stopped
+from newllm.saving.trained import load_model, open_saved
+from newllm.training import cuda_graph
+from newllm.training import runtime as device
 from newllm.training.contexts import LOST, StoredContexts
-from newllm.training.device import StepFunction, open_runtime
 from newllm.training.group import Group
+from newllm.training.runtime import StepFunction, open_runtime
 from newllm.training.sample_store import SampleStore
-from newllm.training.trained import load_model, open_saved
 from scripts import export
 from scripts import prefill as prefill_command
 from train import main

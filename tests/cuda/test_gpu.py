@@ -15,11 +15,11 @@ import torch
 
 from config import ResidualConfig
 from newllm.fixed_point.solver import prefill, sequential
-from newllm.interrupt import Interrupt, Stopped
-from newllm.models.language_model import LanguageModel
-from newllm.storage import load_sealed
-from newllm.training.checkpoint import Checkpointer
-from newllm.training.device import StepFunction, open_runtime
+from newllm.models.network import LanguageModel
+from newllm.saving.checkpoint import Checkpointer
+from newllm.saving.files import load_sealed
+from newllm.saving.stop import Interrupt, Stopped
+from newllm.training.runtime import StepFunction, open_runtime
 from newllm.training.timing import Bench
 from scripts import prefill as prefill_command
 from train import main

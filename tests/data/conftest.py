@@ -9,7 +9,8 @@ import huggingface_hub.utils
 import pytest
 from hub_fakes import ConnectError, Response, Rows, dialogue
 
-from newllm.data import corpus, splits, vocabulary
+from newllm.data import dialogues as corpus
+from newllm.data import splits, vocabulary
 from newllm.data.hub import retry
 
 

@@ -11,9 +11,11 @@ from checks import message_of, needs_gpt2
 from helpers import write_evil
 from hub_fakes import ReadTimeout, dialogue
 
-from newllm.data import corpus, dataset, vocabulary
-from newllm.data.dataset import load_data
-from newllm.storage import load_sealed, save_sealed
+from newllm.data import dialogues as corpus
+from newllm.data import samples as dataset
+from newllm.data import vocabulary
+from newllm.data.samples import load_data
+from newllm.saving.files import load_sealed, save_sealed
 
 
 @pytest.fixture
@@ -184,7 +186,7 @@ def test_cache_folder_that_is_a_file_is_refused(settings, talk):
 def test_two_builders_give_one_valid_file(settings, talk, tmp_path):
     """Two processes at once, with different hash seeds: one file, the same data for both and for a third."""
     code = (
-        "import sys; from types import SimpleNamespace; from newllm.data.dataset import load_data;"
+        "import sys; from types import SimpleNamespace; from newllm.data.samples import load_data;"
         f"print(load_data(SimpleNamespace(**{vars(settings(data_source=talk))!r})).fingerprint)"
     )
     running = [

@@ -10,8 +10,8 @@ import pytest
 from checks import message_of
 from hub_fakes import ConnectError, HTTPError, ReadTimeout, dialogue
 
-from newllm.data import corpus
-from newllm.data.corpus import ULTRACHAT, ULTRACHAT_REVISION, open_corpus
+from newllm.data import dialogues as corpus
+from newllm.data.dialogues import ULTRACHAT, ULTRACHAT_REVISION, open_corpus
 
 
 def test_unknown_source_names_the_nearest():
@@ -158,7 +158,7 @@ def test_prepared_ultrachat_needs_no_network(tmp_path, small_chitchat):
 def test_importing_the_data_layer_is_light():
     """Heavy libraries are imported where they are used: a file source never needs `datasets`."""
     code = (
-        "import json, sys, newllm.data.dataset;"
+        "import json, sys, newllm.data.samples;"
         "print(json.dumps([name for name in ('datasets', 'transformers', 'tokenizers') if name in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -8,8 +8,9 @@ import torch
 from checks import message_of, needs_gpt2
 from hub_fakes import dialogue
 
-from newllm.data import corpus, tokenizer
-from newllm.data.dataset import load_data
+from newllm.data import dialogues as corpus
+from newllm.data import tokens as tokenizer
+from newllm.data.samples import load_data
 from newllm.errors import UserError
 
 

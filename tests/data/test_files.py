@@ -9,7 +9,7 @@ import pytest
 from checks import message_of
 from hub_fakes import dialogue
 
-from newllm.data.corpus import open_corpus
+from newllm.data.dialogues import open_corpus
 from newllm.data.files import render
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from checks import needs_gpt2
 
-from newllm.data.dataset import pack
-from newllm.data.tokenizer import train_bpe
+from newllm.data.samples import pack
+from newllm.data.tokens import train_bpe
 from newllm.data.vocabulary import load_gpt2
 
 

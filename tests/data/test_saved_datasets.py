@@ -5,8 +5,8 @@ import pytest
 from checks import message_of
 from hub_fakes import rows, texts
 
-from newllm.data.corpus import open_corpus
-from newllm.data.dataset import load_data
+from newllm.data.dialogues import open_corpus
+from newllm.data.samples import load_data
 
 
 @pytest.fixture

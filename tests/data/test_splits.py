@@ -6,8 +6,8 @@ from checks import message_of
 from datasets import load_dataset
 from hub_fakes import COMMIT, ConnectError, HTTPError, ReadTimeout, Rows, dialogue, rows, texts
 
-from newllm.data.corpus import ULTRACHAT_IDENTITY, open_corpus
-from newllm.data.dataset import load_data
+from newllm.data.dialogues import ULTRACHAT_IDENTITY, open_corpus
+from newllm.data.samples import load_data
 from newllm.data.splits import HELD_OUT_EVERY
 
 

@@ -8,8 +8,8 @@ import pytest
 from checks import needs_gpt2, random_streams
 
 from newllm.data import hub, vocabulary
-from newllm.data import tokenizer as tokenizer_module
-from newllm.data.tokenizer import Tokenizer, train_bpe
+from newllm.data import tokens as tokenizer_module
+from newllm.data.tokens import Tokenizer, train_bpe
 from newllm.data.vocabulary import choose_tokenizer, load_gpt2
 from newllm.errors import UserError
 

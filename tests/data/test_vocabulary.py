@@ -10,8 +10,8 @@ from checks import random_streams
 from hub_fakes import dialogue
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from newllm.data.dataset import load_data
-from newllm.data.tokenizer import END_OF_TEXT
+from newllm.data.samples import load_data
+from newllm.data.tokens import END_OF_TEXT
 from newllm.data.vocabulary import WORDLLAMA_SIZE, choose_tokenizer, tokenizer_choice
 from newllm.errors import UserError
 

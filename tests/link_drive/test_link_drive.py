@@ -10,8 +10,8 @@ import pytest
 from linking import fill, link, state
 
 from newllm.errors import UserError
-from newllm.training import drive as drive_module
-from newllm.training.lock import FolderLock
+from newllm.saving import drive as drive_module
+from newllm.saving.guard import FolderLock
 from scripts import link_drive
 
 ROOT = Path(__file__).parents[2]

@@ -12,9 +12,9 @@ from config import ResidualConfig
 from newllm.errors import UserError
 from newllm.models import adapter
 from newllm.models.adapter import adapter_rank, add_adapter, has_adapter, merge_adapter
-from newllm.models.language_model import LanguageModel
-from newllm.storage import load_sealed
-from newllm.training.trained import load_weights, open_saved
+from newllm.models.network import LanguageModel
+from newllm.saving.files import load_sealed
+from newllm.saving.trained import load_weights, open_saved
 from train import main
 
 pytest.importorskip("peft")

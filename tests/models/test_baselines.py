@@ -8,7 +8,7 @@ import torch
 from config import ResidualConfig
 from newllm.errors import UserError
 from newllm.models.baselines import BASELINES, KERNELS, Baseline
-from newllm.models.language_model import LanguageModel
+from newllm.models.network import LanguageModel
 from newllm.models.window import LAGS, TIME_CONSTANTS, Window
 
 V, T = 50, 12

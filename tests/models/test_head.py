@@ -8,7 +8,7 @@ from config import ResidualConfig
 from newllm.fixed_point.solver import truncated
 from newllm.models.baselines import Baseline
 from newllm.models.head import TokenDropout
-from newllm.models.language_model import LanguageModel
+from newllm.models.network import LanguageModel
 
 V = 40
 

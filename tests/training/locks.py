@@ -3,7 +3,7 @@
 import json
 import time
 
-from newllm.training.lock import FolderLock
+from newllm.saving.guard import FolderLock
 
 
 def quick(folder, run_id="second", **settings):

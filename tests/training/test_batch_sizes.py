@@ -12,8 +12,8 @@ from helpers import stop_after
 import train
 from config import ResidualConfig
 from newllm.data.order import epoch_order
-from newllm.storage import load_sealed
-from newllm.training import phase1, phase2
+from newllm.phases import phase1, phase2
+from newllm.saving.files import load_sealed
 from newllm.training.optim import warmup_cosine
 
 SAMPLES, PHASE1_EPOCHS, PHASE2_EPOCHS = 13, 3, 3

@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from config import ResidualConfig
-from newllm.data.dataset import load_data
+from newllm.data.samples import load_data
 from newllm.errors import UserError
-from newllm.models.language_model import LanguageModel
-from newllm.storage import load_sealed, save_sealed
-from newllm.training import checkpoint, checkpoint_files
-from newllm.training.checkpoint import Checkpointer
-from newllm.training.device import open_runtime
-from newllm.training.frozen import frozen_digest, frozen_path
-from newllm.training.state import disk_bytes
+from newllm.models.network import LanguageModel
+from newllm.saving import checkpoint, checkpoint_files
+from newllm.saving.checkpoint import Checkpointer
+from newllm.saving.files import load_sealed, save_sealed
+from newllm.saving.frozen import frozen_digest, frozen_path
+from newllm.saving.state import disk_bytes
+from newllm.training.runtime import open_runtime
 from train import main
 
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from newllm.errors import UserError
-from newllm.storage import load_sealed
-from newllm.training import checkpoint_files
-from newllm.training.checkpoint_files import CheckpointFiles
+from newllm.saving import checkpoint_files
+from newllm.saving.checkpoint_files import CheckpointFiles
+from newllm.saving.files import load_sealed
 
 
 def content(number):

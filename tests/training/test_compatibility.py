@@ -10,10 +10,10 @@ import train
 from config import ResidualConfig
 from newllm.config import field_types
 from newllm.errors import UserError
-from newllm.reporting.record import find_records, read_record
-from newllm.reporting.status import read_status
-from newllm.storage import load_sealed, save_sealed
-from newllm.training.compatibility import SHAPES
+from newllm.report.record import find_records, read_record
+from newllm.report.status import read_status
+from newllm.saving.compatibility import SHAPES
+from newllm.saving.files import load_sealed, save_sealed
 
 # Said a second time, setting by setting: u the untrained row, c the head on it, 1 and 2 the phases, * the whole run,
 # n another run beside it, - nothing but where and how.
@@ -183,9 +183,9 @@ def test_a_control_that_is_switched_off_half_way_leaves_nothing_behind(tiny_sett
 
 def test_weights_of_other_settings_are_not_read(tiny_settings):
     """For who only reads, those of the stage in hand count too."""
-    from newllm.data.dataset import load_data
-    from newllm.models.language_model import LanguageModel
-    from newllm.training.trained import load_trained
+    from newllm.data.samples import load_data
+    from newllm.models.network import LanguageModel
+    from newllm.saving.trained import load_trained
 
     config = ResidualConfig(**tiny_settings, untrained_control=False)
     stop_after(config, 2)

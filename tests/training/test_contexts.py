@@ -9,9 +9,9 @@ import torch
 
 from config import ResidualConfig
 from newllm.errors import UserError
-from newllm.interrupt import Interrupt, Stopped
-from newllm.storage import load_sealed
-from newllm.training.checkpoint import Checkpointer
+from newllm.saving.checkpoint import Checkpointer
+from newllm.saving.files import load_sealed
+from newllm.saving.stop import Interrupt, Stopped
 from newllm.training.contexts import FILES
 from newllm.training.sample_store import SampleStore
 from train import main

@@ -10,7 +10,7 @@ from newllm.fixed_point.solver import sequential
 from newllm.models.context import ContextMap
 from newllm.training import cuda_graph
 from newllm.training.cuda_graph import Graphed
-from newllm.training.device import StepFunction
+from newllm.training.runtime import StepFunction
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from accelerate.state import AcceleratorState
 
 from config import ResidualConfig
 from newllm.errors import UserError
-from newllm.training import device
-from newllm.training.device import (
+from newllm.training import runtime as device
+from newllm.training.runtime import (
     StepFunction,
     allocator_setting,
     best_precision,
@@ -237,7 +237,7 @@ def test_the_allocator_s_older_variable_counts(monkeypatch):
 
 FAULTS = """
 import resource, torch
-from newllm.training.device import keep_freed_memory
+from newllm.training.runtime import keep_freed_memory
 if {keep}:
     keep_freed_memory()
 def use():

@@ -11,13 +11,13 @@ from helpers import stop_after
 
 import train
 from config import ResidualConfig
-from newllm.data.dataset import load_data
 from newllm.data.order import quick_subset
-from newllm.reporting import status as status_file
-from newllm.reporting.record import find_records
-from newllm.reporting.runlog import read_rows
-from newllm.storage import load_sealed
-from newllm.training.state import place
+from newllm.data.samples import load_data
+from newllm.report import status as status_file
+from newllm.report.record import find_records
+from newllm.report.runlog import read_rows
+from newllm.saving.files import load_sealed
+from newllm.saving.state import place
 from scripts import status
 
 
@@ -111,7 +111,7 @@ def test_the_status_has_the_step_of_the_run_and_where_a_restart_goes_on(config, 
 )
 def test_a_place_in_words(stage, position, words):
     """Between stages, within an epoch, in its validation, behind the last one, and at the end."""
-    from newllm.training.state import position_of
+    from newllm.saving.state import position_of
 
     assert place({"stage": stage, "position": position and position_of(*position, 3), "step": 7}) == words
 

@@ -13,15 +13,15 @@ import pytest
 from locks import foreign, quick, wait_for
 
 from newllm.errors import UserError
-from newllm.training import drive
-from newllm.training import lock as lock_module
-from newllm.training.lock import FolderLock, holder, read_lock
+from newllm.saving import drive
+from newllm.saving import guard as lock_module
+from newllm.saving.guard import FolderLock, holder, read_lock
 
 ROOT = Path(__file__).parents[2]
 
 HOLD = """
 import sys, time
-from newllm.training.lock import FolderLock
+from newllm.saving.guard import FolderLock
 with FolderLock(sys.argv[1], "first", heartbeat_seconds=0.05, stale_seconds=60):
     print("held", flush=True)
     time.sleep(60)
@@ -30,7 +30,7 @@ with FolderLock(sys.argv[1], "first", heartbeat_seconds=0.05, stale_seconds=60):
 RACE = """
 import sys, time
 from newllm.errors import UserError
-from newllm.training.lock import FolderLock
+from newllm.saving.guard import FolderLock
 while time.time() < float(sys.argv[2]):
     pass
 try:

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from locks import foreign, quick, wait_for
 
-from newllm.training import lock as lock_module
-from newllm.training.lock import LockLost, read_lock
+from newllm.saving import guard as lock_module
+from newllm.saving.guard import LockLost, read_lock
 
 ROOT = Path(__file__).parents[2]
 
 SLEEP = """
 import sys
-from newllm.training.lock import FolderLock
+from newllm.saving.guard import FolderLock
 lock = FolderLock(sys.argv[1], "zombie", heartbeat_seconds=0.05, stale_seconds=60).acquire()
 print("held", flush=True)
 sys.stdin.readline()

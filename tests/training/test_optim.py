@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from config import ResidualConfig
-from newllm.models.language_model import LanguageModel
-from newllm.training.device import open_runtime
+from newllm.models.network import LanguageModel
 from newllm.training.optim import (
     BETAS,
     copy_of,
@@ -20,6 +19,7 @@ from newllm.training.optim import (
     set_learning_rate,
     warmup_cosine,
 )
+from newllm.training.runtime import open_runtime
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import torch
 
 import train
 from config import ResidualConfig
-from newllm.reporting.banner import banner, cadence
-from newllm.reporting.record import find_records, read_record
-from newllm.training import phase1, phase2
+from newllm.phases import phase1, phase2
+from newllm.report.banner import banner, cadence
+from newllm.report.record import find_records, read_record
 from scripts import doctor
 
 SETTINGS = {

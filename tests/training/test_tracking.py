@@ -4,7 +4,7 @@ import pytest
 from accelerate.tracking import GeneralTracker
 
 from config import ResidualConfig
-from newllm.reporting.record import find_records, read_record
+from newllm.report.record import find_records, read_record
 from newllm.training import tracking
 from train import main as train
 

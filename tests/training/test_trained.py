@@ -7,11 +7,11 @@ import torch
 
 import train
 from config import ResidualConfig
-from newllm.data.dataset import load_data
+from newllm.data.samples import load_data
 from newllm.errors import UserError
-from newllm.models.language_model import LanguageModel
-from newllm.storage import load_sealed, save_sealed
-from newllm.training.trained import load_trained
+from newllm.models.network import LanguageModel
+from newllm.saving.files import load_sealed, save_sealed
+from newllm.saving.trained import load_trained
 
 
 @pytest.fixture

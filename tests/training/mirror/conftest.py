@@ -3,8 +3,8 @@
 import pytest
 from mirror_fakes import Clock, Target
 
-from newllm.training import lock as lock_module
-from newllm.training.mirror import Mirror
+from newllm.saving import guard as lock_module
+from newllm.saving.backup import Mirror
 
 
 @pytest.fixture(autouse=True)

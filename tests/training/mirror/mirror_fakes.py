@@ -6,7 +6,7 @@ import os
 import time
 from pathlib import Path
 
-from newllm.storage import Corrupt, load_sealed, save_sealed
+from newllm.saving.files import Corrupt, load_sealed, save_sealed
 
 ALL = ("manifest.json", "model_latest.pt", "logs/a.csv")
 

@@ -7,8 +7,8 @@ import pytest
 from mirror_fakes import ALL, assert_equal, content, do_round, wait_for
 
 from newllm.errors import UserError
-from newllm.training import drive
-from newllm.training.mirror import Mirror
+from newllm.saving import drive
+from newllm.saving.backup import Mirror
 
 
 def test_copies_are_equal_and_nothing_else_is_left(folders, mirror, target):

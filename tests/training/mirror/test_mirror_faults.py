@@ -8,7 +8,7 @@ import time
 import pytest
 from mirror_fakes import ALL, assert_equal, content, do_round, fails, wait_for
 
-from newllm.training import drive
+from newllm.saving import drive
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.ENOTCONN, 116, 122])

@@ -11,9 +11,9 @@ import pytest
 from mirror_fakes import ALL, assert_equal, content, do_round, wait_for
 
 from newllm.errors import UserError
-from newllm.training import lock as lock_module
-from newllm.training.lock import read_lock
-from newllm.training.mirror import Mirror
+from newllm.saving import guard as lock_module
+from newllm.saving.backup import Mirror
+from newllm.saving.guard import read_lock
 
 
 def test_a_second_run_with_the_same_target_is_refused(folders, mirror, tmp_path):

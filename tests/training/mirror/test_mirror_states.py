@@ -6,7 +6,7 @@ import os
 import pytest
 from mirror_fakes import content, do_round, fails, save, slots
 
-from newllm.training.mirror import Mirror
+from newllm.saving.backup import Mirror
 
 
 def test_the_target_holds_the_latest_state_and_the_one_before(folders, mirror, target):

@@ -3,8 +3,8 @@
 import pytest
 
 from config import ResidualConfig
-from newllm.models.language_model import LanguageModel
-from newllm.training.device import open_runtime
+from newllm.models.network import LanguageModel
+from newllm.training.runtime import open_runtime
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import signal
 from types import SimpleNamespace
 
-from newllm.interrupt import Interrupt
-from newllm.training.checkpoint import Checkpointer
+from newllm.saving.checkpoint import Checkpointer
+from newllm.saving.stop import Interrupt
 from newllm.training.step import OptimizerStep
 
 

@@ -13,10 +13,10 @@ from steps import stop_after
 from torch._dynamo.exc import BackendCompilerFailed
 
 from config import ResidualConfig
-from newllm.interrupt import Stopped
-from newllm.storage import load_sealed
-from newllm.training import device
-from newllm.training.device import StepFunction
+from newllm.saving.files import load_sealed
+from newllm.saving.stop import Stopped
+from newllm.training import runtime as device
+from newllm.training.runtime import StepFunction
 from train import main
 
 
@@ -123,7 +123,7 @@ def test_a_compiler_that_fails_once_is_asked_again(tiny_settings, monkeypatch, c
 STEP = """
 import torch
 from config import ResidualConfig
-from newllm.training.device import StepFunction, open_runtime
+from newllm.training.runtime import StepFunction, open_runtime
 from newllm.training.optim import make_optimizer, prepare_optimizer
 from newllm.training.step import OptimizerStep
 

@@ -14,11 +14,11 @@ from config import ResidualConfig
 from newllm import evaluate
 from newllm.errors import UserError
 from newllm.fixed_point.solver import sweep
-from newllm.interrupt import Stopped
 from newllm.memory import map_parts, split
 from newllm.models.cross_entropy import linear_cross_entropy
-from newllm.storage import load_sealed
-from newllm.training import phase1, phase2
+from newllm.phases import phase1, phase2
+from newllm.saving.files import load_sealed
+from newllm.saving.stop import Stopped
 from newllm.training.optim import make_optimizer
 from newllm.training.step import OptimizerStep
 from train import main

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 
-from newllm.reporting.status import StatusFile
-from newllm.storage import usable_folder
+from newllm.report.status import StatusFile
+from newllm.saving.files import usable_folder
 
 STAGES = {"untrained": "epoch", "phase1": "iteration", "phase2": "epoch"}  # and what counts their rows
 
@@ -56,7 +56,7 @@ class RunLog:
         return [] if load is None else [load]
 
     def plan(self, stages):
-        """Tell the status file what the run will do, as newllm.reporting.status.remaining takes it."""
+        """Tell the status file what the run will do, as newllm.report.status.remaining takes it."""
         self._status.fields["plan"] = stages
 
     def log(self, stage, **values):

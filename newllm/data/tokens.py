@@ -9,8 +9,8 @@ import functools
 import hashlib
 import re
 
-from newllm.interrupt import interruptible, poll
 from newllm.progress import silent
+from newllm.saving.stop import interruptible, poll
 
 END_OF_TEXT = "<|endoftext|>"
 LONGEST_WORD = 256  # bytes of what the trainer takes for a word: its time grows with their square

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from newllm.reporting.runlog import RunLog, format_value, new_run_id, read_rows
+from newllm.report.runlog import RunLog, format_value, new_run_id, read_rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -147,7 +147,7 @@ def test_bytes_that_are_no_text_are_skipped(log):
 
 WRITE_ROWS = """
 import sys
-from newllm.reporting.runlog import RunLog
+from newllm.report.runlog import RunLog
 
 log = RunLog(sys.argv[1], "chitchat", "r")
 for iteration in range(10**9):

@@ -13,17 +13,17 @@ from datetime import UTC, datetime
 
 from newllm.clock import Clock, timed
 from newllm.errors import UserError
-from newllm.interrupt import Stopped, agree, save_requested, stop_reason
-from newllm.storage import Corrupt, load_sealed, save_sealed, usable_folder
-from newllm.training.checkpoint_files import CheckpointFiles
-from newllm.training.compatibility import FORMAT, compare
+from newllm.saving.backup import Mirror
+from newllm.saving.checkpoint_files import CheckpointFiles
+from newllm.saving.compatibility import FORMAT, compare
+from newllm.saving.files import Corrupt, load_sealed, save_sealed, usable_folder
+from newllm.saving.frozen import frozen_path, store_frozen
+from newllm.saving.guard import FolderLock, LockLost
+from newllm.saving.save_thread import SaveThread
+from newllm.saving.state import place, provenance, snapshot
+from newllm.saving.stop import Stopped, agree, save_requested, stop_reason
+from newllm.saving.trained import load_weights
 from newllm.training.contexts import FILES
-from newllm.training.frozen import frozen_path, store_frozen
-from newllm.training.lock import FolderLock, LockLost
-from newllm.training.mirror import Mirror
-from newllm.training.save_thread import SaveThread
-from newllm.training.state import place, provenance, snapshot
-from newllm.training.trained import load_weights
 
 STAGES = ("untrained", "phase1", "phase2", "complete")
 WITH_BEST = ("untrained", "phase2")  # stages that validate, and so have best weights
@@ -165,7 +165,7 @@ class Checkpointer:
         """Take note of where training is.
 
         Args:
-            position: of newllm.training.state. steps: of the stage.
+            position: of newllm.saving.state. steps: of the stage.
 
         Returns:
             What the status says of it: the position, the step of the run, the time of the last save.
@@ -194,7 +194,7 @@ class Checkpointer:
             names: further names to keep it by, of checkpoint_files.KEPT.
             optional: leave it out while the save before is still being written; the next one holds the same and more.
             before: called before anything is written, in the thread that writes.
-            position: of newllm.training.state, of a stage that has begun.
+            position: of newllm.saving.state, of a stage that has begun.
 
         Raises:
             Stopped: when a signal or the time limit asks for it, and the state is on disk.

@@ -2,15 +2,15 @@
 
 import math
 
-from newllm.reporting.record import as_curve
-from newllm.reporting.style import COUNTED, REFERENCE, TRAINED, TRAINING_DATA, UNTRAINED, figure, logarithmic
+from newllm.report.record import as_curve
+from newllm.report.style import COUNTED, REFERENCE, TRAINED, TRAINING_DATA, UNTRAINED, figure, logarithmic
 
 
 def loss_curve(record, path):
     """Loss by iteration of Phase 1 (left out of a run without one) and by epoch of Phase 2.
 
     Args:
-        record: newllm.reporting.record.Record. path: of the PNG file; its folder is made.
+        record: newllm.report.record.Record. path: of the PNG file; its folder is made.
 
     Raises:
         OSError: the file cannot be written.
@@ -41,7 +41,7 @@ def context_curves(record, path):
     """Rank and convergence by iteration of Phase 1, and the contexts at the end, all beside the untrained network.
 
     Args:
-        record: newllm.reporting.record.Record of a run that has contexts. path: of the PNG file; its folder is made.
+        record: newllm.report.record.Record of a run that has contexts. path: of the PNG file; its folder is made.
 
     Raises:
         OSError: the file cannot be written.

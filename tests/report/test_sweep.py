@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from newllm.errors import UserError
-from newllm.reporting.status import StatusFile
-from newllm.reporting.sweep import STATE_NAME, Sweep, progress, progress_line, read_sweep
+from newllm.report.status import StatusFile
+from newllm.report.sweep import STATE_NAME, Sweep, progress, progress_line, read_sweep
 from scripts import status
 
 ROOT = Path(__file__).parents[2]
@@ -256,7 +256,7 @@ def test_the_status_command_needs_no_run_in_hand(tmp_path, capsys):
 
 MAKE_MANY = """
 import sys
-from newllm.reporting.sweep import Sweep
+from newllm.report.sweep import Sweep
 
 def work(run):
     with open(sys.argv[2], "a") as made:

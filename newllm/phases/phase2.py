@@ -18,16 +18,16 @@ from newllm.data.order import (
 )
 from newllm.evaluate import evaluate_prediction, sample_nats
 from newllm.fixed_point.solver import sequential, truncated
-from newllm.interrupt import Stopped
 from newllm.models.adapter import adapter_rank, add_adapter, has_adapter, merge_adapter
 from newllm.models.baselines import Baseline
 from newllm.models.cross_entropy import linear_cross_entropy
 from newllm.progress import Progress
+from newllm.saving.state import position_of
+from newllm.saving.stop import Stopped
 from newllm.seeding import derived_generator, derived_seed
-from newllm.training.device import StepFunction, memory_mb, memory_of
 from newllm.training.features import FrozenFeatures
 from newllm.training.optim import make_optimizer, optimizer_state, prepare_optimizer, set_learning_rate, warmup_cosine
-from newllm.training.state import position_of
+from newllm.training.runtime import StepFunction, memory_mb, memory_of
 from newllm.training.step import OptimizerStep
 
 

@@ -8,9 +8,9 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from newllm.reporting.criteria import linear_fit, scale_lines
-from newllm.reporting.plots import prefill_speed, scale_ladder
-from newllm.reporting.style import COUNTED, DPI, PANEL, TRAINED, TRAINING_DATA, UNTRAINED
+from newllm.report.criteria import linear_fit, scale_lines
+from newllm.report.plots import prefill_speed, scale_ladder
+from newllm.report.style import COUNTED, DPI, PANEL, TRAINED, TRAINING_DATA, UNTRAINED
 from scripts import draw_docs
 
 ROOT = Path(__file__).parents[2]

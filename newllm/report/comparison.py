@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from newllm.errors import UserError
-from newllm.reporting.record import as_curve
+from newllm.report.record import as_curve
 
 COUNTED = ("unigram", "bigram", "kn")  # rows that only count n-grams, the same for every seed
 RESAMPLES = 2000

@@ -17,8 +17,8 @@ import uuid
 from pathlib import Path
 
 from newllm.errors import UserError
-from newllm.training.drive import lies_on_drive
-from newllm.training.machine import boot_time, here, is_alive, start_time
+from newllm.saving.drive import lies_on_drive
+from newllm.saving.machine import boot_time, here, is_alive, start_time
 
 try:
     import fcntl

@@ -12,13 +12,13 @@ from itertools import chain, islice
 
 import torch
 
-from newllm.data.corpus import known_labels, open_corpus, pin
-from newllm.data.tokenizer import Tokenizer, train_bpe
+from newllm.data.dialogues import known_labels, open_corpus, pin
+from newllm.data.tokens import Tokenizer, train_bpe
 from newllm.data.vocabulary import GPT2_FILES, choose_tokenizer, tokenizer_choice
 from newllm.errors import UserError
-from newllm.interrupt import poll
 from newllm.progress import silent
-from newllm.storage import Corrupt, load_sealed, save_sealed, usable_folder
+from newllm.saving.files import Corrupt, load_sealed, save_sealed, usable_folder
+from newllm.saving.stop import poll
 
 FORMAT_VERSION = 1  # raise it when rendering, packing or the file's fields change: older cache files are passed over
 BATCH = 256  # dialogues encoded in one call, at most

@@ -8,8 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from newllm.errors import UserError
-from newllm.reporting.status import CUT_OFF, is_gone, this_process
-from newllm.storage import write_text
+from newllm.report.status import CUT_OFF, is_gone, this_process
+from newllm.saving.files import write_text
 
 STATE_NAME = "sweep_state.json"
 KEPT = ("status", "metrics", "seconds", "time")  # of a run that an earlier start of the sweep knew

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from newllm.errors import UserError
-from newllm.reporting.comparison import Comparison, mean_interval, paired_difference, read_results, write_report
-from newllm.reporting.plots import comparison_points, context_curves
-from newllm.reporting.style import TRAINED, UNTRAINED
+from newllm.report.comparison import Comparison, mean_interval, paired_difference, read_results, write_report
+from newllm.report.plots import comparison_points, context_curves
+from newllm.report.style import TRAINED, UNTRAINED
 
 LENGTH = 10
 

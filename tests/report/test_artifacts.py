@@ -18,10 +18,10 @@ from PIL import Image
 
 from config import ResidualConfig
 from newllm.errors import UserError
-from newllm.reporting import runlog
-from newllm.reporting.artifacts import artifact_paths, models_table, speed_lines, summary_lines
-from newllm.reporting.record import as_curve, find_records, read_record
-from newllm.training.trained import load_model, open_saved
+from newllm.report import runlog
+from newllm.report.artifacts import artifact_paths, models_table, speed_lines, summary_lines
+from newllm.report.record import as_curve, find_records, read_record
+from newllm.saving.trained import load_model, open_saved
 from scripts import evaluate, export, report
 from train import main as train
 

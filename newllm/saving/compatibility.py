@@ -1,7 +1,7 @@
 """Whether a saved run may be continued with the settings and the data of today, and if not, in one sentence why."""
 
 from newllm.config import EARLIER, field_types
-from newllm.training.state import STAGE_NAMES
+from newllm.saving.state import STAGE_NAMES
 
 FORMAT = 4  # of a checkpoint's content
 READABLE = 3, FORMAT  # whose weights this version reads; 3 counts the place inside an epoch in batches

@@ -17,10 +17,10 @@ import test as scale_check
 import train
 from config import ResidualConfig
 from newllm.errors import UserError
-from newllm.interrupt import Stopped
-from newllm.reporting.record import find_records, read_record
-from newllm.reporting.runlog import RunLog, read_rows
-from newllm.reporting.status import StatusFile, read_status, remaining, status_lines, this_process
+from newllm.report.record import find_records, read_record
+from newllm.report.runlog import RunLog, read_rows
+from newllm.report.status import StatusFile, read_status, remaining, status_lines, this_process
+from newllm.saving.stop import Stopped
 from scripts import export, report, status
 
 ROOT = Path(__file__).parents[2]

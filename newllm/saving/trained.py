@@ -3,17 +3,17 @@
 from pathlib import Path
 
 from newllm.config import EARLIER, Config
-from newllm.data.dataset import load_data
-from newllm.data.tokenizer import Tokenizer
+from newllm.data.samples import load_data
+from newllm.data.tokens import Tokenizer
 from newllm.errors import UserError
 from newllm.models.adapter import add_adapter, has_adapter, require_peft, saved_rank
 from newllm.models.baselines import build_model
 from newllm.models.pretrained import load_embedding
-from newllm.storage import Corrupt, load_sealed, save_sealed
-from newllm.training.checkpoint_files import CheckpointFiles, newest
-from newllm.training.compatibility import FORMAT, READABLE, compare
-from newllm.training.frozen import load_frozen
-from newllm.training.state import snapshot
+from newllm.saving.checkpoint_files import CheckpointFiles, newest
+from newllm.saving.compatibility import FORMAT, READABLE, compare
+from newllm.saving.files import Corrupt, load_sealed, save_sealed
+from newllm.saving.frozen import load_frozen
+from newllm.saving.state import snapshot
 
 
 def load_weights(files, model, found):

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 
 from newllm.errors import UserError
-from newllm.storage import Corrupt, verify_seal
-from newllm.training.drive import check_target, copy_verified, refuse_overlap
-from newllm.training.lock import NETWORK, FolderLock, LockLost
+from newllm.saving.drive import check_target, copy_verified, refuse_overlap
+from newllm.saving.files import Corrupt, verify_seal
+from newllm.saving.guard import NETWORK, FolderLock, LockLost
 
 LATEST, PREVIOUS, MANIFEST = "model_latest.pt", "model_prev.pt", "manifest.json"
 

@@ -3,9 +3,9 @@
 import base64
 import html
 
-from newllm.reporting.runlog import format_value
-from newllm.reporting.summary import language_rows
-from newllm.storage import write_text
+from newllm.report.runlog import format_value
+from newllm.report.summary import language_rows
+from newllm.saving.files import write_text
 
 STYLE = """
 :root { color-scheme: light dark; }
@@ -36,7 +36,7 @@ def write_page(record, pictures, path):
     """Write the page of a run.
 
     Args:
-        record: newllm.reporting.record.Record. pictures: paths of PNG files, which become part of the page.
+        record: newllm.report.record.Record. pictures: paths of PNG files, which become part of the page.
 
     Raises:
         OSError: a picture cannot be read, or the page not written.

@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 
 from newllm.errors import UserError
-from newllm.storage import write_text
+from newllm.saving.files import write_text
 
 STATUS_NAME, MANIFEST_NAME, LATEST_NAME = "status.json", "manifest.json", "model_latest.pt"
 SECONDS_BETWEEN_WRITES = 2.0

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from newllm.errors import UserError
-from newllm.reporting.runlog import STAGES, read_rows
+from newllm.report.runlog import STAGES, read_rows
 
 
 @dataclass(frozen=True)

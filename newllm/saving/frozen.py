@@ -4,7 +4,7 @@ import hashlib
 from pathlib import Path
 
 from newllm.errors import UserError
-from newllm.storage import Corrupt, load_sealed, save_sealed
+from newllm.saving.files import Corrupt, load_sealed, save_sealed
 
 
 def frozen_digest(tensors):

@@ -10,13 +10,13 @@ from pathlib import Path
 from statistics import fmean
 
 from newllm.errors import UserError
-from newllm.reporting.banner import STAGE_TITLES, batches, trainable
-from newllm.reporting.page import write_page
-from newllm.reporting.record import find_records, read_record
-from newllm.reporting.run_plots import context_curves, loss_curve
-from newllm.reporting.runlog import STAGES, format_value
-from newllm.reporting.status import remaining
-from newllm.storage import write_text
+from newllm.report.banner import STAGE_TITLES, batches, trainable
+from newllm.report.page import write_page
+from newllm.report.record import find_records, read_record
+from newllm.report.run_plots import context_curves, loss_curve
+from newllm.report.runlog import STAGES, format_value
+from newllm.report.status import remaining
+from newllm.saving.files import write_text
 
 TABLE = "models.csv"
 

@@ -2,9 +2,9 @@
 
 import itertools
 
-from newllm.reporting.criteria import scale_fits
-from newllm.reporting.run_plots import context_panels
-from newllm.reporting.style import (
+from newllm.report.criteria import scale_fits
+from newllm.report.run_plots import context_panels
+from newllm.report.style import (
     COUNTED,
     REFERENCE,
     TRAINED,
@@ -79,7 +79,7 @@ def comparison_points(comparison, tokens, path):
     """Bits per byte of every arm at a budget with their interval over seeds, and what a run of it takes.
 
     Args:
-        comparison: newllm.reporting.comparison.Comparison. tokens: one of its budgets.
+        comparison: newllm.report.comparison.Comparison. tokens: one of its budgets.
         path: of the PNG file; its folder is made.
     """
     arms = comparison.arms(tokens)[::-1]
@@ -111,7 +111,7 @@ def context_curves(comparison, tokens, path):
     """What the contexts of several arms are like, as means over seeds: convergence, memory, rank, use, and what w trades.
 
     Args:
-        comparison: newllm.reporting.comparison.Comparison. tokens: one of its budgets.
+        comparison: newllm.report.comparison.Comparison. tokens: one of its budgets.
         path: of the PNG file; its folder is made.
     """
     with figure(path, 2, 3) as ((cold, memory, past), (spectrum, use, trade)):

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 from newllm.errors import UserError
-from newllm.storage import Corrupt, duplicate, load_sealed, save_sealed, verify_seal, write_text
-from newllm.training.drive import copy_verified
+from newllm.saving.drive import copy_verified
+from newllm.saving.files import Corrupt, duplicate, load_sealed, save_sealed, verify_seal, write_text
 
 KEPT = ("model_epoch.pt", "model_phase1.pt", "model_backup.pt")  # end of an epoch, end of Phase 1, saved by hand
 STEP_FILE = re.compile(r"model_step_(\d+)\.pt")
