@@ -55,14 +55,18 @@ def main(config, ladder=False):
         summaries = climb(config, LADDER if ladder is True else ladder)
     else:
         own = dict(checkpoint_dir=str(Path(config.checkpoint_dir) / "scale_check"), backup_dir="")
-        summaries = [train.main(dataclasses.replace(config, save_checkpoint=False, load_checkpoint=False, **own))]
+        summaries = [
+            train.main(dataclasses.replace(config, save_checkpoint=False, load_checkpoint=False, **own))
+        ]
     for summary in summaries:
         print(f"\n== {summary['train_tokens']:,} tokens, {summary['data_source']}, {summary['tokenizer']} ==")
         print("\n".join(criteria_table(check(summary))))
     print("\n" + "\n".join(table(LADDER_COLUMNS, map(ladder_row, summaries))))
     if len(summaries) > 1:
         print("\n" + "\n".join(scale_lines(summaries)))
-        draw(summaries, Path(config.checkpoint_dir) / "outputs" / "plots" / f"scale_ladder_{new_run_id()}.png")
+        draw(
+            summaries, Path(config.checkpoint_dir) / "outputs" / "plots" / f"scale_ladder_{new_run_id()}.png"
+        )
     if any("cold_start_error_10" in summary for summary in summaries):
         print(f"\n{FINAL_DIFF}")
     passed = all(criterion.passed for summary in summaries for criterion in check(summary))
@@ -93,7 +97,9 @@ def climb(config, ladder):
 
     def work(run):
         # One backup_dir cannot mirror several runs; the time limit is the ladder's, and a stop is passed on to the run.
-        own = dict(num_samples=run["size"], checkpoint_dir=run["folder"], keep_last=0, backup_dir="", max_minutes=0.0)
+        own = dict(
+            num_samples=run["size"], checkpoint_dir=run["folder"], keep_last=0, backup_dir="", max_minutes=0.0
+        )
         return plain(call_apart(train.main, dataclasses.replace(config, **own)))
 
     with Interrupt(config.max_minutes), FolderLock(folder, "ladder"):
@@ -112,7 +118,9 @@ def sizes(text):
     except ValueError:
         found = []
     if not found or found[0] < 1 or len(set(found)) < len(found):
-        raise UserError(f"--ladder takes numbers of samples, positive and each once, like 195,1953,3906, not '{text}'.")
+        raise UserError(
+            f"--ladder takes numbers of samples, positive and each once, like 195,1953,3906, not '{text}'."
+        )
     return tuple(found)
 
 

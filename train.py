@@ -38,7 +38,13 @@ from newllm.training.dry_run import preview
 from newllm.training.effects import unused_lines
 from newllm.training.memory_estimate import predicted_peak
 from newllm.training.plan import make_plan
-from newllm.training.runtime import compile_cost, describe_device, gpu_utilization, open_runtime, peak_memory_mb
+from newllm.training.runtime import (
+    compile_cost,
+    describe_device,
+    gpu_utilization,
+    open_runtime,
+    peak_memory_mb,
+)
 from newllm.training.tracking import start_tracking
 
 
@@ -57,7 +63,9 @@ def main(config, dry_run=False, sources=(load_data, load_embedding)):
         Stopped: a signal or max_minutes ended the run early; everything is saved.
     """
     if config.whiten_context and config.model_type == "context" and not config.freeze_context:
-        raise UserError("whiten_context whitens contexts that no longer change: use --freeze_context with it.")
+        raise UserError(
+            "whiten_context whitens contexts that no longer change: use --freeze_context with it."
+        )
     if config.context_adapter != "none":
         require_peft()
     with Interrupt(config.max_minutes, config.save_checkpoint) as interrupt, Clock():
@@ -102,11 +110,19 @@ def begin_record(config, runtime, data, model, checkpointer, log):
     if config.trackers != "none" and log.writes:
         folder = log.folder.parent / "tracking" / log.run_id
         log.follow = start_tracking(runtime.accelerator, config.trackers, folder, config.to_dict(), log.warn)
-    kernel = model.attention_in_effect(runtime.device, runtime.storage_dtype) if isinstance(model, Baseline) else None
+    kernel = (
+        model.attention_in_effect(runtime.device, runtime.storage_dtype)
+        if isinstance(model, Baseline)
+        else None
+    )
     device, plan = describe_device(runtime), make_plan(config, len(data.train), model, runtime.device)
-    for line in banner(config, device, data, model, plan, [f"attention: {kernel or 'none'}", *checkpointer.notes]):
+    for line in banner(
+        config, device, data, model, plan, [f"attention: {kernel or 'none'}", *checkpointer.notes]
+    ):
         log.say(line)
-    about = dict(device=device, attention=kernel or "none", data=data.notes, fingerprint=data.fingerprint, plan=plan)
+    about = dict(
+        device=device, attention=kernel or "none", data=data.notes, fingerprint=data.fingerprint, plan=plan
+    )
     log.log("start", config=config.to_dict(), **about, **provenance())
     log.plan(plan)
     for line in unused_lines(config, runtime.device.type == "cpu", data.tokenizer.name):
@@ -141,7 +157,9 @@ def run_stages(config, runtime, data, model, checkpointer, log, predicted_peak_m
             control.keep_context_embedding()
             log.say(context_line("untrained", results["contexts"]))
             with timed("untrained control"):
-                results["head"] = train_phase2(control, data, config, runtime, log, checkpointer, "untrained", True)
+                results["head"] = train_phase2(
+                    control, data, config, runtime, log, checkpointer, "untrained", True
+                )
             del control
         checkpointer.complete("untrained", model, results)
         runtime.accelerator.free_memory()  # of the optimizers it has prepared
@@ -163,7 +181,10 @@ def run_stages(config, runtime, data, model, checkpointer, log, predicted_peak_m
 
     if config.phase == "both" and not checkpointer.is_done("phase2"):
         frozen = isinstance(model, LanguageModel) and (config.freeze_context or not learns_context)
-        how = f"model type {config.model_type}" + f", contexts {'frozen' if frozen else 'fine-tuned'}" * learns_context
+        how = (
+            f"model type {config.model_type}"
+            + f", contexts {'frozen' if frozen else 'fine-tuned'}" * learns_context
+        )
         log.say(f"\n== Phase 2: next-token prediction, {how} ==")
         with timed("Phase 2"):
             head = train_phase2(model, data, config, runtime, log, checkpointer, "phase2", frozen)
@@ -237,7 +258,11 @@ def end_of(config, checkpointer):
             "best_val_loss": head["loss"],
         }
     elif training := checkpointer.results["phase1"]["training"]:
-        end |= {"stage": "phase1", "epoch": training["phase1_iterations"], "epochs": config.phase1_max_iterations}
+        end |= {
+            "stage": "phase1",
+            "epoch": training["phase1_iterations"],
+            "epochs": config.phase1_max_iterations,
+        }
     return end
 
 

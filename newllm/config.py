@@ -47,7 +47,9 @@ Dropout = Annotated[float, Range(0, 0.95)]
 PRESETS = {
     "none": {},
     # The published ancestor's network: GPT-2 vocabulary, logits read the token stream through an untied matrix.
-    "seed": dict(tokenizer="gpt2", context_dim=768, embed_dim=768, num_layers=6, token_layers=0, tie_weights=False),
+    "seed": dict(
+        tokenizer="gpt2", context_dim=768, embed_dim=768, num_layers=6, token_layers=0, tie_weights=False
+    ),
 }
 
 # How other trainers and guides call settings of this one: what to give here -> their names.
@@ -100,7 +102,12 @@ PLACES = {"data_source", "tokenizer", "embeddings", "cache_dir", "checkpoint_dir
 
 # What these settings are in files of versions that did not have them.
 EARLIER = dict(
-    data_split="", data_column="", context_adapter="none", adapter_rank=0, attention="auto", save_min_seconds=30.0
+    data_split="",
+    data_column="",
+    context_adapter="none",
+    adapter_rank=0,
+    attention="auto",
+    save_min_seconds=30.0,
 )
 
 
@@ -218,11 +225,15 @@ class Config:
                     f"num_tokens ({self.num_tokens}) is less than one sample of max_seq_length ({self.max_seq_length}) tokens."
                 )
             object.__setattr__(self, "num_samples", self.num_tokens // self.max_seq_length)
-            object.__setattr__(self, "num_tokens", 0)  # said once: a copy with another num_samples has that many
+            object.__setattr__(
+                self, "num_tokens", 0
+            )  # said once: a copy with another num_samples has that many
         if earlier is not None:
             changed = self.differences().items() if type(self) is not Config else ()
             kept = {"num_samples"} if earlier.get("num_tokens") else set()
-            given = {n: value for n, (_, value) in changed if n not in PRESETS[preset].keys() | kept} | earlier
+            given = {
+                n: value for n, (_, value) in changed if n not in PRESETS[preset].keys() | kept
+            } | earlier
         object.__setattr__(self, "given", given)
         if type(self) is not Config:  # what a saved run was made with stays as it was
             self._refuse_misfits()
@@ -238,7 +249,9 @@ class Config:
                 f"model_type '{self.model_type}' has no context: leave out freeze_context and whiten_context."
             )
         if self.context_adapter != "none" and (self.model_type != "context" or self.freeze_context):
-            raise UserError("context_adapter fine-tunes F: leave it out with freeze_context or another model_type.")
+            raise UserError(
+                "context_adapter fine-tunes F: leave it out with freeze_context or another model_type."
+            )
         if self.whiten_context and self.model_type == "token":
             raise UserError("model_type 'token' has no context to whiten: leave out whiten_context.")
         if self.model_type in ("gru", "lstm", "window") and not self.token_layers:
@@ -255,14 +268,22 @@ class Config:
         if name not in field_types():
             raise Immutable(f"there is no setting '{name}'{_hint(name, field_types())}.")
         kind = field_types()[name][0]
-        flag = f"--{name} {shlex.quote(str(value))}" if kind is not bool else f"--{name}" if value else f"--no-{name}"
+        flag = (
+            f"--{name} {shlex.quote(str(value))}"
+            if kind is not bool
+            else f"--{name}"
+            if value
+            else f"--no-{name}"
+        )
         raise Immutable(
             f"a configuration that is made does not change, so {name} stays {getattr(self, name)!r}: change its line in config.py, "
             f"give the flag {flag}, or make it with ResidualConfig({name}={value!r})."
         )
 
     def __delattr__(self, name):
-        raise Immutable(f"a configuration keeps every setting that it was made with: '{name}' cannot be deleted.")
+        raise Immutable(
+            f"a configuration keeps every setting that it was made with: '{name}' cannot be deleted."
+        )
 
     def __init_subclass__(cls):
         _refuse_unknown(cls)
@@ -344,7 +365,9 @@ def checked(name, value, kind, bounds):
     """The value, if it is of a kind (a type or a tuple of choices) and within bounds (a Range or None)."""
     if isinstance(kind, tuple):
         if value not in kind:
-            raise UserError(f"{name} must be one of {', '.join(kind)}, not {value!r}{_nearest(str(value), kind)}.")
+            raise UserError(
+                f"{name} must be one of {', '.join(kind)}, not {value!r}{_nearest(str(value), kind)}."
+            )
         return value
     if kind is float and type(value) is int and abs(value) < 2**53:
         value = float(value)
@@ -358,14 +381,21 @@ def checked(name, value, kind, bounds):
 
 
 def _nearest(name, known):
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6) or [k for k in known if name and name in k][:1]
+    close = (
+        difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+        or [k for k in known if name and name in k][:1]
+    )
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def _hint(name, known):
     """What to give in place of a setting or flag that there is not: by what it is called elsewhere, else by its spelling."""
     here = ELSEWHERE.get(name.lstrip("-").lower())
-    return f"; here it is {here if name.startswith('-') else here.replace('--', '')}" if here else _nearest(name, known)
+    return (
+        f"; here it is {here if name.startswith('-') else here.replace('--', '')}"
+        if here
+        else _nearest(name, known)
+    )
 
 
 def parse_args(config_class, argv=None, description=None, extra=None):
@@ -386,7 +416,9 @@ def parse_args(config_class, argv=None, description=None, extra=None):
     helps = field_comments(config_class)
     for name, (kind, _) in field_types().items():
         default = str(getattr(config_class, name, "")).replace("%", "%%")
-        options = dict(dest=name, default=argparse.SUPPRESS, help=f"{helps.get(name, '')} (default: {default})")
+        options = dict(
+            dest=name, default=argparse.SUPPRESS, help=f"{helps.get(name, '')} (default: {default})"
+        )
         if kind is bool:
             settings.add_argument(f"--{name}", action=argparse.BooleanOptionalAction, **options)
         elif isinstance(kind, tuple):
@@ -396,7 +428,9 @@ def parse_args(config_class, argv=None, description=None, extra=None):
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         flags = [option for action in parser._actions for option in action.option_strings]
-        raise UserError(f"unknown argument '{unknown[0]}'{_hint(unknown[0].split('=')[0], flags)}; see --help.")
+        raise UserError(
+            f"unknown argument '{unknown[0]}'{_hint(unknown[0].split('=')[0], flags)}; see --help."
+        )
     given = {name: value for name, value in vars(namespace).items() if name in field_types()}
     return config_class(**given), namespace
 
@@ -439,7 +473,9 @@ def _refuse_values(argv):
         value = value or ("" if after.startswith("-") else after)
         name = flag.removeprefix("--").removeprefix("no-")
         if value and flag.startswith("--") and field_types().get(name, [None])[0] is bool:
-            raise UserError(f"{flag} takes no value such as '{value}': --{name} alone is True, --no-{name} is False.")
+            raise UserError(
+                f"{flag} takes no value such as '{value}': --{name} alone is True, --no-{name} is False."
+            )
 
 
 def _converter(name, kind):

@@ -60,7 +60,9 @@ def exit_on_user_error():
             raise SystemExit(BROKEN_PIPE) from None
         if not silence_broken_streams("\n"):
             raise
-        print(f"error: the output cannot be written ({error.strerror}): give it another place.", file=sys.stderr)
+        print(
+            f"error: the output cannot be written ({error.strerror}): give it another place.", file=sys.stderr
+        )
         raise SystemExit(2) from None
 
 

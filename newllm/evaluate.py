@@ -82,7 +82,10 @@ def evaluate_contexts(model, data, config, device, progress=silent):
     enough = [share >= config.phase1_min_converged_ratio for share in stats.converged]
     capacity = diagnostics.past_capacity(sides["train"], sides["val"])
     tokens = min(RANK_TOKENS, count * length)
-    spectra = {name: diagnostics.spectrum(rearrange(c, "b t c -> (b t) c")[:tokens]) for name, (c, _) in sides.items()}
+    spectra = {
+        name: diagnostics.spectrum(rearrange(c, "b t c -> (b t) c")[:tokens])
+        for name, (c, _) in sides.items()
+    }
     spectrum = spectra["val"].tolist()
     ranks = sorted({round(1 + i * (len(spectrum) - 1) / SPECTRUM_POINTS) for i in range(SPECTRUM_POINTS + 1)})
     return {
@@ -125,7 +128,9 @@ def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None
             nll, correct = linear_token_nll(model.hidden(*given), *model.output_weights(), targets[part])
         return torch.stack([nll.double().sum(), correct.double().sum()]).tolist()
 
-    scores = torch.tensor(map_parts(scored, len(ids), SEQUENCES_AT_A_TIME), dtype=torch.float64).view(-1, 2).sum(0)
+    scores = (
+        torch.tensor(map_parts(scored, len(ids), SEQUENCES_AT_A_TIME), dtype=torch.float64).view(-1, 2).sum(0)
+    )
     nats, right, count, text = totals(*scores.tolist(), targets.numel(), text_bytes(ids, token_bytes))
     loss = nats / count
     return {
@@ -173,7 +178,9 @@ def bpb_by_context(model, ids, token_bytes, autocast, device, progress=silent):
 
     with progress("bits per byte", len(ids) * length * cuts[-1]) as bar:
         total = torch.tensor(map_parts(nats, len(ids), CURVE_SEQUENCES), dtype=torch.float64).sum(0)
-    return dict(zip([*cuts, length], (total / math.log(2) / text_bytes(ids, token_bytes)).tolist(), strict=True))
+    return dict(
+        zip([*cuts, length], (total / math.log(2) / text_bytes(ids, token_bytes)).tolist(), strict=True)
+    )
 
 
 @torch.no_grad()

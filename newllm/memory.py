@@ -7,7 +7,13 @@ import itertools
 
 import torch
 
-SAYING_SO = ("out of memory", "_alloc_failed", "not enough memory", "defaultcpuallocator", "memory allocation")
+SAYING_SO = (
+    "out of memory",
+    "_alloc_failed",
+    "not enough memory",
+    "defaultcpuallocator",
+    "memory allocation",
+)
 
 
 def is_out_of_memory(error):

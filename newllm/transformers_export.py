@@ -145,8 +145,12 @@ def is_export(folder):
 def write_code(folder):
     """The modules that the model needs, importing one another, and the versions they were tested with."""
     tested = []
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a folder that was never installed
-        tested = [text for text in importlib.metadata.requires("newllm") if re.match(r"[\w-]+", text)[0] in NEEDED]
+    with contextlib.suppress(
+        importlib.metadata.PackageNotFoundError
+    ):  # run from a folder that was never installed
+        tested = [
+            text for text in importlib.metadata.requires("newllm") if re.match(r"[\w-]+", text)[0] in NEEDED
+        ]
     for name, source in CODE.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         text = re.sub(r"^from newllm\.(?:\w+\.)*(\w+) import", r"from .\1 import", text, flags=re.M)
@@ -190,7 +194,11 @@ def replacing(folder):
                     else:
                         target.unlink(missing_ok=True)
                 raise
-    except (OSError, UnicodeError, SafetensorError) as error:  # UnicodeError: a folder whose name is not UTF-8
+    except (
+        OSError,
+        UnicodeError,
+        SafetensorError,
+    ) as error:  # UnicodeError: a folder whose name is not UTF-8
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{folder} cannot be written ({reason}): choose another folder.") from error
 
@@ -203,7 +211,9 @@ def model_card(record):
     phases = f"next-token prediction, best of {summary['phase2_best_epoch']} epochs"
     memory = ""
     if summary.get("phase1_iterations"):
-        phases = f"Phase 1 of {summary['phase1_iterations']} sweeps, then {phases}, contexts {summary['contexts']}"
+        phases = (
+            f"Phase 1 of {summary['phase1_iterations']} sweeps, then {phases}, contexts {summary['contexts']}"
+        )
         memory = f"\nAfter Phase 1 its contexts remembered about {summary['memory_horizon']} tokens.\n"
     return f"""---
 library_name: transformers

@@ -73,7 +73,9 @@ class ContextCache:
 
     def reorder_cache(self, rows):
         """Take the rows [B'] of the batch, as beams do."""
-        self.recurrent_states = [state.index_select(0, rows.to(state.device)) for state in self.recurrent_states]
+        self.recurrent_states = [
+            state.index_select(0, rows.to(state.device)) for state in self.recurrent_states
+        ]
 
 
 class NewLLMOutput(CausalLMOutputWithPast):
@@ -136,7 +138,10 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: the end-of-text id, or every id, would go; nothing has changed.
         """
-        network, last = self.network, max([0, *ids_of(self.config.eos_token_id), *ids_of(self.config.pad_token_id)])
+        network, last = (
+            self.network,
+            max([0, *ids_of(self.config.eos_token_id), *ids_of(self.config.pad_token_id)]),
+        )
         if new_num_tokens is not None and new_num_tokens <= last:
             raise ValueError(
                 f"resize_token_embeddings({new_num_tokens}): this model needs its ids up to {last}, so at least {last + 1} tokens."
@@ -150,7 +155,9 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         bias = torch.cat([bias[:kept], bias.min().expand(size - kept)])
         network.output_bias = torch.nn.Parameter(bias, requires_grad=network.output_bias.requires_grad)
         if network.context_embedding is not None:
-            network.context_embedding = torch.cat([network.context_embedding[:kept], embedding.weight.detach()[kept:]])
+            network.context_embedding = torch.cat(
+                [network.context_embedding[:kept], embedding.weight.detach()[kept:]]
+            )
         network.vocab_size = size
         return embedding
 
@@ -184,7 +191,9 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
             ValueError: given inputs_embeds or another model's cache, or an id that the model lacks.
         """
         given = [found for found in (cache, cache_params, past_key_values) if found is not None]
-        if kwargs.get("inputs_embeds") is not None or not all(isinstance(found, ContextCache) for found in given):
+        if kwargs.get("inputs_embeds") is not None or not all(
+            isinstance(found, ContextCache) for found in given
+        ):
             raise ValueError(
                 "this model reads input_ids on from the cache that it returned (cache, or cache_params): it takes "
                 "neither inputs_embeds nor another model's cache."
@@ -200,7 +209,9 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.network.logits(contexts[:, keep], streams[:, keep])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
         if self.config.use_cache if use_cache is None else use_cache:
             cache.recurrent_states = [contexts[:, -1].detach()]
         elif not given:
@@ -222,7 +233,9 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
             tokens = torch.cat([tokens, mask[..., None].to(tokens.dtype)], -1)
         if self.config.prefill == "sweeps" and tokens.shape[1] > 1 and not torch.is_grad_enabled():
-            *found, stats = prefill(step, tokens, width, self.config.prefill_tolerance, MAX_SWEEPS, start_BC=state)
+            *found, stats = prefill(
+                step, tokens, width, self.config.prefill_tolerance, MAX_SWEEPS, start_BC=state
+            )
             if all(stats.converged):
                 return found
         return sequential(step, tokens, width, state)

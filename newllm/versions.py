@@ -16,5 +16,7 @@ def outside(needed):
         except importlib.metadata.PackageNotFoundError:
             continue
         if not requirement.specifier.contains(version, prereleases=True):
-            found.append(f"{requirement.name} is {version}, newllm wants {requirement.name}{requirement.specifier}")
+            found.append(
+                f"{requirement.name} is {version}, newllm wants {requirement.name}{requirement.specifier}"
+            )
     return found

@@ -56,7 +56,10 @@ def bench(config, say):
     def add(part, speeds, *work, base=None):
         """A row; work: (FLOP a token, FLOP/s of products of that shape), one pair a shape."""
         tok_per_s = statistics.median(speeds)
-        gflops, share = tok_per_s * sum(n for n, _ in work) / 1e9, tok_per_s * sum(n / rate for n, rate in work)
+        gflops, share = (
+            tok_per_s * sum(n for n, _ in work) / 1e9,
+            tok_per_s * sum(n / rate for n, rate in work),
+        )
         ratio = base and tok_per_s / statistics.median(base)
         result.append(dict(part=part, tok_per_s=spread(speeds), gflops=gflops, share=share, ratio=ratio))
         say(f"{part}: {tok_per_s:,.0f} tok/s, {share:.0%} of the matrix rate")
@@ -68,10 +71,18 @@ def bench(config, say):
     add("Phase 1 sweep, forward", main.sweep_forward(), (flops.map, rate), base=loop)
     add("Phase 1, loss + backward + step", main.phase1(), (flops.phase1, rate), base=training_loop)
     for sequences in (1, config.num_samples):
-        add(f"step by step, {sequences} sequences at once", main.sequential(sequences), (flops.map, rate), base=loop)
+        add(
+            f"step by step, {sequences} sequences at once",
+            main.sequential(sequences),
+            (flops.map, rate),
+            base=loop,
+        )
     for vocab_size in VOCABULARIES:
         each, logits = Bench(config, vocab_size), 3 * 2 * config.embed_dim * vocab_size
-        for name, freeze, total in (("frozen", True, each.flops.frozen), ("fine-tuned", False, each.flops.fine_tuned)):
+        for name, freeze, total in (
+            ("frozen", True, each.flops.frozen),
+            ("fine-tuned", False, each.flops.fine_tuned),
+        ):
             work = (total - logits, rate), (logits, rates[used, vocab_size])
             add(f"Phase 2 {name}, V = {vocab_size:,}", each.phase2(freeze), *work)
         add(f"generation, V = {vocab_size:,}", each.generation(), (each.flops.generation, single))
@@ -115,7 +126,9 @@ def bench_switches(config, say):
     """Training with one setting changed at a time, as a list of rows: the switch, and what its process measured."""
     runs = {name: (time_switch, dataclasses.replace(config, **changes)) for name, changes in SWITCHES.items()}
     transformer = dataclasses.replace(config, **TRANSFORMER)
-    runs |= {f"Transformer, attention {backend}": (time_attention, transformer, backend) for backend in ATTENTION}
+    runs |= {
+        f"Transformer, attention {backend}": (time_attention, transformer, backend) for backend in ATTENTION
+    }
     rows = []
     for name, run in runs.items():
         rows.append({"switch": name} | call_apart(*run))
@@ -147,7 +160,9 @@ def main(config, as_json=False, switches=True):
     say = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
     device = describe_device(open_runtime(config))
     say(f"device: {device}; samples of {config.max_seq_length} tokens\n")
-    with Interrupt():  # before the parts: a process begins with the peak of the one that started it, still small here
+    with (
+        Interrupt()
+    ):  # before the parts: a process begins with the peak of the one that started it, still small here
         changed = bench_switches(config, say) if switches else []
     parts = bench(config, say)
     if as_json:

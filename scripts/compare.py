@@ -48,7 +48,9 @@ ARMS = {  # name: settings in which it differs from the settings of the command
     "lstm": dict(model_type="lstm"),
     "transformer": dict(model_type="transformer"),
 }
-GRID = dict(phase2_learning_rate=(0.0005, 0.001, 0.002, 0.004), dropout=(0.0, 0.15, 0.3, 0.5))  # the same for every arm
+GRID = dict(
+    phase2_learning_rate=(0.0005, 0.001, 0.002, 0.004), dropout=(0.0, 0.15, 0.3, 0.5)
+)  # the same for every arm
 TUNING_START = (0.002, 0.3)
 TUNED_AS = {  # an ablation differs from its arm in one thing: it takes what that arm was tuned to
     **{arm: "phase1_frozen" for arm in ARMS if arm.startswith(("phase1_w", "phase1_shuffled"))},
@@ -83,7 +85,9 @@ def tune(config, arms, budgets, folder):
                 for point in sorted(points)
             }
             make(config, runs, folder)
-            made = [r for r in read_results(folder) if r["arm"] == arm and r["changes"]["num_samples"] == samples]
+            made = [
+                r for r in read_results(folder) if r["arm"] == arm and r["changes"]["num_samples"] == samples
+            ]
             best = min(made, key=lambda result: result["val_loss"])
             points = neighbours(place(best)) - {place(result) for result in made}
 
@@ -117,7 +121,9 @@ def make(config, runs, results, keep=False):
     shared = {name: value for name, value in shaping(config.to_dict(), "budget").items() if name != "seed"}
 
     def configured(name):
-        own = dict(checkpoint_dir=str(folder / name), keep_last=0, backup_dir="", max_minutes=0.0, artifacts=keep)
+        own = dict(
+            checkpoint_dir=str(folder / name), keep_last=0, backup_dir="", max_minutes=0.0, artifacts=keep
+        )
         return dataclasses.replace(config, **own | dict(untrained_control=False) | runs[name])
 
     def made(name):
@@ -141,7 +147,8 @@ def make(config, runs, results, keep=False):
         summary["val_sample_nats"] = [round(nats, 3) for nats in summary["val_sample_nats"]]
         result = {"arm": name.split("-")[0], "seed": configured(name).seed, "changes": runs[name]} | summary
         write_text(
-            results / f"{name}.json", json.dumps(result | {"settings": meaning(configured(name).to_dict())}) + "\n"
+            results / f"{name}.json",
+            json.dumps(result | {"settings": meaning(configured(name).to_dict())}) + "\n",
         )
         return plain(summary)
 
@@ -174,7 +181,13 @@ def tuning_rows(results):
     for result in sorted(results, key=lambda result: result["val_loss"]):
         tried.setdefault((result["changes"]["num_samples"], result["arm"]), []).append(result)
     for (samples, arm), (best, *others) in sorted(tried.items()):
-        yield samples, arm, *(f"{value:g}" for value in place(best)), f"{best['val_ppl']:.1f}", 1 + len(others)
+        yield (
+            samples,
+            arm,
+            *(f"{value:g}" for value in place(best)),
+            f"{best['val_ppl']:.1f}",
+            1 + len(others),
+        )
 
 
 def main(config, arguments):
@@ -187,7 +200,11 @@ def main(config, arguments):
         tuned = choose(read_results(folder))
         write_text(results / TUNED, json.dumps(tuned, indent=1) + "\n")
         print(
-            "\n".join(markdown(("samples", "arm", *GRID, "val ppl", "points tried"), tuning_rows(read_results(folder))))
+            "\n".join(
+                markdown(
+                    ("samples", "arm", *GRID, "val ppl", "points tried"), tuning_rows(read_results(folder))
+                )
+            )
         )
         return
     if not arguments.report:
@@ -233,9 +250,13 @@ def flags(parser):
         "--results", type=expanded, default="results", help="folder of the figures, one small file a run"
     )
     parser.add_argument(
-        "--keep", action="store_true", help="keep models, pictures, tables of the runs made, in checkpoint_dir/RUN"
+        "--keep",
+        action="store_true",
+        help="keep models, pictures, tables of the runs made, in checkpoint_dir/RUN",
     )
-    parser.add_argument("--tune", action="store_true", help="choose each arm's learning rate and dropout, from a grid")
+    parser.add_argument(
+        "--tune", action="store_true", help="choose each arm's learning rate and dropout, from a grid"
+    )
     parser.add_argument("--report", action="store_true", help="train nothing, make tables and pictures")
 
 

@@ -69,7 +69,9 @@ def check_device(config):
     """The GPU, if there is one, and whether bf16 is native to it."""
     open_runtime(config)  # refuses a device or precision that there is not
     if not torch.cuda.is_available():
-        raise Note("GPU Available: False; training runs on the CPU. On Colab: Runtime, Change runtime type, T4 GPU.")
+        raise Note(
+            "GPU Available: False; training runs on the CPU. On Colab: Runtime, Change runtime type, T4 GPU."
+        )
     properties = torch.cuda.get_device_properties(0)
     native = torch.cuda.is_bf16_supported(including_emulation=False)
     return (
@@ -81,7 +83,9 @@ def check_device(config):
 def check_precision(config):
     """What would be in effect: device, precision, batches, cadence."""
     runtime, model = open_runtime(config), sketch(config, vocabulary(config))
-    plan = make_plan(config, config.num_samples - round(config.tune_share * config.num_samples), model, runtime.device)
+    plan = make_plan(
+        config, config.num_samples - round(config.tune_share * config.num_samples), model, runtime.device
+    )
     baseline = isinstance(model, Baseline)
     attention = model.attention_in_effect(runtime.device, runtime.storage_dtype) if baseline else None
     return (
@@ -152,7 +156,9 @@ def check_drive(config):
     if not on_colab:
         return "not on Colab: what a run writes stays on this machine"
     if not os.path.ismount(COLAB_DRIVE):
-        raise Note("Drive is not mounted: run the notebook's first cell, or what this machine writes is lost with it.")
+        raise Note(
+            "Drive is not mounted: run the notebook's first cell, or what this machine writes is lost with it."
+        )
     here = Path(config.checkpoint_dir).resolve()
     if not (here.is_relative_to(COLAB_DRIVE) or config.backup_dir):
         raise Note(
@@ -184,8 +190,9 @@ def check_tokenizer(config):
     tokenizer, reason = choose_tokenizer(tokenizer_choice(config))
     if tokenizer:
         return f"{tokenizer.name}, {tokenizer.vocab_size:,} ids"
-    return f"a byte-level BPE of {config.vocab_size:,} ids, trained on the training dialogues" + f" ({reason})" * bool(
-        reason
+    return (
+        f"a byte-level BPE of {config.vocab_size:,} ids, trained on the training dialogues"
+        + f" ({reason})" * bool(reason)
     )
 
 

@@ -9,7 +9,9 @@ from newllm.config import Parser, expanded
 from newllm.errors import exit_on_user_error
 from newllm.report.style import COUNTED, REFERENCE, TRAINED, TRAINING_DATA, UNTRAINED, figure
 
-BLUE, ORANGE, GREEN, PINK, GREY = (s["color"] for s in (TRAINED, UNTRAINED, COUNTED, TRAINING_DATA, REFERENCE))
+BLUE, ORANGE, GREEN, PINK, GREY = (
+    s["color"] for s in (TRAINED, UNTRAINED, COUNTED, TRAINING_DATA, REFERENCE)
+)
 TOKENS = ("User", ":", "how", "do", "I", "boil", "an", "egg")
 SWEEPS = 5
 
@@ -29,7 +31,10 @@ def box(panel, x, y, text, color, width=1.0, height=0.5, filled=False):
 
 def arrow(panel, start, end, color=GREY, **style):
     panel.annotate(
-        "", end, start, arrowprops=dict(arrowstyle="-|>", color=color, linewidth=1.3, shrinkA=0, shrinkB=0) | style
+        "",
+        end,
+        start,
+        arrowprops=dict(arrowstyle="-|>", color=color, linewidth=1.3, shrinkA=0, shrinkB=0) | style,
     )
 
 
@@ -51,7 +56,9 @@ def idea(path):
             if t:
                 arrow(loop, (x - 0.65, 4.0), (x - 0.36, 4.0), BLUE)
         loop.text(4.7, 5.5, r"$c_t = F(c_{t-1}, e_t)$", ha="center", fontsize=11)
-        loop.text(4.7, 0.9, f"{len(TOKENS)} dependent steps; 100,000 tokens: 100,000", ha="center", color=GREY)
+        loop.text(
+            4.7, 0.9, f"{len(TOKENS)} dependent steps; 100,000 tokens: 100,000", ha="center", color=GREY
+        )
         bare(sweeps, "By sweeps: all tokens at once, again and again", 9.4, 6.6)
         for k in range(SWEEPS):
             y = 5.4 - k
@@ -84,7 +91,15 @@ def architecture(path):
             "$e \\leftarrow \\mathrm{LN}(e + o_e)$", BLUE, 2.9, 2.4)  # fmt: skip
         box(model, 1.5, 3.9, "$c_{t-1}$", BLUE, 1.0)
         box(model, 4.6, 5.0, "$c_t$", BLUE, 1.0)
-        box(model, 7.9, 3.2, "head\n$u \\leftarrow \\mathrm{LN}(u +$\n$\\mathrm{MLP}[c_t; u])$", GREEN, 2.1, 1.5)
+        box(
+            model,
+            7.9,
+            3.2,
+            "head\n$u \\leftarrow \\mathrm{LN}(u +$\n$\\mathrm{MLP}[c_t; u])$",
+            GREEN,
+            2.1,
+            1.5,
+        )
         box(model, 7.9, 5.4, "next token\n$h E^T + b$", PINK, 2.1, 0.9)
         for start, end in (
             ((1.5, 1.15), (1.5, 1.75)), ((2.3, 2.2), (3.15, 2.2)), ((2.0, 3.9), (3.15, 3.2)), ((4.6, 3.9), (4.6, 4.75)),
@@ -94,7 +109,13 @@ def architecture(path):
         model.text(6.3, 2.35, "$u_t$", fontsize=9)
         bare(phases, "What trains when", 9.4, 6.6)
         rows = (
-            ("Phase 1", "no label: sweeps over stored contexts", "fixed-point consistency + spread", BLUE, "$F$"),
+            (
+                "Phase 1",
+                "no label: sweeps over stored contexts",
+                "fixed-point consistency + spread",
+                BLUE,
+                "$F$",
+            ),
             ("Phase 2, frozen", "contexts computed once", "next token", GREEN, "head, embedding"),
             ("Phase 2, fine-tuned", "gradient through the last sweeps", "next token", ORANGE, "everything"),
         )

@@ -29,7 +29,12 @@ from newllm.training.runtime import describe_device, memory_of, open_runtime
 
 # From the second iteration and epoch on, saves and best weights lie beside training.
 ROUNDS = dict(
-    phase1_max_iterations=2, phase2_epochs=2, load_checkpoint=False, backup_dir="", max_minutes=0.0, artifacts=False
+    phase1_max_iterations=2,
+    phase2_epochs=2,
+    load_checkpoint=False,
+    backup_dir="",
+    max_minutes=0.0,
+    artifacts=False,
 )
 MB = 1e6
 
@@ -47,8 +52,13 @@ def measure(config):
 
 def random_data(config, progress=None):
     """Stands in for the data of a run: its sizes, random ids."""
-    vocab_size, shape = vocabulary(config), (config.num_samples + config.val_samples, config.max_seq_length + 1)
-    ids = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(config.seed), dtype=torch.int32)
+    vocab_size, shape = (
+        vocabulary(config),
+        (config.num_samples + config.val_samples, config.max_seq_length + 1),
+    )
+    ids = torch.randint(
+        vocab_size, shape, generator=torch.Generator().manual_seed(config.seed), dtype=torch.int32
+    )
     return SimpleNamespace(
         train=ids[: config.num_samples], val=ids[config.num_samples :], vocab_size=vocab_size, source="random", notes=[],
         token_bytes=torch.ones(vocab_size, dtype=torch.int32), fingerprint="", tokenizer=SimpleNamespace(name=config.tokenizer),
@@ -122,7 +132,9 @@ if __name__ == "__main__":
             description=__doc__.splitlines()[0],
             extra=lambda parser: (
                 parser.add_argument("--json", action="store_true", help="one JSON object instead of tables"),
-                parser.add_argument("--measure", action="store_true", help="also run it, on random ids, and compare"),
+                parser.add_argument(
+                    "--measure", action="store_true", help="also run it, on random ids, and compare"
+                ),
             ),
         )
         main(config, arguments.json, arguments.measure)

@@ -39,7 +39,9 @@ def evaluate(path, data_source="", samples=0):
     ids, _, _ = pack(enumerate(corpus.held_out()), tokenizer, count, config["max_seq_length"])
     if len(ids) < count:
         raise UserError(f"{corpus.name} gives {len(ids)} samples, not {count}: ask for fewer by --samples.")
-    metrics = evaluate_prediction(model, ids, tokenizer.token_bytes(), contextlib.nullcontext, torch.device("cpu"))
+    metrics = evaluate_prediction(
+        model, ids, tokenizer.token_bytes(), contextlib.nullcontext, torch.device("cpu")
+    )
     return {
         "model_type": config["model_type"],
         "run_id": found["run_id"],
@@ -119,9 +121,13 @@ def size_mb(tensor):
 def main(arguments=None):
     """Print the figures."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("model_path", type=expanded, help="a model file, a checkpoint, or a folder of checkpoints")
+    parser.add_argument(
+        "model_path", type=expanded, help="a model file, a checkpoint, or a folder of checkpoints"
+    )
     parser.add_argument("--inspect", action="store_true", help="only list what the file holds")
-    parser.add_argument("--data_source", type=expanded, default="", help="other data than the run's, as in config.py")
+    parser.add_argument(
+        "--data_source", type=expanded, default="", help="other data than the run's, as in config.py"
+    )
     parser.add_argument(
         "--samples",
         type=flag("samples", int, Range(0)),

@@ -26,14 +26,19 @@ def main(arguments=None):
     parser.add_argument("--format", choices=("zip", "transformers"), default="zip", help="what to write")
     parser.add_argument("--output", type=expanded, help="the file, or the folder, to write")
     parser.add_argument(
-        "--refresh", type=expanded, metavar="FOLDER", help="rewrite the code in a folder of --format transformers"
+        "--refresh",
+        type=expanded,
+        metavar="FOLDER",
+        help="rewrite the code in a folder of --format transformers",
     )
     options = parser.parse_args(arguments)
     if options.refresh is not None:
         refresh(options)
         return
     folder = options.checkpoint_dir
-    record = complete([find_run(folder, options.run)], folder)[0] if options.run else latest_with_model(folder)
+    record = (
+        complete([find_run(folder, options.run)], folder)[0] if options.run else latest_with_model(folder)
+    )
     artifacts = artifact_paths(record.folder, record.kind, record.run)
     if not artifacts["model"].exists():
         none = f"run {record.run} left no model (after --phase 1, --no-artifacts or --no-save_checkpoint there is none)"
@@ -42,7 +47,9 @@ def main(arguments=None):
         print(f"{none}: the file holds its record alone")
     target = Path(options.output or f"newllm_{record.kind}_{record.run}{'.zip' * (options.format == 'zip')}")
     if options.format == "transformers":
-        from newllm.transformers_export import export_folder  # transformers is slow to import, and needed here alone
+        from newllm.transformers_export import (
+            export_folder,
+        )  # transformers is slow to import, and needed here alone
 
         export_folder(open_saved(artifacts["model"])[1], record, target)
         print(f"{target}: AutoModelForCausalLM.from_pretrained({str(target)!r}, trust_remote_code=True)")
@@ -58,7 +65,11 @@ def main(arguments=None):
 def latest_with_model(folder):
     """The latest complete run that left a model; the latest of all where none did."""
     records = complete(runs_in(folder), folder)
-    having = [record for record in records if artifact_paths(record.folder, record.kind, record.run)["model"].exists()]
+    having = [
+        record
+        for record in records
+        if artifact_paths(record.folder, record.kind, record.run)["model"].exists()
+    ]
     if having and having[-1] is not records[-1]:
         print(f"run {records[-1].run} left no model: the latest that did is {having[-1].run}")
     return (having or records)[-1]
@@ -92,7 +103,9 @@ def write_zip(target, folder, paths):
                 archive.write(path, Path(folder.name) / path.relative_to(folder))
         os.replace(temporary, target)
     except OSError as error:
-        raise UserError(f"{target} cannot be written ({error.strerror or error}): choose another --output.") from error
+        raise UserError(
+            f"{target} cannot be written ({error.strerror or error}): choose another --output."
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -30,7 +30,10 @@ class Writer:
         """Texts that come one after the other and are together a continuation."""
         options = self.options
         how = dict(
-            temperature=options.temperature, top_k=options.top_k, top_p=options.top_p, eos_id=self.tokenizer.eos_id
+            temperature=options.temperature,
+            top_k=options.top_k,
+            top_p=options.top_p,
+            eos_id=self.tokenizer.eos_id,
         )
         prompt_ids = self.tokenizer.encode(prompt) or [self.tokenizer.eos_id]
         decode = self.tokenizer.decoder()
@@ -102,10 +105,19 @@ def main(arguments=None):
     add("max_tokens", int, Range(1), 100, "length, at most")
     add("temperature", float, Range(0), 0.8, "0: always the likeliest token")
     add("top_k", int, Range(0), 0, "draw among so many likeliest tokens; 0: all")
-    add("top_p", float, Range(0, 1, above=True), 0.9, "draw among the likeliest with this probability together")
+    add(
+        "top_p",
+        float,
+        Range(0, 1, above=True),
+        0.9,
+        "draw among the likeliest with this probability together",
+    )
     add("seed", int, Range(0, 2**63 - 1), 0, "of the draws")
     parser.add_argument(
-        "--cache_dir", type=expanded, default="", help="folder of tokenized data, where it is not that of the run"
+        "--cache_dir",
+        type=expanded,
+        default="",
+        help="folder of tokenized data, where it is not that of the run",
     )
     parser.add_argument("--chat", action="store_true", help="talk, a line at a time; the prompt is not used")
     options = parser.parse_args(arguments)

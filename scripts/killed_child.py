@@ -21,7 +21,10 @@ from newllm.errors import exit_on_user_error
 LONGEST = 120  # seconds after which a child hangs
 LATEST = "model_latest.pt"  # whoever replaces it has completed a save
 CHANGES = "os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"
-KILLED, SAVED = "-- killed at operation", "-- a save is complete\n"  # what a watched child notes in its output
+KILLED, SAVED = (
+    "-- killed at operation",
+    "-- a save is complete\n",
+)  # what a watched child notes in its output
 
 
 def start(folder, settings, kill_at=None):
@@ -65,7 +68,9 @@ def watch(folder, kill_at):
     count, real_open, real_sync, real_replace = itertools.count(1), io.open, os.fsync, os.replace
 
     def inside(path):
-        return not isinstance(path, int) and os.path.abspath(os.fsdecode(path)).startswith(f"{folder}{os.sep}")
+        return not isinstance(path, int) and os.path.abspath(os.fsdecode(path)).startswith(
+            f"{folder}{os.sep}"
+        )
 
     def moment(what, path):
         if next(count) == kill_at:

@@ -39,7 +39,9 @@ def main(drive, names=NAMES, root=".", relink=False, say=print):
         if not root.is_dir():
             raise UserError(f"{root} is not a folder: give the project's folder as --root.")
         if COLAB_DRIVE in root.parents:
-            raise UserError(f"{root} lies on Drive, which cannot hold links: keep the project on the local disk.")
+            raise UserError(
+                f"{root} lies on Drive, which cannot hold links: keep the project on the local disk."
+            )
         refuse_overlap(root, "the project", drive, "--drive")
         for name in names:
             if name in ("", ".", "..") or Path(name).name != name:
@@ -140,14 +142,18 @@ def move(here, there, say):
         copied[relative] = identity(source)
         if target.exists():
             if not same(source, target):
-                raise UserError(f"{source} and {target} differ: move one of the two away; nothing was deleted.")
+                raise UserError(
+                    f"{source} and {target} differ: move one of the two away; nothing was deleted."
+                )
             say(f"{source}: is on Drive already")
         else:
             try:
                 with open(source, "rb") as file:
                     copy_verified(file, target)
             except OSError:
-                with contextlib.suppress(OSError):  # a rename that damaged it; the next run must not take it for yours
+                with contextlib.suppress(
+                    OSError
+                ):  # a rename that damaged it; the next run must not take it for yours
                     target.unlink(missing_ok=True)
                 raise
             say(f"{source}: copied to {target}")
@@ -192,13 +198,19 @@ def probe(here, there):
     arrived = (there / PROBE).read_bytes()
     (here / PROBE).unlink()
     if arrived != text:
-        raise UserError(f"what is written to {here} does not arrive in {there}: is Drive mounted and writable?")
+        raise UserError(
+            f"what is written to {here} does not arrive in {there}: is Drive mounted and writable?"
+        )
 
 
 def parse(arguments=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--drive", type=expanded, required=True, metavar="DIR", help="folder on Drive that holds them")
-    parser.add_argument("--names", nargs="+", default=list(NAMES), metavar="NAME", help="default: %(default)s")
+    parser.add_argument(
+        "--drive", type=expanded, required=True, metavar="DIR", help="folder on Drive that holds them"
+    )
+    parser.add_argument(
+        "--names", nargs="+", default=list(NAMES), metavar="NAME", help="default: %(default)s"
+    )
     parser.add_argument(
         "--root", type=expanded, default=".", metavar="DIR", help="the project's folder (default: here)"
     )

@@ -63,7 +63,9 @@ class Stream:
         length = self.embeddings.shape[1]
         contexts, seconds = self.embeddings.new_zeros(1, length, self.width), {}
         start = contexts[:, 0]
-        self.step.trajectory(self.embeddings[:, :LOOP_PIECE], start)  # not timed: first calls allocate and compile
+        self.step.trajectory(
+            self.embeddings[:, :LOOP_PIECE], start
+        )  # not timed: first calls allocate and compile
         bounds = sorted({*range(0, length, LOOP_PIECE), *lengths, length})
         with Progress(label, length) as progress:
             started = self.clock()
@@ -86,7 +88,9 @@ class Stream:
         for precision, dtype, autocast, enough in stages:
             how = self.width, enough, self.options.max_sweeps, self.options.piece
             with autocast():
-                contexts, _, stats = prefill(self.step.contexts, embeddings.to(dtype), *how, guess_BTC=contexts)
+                contexts, _, stats = prefill(
+                    self.step.contexts, embeddings.to(dtype), *how, guess_BTC=contexts
+                )
             work[precision] = {"passes": stats.passes, "sweeps": max(stats.sweeps)}
             if not all(stats.converged):
                 break
@@ -199,7 +203,9 @@ def main(config, options):
     say = (lambda line: None) if options.json else (lambda line: print(line, flush=True))
     with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
         found = report(config, options, say)
-    path = Path(options.plot or Path(config.checkpoint_dir) / "outputs" / "plots" / f"prefill_{new_run_id()}.png")
+    path = Path(
+        options.plot or Path(config.checkpoint_dir) / "outputs" / "plots" / f"prefill_{new_run_id()}.png"
+    )
     try:
         prefill_speed(found["rows"], found["curves"], path)
         line = f"plot: {path}"
@@ -222,7 +228,9 @@ def numbers(kind, low, high):
         except ValueError:
             found = []
         if not found or not low <= found[0] <= found[-1] <= high:
-            raise UserError(f"numbers from {low:g} to {high:g} with commas between them are wanted, not '{text}'.")
+            raise UserError(
+                f"numbers from {low:g} to {high:g} with commas between them are wanted, not '{text}'."
+            )
         return found
 
     return parse
@@ -237,10 +245,14 @@ def flags(parser):
     parser.add_argument(
         "--max_sweeps", type=flag("max_sweeps", int, Range(1, 10**9)), default=64, help="of a piece, at most"
     )
-    parser.add_argument("--piece", type=flag("piece", int, Range(1, 10**9)), default=4096, help="tokens swept at once")
+    parser.add_argument(
+        "--piece", type=flag("piece", int, Range(1, 10**9)), default=4096, help="tokens swept at once"
+    )
     parser.add_argument("--trained", action="store_true", help="trained weights alone; without them an error")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.add_argument("--plot", type=expanded, help="PNG file (default: in outputs/plots of checkpoint_dir)")
+    parser.add_argument(
+        "--plot", type=expanded, help="PNG file (default: in outputs/plots of checkpoint_dir)"
+    )
 
 
 if __name__ == "__main__":

@@ -56,7 +56,9 @@ def main(arguments=None):
             written = write_artifacts(chosen[0])
         except OSError as error:
             reason = error.strerror or error
-            raise UserError(f"{error.filename} cannot be written ({reason}): make room and run it again.") from error
+            raise UserError(
+                f"{error.filename} cannot be written ({reason}): make room and run it again."
+            ) from error
         print("\n".join(f"{name}: {path}" for name, path in written.items()))
         return
     folder = chosen[0].folder.parent
@@ -89,7 +91,11 @@ def listing(folder, records):
         if pattern.endswith(".pth"):
             lines += [f"  {path} {path.stat().st_size / 1e6:.1f} MB {digest(path)}" for path in paths]
     lines.append(f"Complete runs: {', '.join(record.run for record in records) or 'none'}")
-    sizes = {(stat.st_dev, stat.st_ino): stat.st_size for stat in map(Path.stat, folder.rglob("*")) if stat.st_nlink}
+    sizes = {
+        (stat.st_dev, stat.st_ino): stat.st_size
+        for stat in map(Path.stat, folder.rglob("*"))
+        if stat.st_nlink
+    }
     lines.append(f"Size of the folder: {sum(sizes.values()) / 1e6:.1f} MB")
     return lines
 

@@ -39,7 +39,8 @@ SHORT = dict(num_samples=4, min_batches=4, phase1_max_iterations=1, phase2_epoch
 RUNS = {
     "frozen": LONG | {"freeze_context": True},
     "fine-tuned": LONG | {"freeze_context": False},
-    "short": SHORT | {"freeze_context": False},  # trains a head on frozen contexts too, in its untrained stage
+    "short": SHORT
+    | {"freeze_context": False},  # trains a head on frozen contexts too, in its untrained stage
 }
 FILES = LATEST, "model_best.pt", "model_untrained_best.pt"
 PROVEN = "model_state_dict", "results", "phase1_history", "phase2_history"
@@ -75,7 +76,9 @@ def survive(folder, settings, alone, lives):
         else:
             status = restart(folder, settings)
         if status:
-            raise Broken(f"it ended with status {status} ({output.read_text(encoding='utf-8').splitlines()[-1]})")
+            raise Broken(
+                f"it ended with status {status} ({output.read_text(encoding='utf-8').splitlines()[-1]})"
+            )
         compare(folder, alone)
     except Broken as error:
         notes = [line for line in output.read_text(encoding="utf-8").splitlines() if line.startswith(KILLED)]
@@ -137,7 +140,9 @@ def difference(one, other, name):
     elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
         pairs = zip(itertools.count(), one, other, strict=False)
     elif isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        alike = (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(_bytes(one), _bytes(other))
+        alike = (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(
+            _bytes(one), _bytes(other)
+        )
         return None if alike else name
     else:
         return None if repr(one) == repr(other) else name  # NaN equals NaN, and 0.0 is not -0.0
@@ -162,8 +167,12 @@ def random_chain(scratch, settings, seconds, options, chain):
     left = len(range(chain, options.kills, options.jobs))
     while left:
         kind = ("frozen", "fine-tuned")[(chain + len(verdicts)) % 2]
-        lives = [(seconds[kind] * source.random() ** 2, 0) for _ in range(left)]  # squared: often soon after a restart
-        kills, problem = survive(scratch / f"random_{chain}_{len(verdicts)}", settings[kind], scratch / kind, lives)
+        lives = [
+            (seconds[kind] * source.random() ** 2, 0) for _ in range(left)
+        ]  # squared: often soon after a restart
+        kills, problem = survive(
+            scratch / f"random_{chain}_{len(verdicts)}", settings[kind], scratch / kind, lives
+        )
         verdicts.append((kills, problem))
         left = 0 if problem and not kills else left - kills
     return verdicts
@@ -194,14 +203,23 @@ def parse(arguments):
     parser.add_argument("--kills", type=int, default=20, help="kills at random moments (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default: 0)")
     parser.add_argument(
-        "--operations", type=every, default=0, help="`all`: kill at each one; K: at each K-th (default: 0, none)"
+        "--operations",
+        type=every,
+        default=0,
+        help="`all`: kill at each one; K: at each K-th (default: 0, none)",
     )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: as many as cores)")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: as many as cores)"
+    )
     options = parser.parse_args(arguments)
     if options.kills < 0 or options.operations < 0 or options.jobs < 1:
-        raise UserError("--kills and --operations must be 0 or more and --jobs 1 or more: give other numbers.")
+        raise UserError(
+            "--kills and --operations must be 0 or more and --jobs 1 or more: give other numbers."
+        )
     if not hasattr(os, "fork"):
-        raise UserError("this system has no fork, by which each run gets a process of its own: use Linux or macOS.")
+        raise UserError(
+            "this system has no fork, by which each run gets a process of its own: use Linux or macOS."
+        )
     return options
 
 
@@ -214,10 +232,15 @@ def prepare(scratch, kinds):
     Raises:
         UserError: a run failed by itself.
     """
-    source, words = random.Random(0), ["a", "bad", "dot", "kin", "lust", "move", "born", "dawn", "kiln", "lorn", "best"]
+    source, words = (
+        random.Random(0),
+        ["a", "bad", "dot", "kin", "lust", "move", "born", "dawn", "kiln", "lorn", "best"],
+    )
     texts = [" ".join(source.choices(words, k=20)) for _ in range(60)]
     corpus = scratch / "dialogues.txt"
-    corpus.write_text("\n\n".join(f"User: {text[:30]}\nAssistant: {text[30:]}" for text in texts), encoding="utf-8")
+    corpus.write_text(
+        "\n\n".join(f"User: {text[:30]}\nAssistant: {text[30:]}" for text in texts), encoding="utf-8"
+    )
     settings = {kind: SETTINGS | RUNS[kind] | {"data_source": str(corpus)} for kind in kinds}
     seconds = {}
     for kind in kinds:
@@ -225,7 +248,9 @@ def prepare(scratch, kinds):
         started = time.monotonic()
         if status := end(start(scratch / kind, settings[kind])):
             output = scratch / kind / "output.txt"
-            raise UserError(f"a run that nobody killed failed with status {status}: see its output, {output}.")
+            raise UserError(
+                f"a run that nobody killed failed with status {status}: see its output, {output}."
+            )
         seconds[kind] = time.monotonic() - started
     return settings, seconds
 
@@ -235,7 +260,9 @@ def main(arguments=None):
     options = parse(arguments)
     torch.set_num_threads(1)  # threads do not survive a fork
     scratch = Path(tempfile.mkdtemp(prefix="verify_resume_")).resolve()
-    proofs = [proof for proof, wanted in zip(PROOFS, (options.kills, options.operations), strict=True) if wanted]
+    proofs = [
+        proof for proof, wanted in zip(PROOFS, (options.kills, options.operations), strict=True) if wanted
+    ]
     settings, seconds = prepare(scratch, [kind for _, kinds, _ in proofs for kind in kinds])
     problems = []
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("fork")) as pool:

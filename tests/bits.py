@@ -49,6 +49,7 @@ ARMS = {
     "gru": ["--model_type", "gru"],
 }
 STOPPED = 75  # exit status of a run that is to be continued
+MOST_SESSIONS = 60
 
 
 def digest(checkpoint):
@@ -65,19 +66,20 @@ def digest(checkpoint):
 
 
 def run(checkout, folder, flags, stop=False):
-    """Train to the end in a checkpoint folder; with `stop`, in as many sessions as half a second each allows."""
+    """Train to the end in a checkpoint folder; with `stop`, in as many short sessions as it takes."""
     places = ["--checkpoint_dir", f"{folder}/checkpoints", "--cache_dir", f"{folder}/../cache"]
-    limit = ["--max_minutes", "0.01"] if stop else []
+    limit = ["--max_minutes", "0.02"] if stop else []
     command = [sys.executable, "train.py", *TINY, *flags, *places, *limit]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    sessions = 1
-    while (done := subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)).returncode:
-        if not stop:
-            raise SystemExit(done.stderr)
-        sessions += 1
-        if sessions > 60:
-            raise SystemExit(f"not complete after {sessions} sessions:\n{done.stdout}\n{done.stderr}")
-    return digest(Path(folder) / "checkpoints" / "model_latest.pt"), sessions
+    for session in range(1, MOST_SESSIONS):
+        done = subprocess.run(
+            command, cwd=checkout, env=environment, capture_output=True, text=True, encoding="utf-8"
+        )
+        if done.returncode == 0:
+            return digest(Path(folder) / "checkpoints" / "model_latest.pt"), session
+        if not stop or done.returncode != STOPPED:
+            break
+    raise SystemExit(f"not complete after {session} sessions:\n{done.stdout}\n{done.stderr}")
 
 
 def main(checkout):

@@ -31,7 +31,8 @@ def write_dialogues(path, count, seed=0):
                 words.append(word)
             turns = [" ".join(words[:20]) + f" {number}", " ".join(words[20:])]
             messages = [
-                {"role": role, "content": text} for role, text in zip(("user", "assistant"), turns, strict=True)
+                {"role": role, "content": text}
+                for role, text in zip(("user", "assistant"), turns, strict=True)
             ]
             file.write(json.dumps({"messages": messages}) + "\n")
     return path
@@ -41,7 +42,11 @@ def as_flags(settings):
     """Settings as command line arguments."""
     flags = []
     for name, value in settings.items():
-        flags += [f"--{name}" if value else f"--no_{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+        flags += (
+            [f"--{name}" if value else f"--no_{name}"]
+            if isinstance(value, bool)
+            else [f"--{name}", str(value)]
+        )
     return flags
 
 

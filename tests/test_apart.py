@@ -47,7 +47,9 @@ def family(tmp_path):
     (tmp_path / "parent.py").write_text(PARENT)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path)]
-    parent = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    parent = subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 60
     while not ((tmp_path / "child").exists() and (tmp_path / "child").read_text()):
         assert parent.poll() is None and time.monotonic() < deadline

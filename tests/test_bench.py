@@ -43,7 +43,9 @@ def test_monitoring_at_the_end_of_an_iteration_is_no_training(config, monkeypatc
     """Effective rank that takes half a second changes no figure: steps of this network take milliseconds."""
     rank = phase1.effective_rank
     monkeypatch.setattr(phase1, "effective_rank", lambda contexts: time.sleep(MONITORING) or rank(contexts))
-    assert min(Bench(config, 300).phase1()) > config.phase1_batch_size * config.max_seq_length / (MONITORING / 5)
+    assert min(Bench(config, 300).phase1()) > config.phase1_batch_size * config.max_seq_length / (
+        MONITORING / 5
+    )
 
 
 def test_the_matrix_rate_counts_three_products(config, monkeypatch):
@@ -59,7 +61,9 @@ def test_shares_are_of_the_rates_at_the_shapes_used(config, monkeypatch):
     map_rate, head_rate, speed = 1e9, 4e9, 1000.0
     slower, faster = 900.0, 1300.0
     monkeypatch.setattr(bench, "VOCABULARIES", (300,))
-    monkeypatch.setattr(Bench, "matrix_rate", lambda _, rows, x, y, precision: head_rate if y == 300 else map_rate)
+    monkeypatch.setattr(
+        Bench, "matrix_rate", lambda _, rows, x, y, precision: head_rate if y == 300 else map_rate
+    )
     for part in ("per_token_loop", "sweep_forward", "phase1", "sequential", "phase2", "generation"):
         monkeypatch.setattr(Bench, part, lambda *_: [faster, slower, speed])
     rows = {row["part"]: row for row in bench.bench(config, lambda line: None)}
@@ -68,9 +72,14 @@ def test_shares_are_of_the_rates_at_the_shapes_used(config, monkeypatch):
     row = rows["Phase 2 frozen, V = 300"]
     assert row["tok_per_s"] == [speed, slower, faster]
     assert bench.shown_part(row)[1] == "1,000 (900 to 1,300)"
-    assert row["share"] == pytest.approx(expected) and row["gflops"] == pytest.approx(speed * flops.frozen / 1e9)
+    assert row["share"] == pytest.approx(expected) and row["gflops"] == pytest.approx(
+        speed * flops.frozen / 1e9
+    )
     assert rows["Phase 1, loss + backward + step"]["share"] == pytest.approx(speed * flops.phase1 / map_rate)
-    assert rows["products fp32, 96 x 16 x 300"]["gflops"] == 4 and rows["products fp32, 96 x 32 x 32"]["gflops"] == 1
+    assert (
+        rows["products fp32, 96 x 16 x 300"]["gflops"] == 4
+        and rows["products fp32, 96 x 32 x 32"]["gflops"] == 1
+    )
 
 
 def test_json_is_one_object_with_every_part_and_switch(config, monkeypatch, capsys):
@@ -81,13 +90,22 @@ def test_json_is_one_object_with_every_part_and_switch(config, monkeypatch, caps
     found = json.loads(capsys.readouterr().out)
     assert found["config"] == config.to_dict()
     assert all(row["gflops"] > 0 and row["share"] > 0 for row in found["parts"])
-    names = [f"{part}, V = {size}" for size, part in itertools.product((300, 500), ("Phase 2 frozen", "generation"))]
+    names = [
+        f"{part}, V = {size}"
+        for size, part in itertools.product((300, 500), ("Phase 2 frozen", "generation"))
+    ]
     assert set(names) < {row["part"] for row in found["parts"]}
     switch, *attention = found["switches"]
     assert switch["switch"] == "batches of 2"
-    for median, low, high in (switch["phase1_tok_per_s"], *(row["phase2_tok_per_s"] for row in found["switches"])):
+    for median, low, high in (
+        switch["phase1_tok_per_s"],
+        *(row["phase2_tok_per_s"] for row in found["switches"]),
+    ):
         assert 0 < low <= median <= high
-    assert [row["switch"] for row in attention] == ["Transformer, attention sdpa", "Transformer, attention eager"]
+    assert [row["switch"] for row in attention] == [
+        "Transformer, attention sdpa",
+        "Transformer, attention eager",
+    ]
     assert all(row["phase1_tok_per_s"] is None for row in attention)
     assert all(row["loss"] > 0 and 50 < row["peak_memory_mb"] < 5000 for row in found["switches"])
 
@@ -117,6 +135,7 @@ def test_switches_are_timed_alone_and_all_together(config, monkeypatch):
     alone = [changes for name, changes in bench.SWITCHES.items() if name != "all together"]
     assert sum(changes.items() <= together.items() for changes in alone if changes) >= 3
     losses = [
-        bench.time_switch(dataclasses.replace(config, precision=precision))["loss"] for precision in ("fp32", "bf16")
+        bench.time_switch(dataclasses.replace(config, precision=precision))["loss"]
+        for precision in ("fp32", "bf16")
     ]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)

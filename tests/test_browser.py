@@ -42,7 +42,9 @@ def test_the_page_of_a_run_fits_a_phone(tiny_settings, tmp_path):
     (record,) = map(read_record, find_records(tiny_settings["checkpoint_dir"]))
     page = tmp_path / "page.html"
     page.write_text(artifact_paths(record.folder, record.kind, record.run)["report"].read_text() + LOOK)
-    found = json.loads(re.search(r"<title>(\{.*?\})</title>", shown(page, tmp_path, "--window-size=500,900"))[1])
+    found = json.loads(
+        re.search(r"<title>(\{.*?\})</title>", shown(page, tmp_path, "--window-size=500,900"))[1]
+    )
     assert found["images"] == [True, True] and found["details"] == 4
     assert found["needed"] <= found["width"] <= 500
 

@@ -42,19 +42,27 @@ def printed_commands():
     """In order, each once: lines of blocks, and code within a line, that call Python or a launcher."""
     commands = ["python3 train.py"]  # which the quick start ends with
     for page in PAGES:
-        text = re.sub(r"^## Quick start\n+```\n.*?\n```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+        text = re.sub(
+            r"^## Quick start\n+```\n.*?\n```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL
+        )
         found = re.findall(
-            r"`((?:python3|torchrun|accelerate launch) [^`\n]+)`|^!?((?:python3|torchrun) .+)", text, re.MULTILINE
+            r"`((?:python3|torchrun|accelerate launch) [^`\n]+)`|^!?((?:python3|torchrun) .+)",
+            text,
+            re.MULTILINE,
         )
         commands += [inline or line for inline, line in found]
-    return [c for c in dict.fromkeys(commands) if not any(word in c for word in ELSEWHERE) and "NAME" not in c]
+    return [
+        c for c in dict.fromkeys(commands) if not any(word in c for word in ELSEWHERE) and "NAME" not in c
+    ]
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     """A copy of the project, with a tiny config.py and the data that the pages speak of."""
     folder = tmp_path_factory.mktemp("home") / "checkout"
-    left_out = shutil.ignore_patterns(".*", "__pycache__", "tests", "cache", "checkpoints", "build", "*.egg-info")
+    left_out = shutil.ignore_patterns(
+        ".*", "__pycache__", "tests", "cache", "checkpoints", "build", "*.egg-info"
+    )
     shutil.copytree(ROOT, folder, ignore=left_out)
     write_dialogues(folder / "dialogues.jsonl", 200)
     text = (folder / "config.py").read_text()

@@ -14,7 +14,13 @@ from scripts import compare, report
 
 def arguments(tmp_path, **changes):
     plain = dict(
-        arms="all", seeds=1, tokens="288", results=str(tmp_path / "results"), tune=False, report=False, keep=False
+        arms="all",
+        seeds=1,
+        tokens="288",
+        results=str(tmp_path / "results"),
+        tune=False,
+        report=False,
+        keep=False,
     )
     return Namespace(**plain | changes)
 
@@ -55,7 +61,11 @@ def test_a_result_says_where_it_comes_from_and_keeps_what_is_asked_for(tiny_sett
     compare.main(config, arguments(tmp_path, arms="gru,token", keep=True))
     for name in ("gru", "token"):
         found = json.loads((tmp_path / "results" / f"{name}-12-0.json").read_text())
-        assert found["device"].startswith("CPU, ") and found["date"] > "2026" and {"run_id", "commit"} <= found.keys()
+        assert (
+            found["device"].startswith("CPU, ")
+            and found["date"] > "2026"
+            and {"run_id", "commit"} <= found.keys()
+        )
     kept = Path(config.checkpoint_dir) / "token-12-0"
     for pattern in ("models/*.pth", "outputs/plots/*.png", "outputs/*.html", "logs/training_summary_*.txt"):
         assert len(list(kept.glob(f"*/{pattern}"))) == 1
@@ -70,12 +80,21 @@ def test_a_result_says_where_it_comes_from_and_keeps_what_is_asked_for(tiny_sett
 def test_more_arms_and_seeds_keep_what_is_made(tiny_settings, tmp_path, here, monkeypatch):
     """Extended, from an empty checkpoint_dir too, only what is missing is trained; other settings are refused by name."""
     trained = []
-    monkeypatch.setattr(compare, "call_apart", lambda function, config: trained.append(config) or function(config))
+    monkeypatch.setattr(
+        compare, "call_apart", lambda function, config: trained.append(config) or function(config)
+    )
     config = ResidualConfig(**tiny_settings | dict(phase2_epochs=1))
     compare.main(config, arguments(tmp_path, arms="token"))
-    elsewhere = ResidualConfig(**tiny_settings | dict(phase2_epochs=1, checkpoint_dir=str(tmp_path / "elsewhere")))
+    elsewhere = ResidualConfig(
+        **tiny_settings | dict(phase2_epochs=1, checkpoint_dir=str(tmp_path / "elsewhere"))
+    )
     compare.main(elsewhere, arguments(tmp_path, arms="token,window", seeds=2))
-    assert [(c.model_type, c.seed) for c in trained] == [("token", 0), ("window", 0), ("token", 1), ("window", 1)]
+    assert [(c.model_type, c.seed) for c in trained] == [
+        ("token", 0),
+        ("window", 0),
+        ("token", 1),
+        ("window", 1),
+    ]
     other = ResidualConfig(**tiny_settings | dict(phase2_epochs=2, checkpoint_dir=str(tmp_path / "other")))
     with pytest.raises(UserError, match=r"token-12-0\.json was made with other settings \(phase2_epochs\)"):
         compare.main(other, arguments(tmp_path, arms="token"))
@@ -102,7 +121,9 @@ def test_files_that_are_not_what_they_should_be_are_refused(tiny_settings, tmp_p
         (results / name).unlink()
 
 
-def test_tuning_uses_training_dialogues_alone_and_its_choice_is_used(tiny_settings, tmp_path, here, monkeypatch):
+def test_tuning_uses_training_dialogues_alone_and_its_choice_is_used(
+    tiny_settings, tmp_path, here, monkeypatch
+):
     """Points are judged on a share of the training samples; the best is written down and taken by the next runs."""
     monkeypatch.setattr(compare, "GRID", dict(phase2_learning_rate=(0.002, 0.02), dropout=(0.0,)))
     monkeypatch.setattr(compare, "TUNING_START", (0.002, 0.0))
@@ -119,7 +140,9 @@ def test_tuning_uses_training_dialogues_alone_and_its_choice_is_used(tiny_settin
     assert found["changes"]["phase2_learning_rate"] == best["changes"]["phase2_learning_rate"]
 
 
-def test_the_walk_over_the_grid_ends_where_no_neighbour_is_better(tiny_settings, tmp_path, monkeypatch, capsys):
+def test_the_walk_over_the_grid_ends_where_no_neighbour_is_better(
+    tiny_settings, tmp_path, monkeypatch, capsys
+):
     """On a bowl it finds the bottom, in a corner too, without the far side; an ablation has its arm's choice."""
     tried = []
 

@@ -14,7 +14,16 @@ import pytest
 from helpers import ROOT
 
 from config import ResidualConfig
-from newllm.config import ELSEWHERE, PLACES, PRESETS, Config, check_value, field_comments, field_types, parse_args
+from newllm.config import (
+    ELSEWHERE,
+    PLACES,
+    PRESETS,
+    Config,
+    check_value,
+    field_comments,
+    field_types,
+    parse_args,
+)
 from newllm.errors import UserError
 
 FIELDS = field_types()
@@ -97,7 +106,9 @@ def test_help_lists_every_flag_with_its_comment(capsys):
 def test_extra_flags_of_a_command_are_returned_apart():
     """A command's own flags do not become settings."""
     config, namespace = parse_args(
-        ResidualConfig, ["--steps", "3", "--seed", "7"], extra=lambda parser: parser.add_argument("--steps", type=int)
+        ResidualConfig,
+        ["--steps", "3", "--seed", "7"],
+        extra=lambda parser: parser.add_argument("--steps", type=int),
     )
     assert (namespace.steps, config.seed) == (3, 7)
 
@@ -321,7 +332,9 @@ def test_names_of_elsewhere_lead_to_settings():
     """What is offered in place of another name exists, and no setting is taken for a foreign name."""
     assert not set(ELSEWHERE) & set(FIELDS)
     for here in ELSEWHERE.values():
-        named = [word.strip("(),:").removeprefix("--").removeprefix("no-") for word in here.split() if "--" in word]
+        named = [
+            word.strip("(),:").removeprefix("--").removeprefix("no-") for word in here.split() if "--" in word
+        ]
         assert set(named) <= set(FIELDS) and (named or here.startswith("nothing")), here
 
 
@@ -346,7 +359,9 @@ def test_an_assignment_names_the_three_ways():
 
 def python(folder, *command):
     environment = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True
+    )
 
 
 def test_a_pasted_assignment_is_one_line_in_plain_python(tmp_path):
@@ -376,7 +391,9 @@ def test_what_config_py_holds_outside_of_its_class_is_not_passed_over(tmp_path, 
     assert len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("command", ["train.py", "scripts/status.py", "scripts/export.py", "scripts/generate.py"])
+@pytest.mark.parametrize(
+    "command", ["train.py", "scripts/status.py", "scripts/export.py", "scripts/generate.py"]
+)
 def test_every_command_that_reads_config_py_looks_for_what_lies_outside(tmp_path, command):
     """Those that only take the folder from it too."""
     shutil.copy(ROOT / command, tmp_path / "command.py")
@@ -422,7 +439,11 @@ def test_home_and_variables_in_a_path_are_what_a_shell_makes_of_them(monkeypatch
 
 def test_every_path_is_one_in_which_home_is_expanded():
     """Also a setting that is added later."""
-    assert set(PATHS) == PLACES >= {name for name in FIELDS if name.endswith(("_dir", "_path", "_file", "_folder"))}
+    assert (
+        set(PATHS)
+        == PLACES
+        >= {name for name in FIELDS if name.endswith(("_dir", "_path", "_file", "_folder"))}
+    )
 
 
 @pytest.mark.parametrize(
@@ -446,7 +467,9 @@ def test_paths_of_the_commands_are_expanded_too(monkeypatch, tmp_path, script, a
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", ["status", "report", "export", "evaluate", "generate", "draw_docs", "verify_resume"])
+@pytest.mark.parametrize(
+    "script", ["status", "report", "export", "evaluate", "generate", "draw_docs", "verify_resume"]
+)
 def test_an_unknown_flag_of_a_command_is_one_sentence(script):
     """Written out, as in train.py: no beginning of a flag stands for it."""
     for flag in ("--nonsense", "--hel", "--checkpoint_di=x"):

@@ -63,7 +63,9 @@ def test_one_cause_is_one_failure(examine, monkeypatch):
     assert [name for name, (verdict, _) in found.items() if verdict == "FAIL"] == ["device"]
     for name in ("settings", "in effect", "memory", "disk"):
         assert found[name] == ("NOTE", "not checked, because of device")
-    assert [name for name, (verdict, _) in examine(precision="fp16").items() if verdict == "FAIL"] == ["device"]
+    assert [name for name, (verdict, _) in examine(precision="fp16").items() if verdict == "FAIL"] == [
+        "device"
+    ]
 
 
 def test_what_is_in_effect(examine, monkeypatch):

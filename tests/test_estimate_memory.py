@@ -59,7 +59,9 @@ def test_weights_and_moments_are_those_of_the_network_and_adamw(changes):
         for parameter in parameters:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-        held = bytes_of(t for state in optimizer.state.values() for name, t in state.items() if name != "step")
+        held = bytes_of(
+            t for state in optimizer.state.values() for name, t in state.items() if name != "step"
+        )
         found = things(config, "phase2", "step")
         assert found["weights"] == bytes_of(model.state_dict().values())
         assert found["optimizer"] == held + bytes_of(parameters)  # and gradients
@@ -72,7 +74,9 @@ def test_contexts_and_features_by_hand(precision, width):
     assert things(config, "phase1", "step", precision)["contexts"] == 12 * 24 * 20 * width
     assert things(config, "phase2", "step", precision)["contexts"] == (12 + 6) * 24 * (20 + 16) * width
     beyond = dataclasses.replace(config, context_memory_mb=0)  # then they lie in files
-    assert not things(beyond, "phase1", "step")["contexts"] and not things(beyond, "phase2", "step")["contexts"]
+    assert (
+        not things(beyond, "phase1", "step")["contexts"] and not things(beyond, "phase2", "step")["contexts"]
+    )
 
 
 def test_a_snapshot_holds_what_a_checkpoint_does():
@@ -87,7 +91,9 @@ def test_a_snapshot_holds_what_a_checkpoint_does():
 def test_a_run_has_the_stages_of_its_kind(kind):
     """Only the context map has an untrained row and a Phase 1; only what has fixed contexts makes and keeps them."""
     found = moments(settings(model_type=kind), V, "fp32")
-    assert {stage for stage, *_ in found} == ({"untrained", "phase1", "phase2"} if kind == "context" else {"phase2"})
+    assert {stage for stage, *_ in found} == (
+        {"untrained", "phase1", "phase2"} if kind == "context" else {"phase2"}
+    )
     frozen = [held for stage, name, held in found if stage == "phase2" and name == "contexts made"]
     assert bool(frozen) == (kind in ("window", "token"))
 
@@ -139,7 +145,8 @@ def test_more_of_anything_is_never_less_memory(name, kind):
     """The peak on a GPU, without the heap's holes, never falls when a size doubles."""
     config = settings(model_type=kind, num_samples=512, min_batches=1)
     peaks = [
-        peak(dataclasses.replace(config, **{name: getattr(config, name) * 2**power}), cuda=True) for power in range(6)
+        peak(dataclasses.replace(config, **{name: getattr(config, name) * 2**power}), cuda=True)
+        for power in range(6)
     ]
     assert peaks == sorted(peaks)
     assert peak(config, vocab_size=50257) > peak(config)
@@ -151,17 +158,27 @@ def test_holes_are_a_share_of_small_blocks():
     small, on_gpu = (things(config, "phase2", "step", cuda=cuda)["activations"] for cuda in (False, True))
     assert small == pytest.approx(memory_estimate.HOLES * on_gpu)
     large = dataclasses.replace(config, max_seq_length=2**20)
-    assert things(large, "phase2", "step")["activations"] == things(large, "phase2", "step", cuda=True)["activations"]
+    assert (
+        things(large, "phase2", "step")["activations"]
+        == things(large, "phase2", "step", cuda=True)["activations"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["context", "transformer"])
 def test_the_estimate_of_a_middle_sized_run_meets_its_measured_peak(kind):
     """`--measure --json` in a process of its own: 128 wide, 2 layers, 64 samples; within 15 % of the run's."""
     sizes = dict(
-        context_dim=128, embed_dim=128, num_layers=2, num_samples=64, val_samples=16, vocab_size=4096, min_batches=3
+        context_dim=128,
+        embed_dim=128,
+        num_layers=2,
+        num_samples=64,
+        val_samples=16,
+        vocab_size=4096,
+        min_batches=3,
     )
     flags = [
-        f"--{name}={value}" for name, value in (sizes | dict(model_type=kind, tokenizer="bpe", device="cpu")).items()
+        f"--{name}={value}"
+        for name, value in (sizes | dict(model_type=kind, tokenizer="bpe", device="cpu")).items()
     ]
     command = [sys.executable, "-m", "scripts.estimate_memory", "--measure", "--json", *flags]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

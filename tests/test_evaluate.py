@@ -127,7 +127,9 @@ def test_features_at_hand_take_the_place_of_the_trajectories(model, small_parts)
     features = trajectories(model, ids, contextlib.nullcontext, "cpu")
     expected = predict(model, ids)
     model.context_map = None
-    assert predict(model, ids, features=lambda part: [f[part] for f in features]) == pytest.approx(expected, rel=1e-6)
+    assert predict(model, ids, features=lambda part: [f[part] for f in features]) == pytest.approx(
+        expected, rel=1e-6
+    )
 
 
 def test_dropout_is_off(model):

@@ -35,7 +35,9 @@ V, T = 40, 12
 
 @pytest.fixture(params=["context", "window", "token", "gru", "lstm", "transformer"])
 def model(request):
-    config = ResidualConfig(model_type=request.param, context_dim=24, embed_dim=16, num_layers=2, max_seq_length=T)
+    config = ResidualConfig(
+        model_type=request.param, context_dim=24, embed_dim=16, num_layers=2, max_seq_length=T
+    )
     return build_model(config, V).eval()
 
 
@@ -98,7 +100,9 @@ def test_the_command_writes_with_what_was_trained(tiny_settings, tmp_path, capsy
     with pytest.raises(UserError, match="no whole checkpoint"):
         script.main(["--model_path", str(empty)])
     real = trained.open_saved
-    monkeypatch.setattr(trained, "open_saved", lambda path: (real(path)[0], real(path)[1] | {"stage": "untrained"}))
+    monkeypatch.setattr(
+        trained, "open_saved", lambda path: (real(path)[0], real(path)[1] | {"stage": "untrained"})
+    )
     with pytest.raises(UserError, match="has trained nothing yet"):
         script.main(["--model_path", folder])
 
@@ -146,7 +150,9 @@ def test_what_was_held_back_is_printed_at_the_end(monkeypatch, capsys, text):
     ids = talker.tokenizer.encode(text)
     for cut in (ids, ids[:-1]):
         monkeypatch.setattr(script, "generate", lambda *args, ids=cut, **options: iter(ids))
-        assert talker.write("hi", stop="\nUser:") == talker.tokenizer.decode(cut) == capsys.readouterr().out[:-1]
+        assert (
+            talker.write("hi", stop="\nUser:") == talker.tokenizer.decode(cut) == capsys.readouterr().out[:-1]
+        )
 
 
 def test_ctrl_c_ends_an_answer_and_sigterm_the_conversation(monkeypatch, capsys):

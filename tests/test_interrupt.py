@@ -44,7 +44,9 @@ def same(one, other):
 @pytest.mark.slow
 def test_stopped_by_signals_again_and_again_a_run_ends_with_the_same_bits(tiny_settings):
     """SIGTERM or SIGINT at random moments: exit status EXIT_STATUS soon, and every restart goes on exactly."""
-    settings = tiny_settings | dict(phase1_max_iterations=60, phase2_epochs=40, patience=40, save_every_n_batches=50)
+    settings = tiny_settings | dict(
+        phase1_max_iterations=60, phase2_epochs=40, patience=40, save_every_n_batches=50
+    )
     main(ResidualConfig(**settings))
     expected = weights(settings["checkpoint_dir"])
     settings["checkpoint_dir"] += "_signalled"
@@ -71,7 +73,9 @@ def test_stopped_by_signals_again_and_again_a_run_ends_with_the_same_bits(tiny_s
 
 def test_a_stop_in_validation_saves_the_epoch_that_is_behind(tiny_settings, monkeypatch):
     """The signal comes while the epoch is evaluated: its batches are not lost, and the end is the same."""
-    settings = tiny_settings | dict(save_every_n_batches=10**6, save_every_minutes=0.0, val_quick_every_n_batches=0)
+    settings = tiny_settings | dict(
+        save_every_n_batches=10**6, save_every_minutes=0.0, val_quick_every_n_batches=0
+    )
     main(ResidualConfig(**settings))
     expected = weights(settings["checkpoint_dir"])
     config = ResidualConfig(**settings | {"checkpoint_dir": settings["checkpoint_dir"] + "_stopped"})
@@ -126,7 +130,9 @@ def test_handlers_are_given_back():
 
 def test_status_tells_where_a_run_is_while_it_trains_and_after_it_was_cut_off(tiny_settings, capsys):
     """Phase, epoch, batch, progress, best loss, age of the checkpoint, speed and ETA; killed, then complete."""
-    settings = tiny_settings | dict(phase1_max_iterations=3000, phase1_convergence_threshold=1e-12)  # never converges
+    settings = tiny_settings | dict(
+        phase1_max_iterations=3000, phase1_convergence_threshold=1e-12
+    )  # never converges
     process = start(settings)
     folder = settings["checkpoint_dir"]
     deadline = time.monotonic() + 60
@@ -185,7 +191,9 @@ def test_preparing_a_long_text_stops_when_told(tmp_path):
     errors = process.communicate(timeout=60)[1]
     assert line.startswith("Progress: ") and "char/s" in line and time.monotonic() - asked < 10
     assert (
-        process.returncode == EXIT_STATUS and errors.startswith("stopped: SIGINT received") and errors.count("\n") == 1
+        process.returncode == EXIT_STATUS
+        and errors.startswith("stopped: SIGINT received")
+        and errors.count("\n") == 1
     )
 
 
@@ -196,4 +204,7 @@ def test_who_is_stopped_is_told_whether_the_same_command_continues(capsys, saves
     """A run that saves nothing would begin anew."""
     with pytest.raises(SystemExit) as end, exit_on_user_error(), Interrupt(1e-9, saves):
         poll()
-    assert end.value.code == EXIT_STATUS and capsys.readouterr().err == f"stopped: max_minutes is over; {advice}\n"
+    assert (
+        end.value.code == EXIT_STATUS
+        and capsys.readouterr().err == f"stopped: max_minutes is over; {advice}\n"
+    )

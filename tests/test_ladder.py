@@ -102,7 +102,11 @@ def test_killed_between_and_inside_runs_only_what_is_missing_is_made(tiny_settin
     assert process.returncode in (0, 1) and "\n---\n" not in out and out.count("criterion") == 3
     assert runs(tiny_settings) == third
     fields = out.split("plot: ")
-    assert "time = " in fields[0] and "peak memory = " in fields[0] and Path(fields[1].splitlines()[0]).stat().st_size
+    assert (
+        "time = " in fields[0]
+        and "peak memory = " in fields[0]
+        and Path(fields[1].splitlines()[0]).stat().st_size
+    )
 
 
 def test_stopped_by_a_signal_the_ladder_saves_and_says_how_to_go_on(tiny_settings):
@@ -145,7 +149,9 @@ def test_other_settings_are_refused_with_the_difference(begun):
     assert state.read_bytes() == before and not calls
 
 
-@pytest.mark.parametrize("change", [dict(num_samples=7), dict(max_minutes=5.0), dict(save_every_n_batches=9)], ids=str)
+@pytest.mark.parametrize(
+    "change", [dict(num_samples=7), dict(max_minutes=5.0), dict(save_every_n_batches=9)], ids=str
+)
 def test_settings_that_shape_no_figure_may_change(begun, change):
     """The ladder has its own budgets, and when to save or to stop is no part of the experiment."""
     config, calls = begun
@@ -198,18 +204,28 @@ def test_sizes_that_are_none_are_refused_in_one_sentence(text):
 def summary(config):
     """An invented summary whose time and memory are lines in the tokens."""
     tokens = config.train_tokens
-    same = {f"{key}{of}": 0.9 for key in ("er_train", "er_val", "converged_ratio") for of in ("", "_untrained")}
+    same = {
+        f"{key}{of}": 0.9 for key in ("er_train", "er_val", "converged_ratio") for of in ("", "_untrained")
+    }
     same |= dict.fromkeys(("er_ceiling", "cold_start_error_10", "cold_start_error_10_untrained"), 0.01)
     same |= dict.fromkeys(("val_ppl", "val_ppl_untrained_context", "val_ppl_bigram", "memory_horizon"), 300.0)
-    same |= dict(phase1_steps=9, phase1_param_change=0.5, sweeps_to_convergence=4, data_source="x", tokenizer="bpe")
+    same |= dict(
+        phase1_steps=9, phase1_param_change=0.5, sweeps_to_convergence=4, data_source="x", tokenizer="bpe"
+    )
     speeds = dict(tok_per_s_phase1=6543.0, tok_per_s_phase2=1234.0)
-    return same | speeds | dict(train_tokens=tokens, seconds=10 + tokens / 100, peak_memory_mb=500 + tokens / 50)
+    return (
+        same | speeds | dict(train_tokens=tokens, seconds=10 + tokens / 100, peak_memory_mb=500 + tokens / 50)
+    )
 
 
-def test_the_budgets_asked_for_are_made_and_their_growth_is_printed_and_drawn(tiny_settings, monkeypatch, capsys):
+def test_the_budgets_asked_for_are_made_and_their_growth_is_printed_and_drawn(
+    tiny_settings, monkeypatch, capsys
+):
     """Given sizes alone; done already, the same command makes none of them and draws again. 24 tokens a sample."""
     made = []
-    monkeypatch.setattr(scale_check, "call_apart", lambda _, config: made.append(config.num_samples) or summary(config))
+    monkeypatch.setattr(
+        scale_check, "call_apart", lambda _, config: made.append(config.num_samples) or summary(config)
+    )
     config = ResidualConfig(**tiny_settings)
     for run in ("first", "second"):
         monkeypatch.setattr(scale_check, "new_run_id", lambda run=run: run)
@@ -220,9 +236,13 @@ def test_the_budgets_asked_for_are_made_and_their_growth_is_printed_and_drawn(ti
         assert "peak memory = 500.0 MB + 20 MB per 1,000 tokens, R^2 1.0000" in out
         assert "tokens x4.0, time x3.1, peak memory x1.26" in out
         header, row = (line for line in out.splitlines() if line.startswith(("tokens |", "9,600")))
-        cells = dict(zip(*([cell.strip() for cell in line.split("|")] for line in (header, row)), strict=True))
+        cells = dict(
+            zip(*([cell.strip() for cell in line.split("|")] for line in (header, row)), strict=True)
+        )
         assert (cells["seconds"], cells["Phase 1 tok/s"], cells["Phase 2 tok/s"]) == ("106", "6,543", "1,234")
-        assert Path(config.checkpoint_dir, "outputs", "plots", f"scale_ladder_{run}.png").stat().st_size > 10_000
+        assert (
+            Path(config.checkpoint_dir, "outputs", "plots", f"scale_ladder_{run}.png").stat().st_size > 10_000
+        )
 
 
 def test_a_picture_that_cannot_be_written_costs_no_verdict(tiny_settings, monkeypatch, capsys):

@@ -73,16 +73,22 @@ def imports(path):
 
 
 def belongs(name, prefixes):
-    return any(name == prefix or (prefix != "newllm" and name.startswith(prefix + ".")) for prefix in prefixes)
+    return any(
+        name == prefix or (prefix != "newllm" and name.startswith(prefix + ".")) for prefix in prefixes
+    )
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=module_name)
 def test_imports_go_one_way(path):
     """A module imports only from its own layer and those below; nothing in the package reads the root files."""
     name = module_name(path)
-    allowed = MAY_IMPORT[max((p for p in MAY_IMPORT if belongs(name, [p])), key=len)] if name != "newllm" else set()
+    allowed = (
+        MAY_IMPORT[max((p for p in MAY_IMPORT if belongs(name, [p])), key=len)] if name != "newllm" else set()
+    )
     for imported in imports(path):
-        assert imported.split(".")[0] not in ("config", "train", "test", "scripts"), f"{name} imports {imported}"
+        assert imported.split(".")[0] not in ("config", "train", "test", "scripts"), (
+            f"{name} imports {imported}"
+        )
         if imported.split(".")[0] == "newllm":
             assert belongs(imported, allowed), f"{name} must not import {imported}"
 
@@ -96,7 +102,9 @@ def test_phases_do_not_import_each_other():
 def test_reporting_imports_no_models():
     """Reports are made from plain numbers; they need no torch."""
     for path in (ROOT / "newllm" / "report").glob("*.py"):
-        assert not {name.split(".")[0] for name in imports(path)} & {"torch", "transformers", "accelerate"}, path
+        assert not {name.split(".")[0] for name in imports(path)} & {"torch", "transformers", "accelerate"}, (
+            path
+        )
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)

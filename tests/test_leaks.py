@@ -13,7 +13,10 @@ def live_bytes():
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, torch.nn.Parameter):  # not the compiler's stand-ins, which have no storage
+        if type(thing) in (
+            torch.Tensor,
+            torch.nn.Parameter,
+        ):  # not the compiler's stand-ins, which have no storage
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
@@ -33,6 +36,10 @@ def test_five_runs_in_one_process_leave_no_more_than_two(tiny_settings):
     """Tensors alive after the fifth run are, within 1 %, those alive after the second: nothing adds up."""
     after = []
     for number in range(5):
-        main(ResidualConfig(**tiny_settings | {"checkpoint_dir": f"{tiny_settings['checkpoint_dir']}_{number}"}))
+        main(
+            ResidualConfig(
+                **tiny_settings | {"checkpoint_dir": f"{tiny_settings['checkpoint_dir']}_{number}"}
+            )
+        )
         after.append(live_bytes())
     assert abs(after[4] - after[1]) <= 0.01 * after[1], after

@@ -51,7 +51,9 @@ def own(tiny_settings, tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     train(ResidualConfig(**tiny_settings | dict(artifacts=True, phase2_epochs=20, phase2_learning_rate=0.01)))
-    export.main(["--format", "transformers", "--output", "model", "--checkpoint_dir", tiny_settings["checkpoint_dir"]])
+    export.main(
+        ["--format", "transformers", "--output", "model", "--checkpoint_dir", tiny_settings["checkpoint_dir"]]
+    )
     texts = read_file(write_dialogues(tmp_path / "other.jsonl", 16, seed=1))
     contexts, replies = zip(*(text.split("\nAssistant: ") for text in texts), strict=True)
     replying = [
@@ -64,7 +66,9 @@ def own(tiny_settings, tmp_path, monkeypatch):
     Path("tasks/dialogues.yaml").write_text(ROLLING)
     Path("tasks/replies.yaml").write_text(CHOICE)
     record = read_record(find_records(tiny_settings["checkpoint_dir"])[-1])
-    model, tokenizer = load_model(open_saved(artifact_paths(record.folder, record.kind, record.run)["model"])[1])
+    model, tokenizer = load_model(
+        open_saved(artifact_paths(record.folder, record.kind, record.run)["model"])[1]
+    )
     return model.eval(), tokenizer
 
 
@@ -93,9 +97,13 @@ def test_the_harness_gives_our_own_figures(own):
     """Bits per byte, likelihoods and choices; alone and padded on the right in batches, by steps and by sweeps."""
     expected, rows = bits_per_byte(*own), read("replies")
     scores = [[likelihood(*own, row["context"], choice) for choice in row["choices"]] for row in rows]
-    right = sum(chances.index(max(chances)) == row["right"] for chances, row in zip(scores, rows, strict=True))
+    right = sum(
+        chances.index(max(chances)) == row["right"] for chances, row in zip(scores, rows, strict=True)
+    )
     assert 0 < right < len(rows)
-    manager = importlib.import_module("lm_eval.tasks").TaskManager(include_path="tasks", include_defaults=False)
+    manager = importlib.import_module("lm_eval.tasks").TaskManager(
+        include_path="tasks", include_defaults=False
+    )
     for batch_size, prefill in ((1, "steps"), (4, "steps"), (4, "sweeps")):
         given = dict(pretrained="model", trust_remote_code=True, max_length=100_000, prefill=prefill)
         found = lm_eval.simple_evaluate(
@@ -114,7 +122,16 @@ def test_the_command_of_the_docs_gives_our_own_figure(own):
     """In a process of its own, with the code of the folder."""
     caches = {name: str(Path(name).absolute()) for name in ("HF_HOME", "HF_MODULES_CACHE")}
     environment = os.environ | caches | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lm_eval", *shlex.split(COMMAND), "--output_path", "results", "--device", "cpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "lm_eval",
+        *shlex.split(COMMAND),
+        "--output_path",
+        "results",
+        "--device",
+        "cpu",
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     [path] = Path("results").rglob("results_*.json")

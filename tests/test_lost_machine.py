@@ -116,14 +116,18 @@ def test_a_gap_that_a_full_disk_left_is_closed(tiny_settings):
 
 def test_a_mirror_older_than_the_local_state_is_left_alone(tiny_settings, tmp_path):
     """The newest valid state wins, wherever it lies."""
-    config = ResidualConfig(**tiny_settings, phase="1", backup_dir=str(tmp_path / "drive"), backup_every_minutes=0.0)
+    config = ResidualConfig(
+        **tiny_settings, phase="1", backup_dir=str(tmp_path / "drive"), backup_every_minutes=0.0
+    )
     main(config)
     first = main(dataclasses.replace(config, phase="both", backup_dir=""))
     again = main(dataclasses.replace(config, phase="both"))
     assert again["val_loss"] == first["val_loss"]
 
 
-def test_a_mirror_that_fails_does_not_stop_training_and_is_reported(tiny_settings, tmp_path, monkeypatch, capsys):
+def test_a_mirror_that_fails_does_not_stop_training_and_is_reported(
+    tiny_settings, tmp_path, monkeypatch, capsys
+):
     """Every copy fails: the run ends as ever, and its last line says so."""
     from newllm.saving import backup as mirror
 
@@ -131,7 +135,9 @@ def test_a_mirror_that_fails_does_not_stop_training_and_is_reported(tiny_setting
         raise OSError(107, "Transport endpoint is not connected")
 
     monkeypatch.setattr(mirror, "copy_verified", broken)
-    monkeypatch.setattr(mirror.Mirror.__init__, "__defaults__", (600, 2, 0.0, 600, time.monotonic, time.sleep))
+    monkeypatch.setattr(
+        mirror.Mirror.__init__, "__defaults__", (600, 2, 0.0, 600, time.monotonic, time.sleep)
+    )
     config = ResidualConfig(**tiny_settings, phase="1", backup_dir=str(tmp_path / "drive"))
     assert main(config)["phase1_steps"] == 9
     assert "mirror FAILED: " in capsys.readouterr().out

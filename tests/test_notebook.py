@@ -43,7 +43,9 @@ def test_it_only_calls_what_the_readme_names():
     assert len(commands) >= 10
     for command in commands:
         name = re.match(r"python3 (?:-m )?(\S+)", command)
-        assert (name and name[1] in readme) or command.startswith(("pip install -q -e .", "git clone")), command
+        assert (name and name[1] in readme) or command.startswith(("pip install -q -e .", "git clone")), (
+            command
+        )
     assert not re.search(r"\bimport (torch|newllm|train)\b|torch", "\n".join(cells("code")))
 
 
@@ -52,7 +54,9 @@ def machine(tmp_path, monkeypatch):
     """A folder with nothing but commands: git brings a tiny version of the project, pip is content."""
     project, commands = tmp_path / "project", tmp_path / "bin"
     shutil.copytree(
-        ROOT, project, ignore=shutil.ignore_patterns(".*", "tests", "results", "cache", "checkpoints", "*.egg-info")
+        ROOT,
+        project,
+        ignore=shutil.ignore_patterns(".*", "tests", "results", "cache", "checkpoints", "*.egg-info"),
     )
     write_dialogues(project / "dialogues.jsonl", 60)
     text = (project / "config.py").read_text()
@@ -60,18 +64,27 @@ def machine(tmp_path, monkeypatch):
         text = re.sub(rf"^    {name} = \S+", f"    {name} = {value}", text, flags=re.MULTILINE)
     (project / "config.py").write_text(text)
     commands.mkdir()
-    for name, line in (("git", f'cp -r {project} "${{@: -1}}"'), ("pip", f'echo "$@" >> {tmp_path}/installed')):
+    for name, line in (
+        ("git", f'cp -r {project} "${{@: -1}}"'),
+        ("pip", f'echo "$@" >> {tmp_path}/installed'),
+    ):
         path = commands / name
         path.write_text(f"#!/bin/bash\n{line}\n")
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{commands}:{Path(shutil.which('python3')).parent}:/usr/bin:/bin")
-    for name, value in (("OMP_NUM_THREADS", "1"), ("HF_HUB_OFFLINE", "1"), ("PYDEVD_DISABLE_FILE_VALIDATION", "1")):
+    for name, value in (
+        ("OMP_NUM_THREADS", "1"),
+        ("HF_HUB_OFFLINE", "1"),
+        ("PYDEVD_DISABLE_FILE_VALIDATION", "1"),
+    ):
         monkeypatch.setenv(name, value)
     (tmp_path / "home").mkdir()
     return tmp_path
 
 
-@pytest.mark.parametrize("on_colab", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["colab", "elsewhere"])
+@pytest.mark.parametrize(
+    "on_colab", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["colab", "elsewhere"]
+)
 def test_it_runs_from_top_to_bottom(machine, monkeypatch, on_colab):
     """Cloned, installed, checked, trained, shown, compared, generated and exported; on Colab what it writes lies on Drive."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
@@ -122,7 +135,9 @@ def test_it_says_first_where_the_code_comes_from():
     assert "REPOSITORY = " not in "\n".join(cells("code")[1:])
 
 
-@pytest.mark.parametrize("way", ["zip", "zip with a folder", "zip on Drive", "here", "nothing", "wrong address"])
+@pytest.mark.parametrize(
+    "way", ["zip", "zip with a folder", "zip on Drive", "here", "nothing", "wrong address"]
+)
 def test_the_code_is_had_from_what_is_there(machine, way):
     """A zip beside the notebook or on Drive, its top folder or not; the folder itself; else one sentence on what to do."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
@@ -132,7 +147,8 @@ def test_the_code_is_had_from_what_is_there(machine, way):
         with zipfile.ZipFile((drive if "Drive" in way else home) / "newllm.zip", "w") as archive:
             for path in (machine / "project").rglob("*.py"):
                 archive.write(
-                    path, Path("newllm-main" if "folder" in way else "", path.relative_to(machine / "project"))
+                    path,
+                    Path("newllm-main" if "folder" in way else "", path.relative_to(machine / "project")),
                 )
     if way == "wrong address":
         (machine / "bin" / "git").write_text("#!/bin/bash\necho fatal: not found >&2; exit 128\n")
@@ -148,7 +164,9 @@ def test_the_code_is_had_from_what_is_there(machine, way):
         with pytest.raises(nbclient.exceptions.CellExecutionError) as error:
             client.execute()
         says = (
-            "There is no project here: fill in REPOSITORY" if way == "nothing" else "'an address', brought no project"
+            "There is no project here: fill in REPOSITORY"
+            if way == "nothing"
+            else "'an address', brought no project"
         )
         assert says in str(error.value) and not (machine / "installed").exists()
         return

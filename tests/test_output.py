@@ -12,7 +12,9 @@ from config import ResidualConfig
 from newllm.errors import BROKEN_PIPE
 from train import main as train
 
-FRAME = "import sys; from newllm.errors import UserError, exit_on_user_error\nwith exit_on_user_error():\n    "
+FRAME = (
+    "import sys; from newllm.errors import UserError, exit_on_user_error\nwith exit_on_user_error():\n    "
+)
 
 
 def shell(command, **environment):
@@ -20,7 +22,9 @@ def shell(command, **environment):
     return subprocess.run(
         ["bash", "-c", command + "; exit ${PIPESTATUS[0]}"],
         cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHON": sys.executable} | environment,
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHON": sys.executable}
+        | environment,
         capture_output=True,
         stdin=subprocess.DEVNULL,
     )
@@ -34,7 +38,12 @@ def shell(command, **environment):
         ("[print('x', flush=True) for _ in range(10**5)]", "| head -3 >/dev/null", BROKEN_PIPE, b""),
         ("print('x' * 10**6); sys.exit(0)", "| true", BROKEN_PIPE, b""),
         ("print('x')", ">/dev/full", 2, b"error: the output cannot be written (No space left on device)"),
-        ("[print('x', flush=True) for _ in range(9)]", ">/dev/full", 2, b"error: the output cannot be written"),
+        (
+            "[print('x', flush=True) for _ in range(9)]",
+            ">/dev/full",
+            2,
+            b"error: the output cannot be written",
+        ),
         ("print(sys.stdout.isatty(), sys.stdin.read())", "<&- >&- 2>&-", 0, b""),
         ("raise UserError('so')", ">&-", 2, b"error: so\n"),
         ("raise UserError('so')", "2>&-", 2, b""),
@@ -64,7 +73,10 @@ def test_a_run_without_output_is_whole(tiny_settings):
 
 def test_a_run_whose_reader_left_is_whole(tiny_settings):
     """It ends, lets go of its folder, and the same settings bring it to its end."""
-    assert shell(f"$PYTHON train.py {' '.join(as_flags(tiny_settings))} | head -3 >/dev/null").returncode == BROKEN_PIPE
+    assert (
+        shell(f"$PYTHON train.py {' '.join(as_flags(tiny_settings))} | head -3 >/dev/null").returncode
+        == BROKEN_PIPE
+    )
     assert not (Path(tiny_settings["checkpoint_dir"]) / "run.lock").exists()
     assert train(ResidualConfig(**tiny_settings))["val_loss"] > 0
 
@@ -80,7 +92,9 @@ def test_paths_in_any_script_and_locale(tiny_settings, tmp_path, name, locale):
     """Data, cache, checkpoints, second copies and artefacts."""
     data, folder = tmp_path / f"{name}.jsonl", tmp_path / name
     data.write_bytes(Path(tiny_settings["data_source"]).read_bytes())
-    changes = dict(data_source=data, cache_dir=folder / "k", checkpoint_dir=folder / "c", backup_dir=folder / "b")
+    changes = dict(
+        data_source=data, cache_dir=folder / "k", checkpoint_dir=folder / "c", backup_dir=folder / "b"
+    )
     flags = as_flags(tiny_settings | changes | dict(artifacts=True, phase1_max_iterations=1, phase2_epochs=1))
     done = subprocess.run(
         [sys.executable, "train.py", *flags],

@@ -79,7 +79,9 @@ def test_a_tolerance_that_is_not_reached_is_the_last_of_its_length():
         assert prefill.shown(row)[4] == "not in 2" and prefill.shown(row)[-1] == "-"
 
 
-def test_trained_and_untrained_weights_are_measured_and_the_run_is_left_alone(tiny_settings, tmp_path, capsys):
+def test_trained_and_untrained_weights_are_measured_and_the_run_is_left_alone(
+    tiny_settings, tmp_path, capsys
+):
     """Rows of both for each length and tolerance, a picture, one JSON object; --trained leaves the untrained out."""
     config = ResidualConfig(**tiny_settings)
     train.main(config)
@@ -99,7 +101,9 @@ def test_trained_and_untrained_weights_are_measured_and_the_run_is_left_alone(ti
     keys = [(row["weights"], row["tokens"], row["tolerance"]) for row in found["rows"]]
     assert keys == [(w, n, t) for w in ("untrained", "trained") for n in LENGTHS for t in (1e-2, 1e-4)]
     assert all(row["converged"] and row["error"] < 5 * row["tolerance"] for row in found["rows"])
-    assert all(row["speed_up"] == pytest.approx(row["loop_seconds"] / row["sweeps_seconds"]) for row in found["rows"])
+    assert all(
+        row["speed_up"] == pytest.approx(row["loop_seconds"] / row["sweeps_seconds"]) for row in found["rows"]
+    )
     assert found["curves"]["trained"] != found["curves"]["untrained"] and picture.exists()
     assert contents(folder) == before
 
@@ -130,7 +134,9 @@ def test_without_a_checkpoint_there_is_the_untrained_network_unless_trained_is_a
 
 def test_a_sequence_longer_than_the_data_repeats_it_and_says_so():
     """Training ids, then validation ids, then all again."""
-    data = SimpleNamespace(train=torch.tensor([[1, 2], [3, 4]]), val=torch.tensor([[5, 6]]), source="somewhere")
+    data = SimpleNamespace(
+        train=torch.tensor([[1, 2], [3, 4]]), val=torch.tensor([[5, 6]]), source="somewhere"
+    )
     ids, line = prefill.one_sequence(data, 15)
     assert ids.tolist() == [1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6, 1, 2, 3] and "repeated 2.5 times" in line
     ids, line = prefill.one_sequence(data, 5)
@@ -150,9 +156,20 @@ def test_flags_are_numbers_in_order():
         return parse_args(ResidualConfig, argv, extra=prefill.flags)[1]
 
     given = parsed("--lengths", "10_000,100", "--tolerance", "1e-4,0.01", "--piece", "8")
-    assert (given.lengths, given.tolerance, given.piece, given.max_sweeps) == ([100, 10000], [0.01, 1e-4], 8, 64)
+    assert (given.lengths, given.tolerance, given.piece, given.max_sweeps) == (
+        [100, 10000],
+        [0.01, 1e-4],
+        8,
+        64,
+    )
     assert parsed().lengths == [1000, 10000, 100000] and parsed().tolerance == [1e-2, 1e-3, 1e-4]
-    for argv in (("--lengths", "0"), ("--lengths", "1,x"), ("--tolerance", "0"), ("--tolerance", "2"), ("--piece", "")):
+    for argv in (
+        ("--lengths", "0"),
+        ("--lengths", "1,x"),
+        ("--tolerance", "0"),
+        ("--tolerance", "2"),
+        ("--piece", ""),
+    ):
         with pytest.raises(UserError, match=r"are wanted, not|must be of type int, not"):
             parsed(*argv)
 
@@ -171,7 +188,10 @@ def test_a_failing_compiler_costs_lines_and_no_result(monkeypatch):
     each, lines = stream(), []
     each.step = StepFunction(each.step.eager, True)
     rows, _ = prefill.surviving(
-        each, "untrained", lines.append, lambda: prefill.measure(each, options(lengths=[20]), "untrained", print)
+        each,
+        "untrained",
+        lines.append,
+        lambda: prefill.measure(each, options(lengths=[20]), "untrained", print),
     )
     assert len(lines) == 2 and "RuntimeError: backend failed" in lines[0] and "delete /shared" in lines[0]
     assert lines[1].endswith("going on without it") and rows[0]["error"] < 1e-2

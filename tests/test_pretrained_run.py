@@ -21,7 +21,9 @@ def folder(tmp_path):
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=270, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=270, special_tokens=["<|end|>"], initial_alphabet=alphabet
+    )
     made.train_from_iterator(["User: hello\nAssistant: hello hello"], trainer)
     path = tmp_path / "pretrained"
     transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>").save_pretrained(path)
@@ -38,7 +40,9 @@ def test_a_run_on_a_pretrained_embedding_leaves_a_model_of_its_own(tiny_settings
     summary = train.main(ResidualConfig(**settings))
     assert summary["tokenizer"] == "pretrained" and summary["vocab_size"] < 280
     given = (
-        transformers.AutoModel.from_pretrained(folder).get_input_embeddings().weight.detach()[: summary["vocab_size"]]
+        transformers.AutoModel.from_pretrained(folder)
+        .get_input_embeddings()
+        .weight.detach()[: summary["vocab_size"]]
     )
     [path] = (folder.parent / "checkpoints").glob("*/models/*.pth")
     (folder / "model.safetensors").unlink()

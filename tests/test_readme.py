@@ -51,9 +51,7 @@ def test_python_blocks_run(folder):
     """In order, in one process, in a folder of their own; only the size is changed."""
     assert len(PYTHON_BLOCKS) >= 2
     settings = TINY | dict(data_source=str(folder / "dialogues.jsonl"), tokenizer="bpe")
-    shrink = (
-        f"import config\nfor name, value in {settings!r}.items():\n    setattr(config.ResidualConfig, name, value)\n"
-    )
+    shrink = f"import config\nfor name, value in {settings!r}.items():\n    setattr(config.ResidualConfig, name, value)\n"
     done = execute([sys.executable, "-c", shrink + "\n".join(PYTHON_BLOCKS)], folder)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("phase2_complete ")

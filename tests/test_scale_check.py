@@ -54,7 +54,10 @@ SETTINGS = {  # changes of settings: whether Phase 1, untrained contexts and Pha
 
 @pytest.mark.parametrize(
     ("name", "ladder"),
-    [*((name, False) for name in SETTINGS), *((name, (6, 12)) for name in ("no control", "gru", "Phase 1 alone"))],
+    [
+        *((name, False) for name in SETTINGS),
+        *((name, (6, 12)) for name in ("no control", "gru", "Phase 1 alone")),
+    ],
 )
 def test_every_setting_ends_in_a_table(tiny_settings, monkeypatch, capsys, name, ladder):
     """The gates whose figures the run has, rows of the ladder with blanks for the others, a picture, a verdict; never a traceback."""
@@ -70,7 +73,9 @@ def test_every_setting_ends_in_a_table(tiny_settings, monkeypatch, capsys, name,
         assert (gate in out) == there, gate
     assert out.endswith("\nPASS\n" if passed else "\nFAIL\n") and "tokens | seconds | " in out
     assert passed == (" FAIL\n" not in out.rsplit("\n\n", 1)[0])
-    assert bool(list(Path(settings["checkpoint_dir"]).glob("outputs/plots/scale_ladder_*.png"))) == bool(ladder)
+    assert bool(list(Path(settings["checkpoint_dir"]).glob("outputs/plots/scale_ladder_*.png"))) == bool(
+        ladder
+    )
 
 
 def test_what_does_not_fit_is_a_sentence_before_anything_is_trained(tiny_settings):

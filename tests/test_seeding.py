@@ -16,7 +16,19 @@ def test_the_value_is_the_same_for_ever():
 def test_distinct_keys_have_distinct_seeds():
     """Over seed, purpose and step; also where the parts would read the same put together."""
     keys = list(itertools.product(range(5), ("phase1", "phase2", "untrained"), range(100)))
-    keys += [(1, 23), (12, 3), (123,), ("1", 23), ("123",), ("a", "b"), ("ab",), (), ("",), (1.0, 23), (None,)]
+    keys += [
+        (1, 23),
+        (12, 3),
+        (123,),
+        ("1", 23),
+        ("123",),
+        ("a", "b"),
+        ("ab",),
+        (),
+        ("",),
+        (1.0, 23),
+        (None,),
+    ]
     assert len({derived_seed(*key) for key in keys}) == len(keys)
 
 

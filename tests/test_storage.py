@@ -21,13 +21,21 @@ from newllm.saving import files as storage
 from newllm.saving.files import Corrupt, load_sealed, save_sealed, usable_folder, verify_seal
 from newllm.saving.guard import read_lock
 
-VALUE = {"weights": torch.arange(300.0).reshape(3, 100), "step": 7, "name": "x", "rates": [0.1, None], "done": False}
+VALUE = {
+    "weights": torch.arange(300.0).reshape(3, 100),
+    "step": 7,
+    "name": "x",
+    "rates": [0.1, None],
+    "done": False,
+}
 
 
 def assert_same(got, expected=VALUE):
     assert got.keys() == expected.keys()
     assert torch.equal(got["weights"], expected["weights"])
-    assert {k: v for k, v in got.items() if k != "weights"} == {k: v for k, v in expected.items() if k != "weights"}
+    assert {k: v for k, v in got.items() if k != "weights"} == {
+        k: v for k, v in expected.items() if k != "weights"
+    }
 
 
 @pytest.fixture
@@ -50,7 +58,9 @@ def assert_refused_untouched(path, content):
 def test_round_trip(tmp_path):
     """What was saved is loaded: tensors of several types and empty ones, plain values, nesting."""
     value = {
-        "tensors": [torch.tensor([1.5], dtype=kind) for kind in (torch.float16, torch.bfloat16, torch.float64)],
+        "tensors": [
+            torch.tensor([1.5], dtype=kind) for kind in (torch.float16, torch.bfloat16, torch.float64)
+        ],
         "bytes": torch.arange(5, dtype=torch.uint8),
         "empty": torch.zeros(0, 3),
         "plain": {"a": [1, 2.5, None, True, "text", (3, b"raw")]},
@@ -61,7 +71,9 @@ def test_round_trip(tmp_path):
     assert got["plain"] == value["plain"]
     assert got["big"] == value["big"]
     pairs = zip(
-        [*got["tensors"], got["bytes"], got["empty"]], [*value["tensors"], value["bytes"], value["empty"]], strict=True
+        [*got["tensors"], got["bytes"], got["empty"]],
+        [*value["tensors"], value["bytes"], value["empty"]],
+        strict=True,
     )
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)
 
@@ -110,7 +122,16 @@ def test_no_truncation_or_extension_loads(sealed):
     """Cut anywhere, or with bytes after the end: Corrupt."""
     path, whole = sealed
     n = len(whole)
-    for length in (0, 1, storage.SEAL_LENGTH, storage.SEAL_LENGTH + 2, storage.SEAL_LENGTH + 3, n // 2, n - 64, n - 1):
+    for length in (
+        0,
+        1,
+        storage.SEAL_LENGTH,
+        storage.SEAL_LENGTH + 2,
+        storage.SEAL_LENGTH + 3,
+        n // 2,
+        n - 64,
+        n - 1,
+    ):
         assert_refused_untouched(path, whole[:length])
     assert_refused_untouched(path, whole + b"\0")
     assert_refused_untouched(path, whole + whole)

@@ -65,7 +65,9 @@ def test_two_runs_with_one_seed_are_identical_and_another_seed_is_not(tiny_setti
     summaries, states = [], []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         folder = tiny_settings["checkpoint_dir"] + name
-        summaries.append(train.main(ResidualConfig(**tiny_settings | {"checkpoint_dir": folder, "seed": seed})))
+        summaries.append(
+            train.main(ResidualConfig(**tiny_settings | {"checkpoint_dir": folder, "seed": seed}))
+        )
         states.append(weights(folder))
     fixed = [{k: v for k, v in s.items() if k not in TIMES} for s in summaries]
     assert fixed[0] == fixed[1] and same(states[0], states[1])
@@ -122,14 +124,18 @@ def test_a_complete_run_is_reported_again_not_trained_again(tiny_settings):
     first = train.main(config)
     before = (Path(config.checkpoint_dir) / "model_latest.pt").read_bytes()
     again = train.main(config)
-    assert {k: v for k, v in first.items() if k not in TIMES} == {k: v for k, v in again.items() if k not in TIMES}
+    assert {k: v for k, v in first.items() if k not in TIMES} == {
+        k: v for k, v in again.items() if k not in TIMES
+    }
     assert (Path(config.checkpoint_dir) / "model_latest.pt").read_bytes() == before
 
 
 def test_phase_1_alone_then_both_equals_both(tiny_settings):
     """`--phase 1` stops after Phase 1; the next run goes on from there and ends as a single run would."""
     both = train.main(ResidualConfig(**tiny_settings))
-    apart = ResidualConfig(**tiny_settings | {"checkpoint_dir": tiny_settings["checkpoint_dir"] + "_apart"}, phase="1")
+    apart = ResidualConfig(
+        **tiny_settings | {"checkpoint_dir": tiny_settings["checkpoint_dir"] + "_apart"}, phase="1"
+    )
     assert "val_loss" not in train.main(apart)
     assert train.main(dataclasses.replace(apart, phase="both"))["val_loss"] == both["val_loss"]
 
@@ -138,7 +144,9 @@ def test_frozen_contexts_do_not_move_in_phase_2(tiny_settings):
     """With freeze_context the context map after Phase 2 is, bit for bit, that of Phase 1; without it is not."""
     for freeze in (True, False):
         folder = f"{tiny_settings['checkpoint_dir']}_{freeze}"
-        config = ResidualConfig(**tiny_settings | {"checkpoint_dir": folder}, freeze_context=freeze, phase="1")
+        config = ResidualConfig(
+            **tiny_settings | {"checkpoint_dir": folder}, freeze_context=freeze, phase="1"
+        )
         train.main(config)
         before = weights(folder)
         train.main(dataclasses.replace(config, phase="both"))
@@ -162,7 +170,13 @@ def test_a_larger_budget_starts_its_own_run_and_keeps_the_old(tiny_settings):
 
 @pytest.mark.parametrize(
     "change",
-    [dict(context_dim=8), dict(vocab_size=280), dict(seed=5), dict(freeze_context=True), dict(max_seq_length=20)],
+    [
+        dict(context_dim=8),
+        dict(vocab_size=280),
+        dict(seed=5),
+        dict(freeze_context=True),
+        dict(max_seq_length=20),
+    ],
     ids=str,
 )
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tiny_settings, change):
@@ -195,7 +209,9 @@ def test_a_changed_schedule_warns_and_continues(tiny_settings, capsys):
     assert "warning: settings changed" in capsys.readouterr().out
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_good_checkpoint(tiny_settings, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_good_checkpoint(
+    tiny_settings, monkeypatch
+):
     """One sentence; what is on disk is finite and continues."""
     from newllm.phases import phase1
 

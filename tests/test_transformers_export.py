@@ -81,7 +81,14 @@ def test_a_run_exported_is_used_by_transformers_alone(tiny_settings, tmp_path, s
     record = read_record(find_records(tiny_settings["checkpoint_dir"])[-1])
     folder = tmp_path / "model"
     export.main(
-        ["--format", "transformers", "--output", str(folder), "--checkpoint_dir", tiny_settings["checkpoint_dir"]]
+        [
+            "--format",
+            "transformers",
+            "--output",
+            str(folder),
+            "--checkpoint_dir",
+            tiny_settings["checkpoint_dir"],
+        ]
     )
     card = (folder / "README.md").read_text()
     assert (
@@ -105,7 +112,9 @@ def test_a_run_exported_is_used_by_transformers_alone(tiny_settings, tmp_path, s
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    model, tokenizer = load_model(open_saved(artifact_paths(record.folder, record.kind, record.run)["model"])[1])
+    model, tokenizer = load_model(
+        open_saved(artifact_paths(record.folder, record.kind, record.run)["model"])[1]
+    )
     model.eval()
 
     def continued(prompt, count):
@@ -127,11 +136,15 @@ def test_a_run_exported_is_used_by_transformers_alone(tiny_settings, tmp_path, s
 
 def test_what_cannot_be_exported_is_refused(tiny_settings, tmp_path):
     """A baseline is transformers' own business; a whitened control cannot read a new text; a file in the way."""
-    for number, settings in enumerate((dict(model_type="gru"), dict(freeze_context=True, whiten_context=True))):
+    for number, settings in enumerate(
+        (dict(model_type="gru"), dict(freeze_context=True, whiten_context=True))
+    ):
         folder = str(tmp_path / f"run_{number}")
         train(ResidualConfig(**tiny_settings | dict(artifacts=True, checkpoint_dir=folder) | settings))
         with pytest.raises(UserError, match="is not exported"):
-            export.main(["--format", "transformers", "--output", str(tmp_path / "out"), "--checkpoint_dir", folder])
+            export.main(
+                ["--format", "transformers", "--output", str(tmp_path / "out"), "--checkpoint_dir", folder]
+            )
     write_dialogues(tmp_path / "file", 1)
     train(ResidualConfig(**tiny_settings | dict(artifacts=True)))
     flags = ["--format", "transformers", "--checkpoint_dir", tiny_settings["checkpoint_dir"], "--output"]
@@ -152,7 +165,9 @@ def exported(tmp_path, monkeypatch):
 
     def exported(tokenizer):
         config = dict(model_type="context", context_dim=8, embed_dim=8, num_layers=1, token_layers=1, seed=0)
-        config |= dict(tie_weights=True, freeze_context=False, whiten_context=False, init_scale=0.5, dropout=0.0)
+        config |= dict(
+            tie_weights=True, freeze_context=False, whiten_context=False, init_scale=0.5, dropout=0.0
+        )
         network = LanguageModel(SimpleNamespace(**config, token_dropout=0.0), tokenizer.vocab_size)
         monkeypatch.setattr(transformers_export, "load_model", lambda found: (network, tokenizer))
         monkeypatch.setattr(transformers_export, "model_card", lambda record: "card")
@@ -184,7 +199,10 @@ def message(draw):
     for names, firsts in ((("role", "content"), ROLES), (("from", "value"), SPEAKERS)):
         if draw.random() < (0.8 if firsts is ROLES else 0.2):
             odd = draw.random() < 0.15
-            values = draw.choice(firsts if odd else firsts[:4]), draw.choice(CONTENTS if odd else CONTENTS[:10])
+            values = (
+                draw.choice(firsts if odd else firsts[:4]),
+                draw.choice(CONTENTS if odd else CONTENTS[:10]),
+            )
             found |= dict(zip(names, values, strict=True))
             if draw.random() < 0.05:
                 del found[draw.choice(names)]
@@ -203,7 +221,9 @@ def test_the_chat_template_writes_what_the_data_reader_writes(exported, small):
         ways = [lambda given, prompt: template.render(messages=given, add_generation_prompt=prompt)]
         if all(isinstance(turn, dict) for turn in dialogue):  # transformers itself takes nothing else
             ways.append(
-                lambda given, prompt: tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=prompt)
+                lambda given, prompt: tokenizer.apply_chat_template(
+                    given, tokenize=False, add_generation_prompt=prompt
+                )
             )
         try:
             expected = render({"messages": dialogue}, "here")
@@ -224,7 +244,9 @@ def test_content_that_is_no_text_is_refused_by_the_template_with_a_sentence(expo
     """The number of the message and what it should have."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported(small))
     parts = [{"role": "user", "content": "hi"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
-    with pytest.raises(Exception, match="message 2 does not have a text as role and a text, or null, as content"):
+    with pytest.raises(
+        Exception, match="message 2 does not have a text as role and a text, or null, as content"
+    ):
         tokenizer.apply_chat_template(parts, tokenize=False)
 
 
@@ -244,7 +266,9 @@ def test_special_tokens_spelled_out_are_text(exported, small, tmp_path, name):
             assert ids == own.encode(text) == tokenizer(text)["input_ids"] == tokenizer.encode(text)
             assert own.eos_id not in ids and tokenizer.decode(ids) == own.decode(ids)
             turn = [{"role": "user", "content": text}]
-            assert tokenizer.apply_chat_template(turn, return_dict=False) == own.encode(f"User: {text.strip()}")
+            assert tokenizer.apply_chat_template(turn, return_dict=False) == own.encode(
+                f"User: {text.strip()}"
+            )
         padded = tokenizer(texts, padding=True, return_tensors="pt")
         assert padded["attention_mask"].sum(1).tolist() == [len(own.encode(text)) for text in texts]
         assert tokenizer.eos_token_id == tokenizer.pad_token_id == own.eos_id
@@ -266,7 +290,10 @@ def test_the_code_of_an_export_is_renewed(exported, small, capsys):
     export.main(["--refresh", str(folder)])
     assert "its code is that of this project now" in capsys.readouterr().out
     after = sums(folder)
-    assert {name for name in after if after[name] != before.get(name)} == {"modeling_newllm.py", "versions.py"}
+    assert {name for name in after if after[name] != before.get(name)} == {
+        "modeling_newllm.py",
+        "versions.py",
+    }
     assert {name for name in after if after[name] != new.get(name)} == {"notes.txt", "model.safetensors"}
     assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
 
@@ -322,12 +349,15 @@ def test_an_export_says_what_it_was_not_tested_with(exported, small, monkeypatch
     for torch_range, said in (("torch>=2", False), ("torch<2", True)):
         monkeypatch.setattr(importlib.metadata, "requires", lambda name, own=torch_range: [own, "numpy<1"])
         folder = exported(small)
-        load = (
-            f"import transformers as t; t.AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)"
-        )
-        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(folder.parent / torch_range)}
+        load = f"import transformers as t; t.AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)"
+        environment = os.environ | {
+            "HF_HUB_OFFLINE": "1",
+            "HF_MODULES_CACHE": str(folder.parent / torch_range),
+        }
         done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         assert (f"torch is {torch.__version__}, newllm wants torch<2" in done.stderr) == said
         assert "not tested" in done.stderr or not said
-        assert "numpy" not in (folder / "versions.py").read_text().partition("TESTED = ")[2].partition("\n")[0]
+        assert (
+            "numpy" not in (folder / "versions.py").read_text().partition("TESTED = ")[2].partition("\n")[0]
+        )

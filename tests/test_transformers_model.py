@@ -36,7 +36,10 @@ def test_greedy_is_the_same_with_and_without_cache_and_by_our_own_generation(mod
     """Three roads, one text."""
     cached = model.generate(ids, max_new_tokens=12, do_sample=False)
     assert cached.equal(model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=False))
-    for options in (dict(logits_to_keep=0), dict(cache_implementation="static")):  # the latter is passed over, and said
+    for options in (
+        dict(logits_to_keep=0),
+        dict(cache_implementation="static"),
+    ):  # the latter is passed over, and said
         assert cached.equal(model.generate(ids, max_new_tokens=12, do_sample=False, **options))
     for row in range(B):
         own = list(generate(model.network, ids[row].tolist(), 12, seed=0, temperature=0))
@@ -77,7 +80,9 @@ def test_nothing_that_the_installed_version_will_drop_is_used(model, ids, caplog
     transformers.logging.get_logger().addHandler(caplog.handler)
     with warnings.catch_warnings(record=True) as said, caplog.at_level(logging.WARNING):
         warnings.simplefilter("always")
-        first = model.generate(ids, max_new_tokens=2, do_sample=False, return_dict_in_generate=True, num_beams=2)
+        first = model.generate(
+            ids, max_new_tokens=2, do_sample=False, return_dict_in_generate=True, num_beams=2
+        )
         model(ids[:, :1], cache=model(ids).cache)
         assert cache_of(first) is not None
     transformers.logging.get_logger().removeHandler(caplog.handler)
@@ -87,11 +92,18 @@ def test_nothing_that_the_installed_version_will_drop_is_used(model, ids, caplog
 def test_guidance_is_the_difference_to_the_text_without_its_prompt(model, ids):
     """Each step's scores, from logits of the whole texts with the prompt and from its last token on."""
     found = model.generate(
-        ids[:1], max_new_tokens=4, do_sample=False, guidance_scale=2.0, return_dict_in_generate=True, output_scores=True
+        ids[:1],
+        max_new_tokens=4,
+        do_sample=False,
+        guidance_scale=2.0,
+        return_dict_in_generate=True,
+        output_scores=True,
     )
     for step, scores in enumerate(found.scores):
         text = found.sequences[:, : T + step]
-        with_prompt, without = (model(part).logits[:, -1].log_softmax(-1) for part in (text, text[:, T - 1 :]))
+        with_prompt, without = (
+            model(part).logits[:, -1].log_softmax(-1) for part in (text, text[:, T - 1 :])
+        )
         torch.testing.assert_close(scores, 2 * with_prompt - without, rtol=1e-4, atol=1e-4)
 
 
@@ -171,7 +183,9 @@ def test_texts_end_where_they_are_told_to(model, ids):
 
     assert model.generate(ids, stopping_criteria=[enough], **options).equal(free[:, : T + 3])
     streamed = []
-    streamer = SimpleNamespace(put=lambda tokens: streamed.extend(tokens.flatten().tolist()), end=lambda: None)
+    streamer = SimpleNamespace(
+        put=lambda tokens: streamed.extend(tokens.flatten().tolist()), end=lambda: None
+    )
     assert model.generate(ids[:1], streamer=streamer, **options)[0].tolist() == streamed
 
 
@@ -245,12 +259,16 @@ def test_a_folder_round_trips_to_the_bit(model, tmp_path):
     assert mine.keys() == theirs.keys() and all(mine[name].equal(theirs[name]) for name in mine)
 
 
-@pytest.fixture(params=[dict(), dict(tie_word_embeddings=False), dict(keeps_embedding=True), dict(network="token")])
+@pytest.fixture(
+    params=[dict(), dict(tie_word_embeddings=False), dict(keeps_embedding=True), dict(network="token")]
+)
 def sized(request):
     """A model whose output prefers the smaller ids."""
     from newllm.transformers_model import NewLLMConfig, NewLLMForCausalLM
 
-    shape = dict(vocab_size=V, hidden_size=32, embed_dim=24, num_hidden_layers=2, eos_token_id=3, pad_token_id=3)
+    shape = dict(
+        vocab_size=V, hidden_size=32, embed_dim=24, num_hidden_layers=2, eos_token_id=3, pad_token_id=3
+    )
     model = NewLLMForCausalLM(NewLLMConfig(**shape | request.param)).eval()
     model.network.output_bias.data = -torch.arange(float(V))
     return model

@@ -47,7 +47,9 @@ def test_killed_runs_end_equal(tmp_path):
     done = prove(tmp_path, "--kills", "6", "--operations", "61")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 kills at random moments: 6/6 died by SIGKILL and resumed; " in done.stdout
-    operations, good = re.search(r"(\d+) operations: (\d+)/\1 died by SIGKILL, resumed and ended", done.stdout).groups()
+    operations, good = re.search(
+        r"(\d+) operations: (\d+)/\1 died by SIGKILL, resumed and ended", done.stdout
+    ).groups()
     assert operations == good and int(good) > 5
     assert not list(tmp_path.iterdir())
 

@@ -80,7 +80,9 @@ def open_corpus(source, split="", column=""):
         except hub.Unreachable as reason:
             if source == "auto":
                 return _chitchat(f", NOT UltraChat (the Hugging Face hub could not be reached: {reason})")
-            raise UserError(f"UltraChat cannot be had from the Hugging Face hub ({reason}); {WAY_OUT}.") from reason
+            raise UserError(
+                f"UltraChat cannot be had from the Hugging Face hub ({reason}); {WAY_OUT}."
+            ) from reason
     if known:
         return _hub(source, known, split, column)
     path = Path(source)
@@ -108,7 +110,9 @@ def pin(source):
     try:
         commit = hub.probe(f"api/datasets/{found[1]}/revision/{quote(found[3] or 'main', safe='')}")["sha"]
     except hub.Unreachable as reason:
-        raise _not_had(source, reason, f", or {found[1]}@COMMIT as a run named it that cached its data") from reason
+        raise _not_had(
+            source, reason, f", or {found[1]}@COMMIT as a run named it that cached its data"
+        ) from reason
     return f"{source.partition('@')[0]}@{commit}"
 
 
@@ -123,7 +127,9 @@ def known_labels(source, split="", column=""):
             f"data_source '{source}' has no choice of split or column: leave out data_split and data_column."
         )
     if column and (len(column_names(column)) > 2 or "" in column_names(column)):
-        raise UserError(f"data_column is one name or two with a comma, such as prompt,response, not '{column}'.")
+        raise UserError(
+            f"data_column is one name or two with a comma, such as prompt,response, not '{column}'."
+        )
     if source in ("auto", "ultrachat"):
         return "ultrachat", ULTRACHAT_IDENTITY, ULTRACHAT_NOTE
     if not _on_hub(source):
@@ -139,7 +145,9 @@ def _of_column(column):
 
 def _fit_name(text):
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._")[:60] or "data"
-    return f"{name}-file" if name in SOURCES else name  # it stands in every result: "ultrachat" is UltraChat itself
+    return (
+        f"{name}-file" if name in SOURCES else name
+    )  # it stands in every result: "ultrachat" is UltraChat itself
 
 
 def _finite(name, identity, note, read):
@@ -155,7 +163,9 @@ def _finite(name, identity, note, read):
             raise UserError(f"{name} holds no dialogues{why}; choose another --data_source.")
         return kept, Listing(len(kept), [*remarks, *tally.remarks(name)])
 
-    return Corpus(name, identity, note, lambda: iter(found()[0]), lambda: reversed(found()[0]), lambda: found()[1])
+    return Corpus(
+        name, identity, note, lambda: iter(found()[0]), lambda: reversed(found()[0]), lambda: found()[1]
+    )
 
 
 def _remarks(streams):
@@ -202,7 +212,11 @@ def _hub(source, labels, split, column):
         functools.partial(read_rows, rows[name], f"{where} {name}", column, part, tally=Tally())
         for name, part in ([(train, None), (held_out, None)] if held_out else [(train, False), (train, True)])
     ]
-    rest = f"split {held_out}" if held_out else f"every {HELD_OUT_EVERY}th row, as there is no split test or validation"
+    rest = (
+        f"split {held_out}"
+        if held_out
+        else f"every {HELD_OUT_EVERY}th row, as there is no split test or validation"
+    )
     choice = f"data: trains on split {train}, holds out {rest}"
     return Corpus(*labels, *streams, lambda: Listing(None, [choice, *_remarks(streams)]))
 
@@ -233,11 +247,16 @@ def _read_chitchat(path):
             unanswered += 1
             continue
         messages = [
-            dict(role="user" if sender == senders[0] else "assistant", content=" ".join(part["text"] for part in turn))
+            dict(
+                role="user" if sender == senders[0] else "assistant",
+                content=" ".join(part["text"] for part in turn),
+            )
             for sender, turn in zip(senders, turns, strict=True)
         ]
         texts.append(render(dict(messages=messages), f"{path} dialogue {number}"))
-    return texts, [f"data: {unanswered:,} openings of chitchat that nobody answered left out"] if unanswered else []
+    return texts, [
+        f"data: {unanswered:,} openings of chitchat that nobody answered left out"
+    ] if unanswered else []
 
 
 # Files
@@ -250,11 +269,15 @@ def _saved(path, split, column):
     try:
         rows = datasets.load_from_disk(str(path), keep_in_memory=False)
     except Exception as error:
-        raise UserError(f"{path} is no readable saved dataset ({hub.describe(error)}); save it again.") from error
+        raise UserError(
+            f"{path} is no readable saved dataset ({hub.describe(error)}); save it again."
+        ) from error
     rows = rows if isinstance(rows, dict) else {"train": rows}
     train, held_out = choose_splits(rows, split, path)
     names = [train, held_out] if held_out else [train]
-    identity = _digest_of([[digest(Path(file["filename"])) for file in rows[name].cache_files] for name in names])
+    identity = _digest_of(
+        [[digest(Path(file["filename"])) for file in rows[name].cache_files] for name in names]
+    )
     streams = [
         functools.partial(read_saved, rows[name], f"{path} {name}", column, backwards, tally=Tally())
         for name, backwards in ((train, False), (held_out or train, not held_out))
@@ -274,7 +297,9 @@ def _files(path, split, column):
     files = [f for f in found if f.name.endswith(SUFFIXES)] or [f for f in found if f.name.endswith(TABLES)]
     if not files:
         kinds = ", ".join(SUFFIXES + TABLES)
-        raise UserError(f"{path} is no data: data_source takes {kinds} files, a folder of them or of save_to_disk.")
+        raise UserError(
+            f"{path} is no data: data_source takes {kinds} files, a folder of them or of save_to_disk."
+        )
     if column and (plain := [file for file in files if file.name.endswith(".txt")]):
         raise UserError(f"{plain[0]} has no columns: leave out data_column.")
     identity = digest(path) if not folder else _digest_of([[file.name, digest(file)] for file in files])

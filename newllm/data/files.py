@@ -16,7 +16,12 @@ from newllm.errors import UserError
 from newllm.saving.stop import poll
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet", ".txt")
-TABLES = (".csv", ".tsv", ".json", ".arrow")  # in a folder only without any of the above, beside which they describe
+TABLES = (
+    ".csv",
+    ".tsv",
+    ".json",
+    ".arrow",
+)  # in a folder only without any of the above, beside which they describe
 COLUMNS = (  # where a row may hold its dialogue, in order of preference
     ("messages",),
     ("data",),
@@ -75,7 +80,9 @@ def render(row, where, column=""):
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UserError(f"{where} holds a lone surrogate, which is no valid Unicode; repair or remove it.") from None
+        raise UserError(
+            f"{where} holds a lone surrogate, which is no valid Unicode; repair or remove it."
+        ) from None
     return text
 
 
@@ -90,7 +97,9 @@ def _names_of(row, where, column):
     if column:
         names = column_names(column)
         if missing := [name for name in names if name not in row]:
-            raise UserError(f"{where} has no column '{missing[0]}' for --data_column; its columns are: {keys}.")
+            raise UserError(
+                f"{where} has no column '{missing[0]}' for --data_column; its columns are: {keys}."
+            )
         return names
     there = [names for names in COLUMNS if all(name in row for name in names)]
     if not there:
@@ -216,7 +225,9 @@ def _read_arrow(path, column):
     import datasets
 
     try:
-        rows = datasets.load_dataset("arrow", data_files=glob.escape(str(path)), split="train", streaming=True)
+        rows = datasets.load_dataset(
+            "arrow", data_files=glob.escape(str(path)), split="train", streaming=True
+        )
         return _rendered(rows, path, column)
     except (ValueError, OSError) as error:
         raise UserError(f"{path} is no readable arrow file ({_reason(error)}); write it again.") from error
@@ -244,7 +255,9 @@ def _lines(path):
 def _csv_rows(text, path):
     """Rows of strings. A reader that guesses types would make numbers of the texts "007" and nothing of "NA"."""
     csv.field_size_limit(max(len(text), csv.field_size_limit()))
-    reader = csv.DictReader(io.StringIO(text), strict=True, delimiter="\t" if path.name.endswith(".tsv") else ",")
+    reader = csv.DictReader(
+        io.StringIO(text), strict=True, delimiter="\t" if path.name.endswith(".tsv") else ","
+    )
     try:
         if len(set(reader.fieldnames or ())) < len(reader.fieldnames or ()):
             raise csv.Error("two columns of one name")
@@ -253,7 +266,9 @@ def _csv_rows(text, path):
                 raise csv.Error(f"not {len(reader.fieldnames)} fields as in its head")
             yield row
     except csv.Error as error:
-        raise UserError(f"{path} line {reader.reader.line_num} is no row ({error}); repair or remove it.") from None
+        raise UserError(
+            f"{path} line {reader.reader.line_num} is no row ({error}); repair or remove it."
+        ) from None
 
 
 def _json_rows(text, path):

@@ -76,7 +76,9 @@ def describe(error):
     if any("Timeout" in name for name in names):
         return "time-out"
     words = (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")
-    if "gaierror" in names or re.search(r"name resolution|name or service not known|getaddrinfo", text, re.IGNORECASE):
+    if "gaierror" in names or re.search(
+        r"name resolution|name or service not known|getaddrinfo", text, re.IGNORECASE
+    ):
         return "no internet connection: name lookup failed"
     return words if len(words) <= 200 else words[:197] + "..."
 

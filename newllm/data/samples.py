@@ -20,11 +20,17 @@ from newllm.progress import silent
 from newllm.saving.files import Corrupt, load_sealed, save_sealed, usable_folder
 from newllm.saving.stop import poll
 
-FORMAT_VERSION = 1  # raise it when rendering, packing or the file's fields change: older cache files are passed over
+FORMAT_VERSION = (
+    1  # raise it when rendering, packing or the file's fields change: older cache files are passed over
+)
 BATCH = 256  # dialogues encoded in one call, at most
 MARGIN = 64  # ids before the end of a cut text that the cut may have changed: more than a word has
 CHARACTERS = 1 << 22  # encoded in one call, nearly always: each takes about 100 bytes of memory meanwhile
-KINDS = {"auto": "gpt2", "gpt2": "gpt2", "bpe": "bpe"}  # of tokenizer to look for in the cache, by the setting
+KINDS = {
+    "auto": "gpt2",
+    "gpt2": "gpt2",
+    "bpe": "bpe",
+}  # of tokenizer to look for in the cache, by the setting
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +39,9 @@ class TokenData:
 
     train: torch.Tensor  # int32 [num_samples, L+1]
     val: torch.Tensor  # int32 [val_samples, L+1]
-    train_dialogue: torch.Tensor  # int64 [num_samples]: index of the sample's first dialogue in the training stream
+    train_dialogue: (
+        torch.Tensor
+    )  # int64 [num_samples]: index of the sample's first dialogue in the training stream
     val_dialogue: torch.Tensor  # int64 [val_samples]: the same in the held-out stream
     tokenizer: Tokenizer
     token_bytes: torch.Tensor  # int32 [V]: UTF-8 bytes of each id
@@ -61,7 +69,9 @@ def load_data(config, progress=silent):
         return data
     count = max(1, round(config.tune_share * len(data.train)))
     if count >= len(data.train):
-        raise UserError(f"tune_share leaves none of the {len(data.train)} training samples: use more num_samples.")
+        raise UserError(
+            f"tune_share leaves none of the {len(data.train)} training samples: use more num_samples."
+        )
     parts = dict(val=data.train[-count:], val_dialogue=data.train_dialogue[-count:])
     parts |= dict(train=data.train[:-count], train_dialogue=data.train_dialogue[:-count])
     note = f"tuning: validates on the last {count:,} training samples and trains on the others"
@@ -92,7 +102,9 @@ def load_samples(config, progress=silent):
             return None
         _clear_strays(payload["path"])
         reason = choose()[1] if choice == "auto" and payload["tokenizer_name"] == "bpe" else ""
-        return _token_data(payload, note, reason, [f"cache hit: {payload['path']}", *_unused(unusable)], cache_hit=True)
+        return _token_data(
+            payload, note, reason, [f"cache hit: {payload['path']}", *_unused(unusable)], cache_hit=True
+        )
 
     # What is known before the corpus is opened is enough for the cache, so a pinned revision in it needs no hub.
     source = pin(config.data_source), config.data_split, config.data_column
@@ -145,7 +157,9 @@ def pack(dialogues, tokenizer, count, length, advance=lambda tokens: None):
             break
         taken += [_text_digest(text) for _, text in batch]
         before = len(samples)
-        for (index, _), ids in zip(batch, _starts(tokenizer, [text for _, text in batch], length + 1), strict=True):
+        for (index, _), ids in zip(
+            batch, _starts(tokenizer, [text for _, text in batch], length + 1), strict=True
+        ):
             if not sample:
                 first.append(index)
             sample += ids[: length + 1 - len(sample)]
@@ -200,14 +214,18 @@ def _build(corpus, tokenizer, config, progress):
         lesson = [text for text in head if _text_digest(text) not in held]
         if trained:
             tokenizer = train_bpe(lesson, config.vocab_size, progress)
-        val, val_dialogue, val_taken = pack(enumerate(corpus.held_out()), tokenizer, config.val_samples, length)
+        val, val_dialogue, val_taken = pack(
+            enumerate(corpus.held_out()), tokenizer, config.val_samples, length
+        )
         if set(val_taken).isdisjoint(map(_text_digest, lesson)):
             break
         held.update(val_taken)
     held, skipped = set(val_taken), []
 
     def training_dialogues():
-        for index, text in islice(enumerate(chain(head, stream)), None if size is None else size - len(val_taken)):
+        for index, text in islice(
+            enumerate(chain(head, stream)), None if size is None else size - len(val_taken)
+        ):
             if _text_digest(text) in held:
                 skipped.append(index)
             else:
@@ -236,9 +254,7 @@ def _build(corpus, tokenizer, config, progress):
 
 
 def _too_few(corpus, config, needed, num_train=0, num_val=0):
-    samples = (
-        f"{config.num_samples:,} training + {config.val_samples:,} validation samples of {config.max_seq_length} tokens"
-    )
+    samples = f"{config.num_samples:,} training + {config.val_samples:,} validation samples of {config.max_seq_length} tokens"
     if corpus.size is None:
         have = f"are more than {corpus.name} gives ({num_train:,} + {num_val:,})"
     else:
@@ -272,7 +288,9 @@ def _read_cache(path, unusable):
         payload = load_sealed(path)
         if not isinstance(payload, dict) or payload.get("recipe") != path.name:
             raise Corrupt("made for another recipe")
-        if payload["fingerprint"] != _fingerprint(payload["train"], payload["val"], payload["tokenizer_json"]):
+        if payload["fingerprint"] != _fingerprint(
+            payload["train"], payload["val"], payload["tokenizer_json"]
+        ):
             raise Corrupt("its ids are not those it was written with")
         return payload | {"path": path}
     except FileNotFoundError:
@@ -290,7 +308,10 @@ def _clear_strays(path):
 
 
 def _unused(unusable):
-    return [f"cache: {path} is damaged or foreign ({reason}) and was not used" for path, reason in unusable.items()]
+    return [
+        f"cache: {path} is damaged or foreign ({reason}) and was not used"
+        for path, reason in unusable.items()
+    ]
 
 
 def _token_data(payload, corpus_note, reason, notes, cache_hit):
@@ -299,7 +320,10 @@ def _token_data(payload, corpus_note, reason, notes, cache_hit):
     if tokenizer.name == "bpe":
         kind += ", trained on the training dialogues" + (f" ({reason})" if reason else "")
     return TokenData(
-        **{name: payload[name] for name in ("train", "val", "train_dialogue", "val_dialogue", "source", "fingerprint")},
+        **{
+            name: payload[name]
+            for name in ("train", "val", "train_dialogue", "val_dialogue", "source", "fingerprint")
+        },
         tokenizer=tokenizer,
         token_bytes=tokenizer.token_bytes(),
         notes=[corpus_note, kind, *payload["remarks"], *notes],

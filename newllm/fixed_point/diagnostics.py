@@ -55,7 +55,9 @@ def contraction_factor(errors, floor=1e-5):
     if len(logs) < 2:
         return 0.0
     centre = (len(logs) - 1) / 2
-    slope = sum((k - centre) * e for k, e in enumerate(logs)) / sum((k - centre) ** 2 for k in range(len(logs)))
+    slope = sum((k - centre) * e for k, e in enumerate(logs)) / sum(
+        (k - centre) ** 2 for k in range(len(logs))
+    )
     return math.exp(slope)
 
 
@@ -128,5 +130,7 @@ def past_capacity(fit, held_out, max_lag=PROBE_LAGS):
 
 def identity_r2(fit, held_out):
     """Held-out R^2 of the best linear map from e_t to c_t: 1 means the context is the current token and nothing else."""
-    pairs = [(rearrange(e, "b t e -> (b t) e"), rearrange(c, "b t c -> (b t) 1 c")) for c, e in (fit, held_out)]
+    pairs = [
+        (rearrange(e, "b t e -> (b t) e"), rearrange(c, "b t c -> (b t) 1 c")) for c, e in (fit, held_out)
+    ]
     return ridge_r2(*pairs[0], *pairs[1]).item()

@@ -42,13 +42,17 @@ class _SteinLoss(torch.autograd.Function):
             identity = torch.eye(size, device=wide.device, dtype=wide.dtype)
             with _half_precision_products(contexts_NC):
                 cov = centred.T @ centred / (tokens - 1) + 1e-3 * identity
-            factor, failed = torch.linalg.cholesky_ex(cov)  # the checked one would make the host wait for the device
+            factor, failed = torch.linalg.cholesky_ex(
+                cov
+            )  # the checked one would make the host wait for the device
             factor = factor.masked_fill(failed > 0, math.nan)
             loss = (cov.trace() - 2 * factor.diagonal().log().sum() - size) / size
             if ctx.needs_input_grad[0]:
                 pull = (identity - torch.cholesky_inverse(factor)) * (2 / (tokens - 1) / size)
                 # With fewer tokens than dimensions the inverse is large, and cancels, off their span: full precision.
-                exact = contextlib.nullcontext() if tokens < 2 * size else _half_precision_products(contexts_NC)
+                exact = (
+                    contextlib.nullcontext() if tokens < 2 * size else _half_precision_products(contexts_NC)
+                )
                 with exact:
                     gradient = centred @ pull
                 # Numbers like 1e-7 are lost to fp16 until the loss scale, which comes with grad_output, has made them larger.
@@ -71,7 +75,9 @@ def _half_precision_products(contexts):
     if contexts.dtype not in (torch.bfloat16, torch.float16):
         yield
         return
-    backend, precision = (torch.backends.cuda, "tf32") if contexts.is_cuda else (torch.backends.mkldnn, "bf16")
+    backend, precision = (
+        (torch.backends.cuda, "tf32") if contexts.is_cuda else (torch.backends.mkldnn, "bf16")
+    )
     before = backend.matmul.fp32_precision
     backend.matmul.fp32_precision = precision
     try:

@@ -76,7 +76,9 @@ class SweepStats:
     """What each sweep of a solve did, one entry a sweep."""
 
     residual: list = field(default_factory=list)  # mean squared change per dimension
-    converged: list = field(default_factory=list)  # share of tokens whose squared change is below the threshold
+    converged: list = field(
+        default_factory=list
+    )  # share of tokens whose squared change is below the threshold
     error: list = field(default_factory=list)  # relative distance from a trajectory, where one was given
 
     @property
@@ -84,7 +86,9 @@ class SweepStats:
         return len(self.residual)
 
 
-def solve(step, tokens_BTE, context_dim, max_sweeps, threshold, ratio=1.0, start_BTC=None, trajectory_BTC=None):
+def solve(
+    step, tokens_BTE, context_dim, max_sweeps, threshold, ratio=1.0, start_BTC=None, trajectory_BTC=None
+):
     """Sweep from a start (default: cold, K = 0) until a share `ratio` of tokens changes less than `threshold`.
 
     A chaotic map does not converge; the stats say so, nothing is raised.
@@ -165,7 +169,9 @@ def prefill(step, tokens_BTE, context_dim, tolerance, max_sweeps, piece=4096, st
         t = t + first
         while len(t) and sweeps < max_sweeps:
             old, (new, stream) = contexts[b, t + 1], step(contexts[b, t], tokens_BTE[b, t])
-            new = new.to(contexts.dtype)  # autocast decides what a step gives, by its own rules on each device
+            new = new.to(
+                contexts.dtype
+            )  # autocast decides what a step gives, by its own rules on each device
             if stream is not None:
                 streams = stream.new_empty(batch, length, stream.shape[-1]) if streams is None else streams
                 streams[b, t] = stream.to(streams.dtype)

@@ -21,7 +21,9 @@ def require_peft():
         UserError: peft is not installed.
     """
     if importlib.util.find_spec("peft") is None:
-        raise UserError("context_adapter 'lora' needs the package peft: pip install newllm[lora], or leave it out.")
+        raise UserError(
+            "context_adapter 'lora' needs the package peft: pip install newllm[lora], or leave it out."
+        )
 
 
 def adapter_rank(config, memory):
@@ -49,7 +51,9 @@ def add_adapter(model, rank, generator=None):
 
     for parameter in model.context_parameters():
         parameter.requires_grad_(False)
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=["mix"]), model.context_map)
+    inject_adapter_in_model(
+        LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=["mix"]), model.context_map
+    )
     for name, parameter in model.context_map.named_parameters():
         if ".lora_A." in name:  # peft draws from the global generator
             drawn = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5

@@ -87,10 +87,14 @@ class Baseline(TokenPredictor):
         if self.kind != "transformer":
             return None
         body = self.body.config
-        head = torch.empty(1, body.n_head, body.n_positions, body.n_embd // body.n_head, device=device, dtype=dtype)
+        head = torch.empty(
+            1, body.n_head, body.n_positions, body.n_embd // body.n_head, device=device, dtype=dtype
+        )
         try:
             with self._kernel(), warnings.catch_warnings(action="ignore"):  # torch has no public way to ask
-                return SDPBackend(torch._fused_sdp_choice(head, head, head, None, body.attn_pdrop, True)).name.lower()
+                return SDPBackend(
+                    torch._fused_sdp_choice(head, head, head, None, body.attn_pdrop, True)
+                ).name.lower()
         except RuntimeError as error:
             raise UserError(
                 f"attention '{self.attention}' cannot be had for {dtype} with dropout {body.attn_pdrop:g} on {device.type}: take "

@@ -76,9 +76,13 @@ class ResidualLayer(nn.Module):
         joined = torch.cat([context, token], dim=-1)
         if not stream and type(self.mix) is nn.Linear:  # an adapted layer is more than its matrix
             weight, bias = (part[: self.widths[0]] for part in (self.mix.weight, self.mix.bias))
-            return normed(self.context_norm, context + torch.relu(functional.linear(joined, weight, bias))), None
+            return normed(
+                self.context_norm, context + torch.relu(functional.linear(joined, weight, bias))
+            ), None
         context_update, token_update = torch.relu(self.mix(joined)).split(self.widths, dim=-1)
-        return normed(self.context_norm, context + context_update), normed(self.token_norm, token + token_update)
+        return normed(self.context_norm, context + context_update), normed(
+            self.token_norm, token + token_update
+        )
 
 
 class ContextMap(nn.Module):

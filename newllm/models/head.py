@@ -12,7 +12,9 @@ from newllm.models.context import normed
 # The token stream still points along its own token's vector, so a tied model starts by predicting each token to repeat,
 # with a logit of about std * E: small enough here for the first loss to be that of the bias with thousands of ids.
 EMBEDDING_STD = 0.01
-ALIGNED_LOGIT = 10.0  # of a normed stream that points along a frozen vector of mean length: within a softmax's reach
+ALIGNED_LOGIT = (
+    10.0  # of a normed stream that points along a frozen vector of mean length: within a softmax's reach
+)
 
 
 class Dropout(nn.Module):
@@ -48,7 +50,9 @@ class TokenDropout(nn.Module):
         if not self.training or not self.probability:
             return embeddings
         hidden = torch.rand(*embeddings.shape[:-1], 1, device=embeddings.device) < self.probability
-        return torch.where(hidden, (self.blank * embeddings.detach().float().std()).to(embeddings.dtype), embeddings)
+        return torch.where(
+            hidden, (self.blank * embeddings.detach().float().std()).to(embeddings.dtype), embeddings
+        )
 
 
 class TokenLayer(nn.Module):

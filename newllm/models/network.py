@@ -54,7 +54,9 @@ class LanguageModel(TokenPredictor):
             fixed: no gradient to the embedding itself.
         """
         weight = self.embedding.weight if self.context_embedding is None else self.context_embedding
-        return in_compute_type(self.embed_norm(functional.embedding(ids, weight.detach() if fixed else weight)))
+        return in_compute_type(
+            self.embed_norm(functional.embedding(ids, weight.detach() if fixed else weight))
+        )
 
     def step(self, context, token, stream=True):
         """One step of F on normalised embeddings: (c_{t-1} [..., C], e_t [..., E]) -> (c_t, u_t or, without stream, None)."""

@@ -34,7 +34,9 @@ def unigram_nll(train_ids, val_ids, vocab_size):
 class Level(NamedTuple):
     """The k-grams of one length k. A k-gram's id is its index in `keys`; the id -1 stands for every unseen one."""
 
-    keys: np.ndarray  # [m + 1] ascending: id of the (k-1)-gram context * V + last token; then one unreachable key
+    keys: (
+        np.ndarray
+    )  # [m + 1] ascending: id of the (k-1)-gram context * V + last token; then one unreachable key
     discounted: np.ndarray  # [m + 1] (count - discount) / count of the context; last entry, reached by -1: 0
     backoff: np.ndarray  # [contexts + 1] weight of the next shorter context; last entry, reached by -1: 1
 
@@ -83,7 +85,9 @@ class KneserNey:
         self.levels = []
         for k in range(2, min(self.order, samples.shape[1]) + 1):
             pairs = ids[:, :-1] * self.vocab_size + samples[:, k - 1 :]
-            unique, first, inverse, raw = np.unique(pairs, return_index=True, return_inverse=True, return_counts=True)
+            unique, first, inverse, raw = np.unique(
+                pairs, return_index=True, return_inverse=True, return_counts=True
+            )
             suffixes = ids[:, 1:].ravel()[first]
             continuations = np.bincount(suffixes, minlength=len(keys))
             if k > 2:  # a lone token has an id before it always, as id 0 is never predicted

@@ -24,9 +24,13 @@ class Window(nn.Module):
         self.lag_dim = max(1, context_dim // 2 // LAGS)
         slow = context_dim - LAGS * self.lag_dim
         if slow < len(TIME_CONSTANTS):
-            raise UserError(f"model_type 'window' needs a context_dim of at least {LAGS + len(TIME_CONSTANTS)}.")
+            raise UserError(
+                f"model_type 'window' needs a context_dim of at least {LAGS + len(TIME_CONSTANTS)}."
+            )
         generator = torch.Generator().manual_seed(seed)
-        self.register_buffer("lag", torch.randn(embed_dim, self.lag_dim, generator=generator) / embed_dim**0.5)
+        self.register_buffer(
+            "lag", torch.randn(embed_dim, self.lag_dim, generator=generator) / embed_dim**0.5
+        )
         self.register_buffer("slow", torch.randn(embed_dim, slow, generator=generator) / embed_dim**0.5)
         constants = torch.tensor(TIME_CONSTANTS).repeat_interleave(-(-slow // len(TIME_CONSTANTS)))[:slow]
         self.register_buffer("decay", torch.exp(-1 / constants))

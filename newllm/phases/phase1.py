@@ -100,7 +100,9 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
                 return *loss_of(new_bTC, old_bTC), new_bTC.detach()
             # The regularizer needs all contexts at once: their gradient first, then each part's (arXiv 2101.06983).
             with torch.no_grad():
-                new_bTC = torch.cat([swept(part) for part in parts]) if len(own) else torch.empty_like(old_bTC)
+                new_bTC = (
+                    torch.cat([swept(part) for part in parts]) if len(own) else torch.empty_like(old_bTC)
+                )
             new_BTC, old_BTC = (group.assemble(each, own, len(samples)) for each in (new_bTC, old_bTC))
             found = loss_of(new_BTC.requires_grad_(), old_BTC)
             gradient_bTC = new_BTC.grad[own]
@@ -111,7 +113,9 @@ def train_phase1(model, data, config, runtime, log, checkpointer):
         return gradients
 
     model.train()
-    with Progress("phase 1", config.phase1_max_iterations * data.train[:, 1:].numel(), state["tokens"]) as progress:
+    with Progress(
+        "phase 1", config.phase1_max_iterations * data.train[:, 1:].numel(), state["tokens"]
+    ) as progress:
         while not _finished(state, history, config):
             order = epoch_order(count, config.seed, STAGE, state["iteration"])
             while state["samples"] < count:
@@ -193,7 +197,9 @@ def _finished(state, history, config):
 
 def _accumulate(sums, values, share):
     """Add a batch's values to the iteration's means, weighted by its share of the samples."""
-    for name, value in zip(values, torch.stack([value.double() for value in values.values()]).tolist(), strict=True):
+    for name, value in zip(
+        values, torch.stack([value.double() for value in values.values()]).tolist(), strict=True
+    ):
         sums[name] = sums.get(name, 0.0) + share * value
 
 

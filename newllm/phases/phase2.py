@@ -26,7 +26,13 @@ from newllm.saving.state import position_of
 from newllm.saving.stop import Stopped
 from newllm.seeding import derived_generator, derived_seed
 from newllm.training.features import FrozenFeatures
-from newllm.training.optim import make_optimizer, optimizer_state, prepare_optimizer, set_learning_rate, warmup_cosine
+from newllm.training.optim import (
+    make_optimizer,
+    optimizer_state,
+    prepare_optimizer,
+    set_learning_rate,
+    warmup_cosine,
+)
 from newllm.training.runtime import StepFunction, memory_mb, memory_of
 from newllm.training.step import OptimizerStep
 
@@ -47,7 +53,9 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
     state = _fresh_state() | (saved or {})
     adapted = config.context_adapter == "lora" and not freeze_context
     if adapted and not has_adapter(model.state_dict()):  # a restored state brings its own
-        add_adapter(model, adapter_rank(config, memory_of(runtime.device)), derived_generator(config.seed, "adapter"))
+        add_adapter(
+            model, adapter_rank(config, memory_of(runtime.device)), derived_generator(config.seed, "adapter")
+        )
     parts = [(model.head_parameters(), 1.0)]
     if not freeze_context:
         parts.append((model.context_parameters(), config.context_lr_scale))
@@ -75,7 +83,9 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
     def save(**how):
         state["seconds"] = earlier_seconds + progress.seconds
         label = f"{stage}_epoch_{state['epoch'] + (state['samples'] > 0)}"
-        checkpointer.save(label, model, state | optimizer_state(runtime, optimizer), best, position=position(), **how)
+        checkpointer.save(
+            label, model, state | optimizer_state(runtime, optimizer), best, position=position(), **how
+        )
 
     def gradients_of(samples):
         """The batch's loss as a function of how it is cut into parts."""
@@ -165,7 +175,11 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
                 state["tokens"] += len(samples) * config.max_seq_length
                 progress.update(len(samples) * config.max_seq_length)
                 best_loss = state["best"] and state["best"]["loss"]
-                log.status(progress, **checkpointer.arrived(stage, position(), state["steps"]), best_val_loss=best_loss)
+                log.status(
+                    progress,
+                    **checkpointer.arrived(stage, position(), state["steps"]),
+                    best_val_loss=best_loss,
+                )
                 if quick_check_due(count, batches, config.val_quick_every_n_batches, done, state["samples"]):
                     quick_validation()
                 if (due := checkpointer.due(state["steps"])) and state["samples"] < count:
@@ -174,7 +188,9 @@ def train_phase2(model, data, config, runtime, log, checkpointer, stage, freeze_
             started = time.monotonic()
             metrics = validate(torch.arange(len(data.val)))
             state["seconds_validation"] = time.monotonic() - started
-            row = {"train_loss": state["train_loss"]} | {f"val_{name}": value for name, value in metrics.items()}
+            row = {"train_loss": state["train_loss"]} | {
+                f"val_{name}": value for name, value in metrics.items()
+            }
             for name, value in row.items():
                 history.setdefault(name, []).append(value)
             state |= {"epoch": state["epoch"] + 1, "samples": 0, "train_loss": 0.0}
@@ -222,4 +238,6 @@ def _fresh_state():
 def _finished(state, config):
     if state["samples"] or not state["epoch"]:
         return False
-    return state["epoch"] >= config.phase2_epochs or state["epoch"] - state["best"]["epoch"] >= config.patience
+    return (
+        state["epoch"] >= config.phase2_epochs or state["epoch"] - state["best"]["epoch"] >= config.patience
+    )

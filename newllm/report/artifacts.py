@@ -65,14 +65,18 @@ def write_artifacts(record):
 
     if record.phase2:
         for side in ("train", "val"):
-            write(f"{side}_losses", lambda path, side=side: np.save(path, np.array(record.phase2[f"{side}_loss"])))
+            write(
+                f"{side}_losses",
+                lambda path, side=side: np.save(path, np.array(record.phase2[f"{side}_loss"])),
+            )
         write("loss_curve", lambda path: loss_curve(record, path))
     if "er_ceiling" in record.summary:
         write("contexts", lambda path: context_curves(record, path))
     write("table", lambda path: write_text(path, models_table(record.path.parent)))
     write("summary", lambda path: write_text(path, "\n".join(summary_lines(record)) + "\n"))
     write(
-        "report", lambda path: write_page(record, [paths[n] for n in ("loss_curve", "contexts") if n in written], path)
+        "report",
+        lambda path: write_page(record, [paths[n] for n in ("loss_curve", "contexts") if n in written], path),
     )
     return {name: paths[name] for name in written}
 
@@ -107,13 +111,18 @@ def summary_lines(record):
                 f"{which} {side} loss": f"{value:.4f}"
                 for side, losses in (("training", "train_loss"), ("validation", "val_loss"))
                 if losses in record.phase2
-                for which, value in (("final", record.phase2[losses][-1]), ("best", min(record.phase2[losses])))
+                for which, value in (
+                    ("final", record.phase2[losses][-1]),
+                    ("best", min(record.phase2[losses])),
+                )
             },
             "training time": f"{seconds:.1f} s of {summary['seconds']:.1f} s, {record.sessions} session(s)",
             **{key: format_value(value) for key, value in summary.items() if key != "time"},
         },
         "ARTEFACTS": {
-            name: path for name, path in artifact_paths(record.folder, record.kind, record.run).items() if path.exists()
+            name: path
+            for name, path in artifact_paths(record.folder, record.kind, record.run).items()
+            if path.exists()
         },
     }
     lines = [f"TRAINING SUMMARY of run {record.run}, begun {start['time']}"]
@@ -129,7 +138,9 @@ def speed_lines(record):
         ("Phase 1", record.phase1, "phase1", "iterations"),
         ("Phase 2", record.phase2, "phase2", "epochs"),
     ):
-        if columns and f"seconds_{key}" in summary:  # a run that stops after Phase 1 may have begun Phase 2 before
+        if (
+            columns and f"seconds_{key}" in summary
+        ):  # a run that stops after Phase 1 may have begun Phase 2 before
             count, seconds = len(next(iter(columns.values()))), summary[f"seconds_{key}"]
             lines.append(
                 f"  {title}: {count} {unit}, {count * summary['train_tokens']:,} tokens, {seconds:.1f} s, "
@@ -137,7 +148,9 @@ def speed_lines(record):
             )
     if record.phase2 and "seconds_phase2" in summary:
         validation = sum(record.phase2["seconds_validation"])
-        lines.append(f"  of Phase 2, validation: {validation:.1f} s ({validation / summary['seconds_phase2']:.1%})")
+        lines.append(
+            f"  of Phase 2, validation: {validation:.1f} s ({validation / summary['seconds_phase2']:.1%})"
+        )
     share, background = summary["saving_share"], summary["saving_share_background"]
     lines.append(
         f"  saving, in the last session: training waited {share:.2%} of the time, a thread worked {background:.2%}"
@@ -149,7 +162,9 @@ def time_lines(record):
     """Each part of a run's wall time over all sessions; what no part names is measured too and stands as "other"."""
     times, total = record.times, record.times.get("seconds", record.summary["seconds"])
     lines = ["WHERE THE TIME WENT"]
-    for part, seconds in sorted(times.get("parts", {"not told apart": total}).items(), key=lambda pair: -pair[1]):
+    for part, seconds in sorted(
+        times.get("parts", {"not told apart": total}).items(), key=lambda pair: -pair[1]
+    ):
         lines.append(f"  {part}: {seconds:.1f} s ({seconds / max(total, 1e-9):.1%})")
     lines.append(f"  total: {total:.1f} s in {record.sessions} session(s)")
     if times.get("saves"):
@@ -161,7 +176,10 @@ def time_lines(record):
         waiting = times["parts"].get("fetching rows", 0.0) / max(total, 1e-9)
         lines.append(f"  waiting for data: {waiting:.2%} of the time")
     loads = [
-        load for rows in (record.phase1, record.phase2) for load in rows.get("gpu_utilization", []) if load is not None
+        load
+        for rows in (record.phase1, record.phase2)
+        for load in rows.get("gpu_utilization", [])
+        if load is not None
     ]
     told = f"{fmean(loads):.0f}% in the mean of the epochs" if loads else "not available on this device"
     return [*lines, f"  GPU utilisation: {told}"]
@@ -174,16 +192,16 @@ def so_far_lines(record, status, baseline=None):
         status: fields of the status file, {} where they are another run's. baseline: record of a complete run to compare with.
     """
     plan, state = record.start.get("plan", {}), status.get("state", "not complete")
-    about = (
-        f"{record.config['model_type']}, {record.start['data'][0] if record.start.get('data') else record.folder.name}"
-    )
+    about = f"{record.config['model_type']}, {record.start['data'][0] if record.start.get('data') else record.folder.name}"
     lines = [f"RUN {record.run} ({state}), begun {record.start['time']}: {about}"]
     spent, left, total, speed = 0.0, {}, 0, 0.0
     begun = [stage for stage in plan if getattr(record, stage) or status.get("stage") == stage]
     for stage, of in plan.items():
         rows, title = getattr(record, stage), STAGE_TITLES[stage]
         if stage not in begun:
-            lines.append(f"  {title}: not begun" + (f", about {left[stage]:.0f} s (estimate)" if stage in left else ""))
+            lines.append(
+                f"  {title}: not begun" + (f", about {left[stage]:.0f} s (estimate)" if stage in left else "")
+            )
             continue
         count = len(rows.get(STAGES[stage], []))
         done = count * of["tokens"] // of["passes"]
@@ -192,7 +210,9 @@ def so_far_lines(record, status, baseline=None):
             done, speed = max(done, status.get("tokens_done", 0)), speed or status.get("tok_per_s", 0.0)
         total, spent = total + done, spent + done / max(speed, 1e-9) * bool(speed)
         left = remaining(plan, stage, done, speed) if stage == begun[-1] else {}
-        losses = [loss for loss in rows.get("val_loss", []) if loss is not None]  # null where it was not finite
+        losses = [
+            loss for loss in rows.get("val_loss", []) if loss is not None
+        ]  # null where it was not finite
         loss = f", best val loss {min(losses):.4f}" if losses else ""
         lines.append(
             f"  {title}: {count} of at most {of['passes']} {STAGES[stage]}s, {done:,} tokens, {done / speed if speed else 0:.1f} s, "
@@ -203,7 +223,9 @@ def so_far_lines(record, status, baseline=None):
 
 def _whole(plan, tokens, spent, left):
     planned, rest = sum(of["tokens"] for of in plan.values()), sum(left.values())
-    lines = [f"  progress: {tokens:,} of at most {planned:,} tokens of all phases ({tokens / max(planned, 1):.1%})"]
+    lines = [
+        f"  progress: {tokens:,} of at most {planned:,} tokens of all phases ({tokens / max(planned, 1):.1%})"
+    ]
     if not left:
         return [*lines, "  speed, remaining and total: not known yet"]
     return [
@@ -240,7 +262,9 @@ def models_table(folder):
         if record.summary:
             # The device that was in effect takes the column of the one asked for; other names have one meaning.
             results = {
-                key: value for key, value in record.summary.items() if key not in record.config or key == "device"
+                key: value
+                for key, value in record.summary.items()
+                if key not in record.config or key == "device"
             }
             about = {"run": record.run, "started": record.start["time"], "finished": results.pop("time")}
             rows.append(about | record.config | {"commit": record.start.get("git_commit")} | results)

@@ -39,7 +39,11 @@ def batches(plan):
     """The batches in effect in each phase, and why they are not those asked for."""
     return ", ".join(
         f"{stage['samples']} samples in {title} ({stage['batches']} a pass"
-        + (f"; {stage['asked']} asked for, min_batches makes them smaller" if stage["samples"] < stage["asked"] else "")
+        + (
+            f"; {stage['asked']} asked for, min_batches makes them smaller"
+            if stage["samples"] < stage["asked"]
+            else ""
+        )
         + ")"
         for title, stage in _phases(plan)
     )
@@ -55,4 +59,8 @@ def cadence(config):
 
 
 def _phases(plan):
-    return [(title, plan[stage]) for stage, title in STAGE_TITLES.items() if stage in plan and stage != "untrained"]
+    return [
+        (title, plan[stage])
+        for stage, title in STAGE_TITLES.items()
+        if stage in plan and stage != "untrained"
+    ]

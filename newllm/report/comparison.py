@@ -17,7 +17,18 @@ from newllm.report.record import as_curve
 
 COUNTED = ("unigram", "bigram", "kn")  # rows that only count n-grams, the same for every seed
 RESAMPLES = 2000
-T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)  # Student's t, two-sided 95 %, 1 ... 10 degrees
+T_975 = (
+    12.71,
+    4.30,
+    3.18,
+    2.78,
+    2.57,
+    2.45,
+    2.36,
+    2.31,
+    2.26,
+    2.23,
+)  # Student's t, two-sided 95 %, 1 ... 10 degrees
 COLUMNS = (
     "tokens",
     "arm",
@@ -30,7 +41,14 @@ COLUMNS = (
     "against reference",
     "95 %",
 )
-CONTEXT_COLUMNS = ("tokens", "arm", "val ER", "cold-start error, 10 sweeps", "memory horizon, tokens", "peak MB")
+CONTEXT_COLUMNS = (
+    "tokens",
+    "arm",
+    "val ER",
+    "cold-start error, 10 sweeps",
+    "memory horizon, tokens",
+    "peak MB",
+)
 CLAIMS = (  # sentence, the arm it is about, the arms of which it must beat the best
     ("Phase 1 gives better contexts than an untrained network", "phase1_frozen", ("untrained_frozen", "untrained_whitened")),
     ("Phase 1 gives better contexts than a window of tokens", "phase1_frozen", ("window", "window_whitened", "token")),
@@ -152,7 +170,11 @@ class Comparison:
         sides = [self.by.get((tokens, arm), []) for arm in (ours, theirs)]
         seeds, vocabularies = ([{r[key] for r in side} for side in sides] for key in ("seed", "vocab_size"))
         tokenizers = [{r["tokenizer"] for r in side} for side in sides]
-        return bool(seeds[0] & seeds[1]) and vocabularies[0] == vocabularies[1] and tokenizers[0] == tokenizers[1]
+        return (
+            bool(seeds[0] & seeds[1])
+            and vocabularies[0] == vocabularies[1]
+            and tokenizers[0] == tokenizers[1]
+        )
 
     def difference(self, tokens, ours, theirs):
         """paired_difference of two arms at a budget; None unless they are comparable."""
@@ -224,9 +246,17 @@ def write_report(comparison, folder):
     """
     rows = list(comparison.rows())
     contexts = markdown(CONTEXT_COLUMNS, comparison.context_rows())
-    lines = [*markdown(COLUMNS, rows), "", *contexts, "", *(f"- {sentence}" for sentence in comparison.verdicts())]
+    lines = [
+        *markdown(COLUMNS, rows),
+        "",
+        *contexts,
+        "",
+        *(f"- {sentence}" for sentence in comparison.verdicts()),
+    ]
     folder = Path(folder)
-    (folder / "comparison.md").write_text("\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace")
+    (folder / "comparison.md").write_text(
+        "\n".join(lines) + "\n", encoding="utf-8", errors="backslashreplace"
+    )
     with open(folder / "comparison.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([COLUMNS, *rows])
     return lines

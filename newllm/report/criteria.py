@@ -154,7 +154,9 @@ def scale_fits(summaries):
 def scale_lines(summaries):
     """How time and memory grow over a ladder's budgets, which ascend, as lines."""
     time, memory = scale_fits(summaries)
-    grown = {key: summaries[-1][key] / summaries[0][key] for key in ("train_tokens", "seconds", "peak_memory_mb")}
+    grown = {
+        key: summaries[-1][key] / summaries[0][key] for key in ("train_tokens", "seconds", "peak_memory_mb")
+    }
     return [
         f"time = {time.text('s')}, R^2 {time.r_squared:.4f}",
         f"peak memory = {memory.text('MB')}, R^2 {memory.r_squared:.4f}",

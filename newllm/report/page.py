@@ -49,7 +49,8 @@ def write_page(record, pictures, path):
         columns = {"untrained": "_untrained", "Phase 1": "", "fine-tuned": "_finetuned"}
         columns = {title: end for title, end in columns.items() if f"er_val{end}" in summary}
         rows = [
-            (name, *(_figure(summary[f"{key}{end}"], unit) for end in columns.values())) for name, key, unit in CONTEXTS
+            (name, *(_figure(summary[f"{key}{end}"], unit) for end in columns.values()))
+            for name, key, unit in CONTEXTS
         ]
         note = f"Ceiling of effective rank: {summary['er_ceiling']:.1%} at {summary['rank_tokens']:,} tokens."
         table = _table(("contexts", *columns), rows)
@@ -96,10 +97,10 @@ def _figure(value, unit=""):
 
 def _table(header, rows, text=False):
     kind = " class=text" if text else ""
-    cells = "".join(f"<tr>{''.join(f'<td{kind}>{html.escape(str(c))}</td>' for c in row)}</tr>" for row in rows)
-    return (
-        f"<div class=wide><table><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in header)}</tr>{cells}</table></div>"
+    cells = "".join(
+        f"<tr>{''.join(f'<td{kind}>{html.escape(str(c))}</td>' for c in row)}</tr>" for row in rows
     )
+    return f"<div class=wide><table><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in header)}</tr>{cells}</table></div>"
 
 
 def _folded(label, content):

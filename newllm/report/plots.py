@@ -37,7 +37,9 @@ def scale_ladder(summaries, path):
             ):  # a baseline has no contexts, a control no untrained ones
                 panel.plot(tokens, [scale * s[key] for s in summaries], label=label, **style)
 
-        fits = zip((time, memory), scale_fits(summaries), ("seconds", "peak_memory_mb"), ("s", "MB"), strict=True)
+        fits = zip(
+            (time, memory), scale_fits(summaries), ("seconds", "peak_memory_mb"), ("s", "MB"), strict=True
+        )
         for panel, fit, key, unit in fits:
             line = [first * growth ** (step / 100) for step in range(101)]
             label = f"{fit.text(unit)}\n$R^2$ = {fit.r_squared:.4f}"
@@ -91,7 +93,9 @@ def comparison_points(comparison, tokens, path):
             # Points, not bars: an axis that does not begin at zero would make lengths lie.
             bits.errorbar(mean, arm, xerr=half, capsize=2.5, **point)
             seconds.plot([comparison.seconds(tokens, arm)], [arm], **point)
-        bits.set(title=f"{tokens:,} training tokens", xlabel="validation bits per byte (mean, 95 % over seeds)")
+        bits.set(
+            title=f"{tokens:,} training tokens", xlabel="validation bits per byte (mean, 95 % over seeds)"
+        )
         seconds.set(title="Time", xlabel="training time of the fastest seed (s)")
         seconds.set_xlim(left=0)
         seconds.set_yticklabels([])
@@ -115,7 +119,10 @@ def context_curves(comparison, tokens, path):
         path: of the PNG file; its folder is made.
     """
     with figure(path, 2, 3) as ((cold, memory, past), (spectrum, use, trade)):
-        curves = [(style, lambda key, arm=arm: comparison.curve(tokens, arm, key)) for arm, style in ARM_STYLES.items()]
+        curves = [
+            (style, lambda key, arm=arm: comparison.curve(tokens, arm, key))
+            for arm, style in ARM_STYLES.items()
+        ]
         context_panels(curves, cold=cold, memory=memory, past=past, spectrum=spectrum, use=use)
         # The first panel has the legend of the others; what is drawn here alone is named here.
         named = set(cold.get_legend_handles_labels()[1])
@@ -151,7 +158,12 @@ def prefill_speed(rows, curves, path):
     with figure(path, 1, 2) as ((error, speed),):
         for name, errors in curves.items():
             error.plot(range(1, len(errors) + 1), errors, label=name, **weights[name])
-        error.set(title="Cold start", xlabel="sweeps", ylabel="distance to the loop's contexts, relative", yscale="log")
+        error.set(
+            title="Cold start",
+            xlabel="sweeps",
+            ylabel="distance to the loop's contexts, relative",
+            yscale="log",
+        )
         error.set_ylim(
             min(0.01, *(e for errors in curves.values() for e in errors if e > 0)) / 2, 4
         )  # slow stays slow to the eye
@@ -159,7 +171,9 @@ def prefill_speed(rows, curves, path):
         tolerances = sorted({row["tolerance"] for row in rows}, reverse=True)
         styles = dict(zip(tolerances, itertools.cycle((TRAINED, TRAINING_DATA, COUNTED)), strict=False))
         for name, tolerance in itertools.product(weights, tolerances):
-            points = [r for r in rows if (r["weights"], r["tolerance"]) == (name, tolerance) and r["speed_up"]]
+            points = [
+                r for r in rows if (r["weights"], r["tolerance"]) == (name, tolerance) and r["speed_up"]
+            ]
             if points:
                 style = styles[tolerance] | ({"linestyle": "--"} if name == "untrained" else {})
                 pairs = [r["tokens"] for r in points], [r["speed_up"] for r in points]
@@ -168,7 +182,9 @@ def prefill_speed(rows, curves, path):
             if not any(r["speed_up"] for r in rows if r["weights"] == name):
                 speed.plot([], [], label=f"{name}: does not converge", **weights[name])
         speed.axhline(1, label="the loop", **REFERENCE)
-        speed.set(title="Speed of sweeps", xlabel="tokens of one sequence", ylabel="times as fast as the loop")
+        speed.set(
+            title="Speed of sweeps", xlabel="tokens of one sequence", ylabel="times as fast as the loop"
+        )
         speed.set_ylim(0, 1.6 * max([1, *(r["speed_up"] or 0 for r in rows)]))  # room for the legend
         logarithmic(speed, "x")
         speed.set_xlim(min(r["tokens"] for r in rows) / 1.2, max(r["tokens"] for r in rows) * 1.2)

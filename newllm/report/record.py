@@ -55,7 +55,12 @@ def read_record(path):
         UserError: the file cannot be read, or is none.
     """
     path = Path(path)
-    starts, rows, last, warnings = [], {stage: {} for stage in STAGES}, {"summary": {}, "curves": {}, "times": {}}, []
+    starts, rows, last, warnings = (
+        [],
+        {stage: {} for stage in STAGES},
+        {"summary": {}, "curves": {}, "times": {}},
+        [],
+    )
     in_effect = {}
     try:
         for row in read_rows(path):
@@ -74,11 +79,16 @@ def read_record(path):
     if not starts:
         raise UserError(f"{path} is no record of a run of this version: it does not say how the run began.")
     columns = {
-        stage: {name: [row.get(name) for _, row in sorted(found.items())] for name in next(iter(found.values()), {})}
+        stage: {
+            name: [row.get(name) for _, row in sorted(found.items())]
+            for name in next(iter(found.values()), {})
+        }
         for stage, found in rows.items()
     }
     run = path.stem.removeprefix("metrics_")
-    start = starts[0] | {name: in_effect[name] for name in ("config", "plan", "attention") if name in in_effect}
+    start = starts[0] | {
+        name: in_effect[name] for name in ("config", "plan", "attention") if name in in_effect
+    }
     return Record(run, path, start, **columns, **last, sessions=len(starts), warnings=warnings)
 
 

@@ -24,7 +24,10 @@ def loss_curve(record, path):
             ):
                 panel.plot(*_by_step(record.phase1[key]), label=label, **style)
             panel.set(title="Phase 1", xlabel="iteration", ylabel="loss", yscale="log")
-        for key, label, style in (("train_loss", "training", TRAINING_DATA), ("val_loss", "validation", TRAINED)):
+        for key, label, style in (
+            ("train_loss", "training", TRAINING_DATA),
+            ("val_loss", "validation", TRAINED),
+        ):
             second.plot(*_by_step(record.phase2.get(key, [])), label=label, **style)
         if control := record.untrained.get("val_loss"):
             second.plot(*_by_step(control), label="validation, untrained contexts", **UNTRAINED)
@@ -84,7 +87,10 @@ def context_panels(curves, *, cold, memory, spectrum, use, past=None):
 
     draw(cold, "cold_start_curve")
     cold.set(
-        title="Convergence from a cold start", xlabel="sweeps", ylabel="distance from the trajectory", yscale="log"
+        title="Convergence from a cold start",
+        xlabel="sweeps",
+        ylabel="distance from the trajectory",
+        yscale="log",
     )
     draw(memory, "memory_curve", x=lambda k: k or 0.5)
     memory.set(title="Memory", xlabel="tokens since a token was replaced (first point: none)", yscale="log",

@@ -84,7 +84,9 @@ class RunLog:
         except OSError as error:
             if not self._warned:
                 reason = error.strerror or error
-                self.say(f"warning: {self.path} cannot be written ({reason}); training goes on, its record has a gap")
+                self.say(
+                    f"warning: {self.path} cannot be written ({reason}); training goes on, its record has a gap"
+                )
             self._warned = True
 
     def mend(self, lines):

@@ -71,7 +71,9 @@ def read_status(checkpoint_dir):
         remedy = f"give one of these by --checkpoint_dir: {deeper}" if deeper else "start one with train.py"
         raise UserError(f"no run has begun in {checkpoint_dir}: there is no {path.name}; {remedy}.") from None
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): move it away; the next run writes another.") from error
+        raise UserError(
+            f"{path} cannot be read ({error}): move it away; the next run writes another."
+        ) from error
     saved = _read(path.with_name(MANIFEST_NAME))
     if saved and saved.get("run_id") == fields.get("run_id"):
         fields["saved_at"] = datetime.fromisoformat(saved["saved_at"]).timestamp()
@@ -84,7 +86,9 @@ def read_status(checkpoint_dir):
         if is_gone(fields):
             fields["state"] = ended
         elif fields.get("host") != socket.gethostname() and silent > SILENT:
-            fields["state"] = f"no word from {fields.get('host')} for {silent / 60:.0f} minutes; if it is gone: {ended}"
+            fields["state"] = (
+                f"no word from {fields.get('host')} for {silent / 60:.0f} minutes; if it is gone: {ended}"
+            )
     return fields
 
 
@@ -98,7 +102,10 @@ def is_gone(fields):
     if fields.get("host") != socket.gethostname() or not Path("/proc").exists():
         return False
     started = _started(fields.get("pid"))
-    return started is None or fields.get("started") not in (None, started)  # another process has its number by now
+    return started is None or fields.get("started") not in (
+        None,
+        started,
+    )  # another process has its number by now
 
 
 def _started(pid):
@@ -121,13 +128,19 @@ def remaining(plan, stage, tokens_done, speed):
     if stage not in plan or not speed:
         return {}
     stages = list(plan)[list(plan).index(stage) :]
-    seconds = {name: plan[name]["tokens"] / speed * plan[name]["work"] / plan[stage]["work"] for name in stages}
+    seconds = {
+        name: plan[name]["tokens"] / speed * plan[name]["work"] / plan[stage]["work"] for name in stages
+    }
     return seconds | {stage: max(0.0, plan[stage]["tokens"] - tokens_done) / speed}
 
 
 def status_lines(fields):
     """What a person reads: `Key: value` lines."""
-    saved, best, restart = fields["minutes_since_checkpoint"], fields.get("best_val_loss"), fields.get("restart")
+    saved, best, restart = (
+        fields["minutes_since_checkpoint"],
+        fields.get("best_val_loss"),
+        fields.get("restart"),
+    )
     complete, stage = fields.get("state") == "complete", fields.get("stage", "preparing")
     done = 1.0 if complete else fields.get("tokens_done", 0) / max(1, fields.get("tokens_total", 1))
     eta = remaining(fields.get("plan", {}), stage, fields.get("tokens_done", 0), fields.get("tok_per_s"))
@@ -152,7 +165,11 @@ def status_lines(fields):
 
 
 def whole(eta):
-    return f", at most about {sum(eta.values()):.0f} s for all phases (estimate by this one's speed)" if eta else ""
+    return (
+        f", at most about {sum(eta.values()):.0f} s for all phases (estimate by this one's speed)"
+        if eta
+        else ""
+    )
 
 
 def _read(path):

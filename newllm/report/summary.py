@@ -71,7 +71,11 @@ def _contexts(config):
     return "fine-tuned" if config.model_type == "context" else "none"
 
 
-COUNTED = {"kn": "Kneser-Ney of order 5, counting", "bigram": "bigram, counting", "unigram": "unigram, counting"}
+COUNTED = {
+    "kn": "Kneser-Ney of order 5, counting",
+    "bigram": "bigram, counting",
+    "unigram": "unigram, counting",
+}
 
 
 def language_rows(summary):

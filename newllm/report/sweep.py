@@ -46,7 +46,9 @@ class Sweep:
         if found:
             self._require_same(found)
         earlier = {run["name"]: run for run in found["runs"]} if found else {}
-        self._others = [run for run in earlier.values() if run["name"] not in sizes and run["status"] == "done"]
+        self._others = [
+            run for run in earlier.values() if run["name"] not in sizes and run["status"] == "done"
+        ]
         for run in self.runs:
             run |= {key: earlier[run["name"]][key] for key in KEPT if run["name"] in earlier}
             if made and not fresh:
@@ -89,7 +91,9 @@ class Sweep:
         try:
             metrics = work(run)
         except UserError as error:
-            self._change(run, status="failed", error=str(error), seconds=run["seconds"] + time.monotonic() - started)
+            self._change(
+                run, status="failed", error=str(error), seconds=run["seconds"] + time.monotonic() - started
+            )
             print(f"{run['name']} failed: {error}", flush=True)
         except BaseException:
             self._change(run, status="pending", seconds=run["seconds"] + time.monotonic() - started)
@@ -185,7 +189,9 @@ def progress_line(counts):
 
 def sweep_lines(fields):
     """What a person reads: how far the sweep is, and a line for each run."""
-    runs = [f"  {run['name']}: {run['status']}, {run['seconds']:.0f} s, {run['folder']}" for run in fields["runs"]]
+    runs = [
+        f"  {run['name']}: {run['status']}, {run['seconds']:.0f} s, {run['folder']}" for run in fields["runs"]
+    ]
     return [f"{progress_line(fields)} ({fields['state']})", *runs]
 
 

@@ -56,7 +56,12 @@ class Mirror:
             self.target.mkdir(exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot create the folder {self.target}: {error.strerror}.") from error
-        self.min_seconds, self.attempts, self.wait, self.copy_timeout = min_seconds, attempts, wait, copy_timeout
+        self.min_seconds, self.attempts, self.wait, self.copy_timeout = (
+            min_seconds,
+            attempts,
+            wait,
+            copy_timeout,
+        )
         self.copied = self.retries = self.failures = 0
         self.last_error, self.last_copy, self.newest_step = None, None, None
         self._clock, self._sleep = clock, sleep
@@ -107,7 +112,11 @@ class Mirror:
             newest = "no copy yet" if self.last_copy is None else f"newest copy is step {self.newest_step}"
             how = "STOPPED for good" if self._lost else "FAILED"
             return f"mirror {how}: {self.last_error}; {newest} in {self.target}"
-        ago = "no copy yet" if self.last_copy is None else f"last copy {self._clock() - self.last_copy:.0f} s ago"
+        ago = (
+            "no copy yet"
+            if self.last_copy is None
+            else f"last copy {self._clock() - self.last_copy:.0f} s ago"
+        )
         return f"mirror: {self.copied} files, {self.retries} retries, {ago}"
 
     def _work(self):
@@ -183,7 +192,11 @@ class Mirror:
             limit = self._clock() + self.copy_timeout
             try:
                 self.lock.check()
-                if self._seen.get(relative) == identity and target.exists() and target.stat().st_size == stat.st_size:
+                if (
+                    self._seen.get(relative) == identity
+                    and target.exists()
+                    and target.stat().st_size == stat.st_size
+                ):
                     return True
                 target.parent.mkdir(parents=True, exist_ok=True)
                 slot = self._slot_for(target)

@@ -179,13 +179,18 @@ class Checkpointer:
         agree(self.group.first_reason)
         config, since = self.config, time.monotonic() - self._last_save
         return stop_reason() is not None or self.group.decided(
-            ((self._stage_begun + steps) % config.save_every_n_batches == 0 and since >= config.save_min_seconds)
+            (
+                (self._stage_begun + steps) % config.save_every_n_batches == 0
+                and since >= config.save_min_seconds
+            )
             or since / 60 >= config.save_every_minutes > 0
             or save_requested()
         )
 
     @timed("saving")
-    def save(self, label, model, stage_state, best=None, names=(), optional=False, before=None, position=None):
+    def save(
+        self, label, model, stage_state, best=None, names=(), optional=False, before=None, position=None
+    ):
         """Save the state in the background; stop here if the run is to stop. A failing disk does not stop training.
 
         Args:
@@ -266,7 +271,12 @@ class Checkpointer:
         self.saved_at = datetime.fromisoformat(content["saved_at"]).timestamp()
         if self.mirror:
             bests = [self.best(stage).name for stage in WITH_BEST]
-            others = [frozen_path(self.folder, content["frozen"]).name, *self._archived, *bests, "model_phase1.pt"]
+            others = [
+                frozen_path(self.folder, content["frozen"]).name,
+                *self._archived,
+                *bests,
+                "model_phase1.pt",
+            ]
             self.mirror.request([*others, "model_latest.pt", "manifest.json"], content["save_number"])
 
     def _content(self, label, model, stage_state, position):
@@ -300,15 +310,22 @@ class Checkpointer:
             raise UserError(f"{latest} {reason}")
         if verdict == "begin":
             if self.writes:
-                self._archived = self.files.archive(found["run_id"], [self.best(stage).name for stage in WITH_BEST])
-                self.notes.append(f"{reason}; the earlier run's files are kept as {', '.join(self._archived)}")
+                self._archived = self.files.archive(
+                    found["run_id"], [self.best(stage).name for stage in WITH_BEST]
+                )
+                self.notes.append(
+                    f"{reason}; the earlier run's files are kept as {', '.join(self._archived)}"
+                )
             return
         self.notes += [reason] if reason else []
         self.run_id, self.stage, self.results = found["run_id"], found["stage"], found["results"]
         for holder in (self.lock, self.mirror and self.mirror.lock):
             if holder:
                 holder.run_id = self.run_id
-        self._save_number, self.saved_at = found["save_number"], datetime.fromisoformat(found["saved_at"]).timestamp()
+        self._save_number, self.saved_at = (
+            found["save_number"],
+            datetime.fromisoformat(found["saved_at"]).timestamp(),
+        )
         times = found.get(
             "times", {"parts": {"not told apart": found["seconds"]}}
         )  # earlier versions knew the sum alone

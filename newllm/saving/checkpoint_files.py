@@ -14,9 +14,16 @@ from newllm.errors import UserError
 from newllm.saving.drive import copy_verified
 from newllm.saving.files import Corrupt, duplicate, load_sealed, save_sealed, verify_seal, write_text
 
-KEPT = ("model_epoch.pt", "model_phase1.pt", "model_backup.pt")  # end of an epoch, end of Phase 1, saved by hand
+KEPT = (
+    "model_epoch.pt",
+    "model_phase1.pt",
+    "model_backup.pt",
+)  # end of an epoch, end of Phase 1, saved by hand
 STEP_FILE = re.compile(r"model_step_(\d+)\.pt")
-ATTEMPTS, WAIT = 3, 0.5  # tries of a write and seconds before the second; a network folder may fail for a moment
+ATTEMPTS, WAIT = (
+    3,
+    0.5,
+)  # tries of a write and seconds before the second; a network folder may fail for a moment
 
 
 class CheckpointFiles:
@@ -34,7 +41,11 @@ class CheckpointFiles:
 
     def steps(self):
         """Step files, newest first."""
-        found = [(int(match[1]), path) for path in self.folder.iterdir() if (match := STEP_FILE.fullmatch(path.name))]
+        found = [
+            (int(match[1]), path)
+            for path in self.folder.iterdir()
+            if (match := STEP_FILE.fullmatch(path.name))
+        ]
         return [path for _, path in sorted(found, reverse=True)]
 
     def states(self):
@@ -65,7 +76,8 @@ class CheckpointFiles:
         for name in names:
             duplicate(self.latest, self.folder / name)
         entry = {
-            key: content[key] for key in ("run_id", "epoch", "stage", "step", "restart", "save_number", "saved_at")
+            key: content[key]
+            for key in ("run_id", "epoch", "stage", "step", "restart", "save_number", "saved_at")
         }
         entry |= {"file": self.latest.name, "sha256": digest, "bytes": self.latest.stat().st_size}
         write_text(self.manifest, json.dumps(entry, indent=1) + "\n")
@@ -144,7 +156,9 @@ class CheckpointFiles:
             with contextlib.suppress(Corrupt, FileNotFoundError), open(path, "rb") as source:
                 verify_seal(path)
                 copy_verified(source, self.folder / path.name)
-        notes.append(f"state {theirs['save_number']} fetched from the mirror {mirror.folder}, newer than what was here")
+        notes.append(
+            f"state {theirs['save_number']} fetched from the mirror {mirror.folder}, newer than what was here"
+        )
 
     def remove_strays(self):
         """Delete temporary files of processes that were killed. Only for who holds the folder's lock."""

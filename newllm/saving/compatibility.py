@@ -36,7 +36,9 @@ BATCHES = {
     "phase2_batch_size",
     "min_batches",
 }  # may change until the last stage they shape is done
-RESTORE = "restore these settings, choose another --checkpoint_dir, or start afresh with --no-load_checkpoint."
+RESTORE = (
+    "restore these settings, choose another --checkpoint_dir, or start afresh with --no-load_checkpoint."
+)
 
 
 def shaping(settings, *others):
@@ -81,7 +83,9 @@ def compare(found, config, fingerprint, reading=False):
     ahead = {"phase1", "phase2"} - made.keys() - ({"phase2"} if config.phase == "1" else set())
     open_still = {name for name in BATCHES if SHAPES[name][-1] in ahead and not reading}
     for stage, name in made.items():
-        if others := {key: change for key, change in _shaping_any(changed, {stage}).items() if key not in open_still}:
+        if others := {
+            key: change for key, change in _shaping_any(changed, {stage}).items() if key not in open_still
+        }:
             return "refuse", f"holds {name} made with other settings ({_differences(others)}): {RESTORE}"
     if others := _fewer_than_done(found, changed):
         return (

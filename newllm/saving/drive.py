@@ -26,7 +26,9 @@ def copy_verified(source, target, give_up=lambda: False, previous=None):
         OSError: it did not work, or what can be read back is not what was written. TimeoutError: `give_up` said so.
     """
     target = Path(target)
-    temporary = target.with_name(f".{target.name}.mirror.tmp")  # one name: what a killed copy left is overwritten
+    temporary = target.with_name(
+        f".{target.name}.mirror.tmp"
+    )  # one name: what a killed copy left is overwritten
     try:
         source.seek(0)
         digest = hashlib.sha256()
@@ -53,7 +55,10 @@ def _sync(file):
     try:
         os.fsync(file.fileno())
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network folders cannot; the reading back remains
+        if error.errno not in (
+            errno.EINVAL,
+            errno.ENOTSUP,
+        ):  # some network folders cannot; the reading back remains
             raise
 
 
@@ -96,4 +101,6 @@ def check_target(folder):
 def refuse_overlap(one, one_is, other, other_is):
     """Raises UserError when one of two resolved folders lies in the other, or is it."""
     if one == other or one in other.parents or other in one.parents:
-        raise UserError(f"{one} ({one_is}) and {other} ({other_is}) must not lie in each other: choose another folder.")
+        raise UserError(
+            f"{one} ({one_is}) and {other} ({other_is}) must not lie in each other: choose another folder."
+        )

@@ -121,7 +121,9 @@ def duplicate(path, target):
                 os.fsync(copy.fileno())
         os.replace(temporary, target)
     finally:
-        temporary.unlink(missing_ok=True)  # also where both were names of one file already: rename does nothing then
+        temporary.unlink(
+            missing_ok=True
+        )  # also where both were names of one file already: rename does nothing then
 
 
 def verify_seal(path):
@@ -163,7 +165,9 @@ def load_sealed(path, map_location="cpu", mmap=False):
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # bad pickles fail in every way: Unpickling, Key, Index, Value, Type, Runtime errors
+    except (
+        Exception
+    ) as error:  # bad pickles fail in every way: Unpickling, Key, Index, Value, Type, Runtime errors
         raise Corrupt(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 

@@ -26,7 +26,10 @@ except ImportError:  # no such thing on Windows; the re-read after taking over m
     fcntl = None
 
 LOCK_NAME = "run.lock"
-LOCAL, NETWORK = (30, 300), (120, 600)  # heartbeat_seconds and stale_seconds; Drive allows only so many operations
+LOCAL, NETWORK = (
+    (30, 300),
+    (120, 600),
+)  # heartbeat_seconds and stale_seconds; Drive allows only so many operations
 GUARD_SECONDS = 10.0  # longest wait for another process that is deciding about the same lock
 READS, READ_PAUSE = 3, 0.1  # a network folder may show a file late: look again before concluding anything
 FIELDS = {"host": str, "boot_id": str, "pid_namespace": str, "pid": int, "started": str, "run_id": str, "token": str,
@@ -59,7 +62,9 @@ class FolderLock:
         cadence = _cadence(self.folder) if heartbeat_seconds is None else (heartbeat_seconds, stale_seconds)
         self.heartbeat_seconds, self.stale_seconds = cadence
         if not 0 < 2 * self.heartbeat_seconds <= self.stale_seconds:
-            raise ValueError("stale_seconds must be at least twice heartbeat_seconds, else a live run looks dead")
+            raise ValueError(
+                "stale_seconds must be at least twice heartbeat_seconds, else a live run looks dead"
+            )
         self.note = self.error = None
         self._beat, self._lost_to, self._pid = 0, None, None
         self._stop, self._writing, self._thread = threading.Event(), threading.Lock(), None
@@ -113,7 +118,9 @@ class FolderLock:
             )
         if isinstance(failure, FileNotFoundError):
             if not self.folder.is_dir():
-                raise OSError(errno.ENOTCONN, "the folder is gone (is Drive still mounted?)", str(self.folder))
+                raise OSError(
+                    errno.ENOTCONN, "the folder is gone (is Drive still mounted?)", str(self.folder)
+                )
             raise LockLost(
                 f"{self.path} is gone, so another run may have used the folder meanwhile: this run ({self.run_id}) writes "
                 "nothing more there; start it again to continue from the last save."
@@ -143,8 +150,18 @@ class FolderLock:
         self.release()
 
     def _content(self):
-        mine = {**here(), "pid": os.getpid(), "started": start_time(os.getpid()) or "", "run_id": str(self.run_id)}
-        mine |= {"token": self.token, "beat": self._beat, "time": time.time(), "stale_seconds": self.stale_seconds}
+        mine = {
+            **here(),
+            "pid": os.getpid(),
+            "started": start_time(os.getpid()) or "",
+            "run_id": str(self.run_id),
+        }
+        mine |= {
+            "token": self.token,
+            "beat": self._beat,
+            "time": time.time(),
+            "stale_seconds": self.stale_seconds,
+        }
         return json.dumps(mine).encode()
 
     def _write(self, place=None):
@@ -165,9 +182,13 @@ class FolderLock:
         time.sleep(self.settle_seconds)
         winner, _ = _look(self.path)
         if not winner or winner["token"] != self.token:
-            raise UserError(f"another run took {self.folder} at the same moment: one at a time, or use another folder.")
+            raise UserError(
+                f"another run took {self.folder} at the same moment: one at a time, or use another folder."
+            )
         if age < math.inf:
-            self.note = f"took over {self.path} from {_name(found) if found else 'an unknown run'}, which has ended"
+            self.note = (
+                f"took over {self.path} from {_name(found) if found else 'an unknown run'}, which has ended"
+            )
 
     def _keep_alive(self):
         while not self._stop.wait(self.heartbeat_seconds):
@@ -181,7 +202,9 @@ class FolderLock:
                         return
                     self._beat += 1
                     self._write()
-                except OSError as error:  # also "not found": never made anew, another run may have come and gone
+                except (
+                    OSError
+                ) as error:  # also "not found": never made anew, another run may have come and gone
                     self.error = error
 
 
@@ -216,7 +239,9 @@ def read_lock(path):
         found = json.loads(Path(path).read_bytes())
     except (ValueError, RecursionError):
         return None
-    whole = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in FIELDS.items())
+    whole = isinstance(found, dict) and all(
+        isinstance(found.get(name), kind) for name, kind in FIELDS.items()
+    )
     return found if whole and math.isfinite(found["time"]) else None
 
 
@@ -264,7 +289,9 @@ def _refusal(path, found, age, stale_seconds):
             return f"{who} is using {path.parent}: stop that process first, or use another folder."
         if alive is False:
             return None
-    rebooted = found["host"] == this["host"] and found["boot_id"] != this["boot_id"] and found["time"] < boot_time()
+    rebooted = (
+        found["host"] == this["host"] and found["boot_id"] != this["boot_id"] and found["time"] < boot_time()
+    )
     if rebooted or not wait:
         return None
     return f"{_name(found)} was using {path.parent} {max(0, age):.0f} s ago: stop it first; or {free}."

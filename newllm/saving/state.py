@@ -44,7 +44,11 @@ def place(content):
     Args:
         content: of a checkpoint: its `stage`, its `position` (None between two stages) and its `step`.
     """
-    stage, at, counter = content["stage"], content["position"], "iteration" if content["stage"] == "phase1" else "epoch"
+    stage, at, counter = (
+        content["stage"],
+        content["position"],
+        "iteration" if content["stage"] == "phase1" else "epoch",
+    )
     if stage == "complete":
         where = "at its end"
     elif not at:

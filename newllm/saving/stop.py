@@ -47,9 +47,13 @@ class Interrupt:
         self.alone, self.agreed = True, None
 
     def __enter__(self):
-        self.listens = threading.current_thread() is threading.main_thread()  # elsewhere Python forbids handlers
+        self.listens = (
+            threading.current_thread() is threading.main_thread()
+        )  # elsewhere Python forbids handlers
         if self.listens:
-            self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+            self.before = {
+                number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)
+            }
             if hasattr(signal, "SIGUSR1"):
                 self.before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._request_save)
         Interrupt.current = self

@@ -93,7 +93,9 @@ def open_model(path, cache_dir=""):
     data = load_data(config)
     if data.fingerprint != found["data_fingerprint"]:
         raise UserError(f"{path} was trained on other data than {config.data_source} holds now: restore it.")
-    model = build_model(config, data.vocab_size, load_embedding(config.embeddings, data.vocab_size, config.embed_dim))
+    model = build_model(
+        config, data.vocab_size, load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
+    )
     load_weights(files, model, found)
     model.eval()
     return model, data.tokenizer, found
@@ -117,7 +119,9 @@ def open_saved(path):
             f"{path} cannot be read ({error}): give a checkpoint, or the folder that holds them."
         ) from error
     if found is None:
-        raise UserError(f"there is no whole checkpoint in {path}: run train.py first, or give another folder.")
+        raise UserError(
+            f"there is no whole checkpoint in {path}: run train.py first, or give another folder."
+        )
     if found.get("format") not in READABLE:
         raise UserError(f"{path} has format {found.get('format')}, this version reads {FORMAT}.")
     return files, found
@@ -149,7 +153,9 @@ def load_trained(config, model, fingerprint):
     if verdict == "refuse":
         raise UserError(f"{files.latest} {reason}")
     if verdict == "begin":
-        raise UserError(f"{files.latest} is of another run ({reason}): give the settings that it was trained with.")
+        raise UserError(
+            f"{files.latest} is of another run ({reason}): give the settings that it was trained with."
+        )
     if found["stage"] == "untrained":
         return None
     load_weights(files, model, found)

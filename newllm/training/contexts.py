@@ -41,7 +41,9 @@ class StoredContexts:
         self._described = len(self.own), shape, runtime.storage_dtype, runtime.device
         self.in_files = contexts_in_files(config, runtime.storage_dtype)
         if self.in_files:
-            places = self.paths if config.save_checkpoint else (folder, folder)  # unsaved, they are nobody's but ours
+            places = (
+                self.paths if config.save_checkpoint else (folder, folder)
+            )  # unsaved, they are nobody's but ours
             self._stores = [SampleStore(*self._described, place) for place in places]
         else:
             self._stores = [SampleStore(*self._described)] * 2
@@ -80,7 +82,9 @@ class StoredContexts:
         samples = torch.arange(self.num_samples)
         if not self.in_files:
             return self._old.rows if self.group.size == 1 else self._of_all(samples, self.__getitem__)
-        digests = [self._of_all(samples, lambda own, s=s: s.digests[own // self.group.size]) for s in self._stores]
+        digests = [
+            self._of_all(samples, lambda own, s=s: s.digests[own // self.group.size]) for s in self._stores
+        ]
         written = {"turns": self.turns, "processes": self.group.size, "precision": self.precision}
         return {"digests": torch.stack(digests), **written}
 
@@ -100,7 +104,9 @@ class StoredContexts:
         shared = self.in_files and self._stores[0].path == paths[0]
         described = *self._described[:2], STORAGE_DTYPE[precision], runtime.device
         stores = self._stores if shared else [SampleStore(*described, path) for path in paths]
-        known = "precision" in saved and saved["processes"] == self.group.size  # else nobody knows what the bytes mean
+        known = (
+            "precision" in saved and saved["processes"] == self.group.size
+        )  # else nobody knows what the bytes mean
         digests = saved["digests"][:, self.own] if known else None
         if digests is None or not all(store.adopt(each) for store, each in zip(stores, digests, strict=True)):
             note(LOST)

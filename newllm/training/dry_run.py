@@ -28,12 +28,18 @@ def preview(config, runtime, data, model, peak):
     """
     folder = Path(config.checkpoint_dir)
     found = checkpoint_lines(config, data.fingerprint, folder)
-    kernel = model.attention_in_effect(runtime.device, runtime.storage_dtype) if isinstance(model, Baseline) else None
+    kernel = (
+        model.attention_in_effect(runtime.device, runtime.storage_dtype)
+        if isinstance(model, Baseline)
+        else None
+    )
     device, plan = describe_device(runtime), make_plan(config, len(data.train), model, runtime.device)
     notes = [f"attention: {kernel or 'none'}", *found]
     unused = unused_lines(config, runtime.device.type == "cpu", data.tokenizer.name)
     print(*banner(config, device, data, model, plan, notes), *unused, sep="\n")
-    memory = memory_of(runtime.device) / 1e6 * (1 if runtime.device.type == "cpu" else config.gpu_memory_fraction)
+    memory = (
+        memory_of(runtime.device) / 1e6 * (1 if runtime.device.type == "cpu" else config.gpu_memory_fraction)
+    )
     verdict = "fits" if peak <= memory else "does not fit"
     margin = f"margin {memory - peak:,.0f} MB"
     print(f"memory: predicted peak {peak:,.0f} MB of {memory:,.0f} MB, so the run {verdict}: {margin}")
@@ -64,7 +70,9 @@ def checkpoint_lines(config, fingerprint, folder):
         check_target(copies)
         second = newest(CheckpointFiles(copies, 0)) if copies.is_dir() else None
         if second and found and second["run_id"] != found["run_id"]:
-            if not list(folder.glob(f"model_latest_{second['run_id']}.pt*")):  # this folder's earlier run, kept in it
+            if not list(
+                folder.glob(f"model_latest_{second['run_id']}.pt*")
+            ):  # this folder's earlier run, kept in it
                 raise UserError(f"{copies} holds second copies of another run: choose another --backup_dir.")
         elif second and (not found or second["save_number"] > found["save_number"]):
             found, where = second, copies
@@ -77,9 +85,7 @@ def checkpoint_lines(config, fingerprint, folder):
     verdict, reason = compare(found, config, fingerprint)
     if verdict == "refuse":
         raise UserError(f"{Path(where) / 'model_latest.pt'} {reason}")
-    continued = (
-        f"checkpoint: {where} holds run {found['run_id']}, saved {found['saved_at']}, to go on {found['restart']}"
-    )
+    continued = f"checkpoint: {where} holds run {found['run_id']}, saved {found['saved_at']}, to go on {found['restart']}"
     if verdict == "begin":
         return [f"{continued}, which is not continued but kept beside: {reason}"]
     complete = found["stage"] == "complete"

@@ -45,7 +45,11 @@ def without_effect(config, on_cpu, tokenizer):
     rule("context_memory_mb", baseline, f"model_type '{kind}' keeps no contexts of the samples")
     rule("num_layers", fixed, f"model_type '{kind}' has no layers below the head")
     transformer = kind == "transformer"
-    rule("context_dim token_layers", transformer, "a transformer has the width embed_dim, and no layers of the head")
+    rule(
+        "context_dim token_layers",
+        transformer,
+        "a transformer has the width embed_dim, and no layers of the head",
+    )
     rule("context_dim", fixed and not config.token_layers, "the head reads no context (token_layers 0)")
     rule("dropout", not baseline and not config.token_layers, "the head has no layers (token_layers 0)")
     rule("attention", not transformer, f"model_type '{kind}' has no attention")
@@ -54,7 +58,9 @@ def without_effect(config, on_cpu, tokenizer):
     rule(PHASE1, not config.phase1_max_iterations, "there is no Phase 1 (phase1_max_iterations 0)")
     rule("dist_reg", not config.dist_reg_weight, "the regularizer counts nothing (dist_reg_weight 0)")
     later = "it belongs to Phase 2, which phase 1 leaves for a later run"
-    rule(f"{FINE_TUNING} token_dropout freeze_context context_adapter adapter_rank", config.phase == "1", later)
+    rule(
+        f"{FINE_TUNING} token_dropout freeze_context context_adapter adapter_rank", config.phase == "1", later
+    )
     rule(HEAD, config.phase == "1" and not control, later)
     rule(f"{FINE_TUNING} token_dropout", config.freeze_context, "contexts are frozen (freeze_context)")
     frozen = config.freeze_context and not config.phase1_max_iterations
@@ -89,4 +95,6 @@ def _batches(config, rule):
 def unused_lines(config, on_cpu, tokenizer):
     """A line for each setting that was given and has no effect."""
     found, given = without_effect(config, on_cpu, tokenizer), config.given
-    return [f"warning: {name} {given[name]} has no effect: {why}" for name, why in found.items() if name in given]
+    return [
+        f"warning: {name} {given[name]} has no effect: {why}" for name, why in found.items() if name in given
+    ]

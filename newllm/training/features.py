@@ -39,7 +39,10 @@ class FrozenFeatures:
         first = torch.arange(min(len(self._stores["train"]), -(-WHITENING_TOKENS // length)))
         contexts = self._stores["train"][first].split(self.widths, dim=-1)[0].flatten(0, 1).double()
         covariances = covariance(contexts).cpu()  # see spectrum
-        mean, variances, directions = contexts.mean(0), *(x.to(contexts.device) for x in torch.linalg.eigh(covariances))
+        mean, variances, directions = (
+            contexts.mean(0),
+            *(x.to(contexts.device) for x in torch.linalg.eigh(covariances)),
+        )
         scale = (variances + WHITENING_FLOOR * variances.mean()).rsqrt()
         whiten = directions * scale @ directions.T
         for store in self._stores.values():

@@ -47,13 +47,17 @@ class Group:
         if self.size == 1:
             return tensor
         with _together():  # between GPUs only what lies on them can be summed
-            return self._accelerator.reduce(tensor.to(self._accelerator.device), reduction="sum").to(tensor.device)
+            return self._accelerator.reduce(tensor.to(self._accelerator.device), reduction="sum").to(
+                tensor.device
+            )
 
     def totals(self, *numbers):
         """The sums of the processes' numbers, each in double precision."""
         if self.size == 1:
             return numbers
-        return self.total(torch.tensor(numbers, dtype=torch.float64, device=self._accelerator.device)).tolist()
+        return self.total(
+            torch.tensor(numbers, dtype=torch.float64, device=self._accelerator.device)
+        ).tolist()
 
     def assemble(self, rows, positions, count):
         """[count, ...] from the rows that each process has at its own positions."""
@@ -69,7 +73,9 @@ class Group:
         """Replace each gradient by the sum of the processes', in one message; a process without samples adds nothing."""
         if self.size == 1:
             return
-        has = self.total(torch.tensor([float(p.grad is not None) for p in parameters], device=self._accelerator.device))
+        has = self.total(
+            torch.tensor([float(p.grad is not None) for p in parameters], device=self._accelerator.device)
+        )
         shared = [p for p, count in zip(parameters, has.tolist(), strict=True) if count]
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in shared])
         for parameter, part in zip(shared, self.total(flat).split([p.numel() for p in shared]), strict=True):

@@ -33,9 +33,7 @@ FORWARD |= dict.fromkeys(("window", "token"), (2.4, 2.4))
 # Blocks of this size have pages of their own. Of smaller ones, what is freed is often too little for the next, so that the
 # heap outgrows what is alive in it, by a factor that was measured; it falls to 1 towards blocks that are large.
 LARGE, HOLES = 32 << 20, 1.7
-SCATTERED_MB = (
-    30.0  # of the saving thread, and of freed memory between what is in use, which does not go back after a stage
-)
+SCATTERED_MB = 30.0  # of the saving thread, and of freed memory between what is in use, which does not go back after a stage
 
 
 def libraries_mb(config, runtime):
@@ -79,7 +77,13 @@ def moments(config, vocab_size, precision, cuda=False):
     Args:
         precision: "fp32", "bf16" or "fp16", as in effect. cuda: whether the memory is that of a GPU.
     """
-    C, E, V, T, kind = config.context_dim, config.embed_dim, vocab_size, config.max_seq_length, config.model_type
+    C, E, V, T, kind = (
+        config.context_dim,
+        config.embed_dim,
+        vocab_size,
+        config.max_seq_length,
+        config.model_type,
+    )
     half, mixed = STORAGE_DTYPE[precision].itemsize, precision != "fp32"
     context, head, weights = _parameters(config, V)
     read, map_floats, head_floats = _floats(config, mixed)
@@ -122,7 +126,9 @@ def moments(config, vocab_size, precision, cuda=False):
         n = T * min(SEQUENCES_AT_A_TIME, config.val_samples)
         logits = n * V // -(-n // max(1, CHUNK_ELEMENTS // V)) * (8 + half * mixed)
         work = {"evaluation": in_heap(n, floats), "logits": logits}
-        if kind in BASELINES and not cuda:  # logits are blocks too large for most of what a step has left free
+        if (
+            kind in BASELINES and not cuda
+        ):  # logits are blocks too large for most of what a step has left free
             work["free within the heap"] = 0.7 * min(freed, work["logits"])
         add(stage, "validation", held, **work)
         if kind == "context" and not frozen:
@@ -142,10 +148,17 @@ def moments(config, vocab_size, precision, cuda=False):
 
 def _floats(config, mixed):
     """Of a token: width that the head reads, and floats that autograd keeps of a pass (context map: of a sweep) and of the head."""
-    C, E, layers, kept = config.context_dim, config.embed_dim, config.num_layers, LAYER.get(config.model_type, (0, 0))
+    C, E, layers, kept = (
+        config.context_dim,
+        config.embed_dim,
+        config.num_layers,
+        LAYER.get(config.model_type, (0, 0)),
+    )
     if config.model_type != "transformer":
         return C + E, layers * kept[mixed] * C, config.token_layers * HEAD[mixed] * (C + E) + E
-    shares = config.max_seq_length * (E // math.gcd(E, 64)) if config.dropout or config.attention == "math" else 0
+    shares = (
+        config.max_seq_length * (E // math.gcd(E, 64)) if config.dropout or config.attention == "math" else 0
+    )
     return E, layers * (kept[mixed] * E + SHARES[mixed] * shares), E
 
 

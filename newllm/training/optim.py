@@ -4,7 +4,10 @@ import math
 
 import torch
 
-BETAS = (0.9, 0.98)  # a shorter memory of squared gradients than the default: runs here take tens to hundreds of steps
+BETAS = (
+    0.9,
+    0.98,
+)  # a shorter memory of squared gradients than the default: runs here take tens to hundreds of steps
 
 
 def make_optimizer(parts, learning_rate, weight_decay):
@@ -34,8 +37,12 @@ def prepare_optimizer(runtime, optimizer, saved):
         optimizer.load_state_dict(saved["optimizer"])
         for group, own in zip(optimizer.param_groups, settings, strict=True):
             group |= own  # the saved ones would silently outlive a changed learning rate or weight decay
-    if scaler := runtime.accelerator.scaler:  # one per process: without this a stage would inherit the last one's scale
-        scaler.load_state_dict((saved or {}).get("scaler") or torch.amp.GradScaler(runtime.device.type).state_dict())
+    if (
+        scaler := runtime.accelerator.scaler
+    ):  # one per process: without this a stage would inherit the last one's scale
+        scaler.load_state_dict(
+            (saved or {}).get("scaler") or torch.amp.GradScaler(runtime.device.type).state_dict()
+        )
     return runtime.accelerator.prepare(optimizer)
 
 

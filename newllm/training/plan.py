@@ -38,7 +38,9 @@ def make_plan(config, num_samples, model, device):
         frozen = config.freeze_context or not context
         if config.context_adapter != "none":
             mixes = [layer.mix for layer in model.context_map.layers]
-            context = adapter_rank(config, memory_of(device)) * sum(m.in_features + m.out_features for m in mixes)
+            context = adapter_rank(config, memory_of(device)) * sum(
+                m.in_features + m.out_features for m in mixes
+            )
         work = 1 if flops is None else flops.frozen if frozen else flops.fine_tuned
         trainable = head + context * (not frozen)
         add("phase2", config.phase2_epochs, config.phase2_batch_size, trainable, work)

@@ -87,9 +87,7 @@ class StepFunction:
         remedy = "going on without it"
         if shared := leave_shared_cache():
             self._call = torch.compile(self.eager, dynamic=True)
-            remedy = (
-                f"once more in an empty cache (if this comes again, delete {shared}: a killed run leaves damaged files)"
-            )
+            remedy = f"once more in an empty cache (if this comes again, delete {shared}: a killed run leaves damaged files)"
         else:
             self.fall_back()
         return f"warning: torch.compile failed at {where} ({reason}); {remedy}"
@@ -122,7 +120,9 @@ def keep_freed_memory():
     m_trim_threshold, m_mmap_threshold = -1, -3  # names in malloc.h; values in mallopt(3)
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(m_mmap_threshold, 32 << 20)  # the most it takes: up to this size blocks come from the heap,
+        libc.mallopt(
+            m_mmap_threshold, 32 << 20
+        )  # the most it takes: up to this size blocks come from the heap,
         libc.mallopt(m_trim_threshold, 2**31 - 1)  # which is not trimmed
 
 
@@ -149,7 +149,9 @@ def leave_shared_cache():
 
 def compile_cost():
     """What torch.compile has cost this process: graphs made (recompilations included) and seconds spent on them."""
-    from torch._dynamo import utils  # private, the only place that tells; slow to import, so only where it was used
+    from torch._dynamo import (
+        utils,
+    )  # private, the only place that tells; slow to import, so only where it was used
 
     seconds = utils.cumulative_time_spent_ns["entire_frame_compile"] / 1e9
     return {"compiled_graphs": utils.counters["stats"]["unique_graphs"], "compile_seconds": seconds}
@@ -168,7 +170,9 @@ def open_runtime(config):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read at the first use of the device
     precision = best_precision(on_cpu) if config.precision == "auto" else config.precision
     if precision == "fp16" and on_cpu:
-        raise UserError("precision fp16 needs a CUDA device (a CPU would silently compute in fp32); use bf16 or fp32.")
+        raise UserError(
+            "precision fp16 needs a CUDA device (a CPU would silently compute in fp32); use bf16 or fp32."
+        )
     if on_cpu:
         keep_freed_memory()
     AcceleratorState._reset_state(True)  # a notebook may run main() twice with different precision
@@ -191,7 +195,10 @@ def open_runtime(config):
 
 def allocator_setting():
     """What the environment says to torch's allocator of device memory, e.g. "PYTORCH_ALLOC_CONF=expandable_segments:True", or ""."""
-    names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # torch takes the older name where the newer is not set
+    names = (
+        "PYTORCH_ALLOC_CONF",
+        "PYTORCH_CUDA_ALLOC_CONF",
+    )  # torch takes the older name where the newer is not set
     return next((f"{name}={os.environ[name]}" for name in names if os.environ.get(name)), "")
 
 
@@ -251,7 +258,13 @@ def peak_memory_mb():
     """Largest memory so far in MB: of the device's allocator on CUDA, else resident memory of the process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e6
-    with contextlib.suppress(OSError):  # getrusage would begin with the peak of the process that started this one
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1]) * 1024 / 1e6
+    with contextlib.suppress(
+        OSError
+    ):  # getrusage would begin with the peak of the process that started this one
+        return (
+            int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
+            * 1024
+            / 1e6
+        )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

@@ -62,7 +62,9 @@ class SampleStore:
         if self.digests is None:
             self.rows[samples.to(self.device, non_blocking=True)] = rows.to(self.device, self.dtype)
             return
-        for sample, row in zip(samples.tolist(), _bytes_of(rows.to("cpu", self.dtype).contiguous()), strict=True):
+        for sample, row in zip(
+            samples.tolist(), _bytes_of(rows.to("cpu", self.dtype).contiguous()), strict=True
+        ):
             with self._said():
                 self._seek(sample, row)
                 written = 0

@@ -27,7 +27,13 @@ class OptimizerStep:
     """
 
     def __init__(self, runtime, optimizer, step, max_norm, note):
-        self.runtime, self.optimizer, self.step, self.max_norm, self.note = runtime, optimizer, step, max_norm, note
+        self.runtime, self.optimizer, self.step, self.max_norm, self.note = (
+            runtime,
+            optimizer,
+            step,
+            max_norm,
+            note,
+        )
 
     def __call__(self, gradients, count, state, seed, where):
         """Take the step.
@@ -58,7 +64,9 @@ class OptimizerStep:
                 if not memory and not self.step.compiled:
                     raise
                 reason = reason_of(error)
-            if done is None:  # out here: inside `except` the traceback keeps the failed attempt's tensors alive
+            if (
+                done is None
+            ):  # out here: inside `except` the traceback keeps the failed attempt's tensors alive
                 self._change_plan(memory, reason, count, state, where)
         return self._update(done[0], state, where), *done[1:]
 
@@ -67,7 +75,11 @@ class OptimizerStep:
         self.step.forget()
         free_memory()
         if self.runtime.group.size > 1:  # the others are elsewhere in the batch and cannot begin it again
-            remedy = "use a smaller phase1_batch_size or phase2_batch_size" if memory else "train with --no_compile"
+            remedy = (
+                "use a smaller phase1_batch_size or phase2_batch_size"
+                if memory
+                else "train with --no_compile"
+            )
             raise UserError(f"{reason} at {where}: {remedy}, or fewer processes.")
         if not memory:
             self.note(self.step.survive(where, reason))
@@ -78,7 +90,9 @@ class OptimizerStep:
                 f"warning: out of memory at {where}: {size} samples at a time from now on, {count} a step as before"
             )
         else:
-            raise UserError(f"not even one sample fits into memory at {where}: use a smaller model or max_seq_length.")
+            raise UserError(
+                f"not even one sample fits into memory at {where}: use a smaller model or max_seq_length."
+            )
 
     def _update(self, loss, state, where):
         accelerator = self.runtime.accelerator
@@ -89,15 +103,21 @@ class OptimizerStep:
         together = any(gradient.is_cuda for gradient in gradients) or None  # one launch for all tensors
         total = get_total_norm(gradients, foreach=together)
         loss = torch.as_tensor(loss, dtype=torch.float64, device=total.device)
-        loss, norm = torch.stack([loss, total.double()]).tolist()  # the one time that a step waits for the device
+        loss, norm = torch.stack(
+            [loss, total.double()]
+        ).tolist()  # the one time that a step waits for the device
         state["grad_norm"] = norm
         if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at {where}: stopped before the step; lower the learning rate.")
+            raise UserError(
+                f"the loss is {loss} at {where}: stopped before the step; lower the learning rate."
+            )
         if norm > self.max_norm:  # else every gradient would be read and written to be multiplied by one
             clip_grads_with_norm_(parameters, self.max_norm, total, foreach=together)
         scaler = accelerator.scaler  # fp16: the scaler leaves such a step out and lowers its scale
         if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < SMALLEST_SCALE):
-            raise UserError(f"the gradient is {norm} at {where}: stopped before the step; lower the learning rate.")
+            raise UserError(
+                f"the gradient is {norm} at {where}: stopped before the step; lower the learning rate."
+            )
         try:
             self.optimizer.step()
         except Exception as error:

@@ -42,7 +42,10 @@ class Bench:
     def __init__(self, config, vocab_size):
         self.config, self.runtime, self.flops = config, open_runtime(config), Flops(config, vocab_size)
         self.device, self.vocab_size = self.runtime.device, vocab_size
-        shape = (ROUNDS + 1) * max(config.phase1_batch_size, config.phase2_batch_size), config.max_seq_length + 1
+        shape = (
+            (ROUNDS + 1) * max(config.phase1_batch_size, config.phase2_batch_size),
+            config.max_seq_length + 1,
+        )
         self.ids = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).int()
         self.model, self.loss = build_model(config, vocab_size).to(self.device), None
 
@@ -93,7 +96,9 @@ class Bench:
     def sweep_forward(self):
         """Tokens per second of one sweep over a batch, without gradient."""
         ids = self.ids[: self.config.phase1_batch_size, :-1].long().to(self.device)
-        contexts = torch.randn(*ids.shape, self.config.context_dim, device=self.device).to(self.runtime.storage_dtype)
+        contexts = torch.randn(*ids.shape, self.config.context_dim, device=self.device).to(
+            self.runtime.storage_dtype
+        )
 
         def once():
             with torch.no_grad(), self.runtime.autocast():
@@ -103,13 +108,18 @@ class Bench:
 
     def sequential(self, sequences):
         """Tokens per second step by step, with so many sequences at once."""
-        ids, how = self.ids[:1].expand(sequences, -1), (self.runtime.autocast, self.device, self.runtime.storage_dtype)
+        ids, how = (
+            self.ids[:1].expand(sequences, -1),
+            (self.runtime.autocast, self.device, self.runtime.storage_dtype),
+        )
         return self.rates(sequences * self.config.max_seq_length, lambda: trajectories(self.model, ids, *how))
 
     def generation(self):
         """Tokens per second of greedy generation, one sequence."""
         # In fp32: for a single token, converting the weights costs more than using them.
-        return self.rates(LOOP_TOKENS, lambda: list(generate(self.model, [0], LOOP_TOKENS, seed=0, temperature=0)))
+        return self.rates(
+            LOOP_TOKENS, lambda: list(generate(self.model, [0], LOOP_TOKENS, seed=0, temperature=0))
+        )
 
     def phase1(self):
         """Tokens per second of Phase 1's steps as train.py runs them."""
@@ -123,7 +133,9 @@ class Bench:
     def _train(self, train, batch_size):
         """Two epochs of full batches, of which the first is not timed."""
         ids, vocab_size = self.ids[: (ROUNDS + 1) * batch_size], self.vocab_size
-        data = SimpleNamespace(train=ids, val=ids[:1], token_bytes=torch.ones(vocab_size), vocab_size=vocab_size)
+        data = SimpleNamespace(
+            train=ids, val=ids[:1], token_bytes=torch.ones(vocab_size), vocab_size=vocab_size
+        )
         rounds = dict(num_samples=len(ids), min_batches=1, phase1_max_iterations=2, phase2_epochs=2, patience=2, save_checkpoint=False,
                       phase1_convergence_threshold=1e-9, val_quick_every_n_batches=0)  # fmt: skip
         watch = Stopwatch(self.synchronize)

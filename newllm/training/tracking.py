@@ -24,9 +24,7 @@ def start_tracking(accelerator, name, folder, config, warn):
             return
         try:
             function()
-        except (
-            Exception
-        ) as error:  # whatever a service or its client raises; KeyboardInterrupt and Stopped are none of these
+        except Exception as error:  # whatever a service or its client raises; KeyboardInterrupt and Stopped are none of these
             working = False
             warn(f"warning: {name} {what} ({type(error).__name__}: {error}); the run goes on without it")
 

@@ -25,7 +25,13 @@ class Disk:
     """While `number` is set, `folder` refuses with that error: files beyond `room` bytes, other names if `names`."""
 
     def __init__(self, monkeypatch, folder, room, names=True):
-        self.folder, self.room, self.names, self.number, self.refused = Path(folder).resolve(), room, names, None, 0
+        self.folder, self.room, self.names, self.number, self.refused = (
+            Path(folder).resolve(),
+            room,
+            names,
+            None,
+            0,
+        )
         self.open = builtins.open
         monkeypatch.setattr(builtins, "open", self._open)
         for name in ("replace", "link"):
@@ -36,7 +42,11 @@ class Disk:
         raise OSError(self.number, os.strerror(self.number), str(path))
 
     def _meant(self, path):
-        return self.number and isinstance(path, str | os.PathLike) and self.folder in Path(path).absolute().parents
+        return (
+            self.number
+            and isinstance(path, str | os.PathLike)
+            and self.folder in Path(path).absolute().parents
+        )
 
     def _open(self, path, mode="r", *args, **kwargs):
         if self._meant(path) and mode != "rb" and set(mode) & set("wax+"):
@@ -135,7 +145,10 @@ def test_the_command_ends_with_a_sentence_when_the_kernel_refuses_the_last_save(
     )  # fmt: skip
     assert done.returncode == 2 and "\n---\n" in done.stdout, done.stderr
     (line,) = done.stderr.splitlines()
-    assert line == "error: the last checkpoint could not be written (File too large): free the disk and run again."
+    assert (
+        line
+        == "error: the last checkpoint could not be written (File too large): free the disk and run again."
+    )
     assert content(after_phase_1)["model_latest.pt"] == before["model_latest.pt"]
     assert not temporary_files(after_phase_1)
 

@@ -33,7 +33,9 @@ def test_an_evil_pickle_in_the_latest_alone_is_set_aside(after_phase_1, tmp_path
     evil = latest.read_bytes()
     assert main(after_phase_1)["phase1_steps"] == 9
     assert "kept as model_latest.pt.corrupt" in capsys.readouterr().out
-    assert latest.with_name("model_latest.pt.corrupt").read_bytes() == evil and not (tmp_path / "harm").exists()
+    assert (
+        latest.with_name("model_latest.pt.corrupt").read_bytes() == evil and not (tmp_path / "harm").exists()
+    )
 
 
 def test_an_evil_pickle_in_the_cache_is_never_executed(after_phase_1, tmp_path, capsys):
@@ -45,7 +47,9 @@ def test_an_evil_pickle_in_the_cache_is_never_executed(after_phase_1, tmp_path, 
 
 
 @pytest.mark.parametrize("harm", ["evil", "damaged", "missing"])
-def test_best_weights_that_cannot_be_trusted_stop_the_run_with_a_sentence(tiny_settings, tmp_path, monkeypatch, harm):
+def test_best_weights_that_cannot_be_trusted_stop_the_run_with_a_sentence(
+    tiny_settings, tmp_path, monkeypatch, harm
+):
     """A run cut off in Phase 2 needs its model_best.pt: an evil one is not executed, none is replaced by something else."""
 
     class Cut(Exception):

@@ -30,7 +30,9 @@ def test_folders_below_a_linked_folder_are_used_through_the_link(tiny_settings, 
     (tmp_path / "drive").symlink_to(tmp_path / "mounted")
     folders = {name: str(tmp_path / "drive" / name) for name in ("cache_dir", "checkpoint_dir")}
     main(ResidualConfig(**tiny_settings | folders, phase="1"))
-    assert (tmp_path / "drive").is_symlink() and (tmp_path / "mounted/checkpoint_dir/model_latest.pt").exists()
+    assert (tmp_path / "drive").is_symlink() and (
+        tmp_path / "mounted/checkpoint_dir/model_latest.pt"
+    ).exists()
     assert list((tmp_path / "mounted/cache_dir").glob("*.pt"))
 
 

@@ -127,10 +127,14 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(settings, monkeypatch, c
 
 @pytest.mark.parametrize("memory", [{}, IN_FILES], ids=["memory", "files"])
 @pytest.mark.parametrize(("before", "after"), [(T4, A100), (A100, T4)], ids=["T4 to A100", "A100 to T4"])
-def test_a_run_goes_on_with_its_contexts_on_another_card(settings, monkeypatch, capsys, before, after, memory):
+def test_a_run_goes_on_with_its_contexts_on_another_card(
+    settings, monkeypatch, capsys, before, after, memory
+):
     """Stopped inside Phase 1: what the next card starts from are the stored contexts, in its own type, and not the bytes."""
     config = ResidualConfig(**settings | memory, untrained_control=False)
-    run_until(monkeypatch, before, config, "phase1", saves=5)  # in the second sweep, which starts from the first one's
+    run_until(
+        monkeypatch, before, config, "phase1", saves=5
+    )  # in the second sweep, which starts from the first one's
     with pretended_cuda(before):  # in memory, where made contexts take the place of those they were made from
         stored = _restored(dataclasses.replace(config, context_memory_mb=512), before)
     with pretended_cuda(after):
@@ -147,7 +151,9 @@ def _restored(config, card):
     runtime = open_runtime(config)
     assert runtime.storage_dtype == HALF[card]
     saved = load_sealed(Path(config.checkpoint_dir) / "model_latest.pt")["stage_state"]["contexts"]
-    data = SimpleNamespace(train=torch.zeros(config.num_samples, config.max_seq_length + 1, dtype=torch.int32))
+    data = SimpleNamespace(
+        train=torch.zeros(config.num_samples, config.max_seq_length + 1, dtype=torch.int32)
+    )
     contexts = StoredContexts(data, config, runtime, Path(config.checkpoint_dir))
     contexts.restore(saved, None, data, runtime, lambda line: pytest.fail(line))
     found = contexts.first(config.num_samples).cpu()
@@ -166,13 +172,17 @@ def test_a_baseline_and_a_control(settings, monkeypatch, kind):
 def test_low_rank_additions(settings, monkeypatch):
     """Trained, stopped, continued and merged; what is not theirs gets no gradient in the cast of all weights either."""
     pytest.importorskip("peft")
-    config = ResidualConfig(**settings | dict(context_adapter="lora", adapter_rank=4, untrained_control=False))
+    config = ResidualConfig(
+        **settings | dict(context_adapter="lora", adapter_rank=4, untrained_control=False)
+    )
     run_until(monkeypatch, T4, config, "phase2")
     assert math.isfinite(run(T4, config)["val_loss"])
     with pretended_cuda(T4), torch.autocast("cuda", torch.float16):
         model = LanguageModel(config, 50).to("cuda")
         add_adapter(model, 4)
-        model.cast_step()(torch.randn(2, 16).to(DEVICE), torch.randn(2, 16).to(DEVICE))[0].float().sum().backward()
+        model.cast_step()(torch.randn(2, 16).to(DEVICE), torch.randn(2, 16).to(DEVICE))[
+            0
+        ].float().sum().backward()
         trained = {name for name, weight in model.context_map.named_parameters() if weight.grad is not None}
     assert trained and all(".lora_" in name for name in trained)
 
@@ -183,7 +193,9 @@ def test_memory_runs_out_at_a_constant_effective_batch(settings, monkeypatch, ca
     expected = run(T4, config)
     own, forgotten = StepFunction.trajectory, []
     monkeypatch.setattr(
-        StepFunction, "forget", lambda self: (forgotten.append(len(self._graphed.recorded)), self._graphed.forget())
+        StepFunction,
+        "forget",
+        lambda self: (forgotten.append(len(self._graphed.recorded)), self._graphed.forget()),
     )
 
     def trajectory(self, tokens, start):
@@ -209,21 +221,30 @@ def test_prefill_text_and_export(settings, tmp_path, monkeypatch):
     config = ResidualConfig(**settings | dict(artifacts=True, untrained_control=False))
     with pretended_cuda(T4):
         main(config)
-        options = SimpleNamespace(lengths=[20, 40], tolerance=[1e-2, 1e-4], max_sweeps=64, piece=16, trained=True)
+        options = SimpleNamespace(
+            lengths=[20, 40], tolerance=[1e-2, 1e-4], max_sweeps=64, piece=16, trained=True
+        )
         rows = prefill_command.report(config, options, lambda line: None)["rows"]
-    assert len(rows) == 4 and all(row["converged"] and row["error"] < 2 * row["tolerance"] + 2e-3 for row in rows)
+    assert len(rows) == 4 and all(
+        row["converged"] and row["error"] < 2 * row["tolerance"] + 2e-3 for row in rows
+    )
     record = read_record(find_records(config.checkpoint_dir)[-1])
     path = artifact_paths(record.folder, "context", record.run)["model"]
     model, tokenizer = load_model(open_saved(path)[1])
     prompt, folder = tokenizer.encode("User: ban dor"), tmp_path / "exported"
     expected = list(generate(model, prompt, 12, seed=3))
-    export.main(["--checkpoint_dir", str(config.checkpoint_dir), "--format", "transformers", "--output", str(folder)])
+    export.main(
+        ["--checkpoint_dir", str(config.checkpoint_dir), "--format", "transformers", "--output", str(folder)]
+    )
     from transformers import AutoModelForCausalLM
 
     exported = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     how = dict(max_new_tokens=8, do_sample=False, pad_token_id=0)
     with torch.no_grad():
-        text, logits = exported.generate(torch.tensor([prompt]), **how), exported(torch.tensor([prompt])).logits
+        text, logits = (
+            exported.generate(torch.tensor([prompt]), **how),
+            exported(torch.tensor([prompt])).logits,
+        )
     with pretended_cuda(T4):
         assert list(generate(model.to("cuda"), prompt, 12, seed=3)) == expected
         moved = exported.to("cuda")
@@ -264,7 +285,9 @@ def test_launches_and_waits_of_a_step(settings, monkeypatch, record_property):
     own_status, own_record = RunLog.status, cuda_graph.record
 
     def status(self, progress, **where):
-        at.append((where["stage"], where["epoch"], where["batch"], where["batches"], counts.launches, counts.waits))
+        at.append(
+            (where["stage"], where["epoch"], where["batch"], where["batches"], counts.launches, counts.waits)
+        )
         return own_status(self, progress, **where)
 
     def recording(*work):
@@ -280,7 +303,11 @@ def test_launches_and_waits_of_a_step(settings, monkeypatch, record_property):
         at.clear(), recorded.clear()
         quiet = dict(num_layers=layers, val_quick_every_n_batches=0, save_every_n_batches=10**6)
         with pretended_cuda(T4) as counts:
-            main(ResidualConfig(**settings | quiet | dict(checkpoint_dir=f"{settings['checkpoint_dir']}_{layers}")))
+            main(
+                ResidualConfig(
+                    **settings | quiet | dict(checkpoint_dir=f"{settings['checkpoint_dir']}_{layers}")
+                )
+            )
         steps = {}
         for before, after in itertools.pairwise(at):
             inside = before[:2] == after[:2] and before[1] > 1 and after[2] < after[3]
@@ -288,9 +315,13 @@ def test_launches_and_waits_of_a_step(settings, monkeypatch, record_property):
                 steps.setdefault(after[0], []).append((after[4] - before[4], after[5] - before[5]))
         for stage, ceiling in ceilings.items():
             launches, waits = map(max, zip(*steps[stage], strict=True))
-            record_property("counts", f"{layers} layers, {stage}: {launches} launches and {waits} waits a step")
+            record_property(
+                "counts", f"{layers} layers, {stage}: {launches} launches and {waits} waits a step"
+            )
             assert launches <= ceiling[0] and waits <= ceiling[1], (layers, stage, launches, waits)
-        record_property("counts", f"{layers} layers, recording the trajectory: {max(recorded):.1f} launches a token")
+        record_property(
+            "counts", f"{layers} layers, recording the trajectory: {max(recorded):.1f} launches a token"
+        )
         assert recorded and max(recorded) <= {2: 40, 6: 45}[layers]
 
 
@@ -311,7 +342,11 @@ def test_the_map_stays_in_the_compute_type(card):
         model, half = ContextMap(8, 8, 3).to("cuda"), HALF[card]
         context, token = torch.randn(4, 8).to("cuda").to(half), torch.randn(4, 8).to("cuda").to(half)
         out = model(context, token)
-        kinds = {kind for name, kind in counts.types if name in ("native_layer_norm", "addmm", "cat", "add", "relu")}
+        kinds = {
+            kind
+            for name, kind in counts.types
+            if name in ("native_layer_norm", "addmm", "cat", "add", "relu")
+        }
     assert [part.dtype for part in out] == [half, half] and kinds == {half}
 
 
@@ -403,7 +438,9 @@ def test_the_graph_gives_the_bits_of_the_loop(card):
 
 
 @pytest.mark.parametrize(
-    "fault", [RuntimeError("CUDA error: capture is not allowed"), torch.OutOfMemoryError("CUDA out of memory")], ids=str
+    "fault",
+    [RuntimeError("CUDA error: capture is not allowed"), torch.OutOfMemoryError("CUDA out of memory")],
+    ids=str,
 )
 def test_a_capture_that_fails_costs_a_line_and_no_bits(settings, monkeypatch, capsys, fault):
     """The run goes on step by step; the line comes once a stage, not once a batch."""
@@ -435,7 +472,9 @@ def test_a_wait_within_a_capture_is_what_cuda_refuses():
 
         asking = StepFunction(step, False, None, notes.append)
         tokens, start = torch.randn(2, 5, 4).to("cuda"), torch.zeros(2, 4).to("cuda")
-        assert torch.equal(asking.trajectory(tokens, start).cpu(), sequential(step, tokens, 4, start)[0].cpu())
+        assert torch.equal(
+            asking.trajectory(tokens, start).cpu(), sequential(step, tokens, 4, start)[0].cpu()
+        )
         assert len(notes) == 1 and "stream is capturing" in notes[0]
         asking.trajectory(tokens, start)
         assert len(notes) == 1
@@ -513,14 +552,22 @@ def test_the_pretended_device_refuses_what_cuda_refuses():
             "generator": lambda: torch.randn(3, device="cuda", generator=torch.Generator()),
             "chosen by a host mask": lambda: torch.where(torch.ones(3, 1, dtype=torch.bool), x, x),
             "product": lambda: torch.ones(4, 3) @ x,
-            "norm of two types": lambda: torch.nn.functional.layer_norm(x.half(), (4,), torch.ones(4, device="cuda")),
-            "written in another type": lambda: x.index_put_((torch.tensor([0], device="cuda"),), x[:1].half()),
+            "norm of two types": lambda: torch.nn.functional.layer_norm(
+                x.half(), (4,), torch.ones(4, device="cuda")
+            ),
+            "written in another type": lambda: x.index_put_(
+                (torch.tensor([0], device="cuda"),), x[:1].half()
+            ),
         }
         for name, wrong in refused.items():
             with pytest.raises((Refused, TypeError, RuntimeError)):
                 wrong()
                 pytest.fail(f"not refused: {name}")
-        assert (x + torch.tensor(1.0)).is_cuda and x[torch.tensor([0, 1])].is_cuda and x.tolist() == x.cpu().tolist()
+        assert (
+            (x + torch.tensor(1.0)).is_cuda
+            and x[torch.tensor([0, 1])].is_cuda
+            and x.tolist() == x.cpu().tolist()
+        )
         for waiting, action in {
             1: lambda: x.sum().item(),
             0: lambda: x.sum() * 2,

@@ -185,7 +185,9 @@ def compute(operation, args, kwargs):
     if packet is aten.copy_:
         lands = isinstance(args[0], OnDevice)
     else:
-        lands = packet is not aten._local_scalar_dense and (_is_cuda(wanted) or (bool(ours) and wanted is None))
+        lands = packet is not aten._local_scalar_dense and (
+            _is_cuda(wanted) or (bool(ours) and wanted is None)
+        )
     _count(operation, args, kwargs, ours, wanted)
     if wanted is not None:
         kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"} | {"device": HOST}
@@ -220,7 +222,11 @@ def _refuse(operation, args, kwargs, tensors, ours):
         return
     if packet in GATHERING | SCATTERING and isinstance(args[0], OnDevice):
         others = [args[2]] if packet in SCATTERING and not isinstance(args[2], OnDevice) else []
-    if torch.Tag.pointwise in operation.tags or packet in SCATTERING | {aten.fill_} or "_fused_adam" in str(operation):
+    if (
+        torch.Tag.pointwise in operation.tags
+        or packet in SCATTERING | {aten.fill_}
+        or "_fused_adam" in str(operation)
+    ):
         others = [x for x in others if x.dim()]  # a single number may come from the host
     if others:
         where = [(str(x.device), tuple(x.shape)) for x in tensors]
@@ -240,7 +246,10 @@ def _count(operation, args, kwargs, ours, wanted):
     if packet is aten._to_copy:
         crosses, to_host = wanted is not None and bool(ours) != _is_cuda(wanted), bool(ours)
     elif packet is aten.copy_:
-        crosses, to_host = isinstance(args[0], OnDevice) != isinstance(args[1], OnDevice), isinstance(args[1], OnDevice)
+        crosses, to_host = (
+            isinstance(args[0], OnDevice) != isinstance(args[1], OnDevice),
+            isinstance(args[1], OnDevice),
+        )
         unhurried = args[2] if len(args) > 2 else unhurried
     # Towards the device the driver takes the values along at once, if it may; towards the host they have to be there.
     if crosses and (to_host or not unhurried):
@@ -303,7 +312,9 @@ def _recurrent(name):
 
 def _fakes(capability, memory):
     """torch.cuda's functions, as they answer on a machine with one device."""
-    properties = SimpleNamespace(major=capability[0], minor=capability[1], name="pretended", total_memory=memory)
+    properties = SimpleNamespace(
+        major=capability[0], minor=capability[1], name="pretended", total_memory=memory
+    )
 
     generator = SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda state: None)
 
@@ -336,8 +347,12 @@ def pretended_cuda(capability, memory=16 * 2**30):
             setattr(module, name, value)
         overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
-        torch.__future__.set_overwrite_module_params_on_conversion(True)  # to(device) cannot swap what a tensor holds
+        torch.__future__.set_overwrite_module_params_on_conversion(
+            True
+        )  # to(device) cannot swap what a tensor holds
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
-        torch._C._set_only_lift_cpu_tensors(True)  # torch.tensor(..., device="cuda") then copies where Watching sees it
+        torch._C._set_only_lift_cpu_tensors(
+            True
+        )  # torch.tensor(..., device="cuda") then copies where Watching sees it
         stack.enter_context(Watching())
         yield _counts

@@ -39,7 +39,9 @@ def device():
 @pytest.fixture
 def settings(tiny_settings):
     """A small run as a user of a GPU starts it."""
-    small = dict(num_layers=2, context_dim=64, embed_dim=64, num_samples=48, max_seq_length=32, save_min_seconds=0.0)
+    small = dict(
+        num_layers=2, context_dim=64, embed_dim=64, num_samples=48, max_seq_length=32, save_min_seconds=0.0
+    )
     return tiny_settings | dict(device="auto", precision="auto") | small
 
 
@@ -95,14 +97,23 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(settings, monkeypatch, s
 def test_memory_that_runs_out_costs_no_effective_batch(settings, capsys):
     """With less memory than a batch takes: smaller parts, the same number of steps, the same loss within rounding."""
     large = dict(
-        context_dim=512, embed_dim=512, phase2_batch_size=24, phase1_batch_size=24, min_batches=1, max_seq_length=64
+        context_dim=512,
+        embed_dim=512,
+        phase2_batch_size=24,
+        phase1_batch_size=24,
+        min_batches=1,
+        max_seq_length=64,
     )
-    config = ResidualConfig(**settings | large | dict(untrained_control=False, dropout=0.0, token_dropout=0.0))
+    config = ResidualConfig(
+        **settings | large | dict(untrained_control=False, dropout=0.0, token_dropout=0.0)
+    )
     expected = main(config)
     share = 0.75 * expected["peak_memory_mb"] * 1e6 / torch.cuda.get_device_properties(0).total_memory
     capsys.readouterr()
     found = main(
-        dataclasses.replace(config, gpu_memory_fraction=share, checkpoint_dir=f"{config.checkpoint_dir}_small")
+        dataclasses.replace(
+            config, gpu_memory_fraction=share, checkpoint_dir=f"{config.checkpoint_dir}_small"
+        )
     )
     assert "out of memory at" in capsys.readouterr().out
     assert found["phase2_steps"] == expected["phase2_steps"]
@@ -161,7 +172,9 @@ def test_sweeps_reach_the_loops_contexts():
     each = network(init_scale=0.5)
     with torch.no_grad():
         expected, _ = sequential(each.model.step, each.tokens.float(), each.start.shape[-1])
-        found, _, stats = prefill(each.model.step, each.tokens.float(), each.start.shape[-1], 1e-4, 64, piece=16)
+        found, _, stats = prefill(
+            each.model.step, each.tokens.float(), each.start.shape[-1], 1e-4, 64, piece=16
+        )
     assert all(stats.converged)
     assert (found - expected).norm().item() < 1e-2 * expected.norm().item()
 
@@ -177,7 +190,9 @@ def figures(config, lengths):
     # At the shape that Phase 1 multiplies in, as scripts.bench does.
     bench = Bench(dataclasses.replace(config, num_samples=min(config.num_samples, 48)), 4096)
     width = config.context_dim + config.embed_dim
-    rate = bench.matrix_rate(config.phase1_batch_size * config.max_seq_length, width, width, bench.runtime.precision)
+    rate = bench.matrix_rate(
+        config.phase1_batch_size * config.max_seq_length, width, width, bench.runtime.precision
+    )
     work = {"phase1": bench.flops.phase1, "phase2": bench.flops.fine_tuned}
     lines = [
         f"{config.train_tokens:,} tokens in {whole:.0f} s; products {rate / 1e12:.1f} TFLOP/s {bench.runtime.precision}"
@@ -185,16 +200,23 @@ def figures(config, lengths):
     for stage, flops in work.items():
         speed = summary[f"tok_per_s_{stage}"]
         lines.append(f"{stage}: {speed:,.0f} tok/s, {speed * flops / rate:.1%} of the matrix rate")
-    options = SimpleNamespace(lengths=lengths, tolerance=[1e-2, 1e-3], max_sweeps=64, piece=4096, trained=True)
+    options = SimpleNamespace(
+        lengths=lengths, tolerance=[1e-2, 1e-3], max_sweeps=64, piece=4096, trained=True
+    )
     rows = prefill_command.report(config, options, lambda line: None)["rows"]
     lines += [" | ".join(prefill_command.shown(row)) for row in rows]
-    return [*lines, f"peak memory {summary['peak_memory_mb']:,.0f} MB, validation loss {summary['val_loss']:.3f}"]
+    return [
+        *lines,
+        f"peak memory {summary['peak_memory_mb']:,.0f} MB, validation loss {summary['val_loss']:.3f}",
+    ]
 
 
 @pytest.mark.slow
 def test_a_hundred_thousand_tokens_whole(tmp_path, capsys):
     """The default network on the embedded corpus, with times: prefill beside the loop, shares of the card's matrix rate."""
-    folders = dict(checkpoint_dir=str(tmp_path / "checkpoints"), cache_dir=str(tmp_path / "cache"), artifacts=False)
+    folders = dict(
+        checkpoint_dir=str(tmp_path / "checkpoints"), cache_dir=str(tmp_path / "cache"), artifacts=False
+    )
     config = ResidualConfig(
         data_source="chitchat", tokenizer="bpe", num_samples=781, untrained_control=False, **folders
     )

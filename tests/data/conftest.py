@@ -139,9 +139,16 @@ def settings(tmp_path):
 
     def make(**changes):
         values = dict(
-            data_source="auto", tokenizer="bpe", embeddings="random", vocab_size=300, num_samples=5, max_seq_length=8
+            data_source="auto",
+            tokenizer="bpe",
+            embeddings="random",
+            vocab_size=300,
+            num_samples=5,
+            max_seq_length=8,
         )
-        values |= dict(data_split="", data_column="", val_samples=3, tune_share=0.0, cache_dir=str(tmp_path / "cache"))
+        values |= dict(
+            data_split="", data_column="", val_samples=3, tune_share=0.0, cache_dir=str(tmp_path / "cache")
+        )
         return SimpleNamespace(**values | changes)
 
     return make

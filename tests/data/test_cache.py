@@ -191,7 +191,10 @@ def test_two_builders_give_one_valid_file(settings, talk, tmp_path):
     )
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONHASHSEED": seed}
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONHASHSEED": seed},
         )
         for seed in ("1", "2")
     ]
@@ -218,7 +221,9 @@ def test_damaged_ultrachat_cache_offline_is_said(settings, online, answers, smal
     answers[:] = [ReadTimeout("x")]
     data = load_data(settings())
     assert data.source == "chitchat" and "NOT UltraChat" in data.notes[0]
-    assert f"cache: {path} is damaged or foreign" in data.notes[-1] and data.notes[-1].endswith("was not used")
+    assert f"cache: {path} is damaged or foreign" in data.notes[-1] and data.notes[-1].endswith(
+        "was not used"
+    )
 
 
 def test_auto_tokenizer_without_gpt2(settings, talk, monkeypatch):

@@ -65,7 +65,11 @@ def test_auto_prefers_ultrachat(online):
 @pytest.mark.parametrize(
     "answer, reason, naps",
     [
-        (ConnectError("[Errno -2] Name or service not known"), "no internet connection: name lookup failed", 0),
+        (
+            ConnectError("[Errno -2] Name or service not known"),
+            "no internet connection: name lookup failed",
+            0,
+        ),
         (HTTPError(429), "HTTP 429, too many requests", 3),
         (HTTPError(503), "HTTP 503", 3),
         (HTTPError(404), "HTTP 404", 0),
@@ -120,7 +124,11 @@ def test_failed_opening_falls_back(small_chitchat, online, monkeypatch):
 def test_broken_stream_is_mended(online):
     """A break in the middle neither loses nor repeats a dialogue."""
     whole = list(open_corpus("ultrachat").train())
-    online["train_sft"].breaks = {0: [ReadTimeout("x")], 17: [ReadTimeout("x"), HTTPError(503)], 18: [TimeoutError()]}
+    online["train_sft"].breaks = {
+        0: [ReadTimeout("x")],
+        17: [ReadTimeout("x"), HTTPError(503)],
+        18: [TimeoutError()],
+    }
     assert list(open_corpus("ultrachat").train()) == whole and len(whole) == 40
 
 
@@ -135,7 +143,9 @@ def test_stream_that_stays_broken_is_an_error(online, error):
 def test_changed_schema_is_named(online):
     online["train_sft"].rows[3] = {"conversation": [], "id": 1}
     text = message_of(list, open_corpus("ultrachat").train())
-    assert "UltraChat train_sft row 4 has neither messages" in text and "its keys are: conversation, id." in text
+    assert (
+        "UltraChat train_sft row 4 has neither messages" in text and "its keys are: conversation, id." in text
+    )
 
 
 def test_prepared_ultrachat_needs_no_network(tmp_path, small_chitchat):

@@ -72,7 +72,9 @@ def test_bpe_sees_only_training_dialogues(settings, talk):
 
 
 def test_too_few_dialogues_at_sight(settings, talk):
-    assert message_of(load_data, settings(data_source=talk, num_samples=781, val_samples=160, max_seq_length=128)) == (
+    assert message_of(
+        load_data, settings(data_source=talk, num_samples=781, val_samples=160, max_seq_length=128)
+    ) == (
         "781 training + 160 validation samples of 128 tokens need at least 941 dialogues; talk has 40: "
         "lower num_samples or val_samples."
     )
@@ -80,7 +82,9 @@ def test_too_few_dialogues_at_sight(settings, talk):
 
 def test_too_few_dialogues_after_packing(settings, talk):
     """Splits that would meet: short dialogues fill few samples."""
-    text = message_of(load_data, settings(data_source=talk, num_samples=20, val_samples=10, max_seq_length=500))
+    text = message_of(
+        load_data, settings(data_source=talk, num_samples=20, val_samples=10, max_seq_length=500)
+    )
     assert "need about " in text and "talk has 40: lower num_samples or val_samples." in text
     assert int(text.split("need about ")[1].split()[0].replace(",", "")) > 40
 

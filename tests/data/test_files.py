@@ -32,7 +32,9 @@ def test_every_format_gives_the_same_dialogues(tmp_path, write_jsonl):
     texts = [render(row, "") for row in rows]
     plain = write_jsonl(rows)
     packed = tmp_path / "talk.jsonl.gz"
-    packed.write_bytes(gzip.compress(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n\r\n"), mtime=0))
+    packed.write_bytes(
+        gzip.compress(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n\r\n"), mtime=0)
+    )
     table = tmp_path / "talk.parquet"
     datasets.Dataset.from_list([row | {"other": 1} for row in rows]).to_parquet(str(table))
     blank = tmp_path / "talk.txt"
@@ -78,7 +80,9 @@ def test_columns_of_parquet(tmp_path):
     """Only the columns in need are read; of an unknown one all are listed."""
     path = tmp_path / "a.parquet"
     datasets.Dataset.from_list([{"n": 1, "a": "x", "b": "y", "text": "z"}]).to_parquet(str(path))
-    assert list(open_corpus(str(path), "", "a,b").train()) == ["User: x\nAssistant: y"] and read(path) == ["z"]
+    assert list(open_corpus(str(path), "", "a,b").train()) == ["User: x\nAssistant: y"] and read(path) == [
+        "z"
+    ]
     assert "no column 'c' for --data_column; its columns are: n, a, b, text." in message_of(
         open_corpus(str(path), "", "a,c").train
     )
@@ -137,7 +141,9 @@ def test_empty_dialogues_are_dropped_and_counted(write_jsonl):
     said = "data: 3 empty dialogues of talk left out, of 7: no text in them, or null"
     assert source.size == 4 and source.remarks == [said]
     source = open_corpus(str(write_jsonl([{"text": "a"}, {"messages": None}])))
-    assert source.remarks == ["warning: data: 1 empty dialogues of talk left out, of 2: no text in them, or null"]
+    assert source.remarks == [
+        "warning: data: 1 empty dialogues of talk left out, of 2: no text in them, or null"
+    ]
     source = open_corpus(str(write_jsonl([{"text": None}] * 3)))
     assert "talk holds no dialogues: all 3 are empty" in message_of(lambda: source.size)
 
@@ -173,11 +179,19 @@ def test_files_of_a_folder_that_are_not_read_are_named(tmp_path, write_jsonl):
             b'{"text": "x"}\n{"text": ["x", "y"]}\n',
             "a.jsonl line 2 does not have a text in text (found: list)",
         ),
-        ("a.jsonl", b'{"text": "x"}\n' + b"[" * 100_000 + b"]" * 100_000, "a.jsonl line 2 is nested too deeply"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n' + b"[" * 100_000 + b"]" * 100_000,
+            "a.jsonl line 2 is nested too deeply",
+        ),
         ("a.jsonl", b'{"text": ' + b'{"a":' * 100_000, "a.jsonl line 1 is nested too deeply"),
         ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "a.jsonl line 1 is not valid JSON"),
         ("a.jsonl", b'{"text": NaN}', "a.jsonl line 1 does not have a text in text (found: float)"),
-        ("a.jsonl", b'{"text": "x", "text": "y"}', "a.jsonl line 1 is not valid JSON (an object has a key twice)"),
+        (
+            "a.jsonl",
+            b'{"text": "x", "text": "y"}',
+            "a.jsonl line 1 is not valid JSON (an object has a key twice)",
+        ),
         ("a.json", b"[" * 100_000 + b"]" * 100_000, "a.json is nested too deeply"),
         ("a.json", b"[" + b"9" * 5000 + b"]", "a.json is not valid JSON"),
         ("a.csv", b"text,text\nx,y\n", "a.csv line 1 is no row (two columns of one name)"),

@@ -55,7 +55,9 @@ def test_whatever_sizes_follow_each_other_each_sample_comes_once():
         while done < samples:
             batches = source.randint(1, samples)
             batch = next_batch(order, batches, done)
-            assert torch.equal(batch, order[done : done + len(batch)]) and 0 < len(batch) <= -(-samples // batches)
+            assert torch.equal(batch, order[done : done + len(batch)]) and 0 < len(batch) <= -(
+                -samples // batches
+            )
             assert 0 <= batches_done(samples, batches, done) < batches
             done += len(batch)
             places.append(done)
@@ -77,7 +79,8 @@ def test_quick_checks_divide_an_epoch():
     assert at(150, 150, 50) == [50, 100] and at(30, 30, 2) == list(range(2, 30, 2))
     assert at(50, 10, 0) == []
     assert all(
-        0 < len(at(samples, batches, 50)) <= 2 for samples, batches in ((78, 10), (195, 10), (390, 16), (781, 32))
+        0 < len(at(samples, batches, 50)) <= 2
+        for samples, batches in ((78, 10), (195, 10), (390, 16), (781, 32))
     )
 
 
@@ -92,7 +95,9 @@ def test_a_late_batch_of_a_large_epoch_is_reached_at_once():
         batch = next_batch(order, batches, 3_000_001)
         seconds.append(time.perf_counter() - started)
     assert min(seconds) < 1
-    assert batch.tolist() == order[3_000_001:3_000_004].tolist()  # 4,000,000 = 3 * 1,333,333 + 1: batch 0 has four
+    assert (
+        batch.tolist() == order[3_000_001:3_000_004].tolist()
+    )  # 4,000,000 = 3 * 1,333,333 + 1: batch 0 has four
 
 
 @pytest.mark.parametrize("count, fraction, size", [(160, 0.1, 16), (3, 0.1, 1), (1, 0.001, 1), (7, 1.0, 7)])

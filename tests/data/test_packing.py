@@ -37,7 +37,11 @@ def test_short_dialogue_is_followed_by_end_of_text_and_the_next():
 
 def test_dialogues_at_the_edge():
     """Of exactly L+1 ids: no end of text. Of L ids: the end of text is the last id."""
-    assert packed(["abcd", "efg", "hijk"], 3, 3) == ([[1, 2, 3, 4], [5, 6, 7, 0], [8, 9, 10, 11]], [0, 1, 2], 3)
+    assert packed(["abcd", "efg", "hijk"], 3, 3) == (
+        [[1, 2, 3, 4], [5, 6, 7, 0], [8, 9, 10, 11]],
+        [0, 1, 2],
+        3,
+    )
 
 
 def test_unfilled_sample_is_not_padded():
@@ -50,7 +54,9 @@ def test_no_dialogue_is_read_in_vain():
     stream = enumerate("abc" for _ in range(10**9))
     ids, first, taken = pack(stream, Letters(), 300, 5)
     assert ids.shape == (300, 6) and len(taken) == 600 and next(stream)[0] == 600
-    assert first.tolist() == list(range(0, 600, 2)) and ids.dtype == torch.int32 and first.dtype == torch.int64
+    assert (
+        first.tolist() == list(range(0, 600, 2)) and ids.dtype == torch.int32 and first.dtype == torch.int64
+    )
 
 
 def test_of_a_long_dialogue_no_more_is_encoded_than_its_sample_needs():
@@ -61,14 +67,18 @@ def test_of_a_long_dialogue_no_more_is_encoded_than_its_sample_needs():
 
         def encode_batch(self, texts):
             self.read += sum(map(len, texts))
-            return [[1] * (len(text) // 100) for text in texts]  # a hundred characters an id, as of a repeated letter
+            return [
+                [1] * (len(text) // 100) for text in texts
+            ]  # a hundred characters an id, as of a repeated letter
 
     counting = Counting()
     ids, _, _ = pack(iter([(0, "a" * 10_000_000)]), counting, 1, 20)
     assert ids.tolist() == [[1] * 21] and counting.read < 40_000
 
 
-@pytest.mark.parametrize("train", [lambda: train_bpe(TEXTS[:20], 600), pytest.param(load_gpt2, marks=needs_gpt2)])
+@pytest.mark.parametrize(
+    "train", [lambda: train_bpe(TEXTS[:20], 600), pytest.param(load_gpt2, marks=needs_gpt2)]
+)
 def test_the_beginning_of_a_text_has_the_ids_that_the_whole_text_has(train):
     """To the id, wherever the text was cut: words, blanks, digits, other scripts, lines."""
     tokenizer = train()

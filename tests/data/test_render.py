@@ -19,7 +19,10 @@ def test_messages_become_lines_with_roles():
 
 
 def test_data_alternates_between_user_and_assistant():
-    assert render({"id": 1, "data": ["one", "two", "three"]}, "row 1") == "User: one\nAssistant: two\nUser: three"
+    assert (
+        render({"id": 1, "data": ["one", "two", "three"]}, "row 1")
+        == "User: one\nAssistant: two\nUser: three"
+    )
 
 
 def test_text_is_taken_as_it_is():
@@ -41,7 +44,11 @@ def test_text_is_taken_as_it_is():
         ),
         ({"conversations": [{"role": "user", "content": "a"}]}, "", "User: a"),
         ({"messages": [{"role": "user"}, {"role": "user", "content": "a"}]}, "", "User: a"),
-        ({"messages": [{"role": "assistant", "content": None}, {"role": "tool", "content": "a"}]}, "", "Tool: a"),
+        (
+            {"messages": [{"role": "assistant", "content": None}, {"role": "tool", "content": "a"}]},
+            "",
+            "Tool: a",
+        ),
         ({"messages": [{"role": "assistant"}, {"role": "tool", "content": "a"}]}, "", "Tool: a"),
         ({"messages": [{"role": None, "content": None, "from": "gpt", "value": "a"}]}, "", "Assistant: a"),
         ({"messages": [{"role": "human", "content": "a"}]}, "", "Human: a"),
@@ -91,7 +98,10 @@ def test_shapes_of_dialogues(row, column, text):
         ({"prompt": "a", "response": 3}, "does not have texts in prompt and response"),
         ({"instruction": "a", "input": 3, "output": "b"}, "does not have texts in instruction and output"),
         ({"text": "\ud83d"}, "lone surrogate"),
-        *(({"text": value}, "a text in text (found: ") for value in (0, False, 1.5, {}, {"a": 1}, [], ["a"], [["a"]])),
+        *(
+            ({"text": value}, "a text in text (found: ")
+            for value in (0, False, 1.5, {}, {"a": 1}, [], ["a"], [["a"]])
+        ),
         *(
             ({"messages": value}, "in messages (found: ")
             for value in (0, False, "", {}, {"role": "user", "content": "a"})

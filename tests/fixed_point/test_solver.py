@@ -44,7 +44,9 @@ def test_gradients_through_the_sweeps_are_those_through_time():
     for evaluate in (lambda tokens: swept(step, tokens, C, T), lambda tokens: sequential(step, tokens, C)):
         tokens = random_tokens(B, T, E).requires_grad_()
         contexts, streams = evaluate(tokens)
-        loss = (contexts * random_tokens(B, T, C, seed=2)).sum() + (streams * random_tokens(B, T, E, seed=3)).sum()
+        loss = (contexts * random_tokens(B, T, C, seed=2)).sum() + (
+            streams * random_tokens(B, T, E, seed=3)
+        ).sum()
         gradients.append(torch.autograd.grad(loss, [tokens, *step.parameters()]))
     for got, expected in zip(*gradients, strict=True):
         assert expected.abs().max() > 0
@@ -71,7 +73,9 @@ def test_after_k_cold_sweeps_a_context_is_a_function_of_k_tokens(count):
     assert changed == list(range(changed_at, min(T, changed_at + count)))
 
 
-@pytest.mark.parametrize("evaluate", [sequential, lambda *args: swept(*args, 4)], ids=["sequential", "sweeps"])
+@pytest.mark.parametrize(
+    "evaluate", [sequential, lambda *args: swept(*args, 4)], ids=["sequential", "sweeps"]
+)
 def test_no_context_knows_a_later_token(evaluate):
     """Another token at t leaves everything before t bit-identical."""
     step, tokens, changed_at = network(C, E), random_tokens(B, T, E), 4
@@ -113,7 +117,9 @@ def test_squared_change_is_the_mean_over_dimensions_in_fp32():
     new, old = (random_tokens(2, 3, 4, seed=s).bfloat16() for s in (1, 2))
     got = squared_change(new, old)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got.double(), (new.double() - old.double()).square().mean(-1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        got.double(), (new.double() - old.double()).square().mean(-1), rtol=1e-6, atol=0
+    )
 
 
 def test_solve_finds_the_fixed_point_of_a_contraction():
@@ -218,7 +224,9 @@ def test_truncated_through_all_sweeps_has_the_gradient_through_time(sweeps):
     for evaluate in (lambda t: truncated(step, t, C, sweeps), lambda t: sequential(step, t, C)):
         tokens = random_tokens(B, T, E).requires_grad_()
         contexts, streams = evaluate(tokens)
-        loss = (contexts * random_tokens(B, T, C, seed=2)).sum() + (streams * random_tokens(B, T, E, seed=3)).sum()
+        loss = (contexts * random_tokens(B, T, C, seed=2)).sum() + (
+            streams * random_tokens(B, T, E, seed=3)
+        ).sum()
         gradients.append(torch.autograd.grad(loss, [tokens, *step.parameters()]))
     for got, expected in zip(*gradients, strict=True):
         assert expected.abs().max() > 0

@@ -45,7 +45,9 @@ def test_prefill_makes_the_sweeps_of_solve():
     assert stats.sweeps == [4] and stats.converged == [False]
     guess = swept(step, tokens, C, 3)[0]
     original = guess.clone()
-    torch.testing.assert_close(prefill(step, tokens, C, 0.0, 1, guess_BTC=guess)[0], contexts, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        prefill(step, tokens, C, 0.0, 1, guess_BTC=guess)[0], contexts, rtol=0, atol=1e-12
+    )
     assert torch.equal(guess, original)
 
 
@@ -53,7 +55,9 @@ def test_prefill_evaluates_a_token_again_only_if_the_context_before_it_moved():
     """In c_t = e_t the second sweep finds nothing new; in a delay line of three tokens the fourth does."""
     tokens = random_tokens(2, 40, 3)
     _, _, stats = prefill(memoryless, tokens, 3, 1e-9, 40, 10)
-    assert stats.sweeps == [2, 2, 2, 2] and stats.evaluations == 2 * (40 + 36)  # the first of a piece is right at once
+    assert stats.sweeps == [2, 2, 2, 2] and stats.evaluations == 2 * (
+        40 + 36
+    )  # the first of a piece is right at once
     narrow = random_tokens(1, 40, 1)
     _, _, stats = prefill(delay_line, narrow, 3, 1e-9, 40)
     assert stats.sweeps == [4] and stats.evaluations == 40 + 39 + 38 + 37

@@ -23,5 +23,7 @@ def state(*folders):
     found = {}
     for folder in folders:
         for path in sorted(folder.rglob("*")):
-            found[path] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+            found[path] = (
+                os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+            )
     return found

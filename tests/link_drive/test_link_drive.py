@@ -43,7 +43,9 @@ def test_the_second_run_changes_nothing_and_says_so(project, drive):
     before = state(project, drive)
     for _ in range(2):
         said = link(drive, project)
-        assert said == [f"{name} -> {drive / name}: already linked, nothing to do" for name in ("cache", "checkpoints")]
+        assert said == [
+            f"{name} -> {drive / name}: already linked, nothing to do" for name in ("cache", "checkpoints")
+        ]
         assert state(project, drive) == before
 
 

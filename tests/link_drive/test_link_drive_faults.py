@@ -76,7 +76,11 @@ def test_a_failing_drive_loses_nothing_and_the_next_run_finishes(project, drive,
     with monkeypatch.context() as patch:
         patch.setattr(
             os,
-            *(("replace", partial) if fault == "partial rename" else ("fsync", full if fault == "full" else altered)),
+            *(
+                ("replace", partial)
+                if fault == "partial rename"
+                else ("fsync", full if fault == "full" else altered)
+            ),
         )
         with pytest.raises(UserError, match="nothing is lost, run the same command again"):
             link(drive, project, "cache")
@@ -107,13 +111,17 @@ def test_killed_before_any_operation_the_same_command_finishes(tmp_path):
         fill(project, local)
         fill(drive, on_drive)
         code = killed_at(n, drive, project)
-        whole = {path.read_text() for folder in (project, drive) for path in folder.rglob("*") if path.is_file()}
+        whole = {
+            path.read_text() for folder in (project, drive) for path in folder.rglob("*") if path.is_file()
+        }
         assert {"tokens", "model", "1,2", "old"} <= whole, f"operation {n}"
         if code == 0:
             break
         assert code == -signal.SIGKILL
         link(drive, project)
-        found = [(str(path.relative_to(drive)), path.read_text()) for path in drive.rglob("*") if path.is_file()]
+        found = [
+            (str(path.relative_to(drive)), path.read_text()) for path in drive.rglob("*") if path.is_file()
+        ]
         assert sorted(found) == expected, f"operation {n}"
         assert sorted(os.listdir(project)) == ["cache", "checkpoints"]
         assert all((project / name).is_symlink() for name in ("cache", "checkpoints"))

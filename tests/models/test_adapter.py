@@ -23,7 +23,9 @@ V, RANK = 40, 2
 
 @pytest.fixture
 def config(tiny_settings):
-    settings = dict(num_layers=2, context_adapter="lora", adapter_rank=RANK, untrained_control=False, keep_last=40)
+    settings = dict(
+        num_layers=2, context_adapter="lora", adapter_rank=RANK, untrained_control=False, keep_last=40
+    )
     return ResidualConfig(**tiny_settings | settings | dict(artifacts=True))
 
 
@@ -90,7 +92,9 @@ def test_a_run_moves_f_by_a_matrix_of_low_rank_and_leaves_a_plain_model(config):
     """Between the end of Phase 1 and the end of the run; its files load without knowing of an adapter."""
     main(config)
     folder = Path(config.checkpoint_dir)
-    before, after = (load_sealed(folder / f"model_{name}.pt")["model_state_dict"] for name in ("phase1", "latest"))
+    before, after = (
+        load_sealed(folder / f"model_{name}.pt")["model_state_dict"] for name in ("phase1", "latest")
+    )
     assert not has_adapter(after)
     for layer in range(2):
         name = f"context_map.layers.{layer}.mix."

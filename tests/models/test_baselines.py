@@ -47,7 +47,9 @@ def test_a_stream_has_read_what_came_before_and_nothing_else(baseline):
 def test_the_first_loss_is_that_of_a_guess(baseline):
     """ln V within a tenth: nothing is preferred before training."""
     tokens = ids(20)
-    nll = torch.nn.functional.cross_entropy(logits(baseline, tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    nll = torch.nn.functional.cross_entropy(
+        logits(baseline, tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
+    )
     assert nll.item() == pytest.approx(torch.tensor(float(V)).log().item(), abs=0.1)
 
 
@@ -92,7 +94,9 @@ def test_gradients_reach_every_parameter(baseline):
 @torch.no_grad()
 def test_kernels_of_attention_agree():
     """Flash against the formula, in the same Transformer: logits differ by rounding alone."""
-    flash, formula = (Baseline(settings("transformer", attention=name), V).eval() for name in ("flash", "math"))
+    flash, formula = (
+        Baseline(settings("transformer", attention=name), V).eval() for name in ("flash", "math")
+    )
     assert (logits(flash, ids()) - logits(formula, ids())).abs().max() < 1e-5
 
 
@@ -100,7 +104,9 @@ def test_the_kernel_in_effect_is_named_or_refused(recwarn):
     """What torch picks, what was asked for, and what the device does not have, in one sentence: on a CPU flash knows no dropout."""
     cpu, named = torch.device("cpu"), []
     for name in ("auto", "flash", "math"):
-        named.append(Baseline(settings("transformer", attention=name), V).attention_in_effect(cpu, torch.float32))
+        named.append(
+            Baseline(settings("transformer", attention=name), V).attention_in_effect(cpu, torch.float32)
+        )
     assert named == ["flash_attention", "flash_attention", "math"]
     assert Baseline(settings("gru"), V).attention_in_effect(cpu, torch.float32) is None
     dropping = dataclasses.replace(settings("transformer", attention="flash"), dropout=0.1)

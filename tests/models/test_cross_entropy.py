@@ -34,7 +34,9 @@ def test_loss_and_gradients_are_torchs(chunk):
     *inputs, targets = layer()
     got, expected = linear_cross_entropy(*inputs, targets), reference(*inputs, targets)
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
-    for ours, torchs in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True):
+    for ours, torchs in zip(
+        torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True
+    ):
         assert ours.dtype == torchs.dtype
         torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-7)
 
@@ -87,7 +89,9 @@ def test_under_autocast_products_are_bf16_and_sums_are_fp32(chunk):
     assert got.item() == pytest.approx(
         functional.cross_entropy(rounded.flatten(0, 1), targets.flatten()).item(), rel=1e-5
     )
-    for ours, torchs in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True):
+    for ours, torchs in zip(
+        torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True
+    ):
         assert ours.dtype == torch.float32
         assert (ours - torchs).norm() < 2e-2 * torchs.norm()
 
@@ -117,13 +121,17 @@ def test_the_mean_of_the_token_nll_is_the_loss():
     """Training and evaluation measure the same thing."""
     *inputs, targets = layer()
     nll, _ = linear_token_nll(*inputs, targets)
-    assert nll.double().mean().item() == pytest.approx(linear_cross_entropy(*inputs, targets).item(), rel=1e-6)
+    assert nll.double().mean().item() == pytest.approx(
+        linear_cross_entropy(*inputs, targets).item(), rel=1e-6
+    )
 
 
 def test_int32_targets_are_ids_too():
     """Samples are stored in int32."""
     *inputs, targets = layer()
-    assert linear_cross_entropy(*inputs, targets.int()).item() == linear_cross_entropy(*inputs, targets).item()
+    assert (
+        linear_cross_entropy(*inputs, targets.int()).item() == linear_cross_entropy(*inputs, targets).item()
+    )
     assert torch.equal(linear_token_nll(*inputs, targets.int())[0], linear_token_nll(*inputs, targets)[0])
 
 

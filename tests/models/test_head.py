@@ -15,7 +15,9 @@ V = 40
 
 @pytest.fixture(params=["context", "gru", "transformer"])
 def model(request):
-    config = ResidualConfig(model_type=request.param, context_dim=16, embed_dim=16, num_layers=1, max_seq_length=32)
+    config = ResidualConfig(
+        model_type=request.param, context_dim=16, embed_dim=16, num_layers=1, max_seq_length=32
+    )
     return (LanguageModel if request.param == "context" else Baseline)(config, V)
 
 

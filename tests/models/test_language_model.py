@@ -87,7 +87,9 @@ def test_the_first_loss_is_the_logarithm_of_the_vocabulary(head):
     """An untrained network prefers no token: within 0.3 nats of ln V."""
     model = small_model(vocab_size=1000, context_dim=32, embed_dim=32, **head)
     with torch.no_grad():
-        assert loss_of(model, random_ids(16, T + 1, vocab_size=1000)).item() == pytest.approx(math.log(1000), abs=0.3)
+        assert loss_of(model, random_ids(16, T + 1, vocab_size=1000)).item() == pytest.approx(
+            math.log(1000), abs=0.3
+        )
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -95,7 +97,9 @@ def test_the_first_loss_is_the_logarithm_of_the_vocabulary_at_full_width(tied):
     """The same at the default sizes, 6 layers of 768 + 768 and 4,096 tokens."""
     model = LanguageModel(ResidualConfig(tie_weights=tied), 4096).eval()
     with torch.no_grad():
-        assert loss_of(model, random_ids(8, T + 1, vocab_size=4096)).item() == pytest.approx(math.log(4096), abs=0.3)
+        assert loss_of(model, random_ids(8, T + 1, vocab_size=4096)).item() == pytest.approx(
+            math.log(4096), abs=0.3
+        )
 
 
 # Causality
@@ -215,7 +219,9 @@ def test_token_layers_are_how_the_head_reads_the_context(token_layers, reads):
     model = small_model(token_layers=token_layers)
     contexts, streams = contexts_of(model, random_ids(B, T))
     assert torch.equal(model.logits(contexts, streams), model.logits(contexts + 1, streams)) != reads
-    assert not torch.equal(model.logits(contexts, streams), model.logits(contexts, streams + streams.roll(1, -1)))
+    assert not torch.equal(
+        model.logits(contexts, streams), model.logits(contexts, streams + streams.roll(1, -1))
+    )
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -223,7 +229,9 @@ def test_logits_are_linear_in_the_hidden_state(head):
     """logits = h @ matrix.T + bias with what `output_weights` gives: the chunked loss sees the same model."""
     model, ids = small_model(**head), random_ids(B, T + 1)
     contexts, streams = contexts_of(model, ids[:, :-1])
-    expected = torch.nn.functional.cross_entropy(model.logits(contexts, streams).flatten(0, 1), ids[:, 1:].flatten())
+    expected = torch.nn.functional.cross_entropy(
+        model.logits(contexts, streams).flatten(0, 1), ids[:, 1:].flatten()
+    )
     assert loss_of(model, ids).item() == pytest.approx(expected.item(), rel=1e-5)
 
 

@@ -136,7 +136,9 @@ def test_contexts_never_cross_samples():
     """The order of the samples changes nothing, and a sample's nll does not depend on its neighbours."""
     train, val = zipf_samples(20, 12, 30, seed=6), zipf_samples(5, 12, 30, seed=7)
     expected = KneserNey(4, 30).fit(train).nll(val)
-    np.testing.assert_allclose(KneserNey(4, 30).fit(train[::-1]).nll(val[::-1])[::-1], expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(
+        KneserNey(4, 30).fit(train[::-1]).nll(val[::-1])[::-1], expected, rtol=0, atol=1e-12
+    )
     np.testing.assert_array_equal(KneserNey(4, 30).fit(train).nll(val[2:3]), expected[2:3])
 
 
@@ -164,7 +166,12 @@ def test_a_repeated_sequence_is_predicted_almost_surely():
 def test_discounts_stay_between_zero_and_the_count():
     """Whatever the counts: 0 < D_r <= r, so no probability is negative and every backoff weight is positive."""
     rng = np.random.default_rng(11)
-    cases = [rng.integers(1, high, size) for high in (2, 3, 4, 6, 50) for size in (0, 1, 2, 5, 100) for _ in range(20)]
+    cases = [
+        rng.integers(1, high, size)
+        for high in (2, 3, 4, 6, 50)
+        for size in (0, 1, 2, 5, 100)
+        for _ in range(20)
+    ]
     for counts in cases:
         none, *given = discounts(counts)
         assert none == 0
@@ -214,7 +221,9 @@ def test_rows_are_the_mean_losses_of_the_three_baselines():
 
 
 @pytest.mark.parametrize(
-    "samples", [[[0, 8]], [[-1, 2]], [[0.0, 1.0]], [0, 1], [[3], [4]]], ids=["high", "negative", "float", "1d", "short"]
+    "samples",
+    [[[0, 8]], [[-1, 2]], [[0.0, 1.0]], [0, 1], [[3], [4]]],
+    ids=["high", "negative", "float", "1d", "short"],
 )
 def test_unusable_samples_are_refused(samples):
     """A wrong id would silently pass for another n-gram: ValueError instead, in fitting and in scoring."""

@@ -136,7 +136,9 @@ def test_vectors_without_a_direction_are_one_sentence(folder, value):
     assert "all zeros or not finite" in sentence(folder)
 
 
-@pytest.mark.parametrize("error", [OSError("cut off\nsecond line"), ValueError("bad name\nsecond line"), OSError()])
+@pytest.mark.parametrize(
+    "error", [OSError("cut off\nsecond line"), ValueError("bad name\nsecond line"), OSError()]
+)
 def test_gpt2_that_cannot_be_had_is_one_sentence(monkeypatch, error):
     """The first line of the reason is in it; nothing random takes its place."""
 
@@ -184,7 +186,9 @@ def save_tokenizer(path, text):
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = tokenizers.trainers.BpeTrainer(vocab_size=270, special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=270, special_tokens=["<|end|>"], initial_alphabet=alphabet
+    )
     made.train_from_iterator([text], trainer)
     transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>").save_pretrained(path)
     assert made.get_vocab_size() == 270
@@ -198,7 +202,13 @@ def test_vectors_are_taken_for_their_own_ids_alone(tmp_path, folder):
     other = save_tokenizer(tmp_path / "other", "completely different words in this, my text")
     for embeddings, tokenizer in (("random", "bpe"), (one, one), (one, copy), ("gpt2", "gpt2")):
         require_own_ids(embeddings, tokenizer)
-    for embeddings, tokenizer in (("wordllama", "bpe"), ("gpt2", "bpe"), (one, "bpe"), (one, other), (other, copy)):
+    for embeddings, tokenizer in (
+        ("wordllama", "bpe"),
+        ("gpt2", "bpe"),
+        (one, "bpe"),
+        (one, other),
+        (other, copy),
+    ):
         with pytest.raises(UserError, match="--tokenizer auto") as caught:
             require_own_ids(embeddings, tokenizer)
         assert embeddings in str(caught.value) and tokenizer in str(caught.value)

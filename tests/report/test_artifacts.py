@@ -82,7 +82,9 @@ def test_a_record_counts_an_epoch_done_twice_once(record, tmp_path):
     changed = rows[again] | {"train_loss": 7.0}
     path = tmp_path / "data" / "logs" / "metrics_x.jsonl"
     path.parent.mkdir(parents=True)
-    path.write_text("\n".join([*lines[: again + 1], '{"torn', lines[0], json.dumps(changed), *lines[again + 1 :]]))
+    path.write_text(
+        "\n".join([*lines[: again + 1], '{"torn', lines[0], json.dumps(changed), *lines[again + 1 :]])
+    )
     found = read_record(path)
     assert found.phase2["epoch"] == [1, 2, 3] and found.phase2["train_loss"][1] == 7.0 and found.sessions == 2
     assert found.run == "x" and found.folder == tmp_path / "data"
@@ -115,7 +117,10 @@ def test_the_summary_and_the_speed_add_up(record):
     ):  # fmt: skip
         assert re.search(pattern, text), pattern
     lines = "\n".join(speed_lines(record))
-    parts = {name: float(seconds) for name, seconds in re.findall(r"^  ([\w -]+): ([\d.]+) s \(", lines, re.MULTILINE)}
+    parts = {
+        name: float(seconds)
+        for name, seconds in re.findall(r"^  ([\w -]+): ([\d.]+) s \(", lines, re.MULTILINE)
+    }
     for part in (
         "loading",
         "untrained control",
@@ -129,7 +134,9 @@ def test_the_summary_and_the_speed_add_up(record):
     ):
         assert parts.pop(part) == pytest.approx(record.times["parts"][part], abs=0.06)
     total = float(re.search(r"  total: ([\d.]+) s in 1 session", lines)[1])
-    assert sum(record.times["parts"].values()) == pytest.approx(record.times["seconds"], rel=0.02) and total > 0
+    assert (
+        sum(record.times["parts"].values()) == pytest.approx(record.times["seconds"], rel=0.02) and total > 0
+    )
     begun, ended = (datetime.fromisoformat(row["time"]) for row in (record.start, record.times))
     assert record.times["seconds"] > (ended - begun).total_seconds() - 1.1  # rows are dated to the second
     saves = re.search(r"(\d+) saves by a thread.*: mean ([\d.]+) s, longest ([\d.]+) s", lines)
@@ -168,7 +175,13 @@ def test_the_page_stands_alone(record):
     assert len(page.pictures) == 2
     for source in page.pictures:
         assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
-    for cell in ("untrained", "Phase 1", "fine-tuned", f"{record.summary['val_ppl']:.1f}", "bigram, counting"):
+    for cell in (
+        "untrained",
+        "Phase 1",
+        "fine-tuned",
+        f"{record.summary['val_ppl']:.1f}",
+        "bigram, counting",
+    ):
         assert cell in page.cells
 
 
@@ -188,7 +201,9 @@ def test_the_model_file_has_the_logged_loss(folder, corpus_file, tmp_path, capsy
         other = write_dialogues(tmp_path / "other.jsonl", 20, seed=1)
         evaluate.main([str(file), "--data_source", str(other), "--samples", "3"])
         text = capsys.readouterr().out
-        assert "data_source: other" in text and "val_tokens: 72" in text and f"{found['val_loss']:.6g}" in text
+        assert (
+            "data_source: other" in text and "val_tokens: 72" in text and f"{found['val_loss']:.6g}" in text
+        )
     with pytest.raises(UserError, match="ask for fewer"):
         evaluate.main([str(file), "--samples", "10000"])
 
@@ -200,7 +215,8 @@ def test_a_checkpoint_is_evaluated_and_tells_what_it_holds(folder, capsys):
         evaluate.main([str(folder / name), "--json"])
         found = json.loads(capsys.readouterr().out)
         assert (
-            found["val_loss"] == pytest.approx(record.summary["val_loss"], rel=1e-6) and found["run_id"] == record.run
+            found["val_loss"] == pytest.approx(record.summary["val_loss"], rel=1e-6)
+            and found["run_id"] == record.run
         )
     best = inspected(folder / "model_best.pt", capsys)
     assert (
@@ -215,7 +231,12 @@ def test_a_checkpoint_is_evaluated_and_tells_what_it_holds(folder, capsys):
     )
     assert "num_samples = 12" in best["differs_from_config.py"]
     epoch = inspected(folder / "model_epoch.pt", capsys)
-    assert (epoch["label"], epoch["epoch"], epoch["steps"], epoch["optimizer"]) == ("phase2_epoch_3", 3, 9, "yes")
+    assert (epoch["label"], epoch["epoch"], epoch["steps"], epoch["optimizer"]) == (
+        "phase2_epoch_3",
+        3,
+        9,
+        "yes",
+    )
     assert epoch["all_tensors"] > epoch["model_tensors"]
     evaluate.main([str(artifact_paths(record.folder, record.kind, record.run)["model"]), "--inspect"])
     assert "kind: model file" in capsys.readouterr().out
@@ -234,7 +255,11 @@ def test_the_report_lists_shows_compares_and_remakes(folder, capsys, tmp_path):
     where = ["--checkpoint_dir", str(copied)]
     report.main(where)
     text = capsys.readouterr().out
-    assert "TRAINING SUMMARY of run " + runs[1] in text and "model type: gru" in text and "SPEED ANALYSIS" in text
+    assert (
+        "TRAINING SUMMARY of run " + runs[1] in text
+        and "model type: gru" in text
+        and "SPEED ANALYSIS" in text
+    )
     assert re.search(r"Found 2 model checkpoints\n(  .*\.pth \d+\.\d MB sha256 [0-9a-f]{12}\n){2}", text)
     assert "Found 3 training plots" in text and "Found 2 training summaries" in text
     model, _ = copied.glob("*/models/*.pth")
@@ -337,7 +362,9 @@ def test_a_disk_that_refuses_costs_the_artefacts_not_the_run(tiny_settings, monk
     train(config)
     text = capsys.readouterr().out
     assert (
-        text.count("the run goes on") == 2 and "\n---\n" in text and (blocked / "logs" / "models.csv").exists() is False
+        text.count("the run goes on") == 2
+        and "\n---\n" in text
+        and (blocked / "logs" / "models.csv").exists() is False
     )
 
 
@@ -364,7 +391,9 @@ def test_a_run_that_returns_to_phase_1_is_reported(tiny_settings, capsys):
     (path,) = find_records(config.checkpoint_dir)
     with open(path, "a") as file:
         file.write(
-            json.dumps({"stage": "phase2", "epoch": 1, "train_loss": 5.0, "val_loss": 5.0, "seconds_validation": 1.0})
+            json.dumps(
+                {"stage": "phase2", "epoch": 1, "train_loss": 5.0, "val_loss": 5.0, "seconds_validation": 1.0}
+            )
         )
     report.main(["--checkpoint_dir", config.checkpoint_dir])
     text = capsys.readouterr().out

@@ -19,7 +19,9 @@ def result(arm, seed, loss, tokens=1000, samples=40):
     """A run whose samples differ among each other far more than arms do, as dialogues do."""
     source = np.random.default_rng(0)
     dialogues = source.normal(0, 10, samples)
-    nats = (loss * LENGTH + dialogues - dialogues.mean() + np.random.default_rng(seed).normal(0, 0.2, samples)).tolist()
+    nats = (
+        loss * LENGTH + dialogues - dialogues.mean() + np.random.default_rng(seed).normal(0, 0.2, samples)
+    ).tolist()
     return dict(
         arm=arm, seed=seed, changes={}, tokenizer="bpe", vocab_size=300, train_tokens=tokens, val_loss=loss, val_ppl=math.exp(loss), val_bpb=loss / 3, parameters=10,
         seconds_training=5.0 + seed, settings={"max_seq_length": LENGTH}, val_sample_nats=nats, val_ppl_unigram=600.0,
@@ -41,7 +43,8 @@ def test_the_interval_of_a_mean_is_students():
 def test_pairs_find_a_difference_that_means_would_not():
     """Samples vary by 1 nat a token, arms by 0.05: the interval of the paired difference still excludes zero."""
     ours, theirs = (
-        {r["seed"]: r["val_sample_nats"] for r in results((arm, loss))} for arm, loss in (("a", 5.0), ("b", 5.05))
+        {r["seed"]: r["val_sample_nats"] for r in results((arm, loss))}
+        for arm, loss in (("a", 5.0), ("b", 5.05))
     )
     gap, low, high = paired_difference(ours, theirs, LENGTH)
     assert gap == pytest.approx(-0.05, abs=0.02) and low < gap < high < 0
@@ -80,7 +83,8 @@ def test_verdicts_say_what_the_numbers_say():
 def test_the_table_is_sorted_and_complete(tmp_path):
     """Best first at each budget, counting rows at the end; the CSV has the same cells."""
     comparison = Comparison(
-        results(("gru", 5.1), ("phase1_finetuned", 5.0)) + results(("gru", 6.0), tokens=500), "phase1_finetuned"
+        results(("gru", 5.1), ("phase1_finetuned", 5.0)) + results(("gru", 6.0), tokens=500),
+        "phase1_finetuned",
     )
     lines = write_report(comparison, tmp_path)
     assert (tmp_path / "comparison.md").read_text().splitlines() == lines
@@ -115,7 +119,9 @@ def with_curves(found):
         "bpb_by_context": {"1": 3.0, "2": 2.8, "4": 2.7, "10": 2.7},
     }  # fmt: skip
     settings = found["settings"] | {"dist_reg_weight": weight, "phase1_shuffle": False}
-    return found | curves | dict(settings=settings, contexts="frozen", er_val=0.5 + weight / 2, memory_horizon=4)
+    return (
+        found | curves | dict(settings=settings, contexts="frozen", er_val=0.5 + weight / 2, memory_horizon=4)
+    )
 
 
 def test_another_vocabulary_is_not_paired():

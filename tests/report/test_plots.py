@@ -31,7 +31,9 @@ def test_a_fit_recovers_the_line_and_says_how_much_it_explains():
     """Points on y = 3 - 2x; then +1, -1, -1, +1 around it, which no line explains: 4 of a variance of 4 + 4 * 5."""
     xs = (0, 1, 2, 3)
     fit = linear_fit(xs, [3 - 2 * x for x in xs])
-    assert (fit.intercept, fit.slope, fit.r_squared) == pytest.approx((3, -2, 1)) and fit(10) == pytest.approx(-17)
+    assert (fit.intercept, fit.slope, fit.r_squared) == pytest.approx((3, -2, 1)) and fit(
+        10
+    ) == pytest.approx(-17)
     fit = linear_fit(xs, [3 - 2 * x + off for x, off in zip(xs, (1, -1, -1, 1), strict=True)])
     assert (fit.intercept, fit.slope, fit.r_squared) == pytest.approx((3, -2, 1 - 4 / 24))
     assert fit.text("s") == "3.0 s - 2 s per 1,000 tokens"
@@ -52,7 +54,9 @@ def test_the_lines_say_how_time_and_memory_grow():
     ]
 
 
-@pytest.mark.parametrize("thousands", [(6.4, 10, 25, 50, 100), (25, 250, 500), (50, 100), (6.4, 1000)], ids=str)
+@pytest.mark.parametrize(
+    "thousands", [(6.4, 10, 25, 50, 100), (25, 250, 500), (50, 100), (6.4, 1000)], ids=str
+)
 def test_the_picture_has_its_size_and_every_line(tmp_path, thousands):
     """It opens, in a folder made for it, and the colour of each kind of line is there, on linear and logarithmic axes."""
     path = tmp_path / "outputs" / "plots" / "scale_ladder_r.png"
@@ -90,7 +94,9 @@ def test_a_command_without_plots_does_not_load_matplotlib():
 def prefill_rows(weights, speed_up):
     """Two lengths at two tolerances."""
     return [
-        dict(weights=weights, tokens=n, tolerance=t, speed_up=speed_up) for n in (1000, 10000) for t in (1e-2, 1e-4)
+        dict(weights=weights, tokens=n, tolerance=t, speed_up=speed_up)
+        for n in (1000, 10000)
+        for t in (1e-2, 1e-4)
     ]
 
 

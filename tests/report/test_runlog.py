@@ -194,7 +194,13 @@ def test_say_prints_a_line(capsys, log):
 
 def test_floats_have_six_significant_digits():
     """Large and small alike; everything else is printed as it is."""
-    assert [format_value(v) for v in (1 / 3, 123456.789, 1e-9, 2.0, 7)] == ["0.333333", "123457", "1e-09", "2", "7"]
+    assert [format_value(v) for v in (1 / 3, 123456.789, 1e-9, 2.0, 7)] == [
+        "0.333333",
+        "123457",
+        "1e-09",
+        "2",
+        "7",
+    ]
 
 
 def test_a_run_id_is_a_moment():

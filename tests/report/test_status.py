@@ -79,19 +79,27 @@ def test_a_run_cut_off_is_reported_as_far_as_it_came(cut_off, capsys):
     """What is done of each phase and how fast, what is left of all phases; total = done + remaining; where it goes on."""
     folder, _ = cut_off
     found = lines_of(folder, capsys)
-    assert found["Run"] == "20260101_000000 (cut off; the same command continues it)" and found["Phase"] == "phase1"
+    assert (
+        found["Run"] == "20260101_000000 (cut off; the same command continues it)"
+        and found["Phase"] == "phase1"
+    )
     saved = json.loads((folder / "manifest.json").read_text())
     assert found["A restart goes on"] == saved.get("restart", f"at {saved['epoch']}")
-    assert re.fullmatch(r"\d+ s for this phase, at most about \d+ s for all phases \(estimate.*\)", found["ETA"])
+    assert re.fullmatch(
+        r"\d+ s for this phase, at most about \d+ s for all phases \(estimate.*\)", found["ETA"]
+    )
     text = reported(folder, capsys)
     assert "RUN 20260101_000000 (cut off; the same command continues it), begun 20" in text
     assert re.search(
-        r"untrained control: 3 of at most 3 epochs, 864 tokens, [\d.]+ s, [\d,]+ tok/s, best val loss \d", text
+        r"untrained control: 3 of at most 3 epochs, 864 tokens, [\d.]+ s, [\d,]+ tok/s, best val loss \d",
+        text,
     )
     assert re.search(r"Phase 1: 2 of at most 3 iterations, 576 tokens, [\d.]+ s, [\d,]+ tok/s\n", text)
     assert re.search(r"Phase 2: not begun, about \d+ s \(estimate\)", text)
     assert "progress: 1,440 of at most 2,592 tokens of all phases (55.6%)" in text
-    done, left, total = (float(re.search(rf"  {name}: ([\d.]+) s", text)[1]) for name in ("done", "remaining", "total"))
+    done, left, total = (
+        float(re.search(rf"  {name}: ([\d.]+) s", text)[1]) for name in ("done", "remaining", "total")
+    )
     assert total == pytest.approx(done + left, abs=0.11) and left > 0
     assert "Complete runs: none" in text
     assert reported(folder, capsys, "20260101_000000").startswith("RUN 20260101_000000")
@@ -130,8 +138,15 @@ def test_a_finished_run_stays_finished(cut_off, settings, capsys):
                 k: summary[k] for k in ("run_id", "date", "device")
             }
         found = lines_of(folder, capsys)
-        assert found["Run"] == "20260101_000000 (complete)" and found["Phase"] == "phase2" and found["Epoch"] == "3/3"
-        assert found["Progress"] == "100.0%" and found["Best val loss"] == f"{best:.4f}" == f"{summary['val_loss']:.4f}"
+        assert (
+            found["Run"] == "20260101_000000 (complete)"
+            and found["Phase"] == "phase2"
+            and found["Epoch"] == "3/3"
+        )
+        assert (
+            found["Progress"] == "100.0%"
+            and found["Best val loss"] == f"{best:.4f}" == f"{summary['val_loss']:.4f}"
+        )
         assert found["Last checkpoint"].endswith(" minutes ago") and "ETA" not in found
     (folder / "status.json").unlink()  # as on another machine, to which checkpoints alone came
     train.main(ResidualConfig(**settings))
@@ -169,10 +184,14 @@ def test_report_names_the_folders_of_other_commands(tiny_settings):
     config = ResidualConfig(**tiny_settings | dict(phase2_epochs=1, phase1_max_iterations=1))
     scale_check.main(config)
     inner = Path(config.checkpoint_dir) / "scale_check"
-    with pytest.raises(UserError, match=rf"holds no run of train.py.*give one of these by --checkpoint_dir: {inner}\."):
+    with pytest.raises(
+        UserError, match=rf"holds no run of train.py.*give one of these by --checkpoint_dir: {inner}\."
+    ):
         report.main(["--checkpoint_dir", config.checkpoint_dir])
     report.main(["--checkpoint_dir", str(inner)])
-    with pytest.raises(UserError, match=rf"no run has begun in .*give one of these by --checkpoint_dir: {inner}\."):
+    with pytest.raises(
+        UserError, match=rf"no run has begun in .*give one of these by --checkpoint_dir: {inner}\."
+    ):
         status.main(["--checkpoint_dir", config.checkpoint_dir])
 
 
@@ -235,7 +254,9 @@ def test_a_number_used_again_is_not_the_process_that_wrote(tmp_path):
     file.path.write_text(json.dumps(fields | {"started": fields["started"] - 1}))
     assert read_status(tmp_path)["state"].startswith("cut off")
     file.path.write_text(json.dumps(fields | {"host": "elsewhere", "updated_at": time.time() - 3600}))
-    assert read_status(tmp_path)["state"].startswith("no word from elsewhere for 60 minutes; if it is gone: cut off")
+    assert read_status(tmp_path)["state"].startswith(
+        "no word from elsewhere for 60 minutes; if it is gone: cut off"
+    )
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "{}"])
@@ -268,7 +289,10 @@ def test_rows_hold_the_mean_load_of_the_gpu(tmp_path):
     log.log("phase1", iteration=2)
     RunLog(tmp_path, "data", "r", gauge=lambda: None).log("phase1", iteration=3)
     assert [row.get("gpu_utilization") for row in read_rows(log.path)] == [70.0, 30.0, None]
-    assert "gpu_utilization" not in list(read_rows(log.path))[2] and read_status(tmp_path)["gpu_utilization"] == 60.0
+    assert (
+        "gpu_utilization" not in list(read_rows(log.path))[2]
+        and read_status(tmp_path)["gpu_utilization"] == 60.0
+    )
 
 
 def test_the_global_step_and_the_gpu_are_shown(tmp_path):

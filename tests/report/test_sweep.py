@@ -68,7 +68,11 @@ def test_while_a_run_is_made_the_file_says_so(tmp_path):
     """Before it begins, not only when it is over."""
     seen = []
     Sweep(tmp_path, SETTINGS, SIZES).finish(lambda run: seen.append(statuses(tmp_path)) or {})
-    assert seen == [["running", "pending", "pending"], ["done", "running", "pending"], ["done", "done", "running"]]
+    assert seen == [
+        ["running", "pending", "pending"],
+        ["done", "running", "pending"],
+        ["done", "done", "running"],
+    ]
 
 
 def test_only_what_is_missing_is_made(tmp_path):
@@ -125,7 +129,12 @@ def test_other_runs_of_the_same_settings_keep_what_is_done(tmp_path):
     Sweep(tmp_path, SETTINGS, SIZES).finish(recorder(made))
     figures = Sweep(tmp_path, SETTINGS, {"huge": 8, "small": 1}).finish(recorder(made))
     assert [row["val_loss"] for row in figures] == [8.0, 1.0] and made == [*SIZES, "huge"]
-    assert [run["name"] for run in strict(tmp_path / STATE_NAME)["runs"]] == ["middle", "large", "huge", "small"]
+    assert [run["name"] for run in strict(tmp_path / STATE_NAME)["runs"]] == [
+        "middle",
+        "large",
+        "huge",
+        "small",
+    ]
     assert read_sweep(tmp_path)["state"] == "complete"
     Sweep(tmp_path, SETTINGS, SIZES).finish(recorder(made))
     assert made == [*SIZES, "huge"]

@@ -45,7 +45,11 @@ def seen(monkeypatch):
 
     for module, stage in ((phase1, "phase1"), (phase2, "phase2")):
         note(module, "next_batch", lambda _, samples, stage=stage: found[stage].append(samples))
-    note(phase1, "_accumulate", lambda arguments, _: found["parts"].append((arguments[1]["cvfp"].item(), arguments[2])))
+    note(
+        phase1,
+        "_accumulate",
+        lambda arguments, _: found["parts"].append((arguments[1]["cvfp"].item(), arguments[2])),
+    )
     note(phase2, "warmup_cosine", lambda _, factor: found["rates"].append(factor))
     step = phase2.OptimizerStep.__call__
 
@@ -115,7 +119,8 @@ def test_each_sample_comes_once_an_epoch_whatever_the_batches(config, seen, seed
         check_passes(seen, ends[-1])
     for other in ends[1:]:
         assert all(
-            torch.equal(other["model_state_dict"][name], tensor) for name, tensor in ends[0]["model_state_dict"].items()
+            torch.equal(other["model_state_dict"][name], tensor)
+            for name, tensor in ends[0]["model_state_dict"].items()
         )
         assert other["phase2_history"]["train_loss"] == ends[0]["phase2_history"]["train_loss"]
 

@@ -63,7 +63,9 @@ def test_a_slow_disk_does_not_slow_training_and_changes_nothing(tiny_settings, m
     summary = main(slow)
     assert same(weights(slow.checkpoint_dir), weights(config.checkpoint_dir))
     assert summary["val_loss"] == expected["val_loss"]
-    assert load_sealed(Path(slow.checkpoint_dir) / "model_latest.pt")["save_number"] < 3 * 12  # ends of epochs
+    assert (
+        load_sealed(Path(slow.checkpoint_dir) / "model_latest.pt")["save_number"] < 3 * 12
+    )  # ends of epochs
     assert summary["saving_share_background"] > 0.1 and summary["saving_share"] > 0
 
 
@@ -90,7 +92,9 @@ def test_saves_by_batches_have_a_least_time_between_them(tiny_settings, monkeypa
         clock[0] = 1100.0
         checkpointer.save("now", LanguageModel(config, 50), {})
         assert [due(20, 110), due(30, 131)] == [False, True]  # since that save
-    without = dataclasses.replace(config, save_min_seconds=0.0, checkpoint_dir=config.checkpoint_dir + "_without")
+    without = dataclasses.replace(
+        config, save_min_seconds=0.0, checkpoint_dir=config.checkpoint_dir + "_without"
+    )
     with Checkpointer(without, "data", "run", open_runtime(config).group) as checkpointer:
         assert checkpointer.due(10) is True and checkpointer.due(11) is False
 
@@ -125,7 +129,9 @@ def test_a_stop_whose_state_cannot_be_written_says_so(tiny_settings, monkeypatch
             raise OSError(28, "No space left on device")
 
     on_save(monkeypatch, full)
-    with pytest.raises(UserError, match=r"SIGTERM received, but the state could not be written \(No space left"):
+    with pytest.raises(
+        UserError, match=r"SIGTERM received, but the state could not be written \(No space left"
+    ):
         main(config)
     assert all(tensor.isfinite().all() for tensor in weights(config.checkpoint_dir).values())
 
@@ -145,7 +151,9 @@ def test_frozen_tensors_are_stored_once_and_referred_to(tiny_settings):
     assert len(others) >= 7
     for path in others:
         found = load_sealed(path)
-        assert "context_embedding" not in found["model_state_dict"] and found["frozen"] == frozen_digest(tensors)
+        assert "context_embedding" not in found["model_state_dict"] and found["frozen"] == frozen_digest(
+            tensors
+        )
 
 
 def test_other_frozen_tensors_come_from_the_file(tiny_settings, monkeypatch):
@@ -184,7 +192,10 @@ def test_files_of_epochs_phases_and_steps_continue_a_run(tiny_settings, kept):
     expected, folder = weights(config.checkpoint_dir), Path(config.checkpoint_dir)
     alone = [path for path in folder.glob("model_*.pt") if path.match(kept)]
     for path in (
-        set(folder.glob("model_*.pt")) - set(alone) - set(folder.glob("model_frozen_*")) - set(folder.glob("*best.pt"))
+        set(folder.glob("model_*.pt"))
+        - set(alone)
+        - set(folder.glob("model_frozen_*"))
+        - set(folder.glob("*best.pt"))
     ):
         path.unlink()
     labels = {load_sealed(path)["epoch"] for path in alone}
@@ -246,7 +257,9 @@ def test_a_disk_without_room_for_the_run_is_refused_before_it_begins(tiny_settin
     config = ResidualConfig(**tiny_settings)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9, 1000))
-    with pytest.raises(UserError, match=r"0\.00 GB free and the checkpoints of this run need about 0\.00 GB more"):
+    with pytest.raises(
+        UserError, match=r"0\.00 GB free and the checkpoints of this run need about 0\.00 GB more"
+    ):
         main(config)
     assert not (Path(config.checkpoint_dir) / "model_latest.pt").exists()
     main(dataclasses.replace(config, save_checkpoint=False))

@@ -100,7 +100,9 @@ def test_a_truncated_latest_falls_back(files, length):
     files.latest.unlink()
     files.latest.write_bytes(data[:cut])
     notes = []
-    assert files.read_newest(notes)["save_number"] == 5 and "continuing from model_step_00000005.pt" in notes[0]
+    assert (
+        files.read_newest(notes)["save_number"] == 5 and "continuing from model_step_00000005.pt" in notes[0]
+    )
 
 
 def test_200_bit_flips_of_the_latest_never_load(files):

@@ -31,7 +31,15 @@ MARKS = dict(
     save_every_n_batches="-", save_min_seconds="-", save_every_minutes="-", keep_last="-", backup_dir="-", backup_every_minutes="-",
     max_minutes="-", artifacts="-", trackers="-",
 )  # fmt: skip
-LETTERS = {"data": "*", "model": "*", "budget": "n", "untrained": "u", "control": "c", "phase1": "1", "phase2": "2"}
+LETTERS = {
+    "data": "*",
+    "model": "*",
+    "budget": "n",
+    "untrained": "u",
+    "control": "c",
+    "phase1": "1",
+    "phase2": "2",
+}
 OTHER = dict(
     untrained_control=False, phase1_convergence_threshold=0.1, phase1_min_converged_ratio=0.5, phase1_max_iterations=2,
     phase1_learning_rate=0.01, phase1_batch_size=2, dist_reg="covariance", dist_reg_weight=0.5, context_noise=0.1,
@@ -88,7 +96,8 @@ def test_a_complete_run_is_not_printed_under_other_settings(complete, name):
     sentence = refused(complete, **{name: OTHER[name]})
     assert f"{name} {getattr(complete, name)!r} -> {OTHER[name]!r}" in sentence
     assert (
-        "restore these settings, choose another --checkpoint_dir, or start afresh with --no-load_checkpoint" in sentence
+        "restore these settings, choose another --checkpoint_dir, or start afresh with --no-load_checkpoint"
+        in sentence
     )
 
 
@@ -103,14 +112,21 @@ def test_as_a_command_it_ends_with_status_2(complete):
 def test_where_and_how_it_runs_may_change_after_the_end(complete, capsys):
     """The block again, status complete, not a word of changed settings; the record keeps those that the run was made with."""
     others = dict(
-        save_every_n_batches=7, keep_last=1, val_quick_frac=0.5, val_quick_every_n_batches=0, context_memory_mb=0
+        save_every_n_batches=7,
+        keep_last=1,
+        val_quick_frac=0.5,
+        val_quick_every_n_batches=0,
+        context_memory_mb=0,
     )
     first = train.main(complete)
     assert train.main(dataclasses.replace(complete, phase="1", **others))["val_loss"] == first["val_loss"]
     assert "settings changed" not in capsys.readouterr().out
     assert read_status(complete.checkpoint_dir)["state"] == "complete"
     (record,) = find_records(complete.checkpoint_dir)
-    assert read_record(record).config["keep_last"] == complete.keep_last != 1 and read_record(record).sessions > 1
+    assert (
+        read_record(record).config["keep_last"] == complete.keep_last != 1
+        and read_record(record).sessions > 1
+    )
 
 
 @pytest.mark.parametrize("control", [True, False])
@@ -129,7 +145,9 @@ def test_between_the_phases_only_what_shaped_what_is_there_is_refused(tiny_setti
         later |= dict(dropout=0.1, phase2_learning_rate=0.01)
     capsys.readouterr()
     train.main(dataclasses.replace(both, **later))
-    (warning,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: settings changed"))
+    (warning,) = (
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: settings changed")
+    )
     assert all(f"{name} " in warning for name in later) and "Phase 1 stay those of the old ones" in warning
     (record,) = find_records(config.checkpoint_dir)
     kept = [line for line in read_record(record).warnings if "has no effect" not in line]
@@ -148,7 +166,9 @@ def test_fewer_epochs_than_are_done_are_refused(tiny_settings):
     """In the stage in hand: what has been trained cannot be taken back; as many as are done end it there."""
     config = ResidualConfig(**tiny_settings, untrained_control=False)
     stop_after(config, 9 + 3 + 2)  # within the second epoch of Phase 2
-    assert "further in Phase 2 than these settings go (phase2_epochs 3 -> 1)" in refused(config, phase2_epochs=1)
+    assert "further in Phase 2 than these settings go (phase2_epochs 3 -> 1)" in refused(
+        config, phase2_epochs=1
+    )
     train.main(dataclasses.replace(config, phase2_epochs=2))
     state = load_sealed(Path(config.checkpoint_dir) / "model_latest.pt")
     assert len(state["phase2_history"]["val_loss"]) == state["results"]["phase2"]["head"]["epochs"] == 2
@@ -160,14 +180,18 @@ def test_a_changed_rate_is_in_effect_in_the_stage_in_hand(tiny_settings):
     stop_after(config, 2)
 
     def groups():
-        return load_sealed(Path(config.checkpoint_dir) / "model_latest.pt")["stage_state"]["optimizer"]["param_groups"]
+        return load_sealed(Path(config.checkpoint_dir) / "model_latest.pt")["stage_state"]["optimizer"][
+            "param_groups"
+        ]
 
     changes = dict(phase1_learning_rate=0.01, phase2_learning_rate=0.5, weight_decay=0.7)
     stop_after(dataclasses.replace(config, **changes), 2)
     assert {group["lr"] for group in groups()} == {0.01}
     stop_after(dataclasses.replace(config, **changes), 6)
     stop_after(dataclasses.replace(config, **changes | dict(phase2_learning_rate=0.25)), 3)
-    assert {group["peak_lr"] for group in groups()} == {0.25} and 0.7 in {group["weight_decay"] for group in groups()}
+    assert {group["peak_lr"] for group in groups()} == {0.25} and 0.7 in {
+        group["weight_decay"] for group in groups()
+    }
 
 
 def test_a_control_that_is_switched_off_half_way_leaves_nothing_behind(tiny_settings):
@@ -209,5 +233,8 @@ def test_a_state_of_the_earlier_format_is_refused_with_what_to_do(complete):
     latest = Path(complete.checkpoint_dir) / "model_latest.pt"
     whole = load_sealed(latest)
     save_sealed(whole | {"format": 3}, latest)
-    assert "has format 3, this version continues 4: finish that run with the version that wrote it" in refused(complete)
+    assert (
+        "has format 3, this version continues 4: finish that run with the version that wrote it"
+        in refused(complete)
+    )
     save_sealed(whole, latest)

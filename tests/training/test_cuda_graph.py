@@ -68,7 +68,9 @@ class OnCuda(torch.Tensor):
 
 
 @pytest.mark.parametrize(("compiled", "on_cuda"), [(1, 1), (1, 0), (0, 1), (0, 0)])
-def test_a_trajectory_is_recorded_on_cuda_and_elsewhere_is_the_loop(recordings, monkeypatch, compiled, on_cuda):
+def test_a_trajectory_is_recorded_on_cuda_and_elsewhere_is_the_loop(
+    recordings, monkeypatch, compiled, on_cuda
+):
     """Compiled or not, the bits are those of the reference, from any start, without gradient; a fall-back begins anew."""
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     model = ContextMap(6, 5, 2)

@@ -28,7 +28,14 @@ from newllm.training.runtime import (
 def alone():
     """One process; what accelerate keeps, in its state and in the environment, is gone afterwards."""
     environment = dict(os.environ)
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_MIXED_PRECISION"):
+    for name in (
+        "WORLD_SIZE",
+        "RANK",
+        "LOCAL_RANK",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+        "ACCELERATE_MIXED_PRECISION",
+    ):
         os.environ.pop(name, None)
     yield
     os.environ.clear()
@@ -123,7 +130,9 @@ def test_one_process_of_one_is_not_refused(monkeypatch):
 # Resolution
 
 
-@pytest.mark.parametrize(("capability", "expected"), [(6, "fp16"), (7, "fp16"), (8, "bf16"), (9, "bf16"), (12, "bf16")])
+@pytest.mark.parametrize(
+    ("capability", "expected"), [(6, "fp16"), (7, "fp16"), (8, "bf16"), (9, "bf16"), (12, "bf16")]
+)
 def test_cuda_precision_is_what_the_hardware_computes_in(monkeypatch, capability, expected):
     """A T4 (7.5) emulates bf16, slowly, so it gets fp16."""
     pretend_cuda(monkeypatch, capability)
@@ -202,7 +211,9 @@ def test_the_description_is_one_line_of_what_is_in_effect():
 def test_a_step_function_is_compiled_until_it_falls_back(monkeypatch):
     """Then it is the model's own again, and says so."""
     model = SimpleNamespace(step=lambda context, token, stream=True: (context, token))
-    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda context, token, stream=True: "compiled")
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: lambda context, token, stream=True: "compiled"
+    )
     step = StepFunction(model.step, True)
     assert step.compiled and step(1, 2) == "compiled"
     step.fall_back()

@@ -18,7 +18,10 @@ def dry(tiny_settings, tmp_path, capsys):
     """Function of settings to the lines of a dry run, after which every file outside of the cache is as before."""
 
     def files():
-        found = {path: path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() for path in tmp_path.rglob("*")}
+        found = {
+            path: path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest()
+            for path in tmp_path.rglob("*")
+        }
         return {path: digest for path, digest in found.items() if "cache" not in path.parts}
 
     def dried(**settings):
@@ -65,7 +68,9 @@ def test_what_would_be_continued(dry, tiny_settings):
     for path in latest.parent.glob("model_*.pt"):
         path.unlink()
     copies = f"{tiny_settings['checkpoint_dir']}_2"
-    assert any(copies in line and "which the run continues" in line for line in dry(**same, backup_dir=copies))
+    assert any(
+        copies in line and "which the run continues" in line for line in dry(**same, backup_dir=copies)
+    )
     latest.write_bytes(b"torn")
     with pytest.raises(UserError, match="can be read"):
         dry(**same)

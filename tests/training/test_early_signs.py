@@ -50,7 +50,10 @@ def test_quick_validation_happens_at_small_budgets_and_changes_no_bit(config, ca
     assert {row["subset"] for row in rows} == {subset} and len(subset) == 12
     assert rows[0]["seconds_full"] is None and all(row["seconds_full"] > 0 for row in rows[1:])
     out = capsys.readouterr().out
-    assert out.count("quick validation (1/6 samples, subset " + subset) == 3 and "the full one ends the epoch" in out
+    assert (
+        out.count("quick validation (1/6 samples, subset " + subset) == 3
+        and "the full one ends the epoch" in out
+    )
     state = state_of(config)
     assert state["results"]["phase2"]["head"]["quick_subset"] == subset
     weights = state_of(without)["model_state_dict"]
@@ -61,7 +64,9 @@ def test_another_subset_has_another_digest(config):
     """The digest is of the samples' numbers; one more or other ones show."""
     from newllm.data.order import order_digest
 
-    found = {order_digest("", quick_subset(50, share, seed))[:12] for share, seed in ((0.1, 1), (0.1, 2), (0.2, 1))}
+    found = {
+        order_digest("", quick_subset(50, share, seed))[:12] for share, seed in ((0.1, 1), (0.1, 2), (0.2, 1))
+    }
     assert len(found) == 3
 
 
@@ -120,7 +125,9 @@ def test_step_files_are_named_after_the_step_of_the_run(tiny_settings):
     """Every n-th step over all stages, whatever else is saved; two stages do not share a name."""
     config = ResidualConfig(**tiny_settings | dict(save_every_n_batches=4), keep_last=100)
     train.main(config)
-    files = {int(path.stem[-8:]): load_sealed(path) for path in Path(config.checkpoint_dir).glob("model_step_*.pt")}
+    files = {
+        int(path.stem[-8:]): load_sealed(path) for path in Path(config.checkpoint_dir).glob("model_step_*.pt")
+    }
     assert all(found["step"] == number for number, found in files.items())
     assert set(files) >= {4, 8, 12, 16, 20, 24, 27} and files[27]["epoch"] == "phase2_complete"
     assert [files[step]["stage"] for step in (4, 12, 20)] == ["untrained", "phase1", "phase2"]

@@ -30,7 +30,11 @@ OTHER = dict(
 
 CASES = {
     "small budget and others": dict(
-        min_batches=10, dist_reg_weight=0.0, tune_share=0.25, val_quick_every_n_batches=0, save_checkpoint=True
+        min_batches=10,
+        dist_reg_weight=0.0,
+        tune_share=0.25,
+        val_quick_every_n_batches=0,
+        save_checkpoint=True,
     ),
     "frozen, no layer of the head": dict(freeze_context=True, token_layers=0),
     "frozen, untrained": dict(freeze_context=True, phase1_max_iterations=0),
@@ -57,7 +61,9 @@ MEASURED = (
 @pytest.fixture
 def base(tiny_settings):
     """Settings of the smallest run, two epochs long, that saves nothing."""
-    return tiny_settings | dict(untrained_control=False, save_checkpoint=False, phase2_epochs=2, max_seq_length=12)
+    return tiny_settings | dict(
+        untrained_control=False, save_checkpoint=False, phase2_epochs=2, max_seq_length=12
+    )
 
 
 def figures(config):
@@ -97,7 +103,10 @@ def test_every_setting_is_judged(base):
     ("given", "named"),
     [
         (dict(), set()),
-        (dict(phase1_batch_size=6, phase2_batch_size=64, num_samples=30), {"phase1_batch_size", "phase2_batch_size"}),
+        (
+            dict(phase1_batch_size=6, phase2_batch_size=64, num_samples=30),
+            {"phase1_batch_size", "phase2_batch_size"},
+        ),
         (dict(phase1_batch_size=3, phase2_batch_size=2, num_samples=30), set()),
         (dict(num_samples=3, num_tokens=1280), {"num_samples"}),
         (dict(num_tokens=1280), set()),
@@ -110,11 +119,19 @@ def test_every_setting_is_judged(base):
         (dict(backup_every_minutes=1.0, backup_dir="x"), set()),
         (dict(gpu_memory_fraction=0.3), {"gpu_memory_fraction"}),
         (
-            dict(freeze_context=True, gradient_sweeps=3, token_dropout=0.2, context_lr_scale=1.0, dropout=0.1),
+            dict(
+                freeze_context=True, gradient_sweeps=3, token_dropout=0.2, context_lr_scale=1.0, dropout=0.1
+            ),
             {"gradient_sweeps", "token_dropout", "context_lr_scale"},
         ),
         (
-            dict(model_type="gru", init_scale=3.0, phase1_max_iterations=9, dist_reg_weight=0.9, token_dropout=0.1),
+            dict(
+                model_type="gru",
+                init_scale=3.0,
+                phase1_max_iterations=9,
+                dist_reg_weight=0.9,
+                token_dropout=0.1,
+            ),
             {"init_scale", "phase1_max_iterations", "dist_reg_weight"},
         ),
         (dict(val_quick_frac=0.9, val_quick_every_n_batches=0), {"val_quick_frac"}),
@@ -133,7 +150,9 @@ def test_those_given_are_named_in_a_line_each(given, named):
     assert {line.split()[1] for line in lines} == named
     for line in lines:
         assert (
-            line.startswith("warning: ") and f" {given[line.split()[1]]} has no effect: " in line and "\n" not in line
+            line.startswith("warning: ")
+            and f" {given[line.split()[1]]} has no effect: " in line
+            and "\n" not in line
         )
 
 

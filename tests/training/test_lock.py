@@ -79,7 +79,9 @@ def test_an_exception_releases_the_lock(tmp_path):
 def test_the_second_of_two_processes_is_refused(tmp_path, first):
     """The sentence names process, machine and folder; the first goes on undisturbed."""
     content = read_lock(tmp_path / "run.lock")
-    with pytest.raises(UserError, match=rf"process {first.pid} .*{content['host']}.*run first.*{tmp_path}.*stop"):
+    with pytest.raises(
+        UserError, match=rf"process {first.pid} .*{content['host']}.*run first.*{tmp_path}.*stop"
+    ):
         quick(tmp_path).acquire()
     assert str(first.pid) in holder(tmp_path)
     assert first.poll() is None
@@ -166,7 +168,8 @@ def test_staleness_follows_the_cadence_of_the_writer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "given", [{}, *({"stale_seconds": it} for it in ("600", None, True, [600], -1, 0, float("nan"), float("inf")))]
+    "given",
+    [{}, *({"stale_seconds": it} for it in ("600", None, True, [600], -1, 0, float("nan"), float("inf")))],
 )
 def test_a_lock_that_does_not_say_its_cadence_is_judged_by_the_readers(tmp_path, given):
     """Absent, or no number of seconds."""
@@ -266,7 +269,9 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path, monkeypatch):
     """Missing folder, read-only disk."""
     with pytest.raises(UserError, match=r"cannot lock .*none"):
         quick(tmp_path / "none").acquire()
-    monkeypatch.setattr(FolderLock, "_content", lambda _: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+    monkeypatch.setattr(
+        FolderLock, "_content", lambda _: (_ for _ in ()).throw(OSError(30, "Read-only file system"))
+    )
     with pytest.raises(UserError, match="Read-only"):
         quick(tmp_path).acquire()
     assert os.listdir(tmp_path) == []

@@ -58,7 +58,9 @@ def test_a_zombie_learns_of_its_successor_and_leaves_its_lock_alone(tmp_path):
 def test_a_process_that_slept_through_its_succession_stops(tmp_path):
     """A stopped process whose lock was taken (as after a suspended machine) raises LockLost when it goes on."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    pipes = dict(
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     with subprocess.Popen([sys.executable, "-c", SLEEP, str(tmp_path)], **pipes) as zombie:
         assert zombie.stdout.readline() == "held\n"
         zombie.send_signal(signal.SIGSTOP)

@@ -39,7 +39,9 @@ def test_the_plan_is_what_trains(tiny_settings, monkeypatch, capsys, name):
         def make(parts, *arguments, **named):
             trained.append([sum(p.numel() for ps, _ in parts for p in ps), 0])
             optimizer = real(parts, *arguments, **named)
-            optimizer.register_step_post_hook(lambda *_, counted=trained[-1]: counted.__setitem__(1, counted[1] + 1))
+            optimizer.register_step_post_hook(
+                lambda *_, counted=trained[-1]: counted.__setitem__(1, counted[1] + 1)
+            )
             return optimizer
 
         monkeypatch.setattr(module, "make_optimizer", make)
@@ -60,7 +62,9 @@ def test_the_plan_is_what_trains(tiny_settings, monkeypatch, capsys, name):
     assert ("attention: none" in out) == (config.model_type != "transformer")
     if name == "small batches":
         asked = "5 a pass; 24 asked for, min_batches makes them smaller"
-        assert f"batches: 3 samples in Phase 1 ({asked}), 3 samples in Phase 2 (5 a pass; 7 asked for, " in out
+        assert (
+            f"batches: 3 samples in Phase 1 ({asked}), 3 samples in Phase 2 (5 a pass; 7 asked for, " in out
+        )
 
 
 def test_the_cadence_is_that_of_the_settings(tiny_settings):
@@ -94,5 +98,10 @@ def test_the_banner_needs_no_phase_1(tiny_settings):
         notes, val, vocab_size = ["data: here"], range(6), 300
 
     plan = {"phase2": {"batches": 3, "samples": 4, "asked": 4, "trainable": 1234}}
-    text = "\n".join(banner(ResidualConfig(**tiny_settings), "CPU", Data, Model(2, 2), plan, ["attention: none"]))
-    assert "trainable parameters: 1,234 in Phase 2\n" in text and "batches: 4 samples in Phase 2 (3 a pass); " in text
+    text = "\n".join(
+        banner(ResidualConfig(**tiny_settings), "CPU", Data, Model(2, 2), plan, ["attention: none"])
+    )
+    assert (
+        "trainable parameters: 1,234 in Phase 2\n" in text
+        and "batches: 4 samples in Phase 2 (3 a pass); " in text
+    )

@@ -57,7 +57,10 @@ def test_nothing_trained_is_no_error(run, tmp_path):
     ("changes", "sentence"),
     [
         (dict(context_dim=12), "is of another run (context_dim 16 -> 12)"),
-        (dict(num_samples=10), "is of another run (another token budget starts its own run (num_samples 12 -> 10))"),
+        (
+            dict(num_samples=10),
+            "is of another run (another token budget starts its own run (num_samples 12 -> 10))",
+        ),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(run, changes, sentence):

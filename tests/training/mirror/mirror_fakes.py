@@ -120,7 +120,9 @@ def assert_equal(folders, names=ALL):
 def content(folder):
     """Names of the files, but for the lock."""
     return sorted(
-        str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file() and path.name != "run.lock"
+        str(path.relative_to(folder))
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != "run.lock"
     )
 
 

@@ -22,7 +22,9 @@ def test_a_second_run_with_the_same_target_is_refused(folders, mirror, tmp_path)
     do_round(mirror, ["model_latest.pt"])
     other = tmp_path / "other"
     other.mkdir()
-    with pytest.raises(UserError, match=rf"run mine\) is using {copy}: stop that process first, or use another folder"):
+    with pytest.raises(
+        UserError, match=rf"run mine\) is using {copy}: stop that process first, or use another folder"
+    ):
         Mirror(other, copy, "theirs")
     assert content(copy) == ["model_latest.pt"]
     mirror.close()
@@ -84,7 +86,9 @@ def test_a_lost_lock_stops_the_mirror_for_good_and_is_reported(folders, mirror, 
     line = mirror.report()
     assert line.startswith("mirror STOPPED for good: ") and "\n" not in line and ".;" not in line
     assert line.endswith(f"; newest copy is step 100 in {copy}")
-    assert (rf"run theirs (process {os.getpid()} on elsewhere) has taken over" if taken else "run.lock is gone") in line
+    assert (
+        rf"run theirs (process {os.getpid()} on elsewhere) has taken over" if taken else "run.lock is gone"
+    ) in line
     assert path.exists() == taken
     assert not taken or read_lock(path)["run_id"] == "theirs"
 

@@ -12,7 +12,11 @@ from newllm.saving.backup import Mirror
 def test_the_target_holds_the_latest_state_and_the_one_before(folders, mirror, target):
     """Each new copy moves the old one to the second slot; an unchanged one moves nothing."""
     source, copy = folders
-    for number, expected in ((1, {"latest": 1}), (2, {"latest": 2, "prev": 1}), (3, {"latest": 3, "prev": 2})):
+    for number, expected in (
+        (1, {"latest": 1}),
+        (2, {"latest": 2, "prev": 1}),
+        (3, {"latest": 3, "prev": 2}),
+    ):
         save(source, number)
         for _ in range(2):
             do_round(mirror, ["model_latest.pt", "manifest.json"])
@@ -98,7 +102,9 @@ def test_an_old_copy_that_cannot_be_read_is_not_replaced(folders, mirror, target
     do_round(mirror, ["model_latest.pt"])
     save(source, 2)
     fault = fails(errno.EIO, operation="open rb")
-    target.before = lambda operation, path: fault(operation, path) if path == copy / "model_latest.pt" else None
+    target.before = lambda operation, path: (
+        fault(operation, path) if path == copy / "model_latest.pt" else None
+    )
     do_round(mirror, ["model_latest.pt"])
     assert "FAILED: [Errno 5]" in mirror.report()
     target.before = lambda *_: None

@@ -64,12 +64,21 @@ def test_a_failing_compiler_changes_no_bit(tiny_settings, monkeypatch, capsys, w
     settings = tiny_settings | dict(num_samples=13)  # batches of two sizes
     expected = main(ResidualConfig(**settings))
     monkeypatch.setattr(device.torch, "compile", failing_compiler(when))
-    config = ResidualConfig(**settings | {"checkpoint_dir": settings["checkpoint_dir"] + "_compiled"}, compile=True)
+    config = ResidualConfig(
+        **settings | {"checkpoint_dir": settings["checkpoint_dir"] + "_compiled"}, compile=True
+    )
     found = main(config)
-    first, *others = (line for line in capsys.readouterr().out.splitlines() if "torch.compile failed at" in line)
-    assert "once more in an empty cache" in first and all(line.endswith("going on without it") for line in others)
+    first, *others = (
+        line for line in capsys.readouterr().out.splitlines() if "torch.compile failed at" in line
+    )
+    assert "once more in an empty cache" in first and all(
+        line.endswith("going on without it") for line in others
+    )
     assert others and all("(RuntimeError: backend failed" in line for line in (first, *others))
-    assert found["val_loss"] == expected["val_loss"] and found["phase1_param_change"] == expected["phase1_param_change"]
+    assert (
+        found["val_loss"] == expected["val_loss"]
+        and found["phase1_param_change"] == expected["phase1_param_change"]
+    )
     names = load_sealed(Path(config.checkpoint_dir) / "model_latest.pt")["model_state_dict"]
     assert not any("_orig_mod" in name for name in names)
 
@@ -79,7 +88,12 @@ def test_precision_and_compilation_may_change_between_sessions(tiny_settings, mo
     """fp32, then bf16, then compiled: each session takes over where the one before stopped, within a phase."""
     config = ResidualConfig(**tiny_settings | dict(phase1_max_iterations=6, phase2_epochs=6))
     plain = main(dataclasses.replace(config, checkpoint_dir=config.checkpoint_dir + "_plain"))
-    plans = [dict(precision="bf16"), dict(compile=True), dict(precision="fp32"), dict(precision="bf16", compile=True)]
+    plans = [
+        dict(precision="bf16"),
+        dict(compile=True),
+        dict(precision="fp32"),
+        dict(precision="bf16", compile=True),
+    ]
     stages = []
     for number in range(8):
         with monkeypatch.context() as patch, pytest.raises(Stopped):
@@ -97,7 +111,9 @@ def test_precision_and_compilation_may_change_between_sessions(tiny_settings, mo
 def test_a_real_step_function_compiles_or_says_that_it_is_eager(model):
     """Without compilation the model's own step is called, bit for bit."""
     context, token = torch.randn(3, 12), torch.randn(3, 8)
-    for mine, own in zip(StepFunction(model.step, False)(context, token), model.step(context, token), strict=True):
+    for mine, own in zip(
+        StepFunction(model.step, False)(context, token), model.step(context, token), strict=True
+    ):
         assert torch.equal(mine, own)
 
 
@@ -117,7 +133,9 @@ def test_a_compiler_that_fails_once_is_asked_again(tiny_settings, monkeypatch, c
     monkeypatch.setattr(device.torch, "compile", compile)
     main(ResidualConfig(**tiny_settings, compile=True))
     (line,) = (line for line in capsys.readouterr().out.splitlines() if "torch.compile failed" in line)
-    assert f"ImportError: {shared_cache}/x.main.so: file too short" in line and f"delete {shared_cache}" in line
+    assert (
+        f"ImportError: {shared_cache}/x.main.so: file too short" in line and f"delete {shared_cache}" in line
+    )
 
 
 STEP = """
@@ -165,4 +183,6 @@ def test_damaged_files_in_the_compilers_cache_cost_a_line_at_most(tmp_path):
             path.write_bytes(b"")
         (*lines, last), errors = run(cache)
         assert last == whole and "Traceback" not in errors and len(lines) <= 1
-        assert all(line.startswith("warning: torch.compile failed at here") and str(cache) in line for line in lines)
+        assert all(
+            line.startswith("warning: torch.compile failed at here") and str(cache) in line for line in lines
+        )

@@ -25,12 +25,16 @@ from train import main
 
 NO_MEMORY = {
     "device": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    "CPU": RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"),
+    "CPU": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory"
+    ),
     "Python": MemoryError(),
     "driver": torch.AcceleratorError("CUDA error: out of memory"),
     "cuBLAS": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "cuDNN": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-    "cuSOLVER": RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"),
+    "cuSOLVER": RuntimeError(
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`"
+    ),
     "NCCL": RuntimeError("NCCL error: unhandled cuda error. Cuda failure 'out of memory'"),
 }
 
@@ -130,7 +134,9 @@ def test_a_run_short_of_memory_keeps_its_effective_batch(tiny_settings, monkeypa
         patch.setattr(phase2, "linear_cross_entropy", loss_of_two)
         config = ResidualConfig(**settings | {"checkpoint_dir": settings["checkpoint_dir"] + "_small"})
         small = main(config)
-    assert capsys.readouterr().out.count("2 samples at a time from now on, 4 a step as before") == 3  # once a stage
+    assert (
+        capsys.readouterr().out.count("2 samples at a time from now on, 4 a step as before") == 3
+    )  # once a stage
     assert small["phase1_steps"] == whole["phase1_steps"] and small["sample_order"] == whole["sample_order"]
     # Not closer, because Adam makes much of gradients that are nearly zero.
     for key in ("val_loss", "phase1_param_change", "er_val", "val_ppl_untrained_context"):

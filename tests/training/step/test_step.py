@@ -23,7 +23,11 @@ def prediction_loss(model):
 
 def changed(model, before):
     """Names of the parameters that differ from their copies."""
-    return {name for (name, p), old in zip(model.named_parameters(), before, strict=True) if not torch.equal(p, old)}
+    return {
+        name
+        for (name, p), old in zip(model.named_parameters(), before, strict=True)
+        if not torch.equal(p, old)
+    }
 
 
 def names_of(model, parameters):
@@ -51,7 +55,9 @@ def test_a_phase_1_step_changes_what_the_contexts_depend_on(runtime, model):
     tokens = model.embed(torch.randint(20, (4, 7), generator=torch.Generator().manual_seed(0)))
     old = torch.randn(4, 7, 12, generator=torch.Generator().manual_seed(1))
     before = copy_of(model.parameters())
-    taker(runtime, optimizer)(lambda: phase1_loss(sweep(model.step, old, tokens)[0], old, 0.5, "logdet", 0.0)[0])
+    taker(runtime, optimizer)(
+        lambda: phase1_loss(sweep(model.step, old, tokens)[0], old, 0.5, "logdet", 0.0)[0]
+    )
     unread = names_of(model, model.context_map.layers[-1].token_norm.parameters())
     assert changed(model, before) == names_of(model, model.context_parameters()) - unread
 
@@ -111,7 +117,9 @@ def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step(runtime, ki
     assert all(torch.equal(optimizer.state[parameter][name], value) for name, value in state.items())
 
 
-@pytest.mark.parametrize(("scale", "stops"), [(2.0**16, False), (SMALLEST_SCALE, False), (SMALLEST_SCALE / 2, True)])
+@pytest.mark.parametrize(
+    ("scale", "stops"), [(2.0**16, False), (SMALLEST_SCALE, False), (SMALLEST_SCALE / 2, True)]
+)
 def test_with_a_loss_scaler_an_infinite_gradient_is_the_scalers_business(runtime, scale, stops):
     """fp16: the scaler leaves such a step out and lowers its scale; the run goes on until the scale itself is nothing."""
     accelerator = SimpleNamespace(
@@ -121,7 +129,8 @@ def test_with_a_loss_scaler_an_infinite_gradient_is_the_scalers_business(runtime
     )
     parameter = nn.Parameter(torch.ones(2))
     take = taker(
-        SimpleNamespace(accelerator=accelerator, group=runtime.group), make_optimizer([([parameter], 1.0)], 1e-2, 0.0)
+        SimpleNamespace(accelerator=accelerator, group=runtime.group),
+        make_optimizer([([parameter], 1.0)], 1e-2, 0.0),
     )
     if stops:
         with pytest.raises(UserError, match="gradient is inf at here"):
