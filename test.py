@@ -18,8 +18,8 @@ from pathlib import Path
 import train
 from config import ResidualConfig
 from newllm.apart import call_apart
-from newllm.config import parse_args
 from newllm.errors import UserError, exit_on_user_error
+from newllm.flags import parse_args
 from newllm.report.criteria import (
     FINAL_DIFF,
     LADDER_COLUMNS,

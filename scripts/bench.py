@@ -16,8 +16,8 @@ import statistics
 
 from config import ResidualConfig
 from newllm.apart import call_apart
-from newllm.config import parse_args
 from newllm.errors import exit_on_user_error
+from newllm.flags import parse_args
 from newllm.models.cross_entropy import CHUNK_ELEMENTS
 from newllm.report.criteria import table
 from newllm.saving.stop import Interrupt

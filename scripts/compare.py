@@ -19,8 +19,9 @@ from pathlib import Path
 import train
 from config import ResidualConfig
 from newllm.apart import call_apart
-from newllm.config import EARLIER, Range, expanded, flag, parse_args
+from newllm.config import EARLIER, Range, expanded
 from newllm.errors import UserError, exit_on_user_error
+from newllm.flags import flag, parse_args
 from newllm.report.comparison import Comparison, markdown, read_json, read_result, read_results, write_report
 from newllm.report.plots import comparison_points, context_curves
 from newllm.report.summary import plain

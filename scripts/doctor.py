@@ -19,11 +19,11 @@ from pathlib import Path
 import torch
 
 from config import ResidualConfig
-from newllm.config import parse_args
 from newllm.data import hub
 from newllm.data.dialogues import ULTRACHAT, ULTRACHAT_REVISION, open_corpus
 from newllm.data.vocabulary import choose_tokenizer, tokenizer_choice
 from newllm.errors import UserError, exit_on_user_error
+from newllm.flags import parse_args
 from newllm.models.baselines import Baseline
 from newllm.models.pretrained import require_own_ids
 from newllm.report.banner import batches, cadence, trainable

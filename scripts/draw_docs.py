@@ -5,8 +5,9 @@ python3 -m scripts.draw_docs        # writes docs/idea.png and docs/architecture
 
 from pathlib import Path
 
-from newllm.config import Parser, expanded
+from newllm.config import expanded
 from newllm.errors import exit_on_user_error
+from newllm.flags import Parser
 from newllm.report.style import COUNTED, REFERENCE, TRAINED, TRAINING_DATA, UNTRAINED, figure
 
 BLUE, ORANGE, GREEN, PINK, GREY = (

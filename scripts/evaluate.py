@@ -13,11 +13,12 @@ import json
 import torch
 
 from config import ResidualConfig
-from newllm.config import EARLIER, Parser, Range, expanded, flag
+from newllm.config import EARLIER, Range, expanded
 from newllm.data.dialogues import open_corpus
 from newllm.data.samples import pack
 from newllm.errors import UserError, exit_on_user_error
 from newllm.evaluate import evaluate_prediction
+from newllm.flags import Parser, flag
 from newllm.report.runlog import format_value
 from newllm.saving.stop import Interrupt
 from newllm.saving.trained import open_model, open_saved

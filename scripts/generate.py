@@ -12,8 +12,9 @@ import signal
 import sys
 
 from config import ResidualConfig
-from newllm.config import Parser, Range, expanded, flag
+from newllm.config import Range, expanded
 from newllm.errors import UserError, exit_on_user_error
+from newllm.flags import Parser, flag
 from newllm.generate import generate
 from newllm.saving.stop import Interrupt, Stopped
 from newllm.saving.trained import open_model

@@ -12,8 +12,9 @@ import filecmp
 import os
 from pathlib import Path
 
-from newllm.config import Parser, expanded
+from newllm.config import expanded
 from newllm.errors import UserError, exit_on_user_error
+from newllm.flags import Parser
 from newllm.saving.drive import COLAB_DRIVE, check_target, copy_verified, refuse_overlap
 from newllm.saving.guard import LOCK_NAME, holder
 

@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 
 from config import ResidualConfig
-from newllm.config import Range, expanded, flag, parse_args
+from newllm.config import Range, expanded
 from newllm.data.samples import load_data
 from newllm.errors import UserError, exit_on_user_error
 from newllm.fixed_point.diagnostics import cold_start_curve
 from newllm.fixed_point.solver import prefill
+from newllm.flags import flag, parse_args
 from newllm.memory import is_out_of_memory
 from newllm.models.baselines import build_model
 from newllm.models.pretrained import load_embedding

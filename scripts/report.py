@@ -11,8 +11,9 @@ All of it comes from the records that runs write; no model is loaded.
 from pathlib import Path
 
 from config import ResidualConfig
-from newllm.config import Parser, expanded
+from newllm.config import expanded
 from newllm.errors import UserError, exit_on_user_error
+from newllm.flags import Parser
 from newllm.report.artifacts import (
     complete,
     find_run,

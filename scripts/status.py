@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 
 from config import ResidualConfig
-from newllm.config import Parser, expanded
+from newllm.config import expanded
 from newllm.errors import exit_on_user_error
+from newllm.flags import Parser
 from newllm.report.status import STATUS_NAME, read_status, status_lines
 from newllm.report.sweep import read_sweep, sweep_lines
 

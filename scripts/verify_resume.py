@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
-from newllm.config import Parser
 from newllm.errors import UserError, exit_on_user_error
+from newllm.flags import Parser
 from newllm.saving.files import Corrupt, load_sealed
 from scripts.killed_child import KILLED, LATEST, LONGEST, SAVED, end, start
 

@@ -14,20 +14,12 @@ import pytest
 from helpers import ROOT
 
 from config import ResidualConfig
-from newllm.config import (
-    ELSEWHERE,
-    PLACES,
-    PRESETS,
-    Config,
-    check_value,
-    field_comments,
-    field_types,
-    parse_args,
-)
+from newllm.config import ELSEWHERE, PLACES, PRESETS, Config, check_value, comments_of, settings_of
 from newllm.errors import UserError
+from newllm.flags import parse_args
 
-FIELDS = field_types()
-BOOLEANS = [name for name, (kind, _) in FIELDS.items() if kind is bool]
+FIELDS = settings_of(Config)
+BOOLEANS = [name for name, setting in FIELDS.items() if setting.kind is bool]
 
 
 def parse(*argv):
@@ -36,14 +28,14 @@ def parse(*argv):
 
 def flags_for(name, value, spelling):
     """Command line that sets one field to the value."""
-    if FIELDS[name][0] is bool:
+    if FIELDS[name].kind is bool:
         return [f"--{spelling}" if value else f"--no-{spelling}"]
     return [f"--{spelling}", str(value)]
 
 
 def test_every_field_has_a_value_and_a_comment():
     """config.py has one line per field, and each says what it is."""
-    comments = field_comments(ResidualConfig)
+    comments = comments_of(ResidualConfig)
     for name in FIELDS:
         assert name in vars(ResidualConfig), name
         assert comments.get(name, "").strip(), name
@@ -54,8 +46,8 @@ def test_every_default_is_valid_and_of_its_declared_type():
     """The values of config.py are the values of a run without flags."""
     config = ResidualConfig()
     assert config.to_dict() == {name: getattr(ResidualConfig, name) for name in FIELDS}
-    for name, (kind, _) in FIELDS.items():
-        assert isinstance(kind, tuple) or type(getattr(config, name)) is kind, name
+    for name, setting in FIELDS.items():
+        assert isinstance(setting.kind, tuple) or type(getattr(config, name)) is setting.kind, name
     assert config == parse()
 
 
@@ -97,9 +89,9 @@ def test_help_lists_every_flag_with_its_comment(capsys):
         parse("--help")
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for name, comment in field_comments(ResidualConfig).items():
+    for name, comment in comments_of(ResidualConfig).items():
         assert f"--{name}" in text
-        assert " ".join(comment.replace("%%", "%").split()[:3]) in text
+        assert " ".join(comment.split()[:3]) in text
         assert (f"--{name}, --no-{name} " in text) == (name in BOOLEANS)
 
 
@@ -190,10 +182,10 @@ def test_a_wrong_keyword_gives_one_sentence_that_names_the_culprit(given, parts)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name", [n for n, (_, bounds) in FIELDS.items() if bounds is not None])
+@pytest.mark.parametrize("name", [n for n, setting in FIELDS.items() if setting.bounds])
 def test_bounds_are_closed_where_they_say_so_and_outside_is_refused(name):
     """The ends of every interval are allowed unless it says '>', and the next number beyond is not."""
-    kind, bounds = FIELDS[name]
+    kind, bounds = FIELDS[name].kind, FIELDS[name].bounds
     step = 1 if kind is int else 1e-9
     low, high = kind(bounds.low), bounds.high
     if bounds.above:

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from config import ResidualConfig
-from newllm.config import parse_args
 from newllm.errors import UserError
 from newllm.fixed_point.solver import truncated
+from newllm.flags import parse_args
 from newllm.models.baselines import BASELINES, build_model
 from newllm.models.cross_entropy import linear_cross_entropy
 from newllm.training import memory_estimate

@@ -18,8 +18,8 @@ import pytest
 import test as scale_check
 import train
 from config import ResidualConfig
-from newllm.config import parse_args
 from newllm.errors import UserError
+from newllm.flags import parse_args
 from newllm.report.sweep import STATE_NAME
 from newllm.saving.stop import EXIT_STATUS, Stopped
 

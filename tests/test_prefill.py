@@ -8,9 +8,9 @@ import torch
 
 import train
 from config import ResidualConfig
-from newllm.config import parse_args
 from newllm.errors import UserError
 from newllm.fixed_point.solver import sequential
+from newllm.flags import parse_args
 from newllm.models.network import LanguageModel
 from newllm.training import runtime as device
 from newllm.training.runtime import StepFunction, open_runtime

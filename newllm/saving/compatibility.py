@@ -1,41 +1,13 @@
 """Whether a saved run may be continued with the settings and the data of today, and if not, in one sentence why."""
 
-from newllm.config import EARLIER, field_types
+from newllm.config import EARLIER, Config, settings_of
 from newllm.saving.state import STAGE_NAMES
 
 FORMAT = 4  # of a checkpoint's content
 READABLE = 3, FORMAT  # whose weights this version reads; 3 counts the place inside an epoch in batches
 
-# What each setting shapes. "data", "model": the whole run. "budget": the whole run too, but another one begins by itself
-# beside the old. A stage, or several: its figures; "control" is the head on untrained contexts, trained as in Phase 2 where
-# untrained_control is on. "": no figure, only where and how they are made.
-SHAPES = {
-    name: stages.split()
-    for stages, names in {
-        "data": "data_source data_split data_column tokenizer vocab_size max_seq_length val_samples tune_share seed",
-        "budget": "num_samples num_tokens",
-        "model": "preset model_type context_dim embed_dim num_layers token_layers tie_weights embeddings init_scale "
-        "freeze_context whiten_context phase1_shuffle context_adapter adapter_rank",
-        "untrained": "untrained_control",
-        "untrained phase1": "phase1_convergence_threshold phase1_min_converged_ratio",
-        "phase1": "phase1_max_iterations phase1_learning_rate phase1_batch_size dist_reg dist_reg_weight context_noise",
-        "control phase1 phase2": "min_batches grad_clip",
-        "control phase2": "phase2_epochs phase2_learning_rate phase2_batch_size dropout warmup_ratio patience weight_decay",
-        "phase2": "context_lr_scale gradient_sweeps token_dropout",
-        "": "phase val_quick_frac val_quick_every_n_batches device precision context_memory_mb compile attention "
-        "gpu_memory_fraction cache_dir save_checkpoint load_checkpoint checkpoint_dir save_every_n_batches save_min_seconds save_every_minutes "
-        "keep_last backup_dir backup_every_minutes max_minutes artifacts trackers",
-    }.items()
-    for name in names.split()
-}
-if missing := sorted(set(field_types()) - set(SHAPES)):
-    raise TypeError(f"SHAPES does not say what the setting '{missing[0]}' shapes: add it there")
-
-BATCHES = {
-    "phase1_batch_size",
-    "phase2_batch_size",
-    "min_batches",
-}  # may change until the last stage they shape is done
+SHAPES = {name: setting.shapes.split() for name, setting in settings_of(Config).items()}
+BATCHES = {name for name, setting in settings_of(Config).items() if setting.until_done}
 RESTORE = (
     "restore these settings, choose another --checkpoint_dir, or start afresh with --no-load_checkpoint."
 )

@@ -8,7 +8,7 @@ from helpers import run, stop_after
 
 import train
 from config import ResidualConfig
-from newllm.config import field_types
+from newllm.config import Config, settings_of
 from newllm.errors import UserError
 from newllm.report.record import find_records, read_record
 from newllm.report.status import read_status
@@ -69,7 +69,7 @@ def refused(config, **changes):
 def test_every_setting_says_what_it_shapes():
     """As the table here has it; one without a mark is missed, and one that is gone is too."""
     assert {name: "".join(map(LETTERS.get, marks)) or "-" for name, marks in SHAPES.items()} == MARKS
-    assert set(SHAPES) == set(field_types())
+    assert set(SHAPES) == set(settings_of(Config))
 
 
 def test_every_setting_that_shapes_a_stage_is_tried_below():

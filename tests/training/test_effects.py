@@ -6,7 +6,7 @@ import pytest
 
 import train
 from config import ResidualConfig
-from newllm.config import field_types
+from newllm.config import Config, settings_of
 from newllm.training.effects import batches_in_effect, training_samples, unused_lines, without_effect
 
 # Nothing that another setting says takes their effect away.
@@ -95,7 +95,7 @@ def test_every_setting_is_judged(base):
     for case in CASES.values():
         judged |= set(without_effect(ResidualConfig(**base | case), on_cpu=True, tokenizer="gpt2"))
     assert not judged & ALWAYS
-    assert judged | ALWAYS == set(field_types())
+    assert judged | ALWAYS == set(settings_of(Config))
     assert judged - {"num_samples"} == set(OTHER)
 
 
