@@ -1,4 +1,4 @@
-"""The values of a run, one a line: unit and why. Each is also a flag: `python3 train.py --num_samples 781`."""
+"""The values of a run, one a line: unit and why. Each is a flag too: `python3 train.py --num_samples 781`."""
 
 from newllm.config import Config
 
@@ -7,28 +7,20 @@ class ResidualConfig(Config):
     preset = "none"  # "seed": the published ancestor's network, 91,429,969 parameters
 
     # Data: token budget = num_samples * max_seq_length (50: 6.4k, 78: 10k, 195: 25k, 390: 50k, 781: 100k)
-    data_source = (
-        "auto"  # "ultrachat", "chitchat", a path, owner/name[:subset][@revision]; "auto": the first two
-    )
+    data_source = "auto"  # "ultrachat", "chitchat", a path, owner/name[:subset][@revision]; "auto": either
     data_split = ""  # split of a hub or saved dataset to train on; "": "train", or the only one
     data_column = ""  # column with the text or dialogue, or "prompt,response"; "": found by its name
-    tokenizer = (
-        "auto"  # "gpt2", "bpe" (trained here), "wordllama", a model; "auto": gpt2 or bpe, as embeddings ask
-    )
+    tokenizer = "auto"  # "gpt2", "bpe" (trained here), "wordllama", a model; "auto": gpt2 or bpe
     vocab_size = 4096  # ids of the "bpe" tokenizer, at most; a big table is wasted on few tokens
     num_samples = 50  # training samples
     num_tokens = 0  # training tokens; when > 0 it sets num_samples = num_tokens // max_seq_length
     max_seq_length = 128  # predictions per sample
     val_samples = 160  # held-out samples from other dialogues; 20k tokens keep perplexity within about 2 %
-    tune_share = (
-        0.0  # share of the training samples to validate on, to choose settings, instead of held-out ones
-    )
+    tune_share = 0.0  # share of the training samples to validate on, instead of held-out ones
     cache_dir = "cache"  # folder of tokenized data; may be a link to Google Drive
 
     # Model
-    model_type = (
-        "context"  # baselines: "gru", "lstm", "transformer"; controls: "window", "token" (that one alone)
-    )
+    model_type = "context"  # baselines: "gru", "lstm", "transformer"; controls: "window", "token"
     context_dim = 768  # width of the context c_t
     embed_dim = 768  # width of a token embedding
     num_layers = 6  # residual layers of the context map F
@@ -39,18 +31,14 @@ class ResidualConfig(Config):
 
     # Phase 1: the context
     phase = "both"  # "1" stops after Phase 1; run again with "both" to go on
-    phase1_max_iterations = (
-        10  # passes over all training samples; 0: Phase 2 starts from the untrained network
-    )
+    phase1_max_iterations = 10  # passes over the samples; 0: Phase 2 starts from the untrained network
     phase1_shuffle = False  # control: sweep over samples whose tokens are in random order
     phase1_convergence_threshold = 0.05  # below this squared change per dimension a token has converged
     phase1_min_converged_ratio = 0.95  # stop when this share of tokens has converged
     phase1_learning_rate = 0.002  # AdamW
     phase1_batch_size = 24  # samples per optimizer step; the regularizer wants 3 * context_dim tokens or more
     dist_reg = "logdet"  # distribution regularizer: "logdet", "covariance" or "dispersion"
-    dist_reg_weight = (
-        0.05  # 0: only fixed-point consistency (forgets fast), 1: only spread (slow to converge)
-    )
+    dist_reg_weight = 0.05  # 0: only fixed-point consistency (forgets), 1: only spread (converges slowly)
     context_noise = 0.0  # std of noise added to the contexts a sweep starts from
 
     # Phase 2: the language model
@@ -65,9 +53,7 @@ class ResidualConfig(Config):
     adapter_rank = 0  # rank of these additions; 0: by the device's memory, 4, 8 or 16
     gradient_sweeps = 3  # tokens back that fine-tuning's gradient reaches, a sweep each; 0: the whole sample
     dropout = 0.0  # on the head's inputs and hidden units
-    token_dropout = (
-        0.2  # share of the tokens that contexts in training do not see, others each time, unless frozen
-    )
+    token_dropout = 0.2  # share of the tokens that contexts in training do not see, others each time
     warmup_ratio = 0.1  # share of the steps with rising learning rate
     patience = 3  # epochs without a better validation loss before stopping early
     val_quick_frac = 0.1  # fixed share of the validation samples for checks within an epoch
@@ -96,7 +82,5 @@ class ResidualConfig(Config):
     backup_dir = ""  # second copies of the checkpoints, e.g. on Google Drive, made behind the run; "": none
     backup_every_minutes = 10.0  # least time between two rounds of such copies
     max_minutes = 0.0  # stop in good order, with a checkpoint, after this many minutes; 0: no limit
-    artifacts = (
-        True  # leave tables, pictures, a report page and the best model in a folder named after the data
-    )
+    artifacts = True  # leave tables, pictures, a page and the best model in a folder named after the data
     trackers = "none"  # live figures in "tensorboard", "trackio" or "wandb", which must be installed
