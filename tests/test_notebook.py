@@ -36,14 +36,14 @@ def test_it_is_stored_without_outputs():
         assert not cell.get("outputs") and cell.get("execution_count") is None and cell["metadata"] == {}
 
 
-def test_it_only_calls_what_the_readme_names():
+def test_it_only_calls_what_the_documents_name():
     """No training code in it: every command is one of the project's."""
-    readme = (ROOT / "README.md").read_text()
+    pages = "\n".join(page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
     commands = re.findall(r"^ *!(.*)", "\n".join(cells("code")), re.MULTILINE)
     assert len(commands) >= 10
     for command in commands:
         name = re.match(r"python3 (?:-m )?(\S+)", command)
-        assert (name and name[1] in readme) or command.startswith(("pip install -q -e .", "git clone")), (
+        assert (name and name[1] in pages) or command.startswith(("pip install -q -e .", "git clone")), (
             command
         )
     assert not re.search(r"\bimport (torch|newllm|train)\b|torch", "\n".join(cells("code")))
