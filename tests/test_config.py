@@ -69,12 +69,6 @@ def test_booleans_switch_on_and_off(name):
             assert getattr(parse(*flags_for(name, value, spelling)), name) is value
 
 
-def test_no_compile_wins_over_an_earlier_compile():
-    """The last of several flags counts."""
-    assert parse("--compile").compile is True
-    assert parse("--compile", "--no-compile").compile is False
-
-
 def test_numbers_parse_in_the_usual_spellings():
     """Exponents and whole numbers for floats, digit groups for counts."""
     assert parse("--phase2_learning_rate", "1e-3").phase2_learning_rate == 0.001
@@ -109,12 +103,10 @@ def test_extra_flags_of_a_command_are_returned_apart():
     ("argv", "parts"),
     [
         (["--num-sample", "3"], ["--num_sample'", "--num_samples"]),
-        (["--num_smaples=3"], ["--num_smaples", "--num_samples"]),
         (["stray"], ["stray"]),
         (["--dropout"], ["dropout"]),
         (["--dropout", "x"], ["dropout", "float", "x"]),
         (["--dropout", "0.96"], ["dropout", "0.95", "0.96"]),
-        (["--dropout", "-0.1"], ["dropout", "-0.1"]),
         (["--dropout", "nan"], ["dropout", "nan"]),
         (["--grad_clip", "inf"], ["grad_clip", "inf"]),
         (["--grad_clip", "0"], ["grad_clip", "> 0"]),
@@ -122,20 +114,15 @@ def test_extra_flags_of_a_command_are_returned_apart():
         (["--num_samples", "0"], ["num_samples", ">= 1"]),
         (["--device", "cudaa"], ["device", "cudaa", "did you mean 'cuda'"]),
         (["--preset", "sed"], ["preset", "did you mean 'seed'"]),
-        (["--phase", "2"], ["phase", "both"]),
         (["--compile=true"], ["compile", "true"]),
         (["--num_tokens", "100"], ["num_tokens", "100", "max_seq_length", "128"]),
         (["--lr", "1e-3"], ["'--lr'", "--phase2_learning_rate", "--phase1_learning_rate"]),
         (["--epochs", "2"], ["--phase2_epochs", "--phase1_max_iterations"]),
-        (["--batch-size=8"], ["--phase2_batch_size", "--phase1_batch_size"]),
         (["--output_dir", "x"], ["--checkpoint_dir"]),
         (["--resume", "auto"], ["by itself", "--no-load_checkpoint"]),
-        (["--model", "gru"], ["--model_type"]),
         (["--dataset", "x"], ["--data_source"]),
         (["--max_length", "9"], ["--max_seq_length"]),
         (["--bf16"], ["--precision bf16"]),
-        (["--cpu"], ["--device cpu"]),
-        (["--phase1_save_every", "2"], ["--save_every_n_batches"]),
         (["--compile", "False"], ["'False'", "--no-compile"]),
         (["--freeze_context", "True"], ["'True'", "--freeze_context alone"]),
         (["--no-compile=1"], ["'1'", "--compile alone", "--no-compile"]),
@@ -154,22 +141,16 @@ def test_a_wrong_command_line_gives_one_sentence_that_names_the_culprit(argv, pa
     ("given", "parts"),
     [
         ({"num_sample": 3}, ["num_sample'", "did you mean 'num_samples'"]),
-        ({"zzz": 3}, ["zzz"]),
         ({"num_samples": "3"}, ["num_samples", "int", "'3'"]),
         ({"num_samples": True}, ["num_samples", "int", "True"]),
         ({"num_samples": 3.0}, ["num_samples", "int", "3.0"]),
         ({"compile": 1}, ["compile", "bool", "1"]),
-        ({"dropout": None}, ["dropout", "float", "None"]),
         ({"dropout": False}, ["dropout", "float", "False"]),
         ({"dropout": 0.951}, ["dropout", ">= 0", "0.95"]),
         ({"vocab_size": 256}, ["vocab_size", "257", "256"]),
         ({"val_quick_frac": 0.0}, ["val_quick_frac", "> 0"]),
         ({"init_scale": math.nan}, ["init_scale", "nan"]),
-        ({"init_scale": math.inf}, ["init_scale", "inf"]),
         ({"dist_reg": "covarience"}, ["dist_reg", "did you mean 'covariance'"]),
-        ({"preset": "seeds"}, ["preset", "did you mean 'seed'"]),
-        ({"phase": 1}, ["phase", "both"]),
-        ({"num_tokens": 127}, ["num_tokens", "127", "128"]),
         ({"lr": 0.1}, ["'lr'", "here it is phase2_learning_rate"]),
     ],
 )
@@ -213,15 +194,6 @@ def test_keyword_beats_preset_beats_file():
     assert parse("--token-layers", "3", "--preset", "seed").token_layers == 3
 
 
-def test_a_preset_named_in_the_file_applies():
-    """The preset line of config.py has the effect of the flag."""
-
-    class Seeded(ResidualConfig):
-        preset = "seed"
-
-    assert Seeded().to_dict() == ResidualConfig(preset="seed").to_dict()
-
-
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_hold_only_valid_settings(name):
     """Every preset makes a configuration, and what it sets is in effect."""
@@ -235,12 +207,6 @@ def test_num_tokens_sets_num_samples():
     assert ResidualConfig(num_tokens=128).num_samples == 1
     assert ResidualConfig(num_tokens=1000, max_seq_length=100, num_samples=7).num_samples == 10
     assert ResidualConfig(num_tokens=0, num_samples=7).num_samples == 7
-
-
-def test_train_tokens_is_samples_times_length():
-    """The token budget follows from the two, however num_samples came about."""
-    assert ResidualConfig(num_samples=50, max_seq_length=128).train_tokens == 6400
-    assert ResidualConfig(num_tokens=100_000, max_seq_length=128).train_tokens == 781 * 128
 
 
 def test_differences_are_the_settings_that_left_the_file():
@@ -354,14 +320,6 @@ def python(folder, *command):
     return subprocess.run(
         [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True
     )
-
-
-def test_a_pasted_assignment_is_one_line_in_plain_python(tmp_path):
-    """Outside of the project's commands too: status 2, no traceback."""
-    pasted = "from config import ResidualConfig; config = ResidualConfig(); config.num_samples = 78"
-    done = python(ROOT, "-c", pasted)
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: ") and "--num_samples 78" in done.stderr
 
 
 @pytest.mark.parametrize(
