@@ -55,8 +55,7 @@ class Texts:
     def remarks(self):
         """What to say about the last reading: nothing, or a line, which warns if half of it was empty."""
         loud = "warning: " if 2 * self.empty >= self.seen else ""
-        line = f"{loud}data: {self.empty:,} {self.what} left out, of {self.seen:,}: no text in them, or null"
-        return [line] if self.empty else []
+        return [f"{loud}data: {self.empty:,} {self.what} left out, of {self.seen:,}"] if self.empty else []
 
 
 @dataclass(frozen=True)
@@ -79,11 +78,7 @@ def open_corpus(source, split="", column=""):
 
 
 def available(corpus, source):
-    """The corpus once the hub has given it; of "auto" otherwise the embedded one, whose note says why.
-
-    Raises:
-        UserError: the hub cannot give it, or it has no such split.
-    """
+    """The corpus, which the hub has given, or for "auto" the embedded one; raises UserError if neither is had."""
     try:
         corpus.reach()
         return corpus
@@ -152,9 +147,7 @@ def _one_list(name, identity, note, texts, remarks=()):
     def kept():
         found = list(texts())
         if not found:
-            raise UserError(
-                f"{name} holds no dialogues, but {texts.empty:,} empty ones: take another data_source."
-            )
+            raise UserError(f"{name} holds no dialogues, but {texts.empty:,} empty ones: take other data.")
         return found
 
     return Corpus(
@@ -220,9 +213,8 @@ def _named_on_hub(source, dataset, subset, revision, split, column):
             raise _not_had(source, reason) from reason
     named = f"{dataset}:{subset}" if subset else dataset
     identity = _with_column(f"{named}@{commit}:{split or 'train'}", column)
-    return _hub(
-        _fit_name(named), identity, f"data: {named}@{commit}", (dataset, subset, commit), split, column
-    )
+    note = f"data: {named}@{commit}"
+    return _hub(_fit_name(named), identity, note, (dataset, subset, commit), split, column)
 
 
 def _hub(name, identity, note, dataset, split, column):
@@ -307,15 +299,13 @@ def _saved(path, split, column):
     try:
         splits = datasets.load_from_disk(str(path), keep_in_memory=False)
     except Exception as error:
-        raise UserError(
-            f"{path} is no readable saved dataset ({hub.describe(error)}); save it again."
-        ) from error
+        why = hub.describe(error)
+        raise UserError(f"{path} is no readable saved dataset ({why}); save it again.") from error
     splits = splits if isinstance(splits, dict) else {"train": splits}
     train, other = _choose_splits(splits, split, path)
     used = [train, other] if other else [train]
-    identity = _digest_of(
-        [[_digest(Path(file["filename"])) for file in splits[name].cache_files] for name in used]
-    )
+    files = [[file["filename"] for file in splits[name].cache_files] for name in used]
+    identity = _digest_of([[_digest(file) for file in of_split] for of_split in files])
     count = len(splits[train])
     backwards = range(count)[::-1]
 
@@ -353,9 +343,12 @@ def _files(path, split, column):
     note = f"data: {path} ({f'{len(files)} files, ' if folder else ''}sha256 {identity[:12]})"
     unread = [file.name for file in found if file not in files]
     remarks = [f"data: of {path} not read: {', '.join(unread)}"] if unread else []
-    texts = Texts(
-        lambda: (row for file in files for row in read_rows(file)), f"empty dialogues of {name}", column
-    )
+
+    def rows():
+        for file in files:
+            yield from read_rows(file, column)
+
+    texts = Texts(rows, f"empty dialogues of {name}", column)
     return _one_list(name, _with_column(f"sha256:{identity}", column), note, texts, remarks)
 
 

@@ -1,7 +1,7 @@
 """Rows of data files of any kind, and the one rendering of a row as a text.
 
 Lines, JSON and csv are read here: the readers of `datasets` make times of texts that look like times, null of
-keys that a row lacks, and their messages name no file. Parquet and arrow are read by `datasets`.
+keys that a row lacks, and their messages name no file. Of parquet, that one reads every column, however large.
 """
 
 import codecs
@@ -28,6 +28,7 @@ COLUMNS = (  # where a row may hold its dialogue, in order of preference
     ("question", "answer"),
 )
 SHAREGPT = {"human": "User", "gpt": "Assistant"}
+BATCH = 256  # rows of a table in memory at once
 
 
 def render(row, where, column=""):
@@ -45,7 +46,7 @@ def render(row, where, column=""):
     Raises:
         UserError: none of these, or of another type, or text that is no valid Unicode.
     """
-    wanted = [tuple(name.strip() for name in column.split(","))] if column else COLUMNS
+    wanted = [_names_in(column)] if column else COLUMNS
     keys = list(row) if isinstance(row, dict) else []
     there = [names for names in wanted if all(name in keys for name in names)]
     if not there:
@@ -66,6 +67,10 @@ def render(row, where, column=""):
             "pair of texts, or a list of texts or of objects with role and content or from and value."
         ) from None
     return text
+
+
+def _names_in(column):
+    return tuple(name.strip() for name in column.split(","))
 
 
 def _dialogue(row, names, chosen):
@@ -109,14 +114,14 @@ def _text(value):
 # Files
 
 
-def read_rows(path):
-    """Pairs of (place, row) of a data file of any kind.
+def read_rows(path, column=""):
+    """Pairs of (place, row) of a data file of any kind, with at least the columns that `render` needs.
 
     Raises:
         UserError: malformed content, with the line it is in where that is known.
     """
     if path.suffix in (".parquet", ".arrow"):
-        rows = _table_rows(path)
+        rows = _table_rows(path, column)
     elif path.suffix in (".csv", ".tsv"):
         rows = _csv_rows(path)
     elif path.suffix == ".txt":
@@ -148,18 +153,31 @@ def _lines(path):
         ) from error
 
 
-def _table_rows(path):
-    import datasets
-
+def _table_rows(path, column):
     kind = path.suffix[1:]
     try:
-        yield from datasets.load_dataset(
-            kind, data_files=glob.escape(str(path)), split="train", streaming=True
-        )
+        if kind == "parquet":
+            yield from _parquet_rows(path, _names_in(column) if column else ())
+        else:
+            import datasets
+
+            file = glob.escape(str(path))
+            yield from datasets.load_dataset("arrow", data_files=file, split="train", streaming=True)
     except Exception as error:
-        raise UserError(
-            f"{path} is no readable {kind} file ({hub.describe(error)}); write it again."
-        ) from error
+        why = hub.describe(error)
+        raise UserError(f"{path} is no readable {kind} file ({why}); write it again.") from error
+
+
+def _parquet_rows(path, chosen):
+    """Rows with the columns in need, or with all, to be listed, if these are not there."""
+    import pyarrow.parquet
+
+    wanted = chosen or {name for names in COLUMNS for name in (*names, "input")}
+    with pyarrow.parquet.ParquetFile(path) as file:
+        there = [name for name in file.schema_arrow.names if name in wanted]
+        needed = there if there and set(chosen) <= set(there) else None
+        for batch in file.iter_batches(BATCH, columns=needed):
+            yield from batch.to_pylist()
 
 
 def _csv_rows(path):

@@ -114,18 +114,9 @@ def settings(tmp_path):
 
     def make(**changes):
         values = dict(
-            data_source="auto",
-            data_split="",
-            data_column="",
-            tokenizer="bpe",
-            embeddings="random",
-            vocab_size=300,
-            num_samples=5,
-            val_samples=3,
-            max_seq_length=8,
-            tune_share=0.0,
-            cache_dir=str(tmp_path / "cache"),
-        )
+            data_source="auto", data_split="", data_column="", tokenizer="bpe", embeddings="random", vocab_size=300,
+            num_samples=5, val_samples=3, max_seq_length=8, tune_share=0.0, cache_dir=str(tmp_path / "cache"),
+        )  # fmt: skip
         return SimpleNamespace(**values | changes)
 
     return make

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import subprocess
-import sys
 
 import datasets
 import huggingface_hub
@@ -13,37 +11,26 @@ from fakes import COMMIT, NO_NETWORK, TIMEOUT, Rows, dialogue, http_error, httpx
 
 from newllm.data import dialogues, hub
 from newllm.data.dialogues import HELD_OUT_EVERY, ULTRACHAT, ULTRACHAT_REVISION, open_corpus
-from newllm.data.samples import load_data
 
 GATED, MISSING = huggingface_hub.errors.GatedRepoError, huggingface_hub.errors.RepositoryNotFoundError
 NO_REVISION = huggingface_hub.errors.RevisionNotFoundError
 
 
-@pytest.mark.parametrize("source", ["", "ultrachatt", "/no/such/file.jsonl", "x" * 5000, "me/other.jsonl"])
-def test_unknown_source_is_refused(source, asked):
-    """With the choices there are; a missing file is not looked for on the hub."""
-    text = message_of(open_corpus, source)
-    assert (
-        "is neither one of auto, ultrachat, chitchat nor an existing file or folder" in text and asked == []
-    )
-
-
-@pytest.mark.parametrize("source", ["auto", "ultrachat", "chitchat"])
-def test_a_named_source_has_no_choice_of_split_or_column(source, asked, settings):
-    """Said before a cache is looked into or the hub is asked."""
-    for choice in (dict(data_split="train"), dict(data_column="text")):
-        text = message_of(load_data, settings(data_source=source, **choice))
-        assert (
-            text.startswith(f"data_source '{source}' has no choice of data_split or data_column")
-            and not asked
-        )
-
-
-def test_a_choice_that_a_source_does_not_have_is_refused(talk):
-    assert message_of(open_corpus, talk, "train") == f"{talk} has no splits: leave out data_split."
-    assert "one name or two" in message_of(open_corpus, talk, "", "a,b,c")
-    for column in (",b", "a,", " "):
-        assert f"{talk} line 1 has no {column}" in message_of(open_corpus(talk, "", column).train)
+@pytest.mark.parametrize(
+    "choice, words",
+    [
+        *(((source,), "nor an existing file or") for source in ("", "ultrachatt", "/no/file", "x" * 5000, "me/a.jsonl")),
+        *(((source, "train"), "no choice of data_split") for source in ("auto", "ultrachat", "chitchat")),
+        (("auto", "", "text"), "has no choice of data_split or data_column: leave them out."),
+        (("TALK", "train"), "TALK has no splits: leave out data_split."),
+        (("TALK", "", "a,b,c"), "data_column is one name or two"),
+        *((("TALK", "", column), f"TALK line 1 has no {column}") for column in (",b", "a,", " ")),
+    ],
+)  # fmt: skip
+def test_a_choice_that_there_is_not_is_refused(choice, words, talk, asked):
+    """Before the hub is asked: neither for a missing file nor for what a named source does not have."""
+    text = message_of(lambda: next(open_corpus(*(part.replace("TALK", talk) for part in choice)).train()))
+    assert words.replace("TALK", talk) in text and asked == []
 
 
 # The embedded corpus
@@ -115,16 +102,6 @@ def test_what_exists_here_is_no_hub_dataset(write_jsonl, tmp_path, monkeypatch, 
     assert list(open_corpus("me/talk").train()) == ["mine"] and asked == []
 
 
-def test_rows_that_the_library_streams_are_read(publish, tmp_path):
-    """From parquet files, in the types it gives."""
-    turns = [{"conversations": [{"from": "human", "value": f"{number}"}]} for number in range(3)]
-    datasets.Dataset.from_list(turns).to_parquet(str(tmp_path / "a.parquet"))
-    files = {"train": str(tmp_path / "a.parquet"), "test": str(tmp_path / "a.parquet")}
-    publish(**load_dataset("parquet", data_files=files, streaming=True))
-    corpus = open_corpus("me/talk")
-    assert list(corpus.train()) == list(corpus.held_out()) == ["User: 0", "User: 1", "User: 2"]
-
-
 @pytest.mark.parametrize(
     "names, split, train, held_out",
     [
@@ -138,21 +115,14 @@ def test_rows_that_the_library_streams_are_read(publish, tmp_path):
     ],
 )
 def test_the_split_that_is_held_out(publish, names, split, train, held_out):
-    """Of the same kind as the training split if there is one; a remark says which."""
+    """Of the same kind as the training split if there is one, else every 20th row; a remark says which."""
     publish(**{name: rows(name) for name in names})
-    corpus = open_corpus("me/talk", split)
-    assert next(corpus.train()) == texts(train, [0])[0]
-    assert next(corpus.held_out()) == texts(held_out or train, [0 if held_out else HELD_OUT_EVERY - 1])[0]
-    rest = f"split {held_out}" if held_out else "every 20th row, as there is no split test or validation"
-    assert corpus.remarks() == [f"data: trains on split {train}, holds out {rest}"]
-
-
-def test_a_single_split_is_divided_row_by_row(publish):
-    """Every 20th row is held out, the others train."""
-    publish(train=rows("train", 100))
-    corpus, held_out = open_corpus("me/talk"), range(HELD_OUT_EVERY - 1, 100, HELD_OUT_EVERY)
-    assert list(corpus.train()) == texts("train", [n for n in range(100) if n not in held_out])
-    assert list(corpus.held_out()) == texts("train", held_out)
+    corpus, some = open_corpus("me/talk", split), range(HELD_OUT_EVERY - 1, 40, HELD_OUT_EVERY)
+    rest = range(40) if held_out else [number for number in range(40) if number not in some]
+    assert list(corpus.train()) == texts(train, rest)
+    assert list(corpus.held_out()) == texts(held_out or train, range(40) if held_out else some)
+    other = f"split {held_out}" if held_out else "every 20th row, as there is no split test or validation"
+    assert corpus.remarks() == [f"data: trains on split {train}, holds out {other}"]
 
 
 def test_what_shapes_the_data_is_its_identity(publish):
@@ -163,27 +133,17 @@ def test_what_shapes_the_data_is_its_identity(publish):
         ("me/talk", "other"),
         ("me/talk", "", "messages"),
         ("me/talk:en",),
-        ("me/talk@" + "1" * 40,),
+        (f"me/talk@{'1' * 40}",),
     ]
-    assert open_corpus("me/talk", "train").identity == open_corpus("me/talk").identity
     assert len({open_corpus(*choice).identity for choice in choices}) == 5
+    assert open_corpus("me/talk", "train").identity == open_corpus("me/talk").identity
 
 
-def test_columns_of_hub_rows(publish):
-    """A pair by name or by choice; a row without them is named with its columns."""
-    publish(
-        train=Rows([dict(question="why?", answer="so", essay=["one", "two"])] * 2), test=Rows([dict(a=1)])
-    )
-    for column, text in (
-        ("", "User: why?\nAssistant: so"),
-        ("essay", "User: one\nAssistant: two"),
-        ("answer", "so"),
-    ):
-        assert next(open_corpus("me/talk", "", column).train()) == text
+def test_a_row_of_the_hub_without_the_columns_is_named(publish):
+    publish(train=Rows([dict(question="why?", essay=["one"])]), test=Rows([dict(a=1)]))
+    assert next(open_corpus("me/talk", "", "essay").train()) == "User: one"
     text = message_of(next, open_corpus("me/talk", "", "story").train())
-    assert text.startswith("me/talk train row 1 has no story") and text.endswith(
-        "keys: question, answer, essay."
-    )
+    assert text.startswith("me/talk train row 1 has no story") and text.endswith("its keys: question, essay.")
     assert "me/talk test row 1 has no messages" in message_of(next, open_corpus("me/talk").held_out())
 
 
@@ -211,38 +171,25 @@ def test_a_missing_subset_lists_those_there_are(tmp_path, monkeypatch, answers, 
 
 
 def test_a_prepared_hub_dataset_needs_no_network(tmp_path, asked):
-    """As `datasets` keeps it: names in snake case, splits in several files; another commit or subset is not taken."""
-    folder = tmp_path / "hub" / "me___my_talk" / "en" / "0.0.0" / COMMIT
-    folder.mkdir(parents=True)
-    files = {"train-00000-of-00002": range(2), "train-00001-of-00002": range(2, 4), "test": range(2)}
-    for name, numbers in files.items():
-        table = datasets.Dataset.from_list([dialogue(f"{name.split('-')[0]} {number}") for number in numbers])
-        with datasets.arrow_writer.ArrowWriter(path=str(folder / f"my_talk-{name}.arrow")) as writer:
-            writer.write_table(table.data.table)
-            writer.finalize()
-    corpus = open_corpus(f"me/MyTalk:en@{COMMIT}")
-    assert list(corpus.train()) == texts("train", range(4)) and list(corpus.held_out()) == texts(
-        "test", range(2)
-    )
-    assert asked == []
-    for other in (f"me/MyTalk@{COMMIT}", "me/MyTalk:en@" + "1" * 40):
-        assert "cannot be had from the Hugging Face hub" in message_of(open_corpus, other)
-
-
-def test_prepared_ultrachat_needs_no_network(tmp_path, small_chitchat):
-    """Under the very names that the library gives it."""
+    """Under the names that the library gives it, in several files; another commit or subset is not taken."""
     from datasets.packaged_modules.parquet.parquet import Parquet
 
     files = {}
-    for split in ("train_sft", "test_sft"):
+    for split, count in (("train", 4000), ("test", 3)):
         files[split] = str(tmp_path / f"{split}.parquet")
-        datasets.Dataset.from_list(rows(split, 3)).to_parquet(files[split])
-    builder = Parquet(dataset_name=ULTRACHAT.split("/")[1], hash=ULTRACHAT_REVISION, data_files=files)
-    builder.repo_id = ULTRACHAT  # afterwards, because the files of this stand-in are local
-    folder = tmp_path / "hub" / "HuggingFaceH4___ultrachat_200k" / "default" / "0.0.0" / ULTRACHAT_REVISION
-    builder.download_and_prepare(output_dir=str(folder))
-    assert open_corpus("auto").name == "ultrachat"
-    assert list(open_corpus("ultrachat").held_out()) == texts("test_sft", range(3))
+        datasets.Dataset.from_list(rows(split, count)).to_parquet(files[split], batch_size=1000)
+    builder = Parquet(dataset_name="my_talk", hash=COMMIT, data_files=files)
+    builder.repo_id = "me/MyTalk"  # afterwards, because the files of this stand-in are local
+    folder = tmp_path / "hub" / "me___my_talk" / "default" / "0.0.0" / COMMIT
+    builder.download_and_prepare(output_dir=str(folder), max_shard_size="100KB")
+    assert len(list(folder.glob("my_talk-train-*-of-*.arrow"))) > 1
+    corpus = open_corpus(f"me/MyTalk@{COMMIT}")
+    assert list(corpus.train()) == texts("train", range(4000)) and list(corpus.held_out()) == texts(
+        "test", range(3)
+    )
+    assert asked == []
+    for other in (f"me/MyTalk:en@{COMMIT}", "me/MyTalk@" + "1" * 40):
+        assert "cannot be had from the Hugging Face hub" in message_of(open_corpus, other)
 
 
 # A hub that fails
@@ -464,17 +411,7 @@ def test_empty_dialogues_are_dropped_and_counted(write_jsonl):
     """Of which there are many, it is a warning."""
     good = [{"text": letter} for letter in "abcd"]
     source = open_corpus(str(write_jsonl([{"text": " "}, *good, {"data": []}, {"text": None}])))
-    said = "data: 3 empty dialogues of talk left out, of 7: no text in them, or null"
+    said = "data: 3 empty dialogues of talk left out, of 7"
     assert source.size() == 4 and source.remarks() == [said]
     source = open_corpus(str(write_jsonl([{"text": "a"}, {"messages": None}])))
     assert source.size() == 1 and source.remarks()[0].startswith("warning: data: 1 empty dialogues of talk")
-
-
-def test_importing_the_data_layer_is_light():
-    """Heavy libraries are imported where they are used."""
-    code = (
-        "import json, sys, newllm.data.samples;"
-        "print([name for name in ('datasets', 'transformers', 'tokenizers', 'pandas') if name in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
