@@ -78,7 +78,7 @@ def open_corpus(source, split="", column=""):
 
 
 def available(corpus, source):
-    """The corpus, which the hub has given, or for "auto" the embedded one; raises UserError if neither is had."""
+    """The corpus, once the hub has given it, else for "auto" the embedded one; else raises UserError."""
     try:
         corpus.reach()
         return corpus

@@ -1,7 +1,7 @@
 """Rows of data files of any kind, and the one rendering of a row as a text.
 
-Lines, JSON and csv are read here: the readers of `datasets` make times of texts that look like times, null of
-keys that a row lacks, and their messages name no file. Of parquet, that one reads every column, however large.
+Most files are read here: the readers of `datasets` make times of texts that look like times and null of keys
+that a row lacks, read columns of parquet that nobody needs, and their messages name no file.
 """
 
 import codecs

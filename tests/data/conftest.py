@@ -1,4 +1,4 @@
-"""A machine without network and with an empty Hugging Face cache; small corpora; the settings the data layer reads."""
+"""A machine without network and with an empty hub cache; small corpora; the settings of the data layer."""
 
 import json
 from types import SimpleNamespace
@@ -59,7 +59,7 @@ def no_network(monkeypatch, tmp_path, answers, asked, slept):
 
 @pytest.fixture
 def publish(monkeypatch, answers):
-    """Function that puts a dataset with these splits (name: Rows) on a reachable hub; gives what it is opened with."""
+    """Function that puts splits (name: Rows) on a reachable hub; gives what they are opened with."""
 
     def on_hub(**splits):
         answers[:], opened = [None], []
@@ -114,8 +114,9 @@ def settings(tmp_path):
 
     def make(**changes):
         values = dict(
-            data_source="auto", data_split="", data_column="", tokenizer="bpe", embeddings="random", vocab_size=300,
-            num_samples=5, val_samples=3, max_seq_length=8, tune_share=0.0, cache_dir=str(tmp_path / "cache"),
+            data_source="auto", data_split="", data_column="", tokenizer="bpe", embeddings="random",
+            vocab_size=300, num_samples=5, val_samples=3, max_seq_length=8, tune_share=0.0,
+            cache_dir=str(tmp_path / "cache"),
         )  # fmt: skip
         return SimpleNamespace(**values | changes)
 

@@ -1,4 +1,4 @@
-"""What tests of the data layer share: a hub's answers and rows, dialogues, and whether a refusal is one sentence."""
+"""What tests of the data layer share: a hub's answers and rows, dialogues, refusals of one sentence."""
 
 import importlib
 import importlib.util

@@ -1,4 +1,4 @@
-"""Sources of dialogues: hub datasets, the embedded corpus, files, saved datasets; and what becomes of a hub that fails."""
+"""Sources of dialogues: the hub, the embedded corpus, saved datasets, files; and a hub that fails."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ NO_REVISION = huggingface_hub.errors.RevisionNotFoundError
 @pytest.mark.parametrize(
     "choice, words",
     [
-        *(((source,), "nor an existing file or") for source in ("", "ultrachatt", "/no/file", "x" * 5000, "me/a.jsonl")),
+        *(((name,), "nor an existing file") for name in ("", "ultrachatt", "/no/file", "x" * 5000, "me/a.jsonl")),
         *(((source, "train"), "no choice of data_split") for source in ("auto", "ultrachat", "chitchat")),
         (("auto", "", "text"), "has no choice of data_split or data_column: leave them out."),
         (("TALK", "train"), "TALK has no splits: leave out data_split."),
@@ -37,7 +37,7 @@ def test_a_choice_that_there_is_not_is_refused(choice, words, talk, asked):
 
 
 def test_chitchat_turns_are_joined_and_alternate(small_chitchat):
-    """First sender is the user; the texts of a turn are one message; what nobody answered is left out and counted."""
+    """First sender is the user; a turn's texts are one message; what nobody answered is left out, counted."""
     source = open_corpus("chitchat")
     assert source.identity == "chitchat-dataset==0.9.0" and source.size() == 30
     assert next(source.train()) == "User: hello number 0\nAssistant: hi"
@@ -82,7 +82,7 @@ def test_ultrachat_streams_its_official_splits(publish, source):
     ],
 )
 def test_a_hub_dataset_is_named_with_subset_and_revision(publish, asked, source, revision, subset):
-    """The hub says which commit the revision is, that very commit is streamed, and the note names it for next time."""
+    """The hub tells the commit of the revision, which is streamed; the note names it for the next time."""
     opened = publish(train=rows("train"), test=rows("test"))
     corpus = open_corpus(source)
     assert asked[0].endswith(f"/api/datasets/me/talk/revision/{revision}")
@@ -210,7 +210,7 @@ def test_a_prepared_hub_dataset_needs_no_network(tmp_path, asked):
     ],
 )
 def test_unreachable_hub(small_chitchat, answers, slept, answer, reason, naps):
-    """ "auto" takes the embedded corpus and says so; a dataset by name stops with the reason and the way out."""
+    """For "auto" the embedded corpus, said so; a dataset by name stops with the reason and the way out."""
     answers[:] = [answer]
     source = open_corpus("auto")
     assert source.name == "chitchat" and slept == [1.0, 2.0, 4.0][:naps]
@@ -280,7 +280,7 @@ def test_a_stream_that_breaks_is_an_error(publish, error, reason):
 
 @pytest.fixture
 def save(tmp_path):
-    """Function that saves splits of dialogues (name: how many), without splits if named "alone", and gives the folder."""
+    """Function that saves splits (name: how many dialogues), or one named "alone", and gives the folder."""
 
     def to_disk(folder, **splits):
         made = {name: datasets.Dataset.from_list(rows(name, count)) for name, count in splits.items()}
@@ -336,7 +336,7 @@ def test_empty_rows_are_counted_as_they_are_met(tmp_path):
 
 
 def test_the_identity_of_a_saved_dataset_is_its_content(save):
-    """Of the splits in use: another folder or an unused split keeps it, other rows, roles or columns change it."""
+    """Another folder or an unused split keeps it; other rows in use, roles or columns change it."""
     default = open_corpus(save("a", train=5, test=3)).identity
     assert open_corpus(save("b", train=5, test=3, more=2)).identity == default
     assert open_corpus(save("a", train=5, test=3), "train").identity == default

@@ -39,7 +39,7 @@ class Letters:
     ids=["long", "short", "of L+1 and L ids", "unfilled"],
 )
 def test_packing_by_hand(texts, count, length, samples, first, taken):
-    """The first L+1 ids; behind a short dialogue the end and the next one, whose rest is left out; never padding."""
+    """The first L+1 ids; behind a short dialogue the end and the next one, cut off; never padding."""
     ids, indices, digests = pack(enumerate(texts), Letters(), count, length)
     assert (ids.tolist(), indices.tolist(), len(digests)) == (samples, first, taken)
 
@@ -135,7 +135,7 @@ def test_held_out_samples_are_the_same_for_every_budget(settings, talk, monkeypa
 
 
 def test_training_text_that_is_also_held_out_is_skipped(settings, write_jsonl):
-    """By content: copies of held-out dialogues at the front are left out, counted, and unseen by the tokenizer."""
+    """By content: copies of held-out dialogues are left out, counted, and unseen by the tokenizer."""
     dialogues = [dialogue(f"this is dialogue number {n}") for n in range(12)]
     path = str(write_jsonl([dialogues[11], dialogues[0], dialogues[10], *dialogues[1:]]))
     data = load_data(settings(data_source=path, max_seq_length=4))
@@ -159,7 +159,7 @@ def test_too_few_dialogues_are_one_sentence(settings, talk, publish, changes):
 
 
 def test_stream_reads_only_what_is_needed(settings, publish):
-    """A break behind the last dialogue in use is never met; an earlier one leaves neither data nor a cache file."""
+    """A break behind the last dialogue in use is never met; an earlier one leaves no data and no file."""
     train, test = rows("train"), rows("test")
     train.insert(5, AssertionError("read too far"))
     test.insert(3, AssertionError("read too far"))
@@ -181,7 +181,7 @@ def test_embedded_corpus_from_end_to_end(settings, small_chitchat):
 
 
 def test_a_share_of_the_training_samples_takes_the_place_of_the_held_out_ones(settings, talk):
-    """For choosing settings: no held-out sample is seen, the rest trains, and the identity of the data is another."""
+    """For choosing settings: no held-out sample is seen, the rest trains, the fingerprint is another."""
     whole, tuning = (
         load_data(settings(data_source=talk, num_samples=6, tune_share=share)) for share in (0, 0.3)
     )
@@ -267,7 +267,7 @@ def test_changed_file_or_library_is_a_miss(settings, write_jsonl, talk, cached, 
 
 
 def test_no_bit_flip_and_no_truncation_of_a_cache_file_is_read(cached):
-    """200 random bits and 7 lengths, where the cache is read: nothing comes back, and there is a reason to tell."""
+    """200 random bits and 7 lengths, where the cache is read: nothing comes back, with a reason."""
     _, path, whole = cached
     source = random.Random(0)
     for content in [flipped(whole, source) for _ in range(200)] + truncated(whole):
@@ -279,7 +279,7 @@ def test_no_bit_flip_and_no_truncation_of_a_cache_file_is_read(cached):
 
 
 def test_a_damaged_or_foreign_cache_file_is_rebuilt(settings, talk, cached, tmp_path):
-    """The same accidents from end to end: identical ids, one line, a hit the next time; a pickle is not executed."""
+    """The same accidents from end to end: identical ids, one line, then a hit; no pickle is executed."""
     first, path, whole = cached
     source = random.Random(1)
     harms = [lambda content=content: path.write_bytes(content) for content in truncated(whole)[::3]]
@@ -308,10 +308,10 @@ def test_unwritable_cache_is_said(settings, talk, monkeypatch):
 
 
 def test_two_builders_give_one_valid_file(settings, talk):
-    """Two processes at once, with other hash seeds: one file, one data set. Heavy libraries are not imported in vain."""
+    """Two processes at once, with other hash seeds: one file, one data set. Imports are light."""
     code = (
         "import sys; from types import SimpleNamespace; from newllm.data.samples import load_data;"
-        "print([name for name in ('datasets', 'transformers', 'tokenizers', 'pandas') if name in sys.modules]);"
+        "print({'datasets', 'transformers', 'tokenizers', 'pandas'} & set(sys.modules));"
         f"print(load_data(SimpleNamespace(**{vars(settings(data_source=talk))!r})).fingerprint)"
     )
     running = []
@@ -320,11 +320,11 @@ def test_two_builders_give_one_valid_file(settings, talk):
         running.append(subprocess.Popen([sys.executable, "-c", code], **options))
     prints = {process.communicate()[0] for process in running}
     data = load_data(settings(data_source=talk))
-    assert prints == {f"[]\n{data.fingerprint}\n"} and data.cache_hit and len(cache_files(settings)) == 1
+    assert prints == {f"set()\n{data.fingerprint}\n"} and data.cache_hit and len(cache_files(settings)) == 1
 
 
 def test_cached_ultrachat_needs_no_network(settings, publish, answers, asked):
-    """The pinned revision is its identity, so the hub is not asked; by its name on the hub it is data of its own."""
+    """Its revision is pinned, so the hub is not asked; by its name on the hub it is data of its own."""
     publish(train_sft=rows("train"), test_sft=rows("test"))
     first = load_data(settings())
     named = settings(data_source=ULTRACHAT_IDENTITY.partition(":")[0], data_split="train_sft")
@@ -353,7 +353,7 @@ def test_damaged_ultrachat_cache_offline_is_said(settings, publish, answers, sma
 
 
 def test_cached_hub_data_is_had_without_the_hub(publish, answers, asked, settings):
-    """By its full commit nothing is asked; by another revision the hub tells the commit and nothing is opened."""
+    """By its full commit nothing is asked; by another revision the hub tells that, and nothing is opened."""
     opened = publish(train=rows("train"), test=rows("test"))
     first = load_data(settings(data_source="me/talk"))
     second = load_data(settings(data_source="me/talk"))

@@ -1,4 +1,4 @@
-"""Tokenizers trained here, GPT-2's, and those of pretrained models: every text back byte by byte, or one sentence."""
+"""Tokenizers trained here, GPT-2's, pretrained models': every text back byte by byte, or one sentence."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ read_package = tokens._read_package  # the original, for tests that hide it
 
 
 def sentencepiece():
-    """Spelled as Llama's: spaces as U+2581, one put before a text, bytes as <0x00>, a start added; normalized."""
+    """As Llama's: spaces as U+2581, one put before a text, bytes as <0x00>, a start added; normalized."""
     spellings = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     spellings += ["\u2581", "h", "e", "l", "o", "he", "hel", "\u2581hel"]
     ids = {token: number for number, token in enumerate(spellings)}
@@ -99,7 +99,7 @@ def tokenizer(request, bpe, tmp_path_factory):
 
 
 def test_texts_come_back_and_their_bytes_are_counted(tokenizer):
-    """Nothing is put before a text, normalized or added; a literal end of text is text, as a user must not end one."""
+    """Nothing is put before a text, normalized or added; a literal end of text is text."""
     sizes = tokenizer.token_bytes()
     assert sizes.shape == (tokenizer.vocab_size,) and str(sizes.dtype) == "torch.int32"
     ids = tokenizer.encode_batch(TEXTS)
@@ -115,7 +115,7 @@ def test_texts_come_back_and_their_bytes_are_counted(tokenizer):
 
 
 def test_any_stream_of_ids_is_the_text_that_is_decoded(tokenizer):
-    """1,000 random streams, about half of single bytes, one by one as at once; half a character at the end is U+FFFD."""
+    """1,000 random streams, one id by one as at once; half a character at the end is U+FFFD."""
     source = random.Random(0)
     for _ in range(1000):
         largest = source.choice((min(300, tokenizer.vocab_size), tokenizer.vocab_size))
@@ -162,7 +162,7 @@ def test_training_takes_long_words_in_pieces_and_of_a_long_text_the_beginning(mo
 
 @needs_gpt2
 def test_gpt2_is_the_official_one_on_both_roads(monkeypatch, tmp_path, no_package):
-    """The hub's tokenizer.json, with merges in the old or the new spelling, equals the package's; another is refused."""
+    """The hub's file, with merges spelled the old or the new way, equals the package's, or is refused."""
     ids, merges = read_package()
     monkeypatch.setattr(
         huggingface_hub, "hf_hub_download", lambda *args, **options: str(tmp_path / "tokenizer.json")
@@ -259,7 +259,7 @@ def unigram():
     ],
 )
 def test_a_tokenizer_that_does_not_fit_is_refused(make, special, words, tmp_path):
-    """One that changes texts, as its tokens cannot be counted in bytes; one without an end to put between dialogues."""
+    """One that changes texts, whose bytes cannot be counted; one without an end to put between dialogues."""
     assert words in message_of(choose_tokenizer, str(save(make(), tmp_path, **special)))
 
 
