@@ -68,8 +68,6 @@ def _causes(error):
 def probe(path):
     """The hub's description (a dict; `sha`: commit) of `path`, such as "api/datasets/OWNER/NAME".
 
-    To be asked before a library with long retries is.
-
     Raises:
         Unreachable: offline mode, no connection within seconds, or an answer that is not the thing.
     """
@@ -103,14 +101,13 @@ def load_model(load, source, revision="main", **options):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if os.path.exists(source):
-        return load(source, **options)
-    try:
-        probe(f"api/models/{quote(source)}/revision/{revision}")
-    except Unreachable as reason:
+    if not os.path.exists(source):
         try:
-            source = snapshot_download(source, revision=revision, local_files_only=True)
-        except LocalEntryNotFoundError:
-            raise reason from None
-        return load(source, **options)
-    return load(source, revision=revision, **options)
+            probe(f"api/models/{quote(source)}/revision/{revision}")
+            options["revision"] = revision
+        except Unreachable as reason:
+            try:
+                source = snapshot_download(source, revision=revision, local_files_only=True)
+            except LocalEntryNotFoundError:
+                raise reason from None
+    return load(source, **options)

@@ -64,7 +64,7 @@ def load_data(config, progress=silent):
     count = max(1, round(config.tune_share * len(data.train)))
     if count >= len(data.train):
         raise UserError(
-            f"tune_share leaves none of the {len(data.train)} training samples: use more num_samples."
+            f"tune_share leaves none of {len(data.train)} training samples: use more num_samples."
         )
     note = f"tuning: validates on the last {count:,} training samples and trains on the others"
     return dataclasses.replace(
@@ -107,9 +107,7 @@ def _load_samples(config, progress):
         try:
             save_sealed(payload, path)
         except OSError as error:
-            notes.append(
-                f"cache: {path} could not be written ({error}), so the next run builds the data again"
-            )
+            notes.append(f"cache: {path} could not be written ({error}); the next run builds the data again")
     if path.exists():
         _clear_strays(path)
     tokenizer = Tokenizer.from_json(payload["tokenizer_name"], payload["tokenizer_json"])
@@ -234,17 +232,10 @@ def _build(corpus, tokenizer, config, progress):
     remarks = list(corpus.remarks())
     if skipped:
         remarks.append(f"data: {skipped:,} training dialogues with the text of a held-out one left out")
-    return {
-        "train": train,
-        "val": val,
-        "train_dialogue": train_dialogue,
-        "val_dialogue": val_dialogue,
-        "tokenizer_name": tokenizer.name,
-        "tokenizer_json": tokenizer.to_json(),
-        "source": corpus.name,
-        "remarks": remarks,
-        "fingerprint": _fingerprint(train, val, tokenizer.to_json()),
-    }
+    text = tokenizer.to_json()
+    about = dict(source=corpus.name, remarks=remarks, fingerprint=_fingerprint(train, val, text))
+    about |= dict(tokenizer_name=tokenizer.name, tokenizer_json=text)
+    return about | dict(train=train, val=val, train_dialogue=train_dialogue, val_dialogue=val_dialogue)
 
 
 # Cache
@@ -292,9 +283,8 @@ def _read_cache(path, notes):
     except FileNotFoundError:
         return None
     except (Corrupt, OSError, KeyError) as error:
-        notes.append(
-            f"cache: {path} was damaged or foreign ({error}): passed over, replaced when it is built again"
-        )
+        why = str(error).removeprefix(f"{path} ")
+        notes.append(f"cache: {path} was damaged or foreign ({why}) and is replaced when it is built")
         return None
 
 

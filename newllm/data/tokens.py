@@ -93,11 +93,11 @@ class Tokenizer:
         spellings = [self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
         if '"ByteFallback"' in self._json:  # characters, spaces as U+2581, and bytes as <0x00>
             byte = re.compile("<0x([0-9A-F]{2})>")
+            found = [byte.fullmatch(text) for text in spellings]
+            texts = [text.replace("\u2581", " ").encode() for text in spellings]
             return [
-                bytes.fromhex(found[1])
-                if (found := byte.fullmatch(text))
-                else text.replace("\u2581", " ").encode()
-                for text in spellings
+                bytes.fromhex(is_byte[1]) if is_byte else text
+                for is_byte, text in zip(found, texts, strict=True)
             ]
         # Each character of a spelling stands for one byte: a printable one for itself, the rest in order.
         from tokenizers.pre_tokenizers import ByteLevel

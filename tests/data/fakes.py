@@ -54,3 +54,8 @@ def rows(kind, count=40):
 
 def texts(kind, numbers):
     return [f"User: {kind} {number}\nAssistant: yes, {kind} {number}" for number in numbers]
+
+
+def both(corpus):
+    """All texts to train on and all held out."""
+    return list(corpus.train()), list(corpus.held_out())

@@ -26,7 +26,7 @@ def turn(speaker, text):
 @pytest.mark.parametrize(
     "row, column, text",
     [
-        ({"messages": [said("user", " hi "), said("x", ""), said("user", "a\nb")]}, "", "User: hi\nUser: a\nb"),
+        ({"messages": [said("user", " hi "), said("x", ""), said("user", "a\n")]}, "", "User: hi\nUser: a"),
         ({"id": 1, "data": ["one", "two", "three"]}, "", "User: one\nAssistant: two\nUser: three"),
         ({"text": "just this\n"}, "", "just this"),
         ({"conversations": [turn("human", " a "), turn("gpt", "b")]}, "", "User: a\nAssistant: b"),

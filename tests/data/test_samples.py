@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,20 +68,7 @@ def test_of_a_long_dialogue_no_more_is_encoded_than_its_sample_needs():
     assert ids.tolist() == [[1] * 21] and counting.read < 40_000
 
 
-PIECES = [
-    "hello",
-    " there",
-    "  ",
-    "\n\n",
-    "don't",
-    "'ll",
-    " 2026",
-    "\u6771\u4eac",
-    "\U0001f642",
-    "e\u0301",
-    "!?...",
-    "\t",
-]
+PIECES = ["hello", " there", "  ", "\n\n", "don't", "'ll", " 2026", "東京", "🙂", "é", "!?...", "\t"]
 
 
 @pytest.mark.parametrize("kind", ["bpe", pytest.param("gpt2", marks=needs_gpt2)])
@@ -101,19 +89,13 @@ def test_the_beginning_of_a_text_has_the_ids_that_the_whole_text_has(kind):
 def test_samples_are_the_dialogues_from_both_ends(settings, talk):
     """Training from the front, held-out from the back, in frozen tensors of the promised shapes."""
     data = load_data(settings(data_source=talk))
-    assert (
-        data.train.shape == (5, 9)
-        and data.val.shape == (3, 9)
-        and data.token_bytes.shape == (data.vocab_size,)
-    )
+    assert (data.train.shape, data.val.shape, data.token_bytes.shape) == ((5, 9), (3, 9), (data.vocab_size,))
     assert data.train.dtype == data.val.dtype == data.token_bytes.dtype == torch.int32
     assert data.train_dialogue.dtype == data.val_dialogue.dtype == torch.int64
     assert data.source == "talk" and not data.cache_hit
     texts = list(open_corpus(talk).train())
-    for ids, indices, stream in (
-        (data.train, data.train_dialogue, texts),
-        (data.val, data.val_dialogue, texts[::-1]),
-    ):
+    ends = [(data.train, data.train_dialogue, texts), (data.val, data.val_dialogue, texts[::-1])]
+    for ids, indices, stream in ends:
         for sample, index in zip(ids.tolist(), indices.tolist(), strict=True):
             assert data.tokenizer.encode(stream[index])[:9] == sample
     with pytest.raises(FrozenInstanceError):
@@ -189,30 +171,22 @@ def test_a_share_of_the_training_samples_takes_the_place_of_the_held_out_ones(se
     assert torch.equal(tuning.val_dialogue, whole.train_dialogue[-2:])
     assert tuning.fingerprint != whole.fingerprint and "last 2 training samples" in tuning.notes[-1]
     text = message_of(load_data, settings(data_source=talk, num_samples=1, tune_share=0.9))
-    assert "leaves none of the 1 training samples" in text
+    assert "leaves none of 1 training samples" in text
 
 
 # The cache
 
 
 @pytest.fixture
-def builds(monkeypatch):
-    """One entry for each time data was built rather than read from the cache."""
-    calls, build = [], samples._build
-    monkeypatch.setattr(samples, "_build", lambda *args: calls.append(1) or build(*args))
-    return calls
-
-
-@pytest.fixture
 def cached(settings, talk):
     """(the data, path of its cache file, the file's bytes)."""
     data = load_data(settings(data_source=talk))
-    path = samples.usable_folder(settings().cache_dir, "cache_dir") / cache_files(settings)[0]
+    (path,) = cache_files(settings)
     return data, path, path.read_bytes()
 
 
 def cache_files(settings):
-    return sorted(os.listdir(settings().cache_dir))
+    return sorted(Path(settings().cache_dir).iterdir())
 
 
 def fill_with_foreign(path):
@@ -236,18 +210,17 @@ def truncated(whole):
     return [whole[:length] for length in (0, 1, 3, 4, 22, len(whole) // 2, len(whole) - 1)]
 
 
-def test_second_time_comes_from_the_cache(settings, talk, builds):
+def test_second_time_comes_from_the_cache(settings, talk, cached, monkeypatch):
     """Same tensors, tokenizer and identity; the corpus is not parsed; the notes say so; strays are gone."""
-    first = load_data(settings(data_source=talk))
-    (name,) = cache_files(settings)
-    stray = samples.usable_folder(settings().cache_dir, "cache_dir") / f".{name}.123.tmp"
-    stray.touch()
+    first, path, _ = cached
+    path.with_name(f".{path.name}.123.tmp").touch()
+    monkeypatch.setattr(samples, "_build", None)
     second = load_data(settings(data_source=talk))
-    assert len(builds) == 1 and second.cache_hit and first.fingerprint == second.fingerprint
+    assert second.cache_hit and first.fingerprint == second.fingerprint
     assert all(torch.equal(getattr(first, tensor), getattr(second, tensor)) for tensor in TENSORS)
-    assert first.tokenizer.fingerprint == second.tokenizer.fingerprint and cache_files(settings) == [name]
-    assert name.startswith("talk_5samples_8len-") and second.notes[-1].startswith("cache hit: ")
-    assert second.notes[:-1] == first.notes
+    assert first.tokenizer.fingerprint == second.tokenizer.fingerprint and cache_files(settings) == [path]
+    assert path.name.startswith("talk_5samples_8len-") and second.notes[:-1] == first.notes
+    assert second.notes[-1] == f"cache hit: {path}"
 
 
 @pytest.mark.parametrize(
@@ -344,7 +317,7 @@ def test_damaged_ultrachat_cache_offline_is_said(settings, publish, answers, sma
     """ "auto" then takes the embedded corpus, and does not keep quiet about the file."""
     publish(train_sft=rows("train"), test_sft=rows("test"))
     load_data(settings())
-    path = samples.usable_folder(settings().cache_dir, "cache_dir") / cache_files(settings)[0]
+    (path,) = cache_files(settings)
     path.write_bytes(flipped(path.read_bytes(), random.Random(2)))
     answers[:] = [TIMEOUT]
     data = load_data(settings())
