@@ -31,7 +31,7 @@ NO_REVISION = huggingface_hub.errors.RevisionNotFoundError
 @pytest.mark.parametrize(
     "choice, words",
     [
-        *(((name,), "nor an existing file") for name in ("", "ultrachatt", "/no/a", "x" * 5000, "me/a.jsonl")),
+        *(((name,), "nor an existing file") for name in ("", "ultrachatt", "/a", "x" * 5000, "me/a.jsonl")),
         *(((source, "train"), "no choice of data_split") for source in ("auto", "ultrachat", "chitchat")),
         (("auto", "", "text"), "has no choice of data_split or data_column: leave them out."),
         (("TALK", "train"), "TALK has no splits: leave out data_split."),
