@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from config import ResidualConfig
 from newllm.clock import Clock, timed
 from newllm.data.samples import load_data
-from newllm.data.vocabulary import tokenizer_choice
+from newllm.data.tokens import tokenizer_choice
 from newllm.errors import UserError, exit_on_user_error
 from newllm.evaluate import bpb_by_context, evaluate_contexts
 from newllm.flags import parse_args

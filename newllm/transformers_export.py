@@ -64,7 +64,7 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}
 {{- '\\nAssistant:' if dialogue.text else 'Assistant:' -}}
 {%- endif -%}
-"""  # writes a dialogue as newllm.data.files.render does, and raises where that does; encode() refuses lone surrogates
+"""  # writes a dialogue as newllm.data.rows.render does, and raises where that does; encode() refuses lone surrogates
 
 
 def to_transformers(found):

@@ -21,7 +21,7 @@ import torch
 from config import ResidualConfig
 from newllm.data import hub
 from newllm.data.dialogues import ULTRACHAT, ULTRACHAT_REVISION, open_corpus
-from newllm.data.vocabulary import choose_tokenizer, tokenizer_choice
+from newllm.data.tokens import choose_tokenizer, tokenizer_choice
 from newllm.errors import UserError, exit_on_user_error
 from newllm.flags import parse_args
 from newllm.models.baselines import Baseline

@@ -33,7 +33,7 @@ MAY_IMPORT = {
         "newllm.data", "newllm.errors", "newllm.saving.files", "newllm.saving.stop", "newllm.seeding", "newllm.config", "newllm.progress",
     },
     "newllm.models": {"newllm.models", "newllm.errors"},
-    "newllm.models.pretrained": {"newllm.data.hub", "newllm.data.vocabulary", "newllm.errors"},
+    "newllm.models.pretrained": {"newllm.data.hub", "newllm.data.tokens", "newllm.errors"},
     "newllm.fixed_point": {"newllm.fixed_point"},
     "newllm.evaluate": {"newllm.fixed_point", "newllm.models", "newllm.saving.stop", "newllm.memory", "newllm.progress"},
     "newllm.generate": {"newllm.saving.stop"},

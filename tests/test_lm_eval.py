@@ -16,7 +16,7 @@ import torch
 from helpers import write_dialogues
 
 from config import ResidualConfig
-from newllm.data.files import read_file
+from newllm.data.dialogues import open_corpus
 from newllm.evaluate import encode, sample_nats
 from newllm.report.artifacts import artifact_paths
 from newllm.report.record import find_records, read_record
@@ -54,7 +54,7 @@ def own(tiny_settings, tmp_path, monkeypatch):
     export.main(
         ["--format", "transformers", "--output", "model", "--checkpoint_dir", tiny_settings["checkpoint_dir"]]
     )
-    texts = read_file(write_dialogues(tmp_path / "other.jsonl", 16, seed=1))
+    texts = open_corpus(str(write_dialogues(tmp_path / "other.jsonl", 16, seed=1))).train()
     contexts, replies = zip(*(text.split("\nAssistant: ") for text in texts), strict=True)
     replying = [
         dict(context=f"{context}\nAssistant:", choices=replies[i - i % 3 :][:3], right=i % 3)

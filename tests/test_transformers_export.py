@@ -21,9 +21,8 @@ from helpers import write_dialogues
 
 from config import ResidualConfig
 from newllm import transformers_export
-from newllm.data.files import render
-from newllm.data.tokens import train_bpe
-from newllm.data.vocabulary import choose_tokenizer
+from newllm.data.rows import render
+from newllm.data.tokens import choose_tokenizer, train_bpe
 from newllm.errors import UserError
 from newllm.generate import generate
 from newllm.models.network import LanguageModel

@@ -1,6 +1,5 @@
-"""Where dialogues come from: the hub, the embedded chitchat corpus, saved datasets or files; each a stream of texts."""
+"""Where dialogues come from: the hub, the embedded corpus, saved datasets or files."""
 
-import difflib
 import functools
 import hashlib
 import importlib.metadata
@@ -8,15 +7,15 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 from newllm.data import hub
-from newllm.data.files import SUFFIXES, TABLES, Tally, column_names, digest, read_file, render
-from newllm.data.splits import HELD_OUT_EVERY, WAY_OUT, choose_splits, open_hub, read_rows, read_saved
+from newllm.data.rows import SUFFIXES, TABLES, read_rows, render
 from newllm.errors import UserError
+from newllm.saving.stop import poll
 
 ULTRACHAT = "HuggingFaceH4/ultrachat_200k"
 ULTRACHAT_REVISION = "8049631c405ae6576f93f445c6b8166f76f5505a"
@@ -25,14 +24,38 @@ ULTRACHAT_NOTE = f"data: UltraChat ({ULTRACHAT}, revision {ULTRACHAT_REVISION[:8
 SOURCES = ("auto", "ultrachat", "chitchat")
 ON_HUB = re.compile(r"([A-Za-z0-9][\w.-]*/[\w.-]+)(?::([^:@]+))?(?:@([^:@]+))?", re.ASCII)
 COMMIT = re.compile(r"[0-9a-f]{40}")
+HELD_OUT_EVERY = 20  # rows of a stream that has no split to hold out
 
 
-@dataclass(frozen=True)
-class Listing:
-    """What is known of a corpus once it is read: its size, None for separate streams, and what to say about it."""
+class Texts:
+    """Rendered dialogues, anew at each call; empty ones are left out and counted.
 
-    size: int | None
-    remarks: list[str]
+    Args:
+        rows: function that gives an iterator of (place, row). what: how to call what is left out.
+        column: as in `render`.
+    """
+
+    def __init__(self, rows, what, column=""):
+        self.rows = rows
+        self.what = what
+        self.column = column
+        self.seen = 0
+        self.empty = 0
+
+    def __call__(self):
+        self.seen = self.empty = 0
+        for place, row in self.rows():
+            poll()
+            text = render(row, place, self.column)
+            self.seen += 1
+            self.empty += not text
+            if text:
+                yield text
+
+    def remarks(self):
+        """What to say about the last reading: nothing, or a line, which warns if half of it was empty."""
+        loud = "warning: " if 2 * self.empty >= self.seen else ""
+        return [f"{loud}data: {self.empty:,} {self.what} left out, of {self.seen:,}"] if self.empty else []
 
 
 @dataclass(frozen=True)
@@ -42,224 +65,231 @@ class Corpus:
     name: str  # short, fit for a file name
     identity: str  # what fixes the content: revision, package version or digest
     note: str  # one line: what is used, and why
-    train: Callable[[], Iterator[str]]
-    held_out: Callable[[], Iterator[str]]
-    listing: Callable[[], Listing] = lambda: Listing(None, [])
-
-    @property
-    def size(self):
-        """Dialogues in the one list behind both streams; None when they are separate streams."""
-        return self.listing().size
-
-    @property
-    def remarks(self):
-        """What was chosen or left out on reading, one line each."""
-        return self.listing().remarks
+    train: Callable  # () -> iterator of str
+    held_out: Callable  # () -> iterator of str
+    remarks: Callable  # () -> list of str: what was chosen or left out on reading
+    size: Callable = lambda: None  # () -> dialogues in the one list behind both streams, None if they are two
+    reach: Callable = lambda: None  # asks the hub, if it is from there; raises hub.Unreachable
 
 
 def open_corpus(source, split="", column=""):
-    """The corpus behind the settings `data_source`, `data_split` and `data_column`.
+    """The corpus of `find_corpus`, `available`."""
+    return available(find_corpus(source, split, column), source)
+
+
+def available(corpus, source):
+    """The corpus, once the hub has given it, else for "auto" the embedded one; else raises UserError."""
+    try:
+        corpus.reach()
+        return corpus
+    except hub.Unreachable as reason:
+        if source == "auto":
+            return _chitchat(f", NOT UltraChat (the Hugging Face hub could not be reached: {reason})")
+        raise _not_had(source, reason) from reason
+
+
+def find_corpus(source, split="", column=""):
+    """The corpus behind the settings `data_source`, `data_split` and `data_column`; "auto" is UltraChat here.
 
     Args:
         source: "auto", "ultrachat", "chitchat", the path of a file or folder, or of a hub dataset
-            "owner/name[:subset][@revision]". What exists as a path is one.
+            "owner/name[:subset][@revision]", whose commit the hub is asked for. What exists as a path is one.
         split: of a hub or saved dataset, the one to train on; "": "train", or the only one.
-        column: where a row has its dialogue, as in `newllm.data.files.render`; "": found by its name.
+        column: where a row has its dialogue, as in `render`; "": found by its name.
 
     Raises:
-        UserError: no such source, file or split, nothing in it, or the hub cannot give it. Reading the streams raises
-            it for malformed content and for a stream that breaks.
-    """
-    source = pin(source)
-    known = known_labels(source, split, column)
-    if source == "chitchat":
-        return _chitchat("")
-    if source in ("auto", "ultrachat"):
-        try:
-            return _ultrachat()
-        except hub.Unreachable as reason:
-            if source == "auto":
-                return _chitchat(f", NOT UltraChat (the Hugging Face hub could not be reached: {reason})")
-            raise UserError(
-                f"UltraChat cannot be had from the Hugging Face hub ({reason}); {WAY_OUT}."
-            ) from reason
-    if known:
-        return _hub(source, known, split, column)
-    path = Path(source)
-    if not source or not os.path.exists(path):
-        close = difflib.get_close_matches(source, SOURCES, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else "."
-        raise UserError(
-            f"data_source '{source}' is neither one of {', '.join(SOURCES)} nor an existing file or folder "
-            f"nor a hub dataset, owner/name[:subset][@revision]{hint}"
-        )
-    inside = {file.name for file in path.iterdir()} if path.is_dir() else set()
-    saved = "dataset_dict.json" in inside or {"dataset_info.json", "state.json"} <= inside
-    return (_saved if saved else _files)(path, split, column)
-
-
-def pin(source):
-    """The source, with the full commit of its revision if it is a hub dataset, for which the hub is asked.
-
-    Raises:
-        UserError: the hub cannot tell.
-    """
-    found = _on_hub(source)
-    if not found or COMMIT.fullmatch(found[3] or ""):
-        return source
-    try:
-        commit = hub.probe(f"api/datasets/{found[1]}/revision/{quote(found[3] or 'main', safe='')}")["sha"]
-    except hub.Unreachable as reason:
-        raise _not_had(
-            source, reason, f", or {found[1]}@COMMIT as a run named it that cached its data"
-        ) from reason
-    return f"{source.partition('@')[0]}@{commit}"
-
-
-def known_labels(source, split="", column=""):
-    """Name, identity and note of UltraChat or a pinned hub dataset, which a cache needs no hub for; None for others.
-
-    Raises:
-        UserError: a split or column where there is no choice, or more than two columns.
+        UserError: no such source, file or split; on reading, malformed content or a stream that breaks.
     """
     if source in SOURCES and (split or column):
-        raise UserError(
-            f"data_source '{source}' has no choice of split or column: leave out data_split and data_column."
-        )
-    if column and (len(column_names(column)) > 2 or "" in column_names(column)):
-        raise UserError(
-            f"data_column is one name or two with a comma, such as prompt,response, not '{column}'."
-        )
+        raise UserError(f"data_source '{source}' has no choice of data_split or data_column: leave them out.")
+    if column.count(",") > 1:
+        raise UserError(f"data_column is one name or two, as in prompt,response, not '{column}'.")
+    if source == "chitchat":
+        return _chitchat()
     if source in ("auto", "ultrachat"):
-        return "ultrachat", ULTRACHAT_IDENTITY, ULTRACHAT_NOTE
-    if not _on_hub(source):
-        return None
-    identity = f"{source}:{split or 'train'}" + _of_column(column)
-    return _fit_name(source.partition("@")[0]), identity, f"data: {source}"
+        dataset = (ULTRACHAT, None, ULTRACHAT_REVISION)
+        return _hub("ultrachat", ULTRACHAT_IDENTITY, ULTRACHAT_NOTE, dataset, "train_sft", "")
+    if source and os.path.exists(source):
+        path = Path(source)
+        inside = set(os.listdir(path)) if path.is_dir() else set()
+        saved = "dataset_dict.json" in inside or {"dataset_info.json", "state.json"} <= inside
+        return _saved(path, split, column) if saved else _files(path, split, column)
+    named = ON_HUB.fullmatch(source)
+    if named and not source.endswith(SUFFIXES + TABLES):
+        return _named_on_hub(source, *named.groups(), split, column)
+    raise UserError(
+        f"data_source '{source}' is neither one of {', '.join(SOURCES)} nor an existing file or folder "
+        "nor a hub dataset, owner/name[:subset][@revision]: take one of these."
+    )
 
 
-def _of_column(column):
-    """The end of an identity that a choice of columns makes another."""
-    return f" column {column}" if column else ""
+def _not_had(source, reason):
+    return UserError(
+        f"data_source '{source}' is no file or folder here and cannot be had from the Hugging Face hub "
+        f"({reason}); take --data_source chitchat, a file, or NAME@COMMIT as a run that cached it named it."
+    )
 
 
 def _fit_name(text):
     name = re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._")[:60] or "data"
-    return (
-        f"{name}-file" if name in SOURCES else name
-    )  # it stands in every result: "ultrachat" is UltraChat itself
+    # It stands in every result, where "ultrachat" is UltraChat itself.
+    return f"{name}-file" if name in SOURCES else name
 
 
-def _finite(name, identity, note, read):
-    """Corpus of one list: training goes through it from the front, held-out from the back, whatever the budget."""
+def _with_column(identity, column):
+    return f"{identity} column {column}" if column else identity
+
+
+def _one_list(name, identity, note, texts, remarks=()):
+    """Corpus of one list: training takes it from the front, held-out from the back, whatever the budget."""
 
     @functools.cache
-    def found():
-        texts, remarks = read()
-        tally = Tally()
-        kept = list(filter(tally.keeps, texts))
-        if not kept:
-            why = f": all {tally.seen:,} are empty, without text or null" if texts else ""
-            raise UserError(f"{name} holds no dialogues{why}; choose another --data_source.")
-        return kept, Listing(len(kept), [*remarks, *tally.remarks(name)])
+    def kept():
+        found = list(texts())
+        if not found:
+            raise UserError(f"{name} holds no dialogues, but {texts.empty:,} empty ones: take other data.")
+        return found
 
     return Corpus(
-        name, identity, note, lambda: iter(found()[0]), lambda: reversed(found()[0]), lambda: found()[1]
+        name,
+        identity,
+        note,
+        train=lambda: iter(kept()),
+        held_out=lambda: reversed(kept()),
+        remarks=lambda: [*remarks, *texts.remarks()],
+        size=lambda: len(kept()),
     )
 
 
-def _remarks(streams):
-    """What two streams, each a partial with a tally, have left out so far."""
-    return [line for stream in streams for line in stream.keywords["tally"].remarks(stream.args[1])]
+def _two_streams(name, identity, note, rows, where, column, choice, **more):
+    """Corpus of two streams; rows: function of "held out?" to an iterator of (place, row)."""
+    train = Texts(lambda: rows(False), f"empty training dialogues of {where}", column)
+    held_out = Texts(lambda: rows(True), f"empty held-out dialogues of {where}", column)
 
+    def remarks():
+        return [*choice(), *train.remarks(), *held_out.remarks()]
 
-# The hub
-
-
-def _ultrachat():
-    rows = open_hub(ULTRACHAT, None, ULTRACHAT_REVISION)
-    streams = [
-        functools.partial(read_rows, rows[split], f"UltraChat {split}", tally=Tally())
-        for split in ("train_sft", "test_sft")
-    ]
-    labels = "ultrachat", ULTRACHAT_IDENTITY, ULTRACHAT_NOTE
-    return Corpus(*labels, *streams, lambda: Listing(None, _remarks(streams)))
-
-
-def _on_hub(source):
-    """Match of owner/name, subset, revision; None for another source, such as what exists here or is named as a file."""
-    if source.endswith(SUFFIXES + TABLES) or os.path.exists(source):
-        return None
-    return ON_HUB.fullmatch(source)
-
-
-def _not_had(source, reason, more=""):
-    return UserError(
-        f"data_source '{source}' is no file or folder here and cannot be had from the Hugging Face hub ({reason}); "
-        f"{WAY_OUT}{more}."
-    )
-
-
-def _hub(source, labels, split, column):
-    """A pinned hub dataset. What is held out follows from its splits, so it is no part of the identity."""
-    where = source.partition("@")[0]
-    try:
-        rows = open_hub(*_on_hub(source).groups())
-    except hub.Unreachable as reason:
-        raise _not_had(source, reason) from reason
-    train, held_out = choose_splits(rows, split, where)
-    streams = [
-        functools.partial(read_rows, rows[name], f"{where} {name}", column, part, tally=Tally())
-        for name, part in ([(train, None), (held_out, None)] if held_out else [(train, False), (train, True)])
-    ]
-    rest = (
-        f"split {held_out}"
-        if held_out
-        else f"every {HELD_OUT_EVERY}th row, as there is no split test or validation"
-    )
-    choice = f"data: trains on split {train}, holds out {rest}"
-    return Corpus(*labels, *streams, lambda: Listing(None, [choice, *_remarks(streams)]))
+    return Corpus(name, identity, note, train, held_out, remarks, **more)
 
 
 # The embedded corpus
 
 
-def _chitchat(why):
+def _chitchat(why=""):
     found = importlib.util.find_spec("chitchat_dataset")
     path = Path(found.origin).with_name("dataset.json") if found else None
     if path is None or not path.is_file():
         raise UserError(
-            f"the embedded corpus is not installed{why}; "
-            "`pip install chitchat-dataset==0.9.0`, or give a file as --data_source."
+            f"the embedded corpus is not installed{why}: `pip install chitchat-dataset==0.9.0`, "
+            "or give a file as --data_source."
         )
     version = importlib.metadata.version("chitchat-dataset")
+    texts = Texts(lambda: _chitchat_rows(path), "openings of chitchat that nobody answered")
     note = f"data: chitchat-dataset {version}, human dialogues{why}"
-    return _finite("chitchat", f"chitchat-dataset=={version}", note, lambda: _read_chitchat(path))
+    return _one_list("chitchat", f"chitchat-dataset=={version}", note, texts)
 
 
-def _read_chitchat(path):
+def _chitchat_rows(path):
     """Each turn is a list of texts of one sender. What nobody answered is no dialogue."""
-    texts, unanswered = [], 0
     for number, dialogue in enumerate(json.loads(path.read_bytes()).values(), 1):
         turns = [turn for turn in dialogue["messages"] if turn]
         senders = [turn[0]["sender"] for turn in turns]
-        if len(set(senders)) < 2:
-            unanswered += 1
-            continue
-        messages = [
-            dict(
-                role="user" if sender == senders[0] else "assistant",
-                content=" ".join(part["text"] for part in turn),
-            )
-            for sender, turn in zip(senders, turns, strict=True)
-        ]
-        texts.append(render(dict(messages=messages), f"{path} dialogue {number}"))
-    return texts, [
-        f"data: {unanswered:,} openings of chitchat that nobody answered left out"
-    ] if unanswered else []
+        messages = []
+        for sender, turn in zip(senders, turns, strict=True):
+            role = "user" if sender == senders[0] else "assistant"
+            messages.append({"role": role, "content": " ".join(part["text"] for part in turn)})
+        yield f"{path} dialogue {number}", {"messages": messages if len(set(senders)) > 1 else None}
 
 
-# Files
+# Datasets with splits
+
+
+def _named_on_hub(source, dataset, subset, revision, split, column):
+    commit = revision or "main"
+    if not COMMIT.fullmatch(commit):
+        try:
+            commit = hub.probe(f"api/datasets/{dataset}/revision/{quote(commit, safe='')}")["sha"]
+        except hub.Unreachable as reason:
+            raise _not_had(source, reason) from reason
+    named = f"{dataset}:{subset}" if subset else dataset
+    identity = _with_column(f"{named}@{commit}:{split or 'train'}", column)
+    note = f"data: {named}@{commit}"
+    return _hub(_fit_name(named), identity, note, (dataset, subset, commit), split, column)
+
+
+def _hub(name, identity, note, dataset, split, column):
+    """A hub dataset (name, subset or None, commit); what is held out follows from these and `split`."""
+    where = dataset[0]
+
+    @functools.cache
+    def opened():
+        splits = _open_hub(*dataset)
+        return splits, *_choose_splits(splits, split, where)
+
+    def rows(held_out):
+        splits, train, other = opened()
+        chosen = other if other and held_out else train
+        for number, row in enumerate(_unbroken(splits[chosen], f"{where} {chosen}"), 1):
+            if other or (number % HELD_OUT_EVERY == 0) == held_out:
+                yield f"{where} {chosen} row {number}", row
+
+    def choice():
+        _, train, other = opened()
+        every = f"every {HELD_OUT_EVERY}th row, as there is no split test or validation"
+        return [f"data: trains on split {train}, holds out {f'split {other}' if other else every}"]
+
+    return _two_streams(name, identity, note, rows, where, column, choice, reach=opened)
+
+
+def _open_hub(name, subset, commit):
+    """Splits by name: from the datasets cache, else streamed, as few samples must not download it all.
+
+    Raises:
+        UserError: there is no such subset.
+        hub.Unreachable: the hub cannot give the dataset.
+    """
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+
+    owner, _, short = name.partition("/")
+    short = camelcase_to_snakecase(short)
+    folder = Path(datasets.config.HF_DATASETS_CACHE) / f"{owner}___{short}" / (subset or "default")
+    prepared = {}
+    for file in sorted(folder.glob(f"*/{commit}/{short}-*.arrow")):
+        split = re.sub(r"-\d+-of-\d+$", "", file.stem.removeprefix(f"{short}-"))
+        prepared.setdefault(split, []).append(datasets.Dataset.from_file(str(file)))
+    if prepared:
+        return {split: datasets.concatenate_datasets(parts) for split, parts in prepared.items()}
+    hub.probe(f"api/datasets/{name}/revision/{commit}")
+    try:
+        return hub.retry(lambda: datasets.load_dataset(name, subset, streaming=True, revision=commit))
+    except Exception as error:
+        if found := re.search(r"(?:available configs|Available): \[(.+?)\]", str(error)):
+            raise UserError(f"{name} has the subsets {found[1]}: name one as {name}:SUBSET.") from error
+        raise hub.Unreachable(hub.describe(error)) from error
+
+
+def _unbroken(rows, where):
+    """The rows of a stream to its end, or an error. `datasets` itself mends a connection that breaks."""
+    done = 0
+    try:
+        for row in rows:
+            yield row
+            done += 1
+    except Exception as error:
+        raise UserError(
+            f"reading {where} broke off after {done:,} dialogues ({hub.describe(error)}); run again, or take "
+            "--data_source chitchat or a file."
+        ) from error
+
+
+def _choose_splits(splits, split, where):
+    """Splits to train on and to hold out: "test_x", "test", "validation_x" ... beside "train_x", or None."""
+    train = split or ("train" if "train" in splits or len(splits) != 1 else next(iter(splits)))
+    if train not in splits:
+        raise UserError(f"{where} has no split '{train}' but {', '.join(splits)}: name one as --data_split.")
+    names = [name for kind in ("test", "validation") for name in (train.replace("train", kind, 1), kind)]
+    return train, next((name for name in names if name in splits and name != train), None)
 
 
 def _saved(path, split, column):
@@ -267,54 +297,72 @@ def _saved(path, split, column):
     import datasets
 
     try:
-        rows = datasets.load_from_disk(str(path), keep_in_memory=False)
+        splits = datasets.load_from_disk(str(path), keep_in_memory=False)
     except Exception as error:
-        raise UserError(
-            f"{path} is no readable saved dataset ({hub.describe(error)}); save it again."
-        ) from error
-    rows = rows if isinstance(rows, dict) else {"train": rows}
-    train, held_out = choose_splits(rows, split, path)
-    names = [train, held_out] if held_out else [train]
-    identity = _digest_of(
-        [[digest(Path(file["filename"])) for file in rows[name].cache_files] for name in names]
-    )
-    streams = [
-        functools.partial(read_saved, rows[name], f"{path} {name}", column, backwards, tally=Tally())
-        for name, backwards in ((train, False), (held_out or train, not held_out))
-    ]
-    size = None if held_out else len(rows[train])
-    note = f"data: {path} (split {' and '.join(names)}, sha256 {identity[:12]})"
-    labels = _fit_name(path.resolve().name), f"sha256:{identity}{_of_column(column)}", note
-    return Corpus(*labels, *streams, lambda: Listing(size, _remarks(streams)))
+        why = hub.describe(error)
+        raise UserError(f"{path} is no readable saved dataset ({why}); save it again.") from error
+    splits = splits if isinstance(splits, dict) else {"train": splits}
+    train, other = _choose_splits(splits, split, path)
+    used = [train, other] if other else [train]
+    files = [[file["filename"] for file in splits[name].cache_files] for name in used]
+    identity = _digest_of([[_digest(file) for file in of_split] for of_split in files])
+    count = len(splits[train])
+    backwards = range(count)[::-1]
+
+    def rows(held_out):
+        chosen = other if other and held_out else train
+        for number in backwards if held_out and not other else range(len(splits[chosen])):
+            yield f"{path} {chosen} row {number + 1}", splits[chosen][number]
+
+    name = _fit_name(path.resolve().name)
+    note = f"data: {path} (split {' and '.join(used)}, sha256 {identity[:12]})"
+    identity = _with_column(f"sha256:{identity}", column)
+    size = None if other else count
+    return _two_streams(name, identity, note, rows, path, column, choice=list, size=lambda: size)
+
+
+# Files
 
 
 def _files(path, split, column):
     if split:
         raise UserError(f"{path} has no splits: leave out data_split.")
     folder = path.is_dir()
-    files = sorted(file for file in path.iterdir() if not file.name.startswith(".")) if folder else [path]
-    found = files
-    files = [f for f in found if f.name.endswith(SUFFIXES)] or [f for f in found if f.name.endswith(TABLES)]
+    found = sorted(file for file in path.iterdir() if not file.name.startswith(".")) if folder else [path]
+    files = [file for file in found if file.name.endswith(SUFFIXES)]
+    files = files or [file for file in found if file.name.endswith(TABLES)]
     if not files:
         kinds = ", ".join(SUFFIXES + TABLES)
-        raise UserError(
-            f"{path} is no data: data_source takes {kinds} files, a folder of them or of save_to_disk."
-        )
-    if column and (plain := [file for file in files if file.name.endswith(".txt")]):
-        raise UserError(f"{plain[0]} has no columns: leave out data_column.")
-    identity = digest(path) if not folder else _digest_of([[file.name, digest(file)] for file in files])
+        raise UserError(f"{path} is no data: give one of {kinds}, or a folder of them or of save_to_disk.")
+    digests = [[file.name, _digest(file)] for file in files]
+    identity = _digest_of(digests) if folder else digests[0][1]
     stem = path.resolve().name
     for suffix in () if folder else SUFFIXES + TABLES:
         stem = stem.removesuffix(suffix)
+    name = _fit_name(stem)
     note = f"data: {path} ({f'{len(files)} files, ' if folder else ''}sha256 {identity[:12]})"
-    others = [file.name for file in found if file not in files]
-    remarks = [f"data: of {path} not read: {', '.join(others)}"] if others else []
-    return _finite(
-        _fit_name(stem),
-        f"sha256:{identity}{_of_column(column)}",
-        note,
-        lambda: ([text for file in files for text in read_file(file, column)], remarks),
-    )
+    unread = [file.name for file in found if file not in files]
+    remarks = [f"data: of {path} not read: {', '.join(unread)}"] if unread else []
+
+    def rows():
+        for file in files:
+            yield from read_rows(file, column)
+
+    texts = Texts(rows, f"empty dialogues of {name}", column)
+    return _one_list(name, _with_column(f"sha256:{identity}", column), note, texts, remarks)
+
+
+def _digest(path):
+    """SHA-256 (hex) of a file's bytes."""
+    result = hashlib.sha256()
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                poll()
+                result.update(block)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
+    return result.hexdigest()
 
 
 def _digest_of(value):

@@ -6,31 +6,24 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import math
 from dataclasses import dataclass
 from itertools import chain, islice
 
 import torch
 
-from newllm.data.dialogues import known_labels, open_corpus, pin
-from newllm.data.tokens import Tokenizer, train_bpe
-from newllm.data.vocabulary import GPT2_FILES, choose_tokenizer, tokenizer_choice
+from newllm.data.dialogues import available, find_corpus
+from newllm.data.tokens import GPT2_FILES, Tokenizer, choose_tokenizer, tokenizer_choice, train_bpe
 from newllm.errors import UserError
 from newllm.progress import silent
 from newllm.saving.files import Corrupt, load_sealed, save_sealed, usable_folder
 from newllm.saving.stop import poll
 
 FORMAT_VERSION = (
-    1  # raise it when rendering, packing or the file's fields change: older cache files are passed over
+    1  # raise it when rendering, packing or the file's fields change: older files are passed over
 )
 BATCH = 256  # dialogues encoded in one call, at most
 MARGIN = 64  # ids before the end of a cut text that the cut may have changed: more than a word has
 CHARACTERS = 1 << 22  # encoded in one call, nearly always: each takes about 100 bytes of memory meanwhile
-KINDS = {
-    "auto": "gpt2",
-    "gpt2": "gpt2",
-    "bpe": "bpe",
-}  # of tokenizer to look for in the cache, by the setting
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +34,7 @@ class TokenData:
     val: torch.Tensor  # int32 [val_samples, L+1]
     train_dialogue: (
         torch.Tensor
-    )  # int64 [num_samples]: index of the sample's first dialogue in the training stream
+    )  # int64 [num_samples]: index of a sample's first dialogue in the training stream
     val_dialogue: torch.Tensor  # int64 [val_samples]: the same in the held-out stream
     tokenizer: Tokenizer
     token_bytes: torch.Tensor  # int32 [V]: UTF-8 bytes of each id
@@ -56,86 +49,87 @@ class TokenData:
 
 
 def load_data(config, progress=silent):
-    """Samples for a configuration; with `tune_share`, the last training samples take the place of the held-out ones.
+    """Samples for a configuration; with `tune_share`, the last training samples are held out instead.
 
     Args:
+        config: newllm.config.Config; its fields under "Data" count.
         progress: function of (label, total tokens) to a context manager whose `update` gets the tokens made.
 
     Raises:
         UserError: the source, tokenizer or cache folder cannot be had, or there are too few dialogues.
     """
-    data = load_samples(config, progress)
+    data = _load_samples(config, progress)
     if not config.tune_share:
         return data
     count = max(1, round(config.tune_share * len(data.train)))
     if count >= len(data.train):
         raise UserError(
-            f"tune_share leaves none of the {len(data.train)} training samples: use more num_samples."
+            f"tune_share leaves none of {len(data.train)} training samples: use more num_samples."
         )
-    parts = dict(val=data.train[-count:], val_dialogue=data.train_dialogue[-count:])
-    parts |= dict(train=data.train[:-count], train_dialogue=data.train_dialogue[:-count])
     note = f"tuning: validates on the last {count:,} training samples and trains on the others"
-    fingerprint = hashlib.sha256(f"{data.fingerprint} {count}".encode()).hexdigest()
-    return dataclasses.replace(data, **parts, notes=[*data.notes, note], fingerprint=fingerprint)
+    return dataclasses.replace(
+        data,
+        train=data.train[:-count],
+        val=data.train[-count:],
+        train_dialogue=data.train_dialogue[:-count],
+        val_dialogue=data.train_dialogue[-count:],
+        notes=[*data.notes, note],
+        fingerprint=hashlib.sha256(f"{data.fingerprint} {count}".encode()).hexdigest(),
+    )
 
 
-def load_samples(config, progress=silent):
-    """Training and held-out samples for a configuration: from the cache, else built and cached.
-
-    Args:
-        config: newllm.config.Config; its fields under "Data" count.
-
-    Raises:
-        UserError: the source, tokenizer or cache folder cannot be had, or there are too few dialogues.
-    """
+def _load_samples(config, progress):
+    """Training and held-out samples: from the cache, if possible without the hub, else built and cached."""
     folder = usable_folder(config.cache_dir, "cache_dir")
     choice = tokenizer_choice(config)
-    choose = functools.cache(lambda: choose_tokenizer(choice))
-    unusable = {}
-
-    def cached(name, identity, note):
-        kind = KINDS.get(choice) or choose()[0].fingerprint
-        payload = _read_cache(_cache_path(folder, name, identity, kind, config), unusable)
-        if payload is None and choice == "auto" and choose()[0] is None:
-            payload = _read_cache(_cache_path(folder, name, identity, "bpe", config), unusable)
-        if payload is None:
-            return None
-        _clear_strays(payload["path"])
-        reason = choose()[1] if choice == "auto" and payload["tokenizer_name"] == "bpe" else ""
-        return _token_data(
-            payload, note, reason, [f"cache hit: {payload['path']}", *_unused(unusable)], cache_hit=True
-        )
-
-    # What is known before the corpus is opened is enough for the cache, so a pinned revision in it needs no hub.
-    source = pin(config.data_source), config.data_split, config.data_column
-    known = known_labels(*source)
-    if known and (data := cached(*known)):
-        return data
-    corpus = open_corpus(*source)
-    labels = corpus.name, corpus.identity, corpus.note
-    if labels != known and (data := cached(*labels)):
-        return data
-
-    tokenizer, reason = choose()
-    payload = _build(corpus, tokenizer, config, progress)
-    kind = payload["tokenizer_name"] if choice in KINDS else tokenizer.fingerprint
-    path = _cache_path(folder, corpus.name, corpus.identity, kind, config)
+    chosen = functools.cache(lambda: choose_tokenizer(choice))
     notes = []
-    try:
-        save_sealed(payload | {"recipe": path.name}, path)
+
+    def cached(corpus):
+        """(path, content or None) of the corpus's cache file."""
+        for kind in _kinds(choice, chosen):
+            path = _cache_path(folder, corpus, kind, config)
+            if payload := _read_cache(path, notes):
+                break
+        return path, payload
+
+    corpus = find_corpus(config.data_source, config.data_split, config.data_column)
+    path, payload = cached(corpus)
+    if payload is None:
+        wanted, corpus = corpus, available(corpus, config.data_source)
+        if corpus is not wanted:
+            path, payload = cached(corpus)
+    hit = payload is not None
+    if hit:
+        notes.insert(0, f"cache hit: {path}")
+    else:
+        payload = _build(corpus, chosen()[0], config, progress) | {"recipe": path.name}
+        try:
+            save_sealed(payload, path)
+        except OSError as error:
+            notes.append(f"cache: {path} could not be written ({error}); the next run builds the data again")
+    if path.exists():
         _clear_strays(path)
-        if path in unusable:
-            notes.append(f"cache: {path} was damaged or foreign ({unusable.pop(path)}) and has been rebuilt")
-    except OSError as error:
-        notes.append(f"cache: {path} could not be written ({error}), so the next run builds the data again")
-    return _token_data(payload, corpus.note, reason, [*notes, *_unused(unusable)], cache_hit=False)
+    tokenizer = Tokenizer.from_json(payload["tokenizer_name"], payload["tokenizer_json"])
+    kind = f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} ids"
+    if tokenizer.name == "bpe":
+        reason = chosen()[1]
+        kind += ", trained on the training dialogues" + (f" ({reason})" if reason else "")
+    names = ("train", "val", "train_dialogue", "val_dialogue", "source", "fingerprint")
+    return TokenData(
+        **{name: payload[name] for name in names},
+        tokenizer=tokenizer,
+        token_bytes=tokenizer.token_bytes(),
+        notes=[corpus.note, kind, *payload["remarks"], *notes],
+        cache_hit=hit,
+    )
 
 
 # Packing
 
 
 def pack(dialogues, tokenizer, count, length, advance=lambda tokens: None):
-    """Fill samples with dialogues: a short one is followed by the end of text and the next one, never by padding.
+    """Fill samples with dialogues: behind a short one come the end of text and the next one, never padding.
 
     Each sample starts with a dialogue of its own; what does not fit of a sample's last dialogue is left out.
 
@@ -145,7 +139,7 @@ def pack(dialogues, tokenizer, count, length, advance=lambda tokens: None):
         length: predictions per sample, L. advance: called with the tokens made, now and then.
 
     Returns:
-        (int32 [n, L+1] ids, int64 [n] index of each sample's first dialogue, list of the digests of all texts taken).
+        (int32 [n, L+1] ids, int64 [n] index of each sample's first dialogue, digests of all texts taken).
     """
     samples, first, taken, sample = [], [], [], []
     at_once = min(BATCH, max(1, CHARACTERS // _start_size(length + 1)))
@@ -157,9 +151,8 @@ def pack(dialogues, tokenizer, count, length, advance=lambda tokens: None):
             break
         taken += [_text_digest(text) for _, text in batch]
         before = len(samples)
-        for (index, _), ids in zip(
-            batch, _starts(tokenizer, [text for _, text in batch], length + 1), strict=True
-        ):
+        starts = _starts(tokenizer, [text for _, text in batch], length + 1)
+        for (index, _), ids in zip(batch, starts, strict=True):
             if not sample:
                 first.append(index)
             sample += ids[: length + 1 - len(sample)]
@@ -181,7 +174,7 @@ def _start_size(count):
 def _starts(tokenizer, texts, count):
     """The first `count` ids of each text, of a short one all: lists of int.
 
-    Of a long text no more is encoded than that takes. A cut changes only the ids just before it, which are thrown away.
+    Of a long text no more is encoded than that takes. A cut changes only the ids just before it, thrown away.
     """
     size, starts = _start_size(count), []
     for text, ids in zip(texts, tokenizer.encode_batch([text[:size] for text in texts]), strict=True):
@@ -200,103 +193,98 @@ def _text_digest(text):
 
 def _build(corpus, tokenizer, config, progress):
     """Both splits and the tokenizer (trained here if None) as the content of a cache file."""
-    wanted, length, size = config.num_samples, config.max_seq_length, corpus.size
-    if size is not None and size < wanted + config.val_samples:
-        raise _too_few(corpus, config, f"at least {wanted + config.val_samples:,}")
+    wanted, length, size = config.num_samples, config.max_seq_length, corpus.size()
     stream = corpus.train()
-    # A bpe tokenizer sees the first num_samples training dialogues: each sample starts with a dialogue of its own, so
-    # these lie within the training budget whatever the tokenizer. Held-out texts among them are taken out, and as the
-    # held-out dialogues in use depend on the tokenizer, that is repeated until the two are disjoint.
     head, held, trained = [], set(), tokenizer is None
+    # A bpe tokenizer sees the first num_samples training dialogues: each sample starts with a dialogue of its
+    # own, so these lie within the training budget whatever the tokenizer. Held-out texts among them are taken
+    # out, and as the held-out dialogues in use depend on the tokenizer, until the two are disjoint.
     if trained:
         head = list(islice(stream, wanted))
     while True:
         lesson = [text for text in head if _text_digest(text) not in held]
         if trained:
             tokenizer = train_bpe(lesson, config.vocab_size, progress)
-        val, val_dialogue, val_taken = pack(
-            enumerate(corpus.held_out()), tokenizer, config.val_samples, length
-        )
-        if set(val_taken).isdisjoint(map(_text_digest, lesson)):
+        held_out = enumerate(corpus.held_out())
+        val, val_dialogue, taken = pack(held_out, tokenizer, config.val_samples, length)
+        if set(taken).isdisjoint(map(_text_digest, lesson)):
             break
-        held.update(val_taken)
-    held, skipped = set(val_taken), []
+        held.update(taken)
+    held, skipped = set(taken), 0
 
     def training_dialogues():
-        for index, text in islice(
-            enumerate(chain(head, stream)), None if size is None else size - len(val_taken)
-        ):
+        nonlocal skipped
+        rest = None if size is None else max(0, size - len(taken))
+        for index, text in islice(enumerate(chain(head, stream)), rest):
             if _text_digest(text) in held:
-                skipped.append(index)
+                skipped += 1
             else:
                 yield index, text
 
     with progress("data", wanted * length) as bar:
         train, train_dialogue, train_taken = pack(training_dialogues(), tokenizer, wanted, length, bar.update)
     if len(train) < wanted or len(val) < config.val_samples:
-        share = (wanted + config.val_samples) / max(1, len(train) + len(val))
-        raise _too_few(corpus, config, f"about {math.ceil(share * (size or 0)) + 1:,}", len(train), len(val))
+        raise UserError(
+            f"{wanted:,} training + {config.val_samples:,} validation samples of {length} tokens are more "
+            f"than {corpus.name} gives ({len(train):,} + {len(val):,}): lower num_samples or val_samples."
+        )
     assert held.isdisjoint(train_taken)
-    remarks = list(corpus.remarks)
+    remarks = list(corpus.remarks())
     if skipped:
-        remarks.append(f"data: {len(skipped):,} training dialogues with the text of a held-out one left out")
-    return dict(
-        train=train,
-        val=val,
-        train_dialogue=train_dialogue,
-        val_dialogue=val_dialogue,
-        tokenizer_name=tokenizer.name,
-        tokenizer_json=tokenizer.to_json(),
-        source=corpus.name,
-        remarks=remarks,
-        fingerprint=_fingerprint(train, val, tokenizer.to_json()),
-    )
-
-
-def _too_few(corpus, config, needed, num_train=0, num_val=0):
-    samples = f"{config.num_samples:,} training + {config.val_samples:,} validation samples of {config.max_seq_length} tokens"
-    if corpus.size is None:
-        have = f"are more than {corpus.name} gives ({num_train:,} + {num_val:,})"
-    else:
-        have = f"need {needed} dialogues; {corpus.name} has {corpus.size:,}"
-    return UserError(f"{samples} {have}: lower num_samples or val_samples.")
+        remarks.append(f"data: {skipped:,} training dialogues with the text of a held-out one left out")
+    text = tokenizer.to_json()
+    about = dict(source=corpus.name, remarks=remarks, fingerprint=_fingerprint(train, val, text))
+    about |= dict(tokenizer_name=tokenizer.name, tokenizer_json=text)
+    return about | dict(train=train, val=val, train_dialogue=train_dialogue, val_dialogue=val_dialogue)
 
 
 # Cache
 
 
-def _cache_path(folder, name, identity, kind, config):
-    """Where the data of a recipe lies; the name carries the recipe's digest.
+def _kinds(choice, chosen):
+    """Tokenizers to look for in the cache: "gpt2", "bpe", or another's fingerprint; the last is in use.
 
     Args:
-        kind: "gpt2", "bpe", or the fingerprint of another tokenizer.
+        chosen: () -> what `choose_tokenizer` gives; called only where needed, as that may ask the hub.
     """
+    if choice in ("gpt2", "bpe"):
+        yield choice
+    elif choice != "auto":
+        yield chosen()[0].fingerprint
+    else:
+        yield "gpt2"
+        if chosen()[0] is None:
+            yield "bpe"
+
+
+def _cache_path(folder, corpus, kind, config):
+    """Where the data of a recipe lies; the name carries the recipe's digest."""
     trained_here = [config.vocab_size, importlib.metadata.version("tokenizers")]
-    recipe = dict(
-        format=FORMAT_VERSION,
-        corpus=identity,
-        tokenizer={"gpt2": GPT2_FILES, "bpe": trained_here}.get(kind, kind),
-        samples=[config.num_samples, config.val_samples, config.max_seq_length],
-    )
+    recipe = {
+        "format": FORMAT_VERSION,
+        "corpus": corpus.identity,
+        "tokenizer": {"gpt2": GPT2_FILES, "bpe": trained_here}.get(kind, kind),
+        "samples": [config.num_samples, config.val_samples, config.max_seq_length],
+    }
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    return folder / f"{name}_{config.num_samples}samples_{config.max_seq_length}len-{key}.pt"
+    return folder / f"{corpus.name}_{config.num_samples}samples_{config.max_seq_length}len-{key}.pt"
 
 
-def _read_cache(path, unusable):
-    """Content of a cache file, None if there is none or it is not usable; the reason then goes to `unusable`."""
+def _read_cache(path, notes):
+    """Content of a cache file, or None; if it is there and not usable, `notes` get the reason."""
     try:
         payload = load_sealed(path)
         if not isinstance(payload, dict) or payload.get("recipe") != path.name:
             raise Corrupt("made for another recipe")
-        if payload["fingerprint"] != _fingerprint(
-            payload["train"], payload["val"], payload["tokenizer_json"]
-        ):
+        ids = payload["train"], payload["val"]
+        if payload["fingerprint"] != _fingerprint(*ids, payload["tokenizer_json"]):
             raise Corrupt("its ids are not those it was written with")
-        return payload | {"path": path}
+        return payload
     except FileNotFoundError:
         return None
     except (Corrupt, OSError, KeyError) as error:
-        unusable[path] = str(error).removeprefix(f"{path} ")
+        why = str(error).removeprefix(f"{path} ")
+        notes.append(f"cache: {path} was damaged or foreign ({why}) and is replaced when it is built")
         return None
 
 
@@ -305,30 +293,6 @@ def _clear_strays(path):
     for stray in path.parent.glob(f".{path.name}.*.tmp"):
         with contextlib.suppress(OSError):
             stray.unlink()
-
-
-def _unused(unusable):
-    return [
-        f"cache: {path} is damaged or foreign ({reason}) and was not used"
-        for path, reason in unusable.items()
-    ]
-
-
-def _token_data(payload, corpus_note, reason, notes, cache_hit):
-    tokenizer = Tokenizer.from_json(payload["tokenizer_name"], payload["tokenizer_json"])
-    kind = f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} ids"
-    if tokenizer.name == "bpe":
-        kind += ", trained on the training dialogues" + (f" ({reason})" if reason else "")
-    return TokenData(
-        **{
-            name: payload[name]
-            for name in ("train", "val", "train_dialogue", "val_dialogue", "source", "fingerprint")
-        },
-        tokenizer=tokenizer,
-        token_bytes=tokenizer.token_bytes(),
-        notes=[corpus_note, kind, *payload["remarks"], *notes],
-        cache_hit=cache_hit,
-    )
 
 
 def _fingerprint(train, val, tokenizer_json):

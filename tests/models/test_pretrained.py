@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers
 
 from newllm.data import hub
-from newllm.data.vocabulary import GPT2, GPT2_REVISION, choose_tokenizer
+from newllm.data.tokens import GPT2, GPT2_REVISION, choose_tokenizer
 from newllm.errors import UserError
 from newllm.models.pretrained import load_embedding, require_own_ids
 
