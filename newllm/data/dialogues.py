@@ -270,10 +270,19 @@ def _open_hub(name, subset, commit):
 
 
 def _unbroken(rows, where):
-    """The rows of a stream to its end, or an error. `datasets` itself mends a connection that breaks."""
-    done = 0
+    """The rows of a stream to its end: after a break it is opened again behind the last one, or it is an error."""
+    done, reader = 0, iter(rows)
+
+    def next_row():
+        nonlocal reader
+        try:
+            return next(reader, None)
+        except Exception:
+            reader = iter(rows.skip(done))
+            raise
+
     try:
-        for row in rows:
+        while (row := hub.retry(next_row)) is not None:
             yield row
             done += 1
     except Exception as error:

@@ -35,13 +35,22 @@ def message_of(function, *args):
 
 
 class Rows(list):
-    """A streamed split, in which errors are raised where they stand."""
+    """A streamed split; an error that stands in it is raised once, in place of the next row."""
 
     def __iter__(self):
-        for row in super().__iter__():
+        number = 0
+        while number < len(self):
+            row = self[number]
             if isinstance(row, BaseException):
+                del self[number]
                 raise row
             yield row
+            number += 1
+
+    def skip(self, count):
+        for number, row in enumerate(self):
+            if number >= count:
+                yield row
 
 
 def dialogue(text):

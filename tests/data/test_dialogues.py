@@ -269,12 +269,26 @@ def test_failed_opening_is_no_silent_replacement(publish, small_chitchat, monkey
     assert f"({reason}" in message_of(open_corpus, "me/talk")
 
 
+def test_a_stream_that_breaks_is_opened_again_behind_the_last_row(publish):
+    """Nothing twice, nothing left out, whatever row it breaks at."""
+    breaks = [
+        *rows("train", 17),
+        TIMEOUT,
+        *rows("train")[17:20],
+        http_error(503),
+        TIMEOUT,
+        *rows("train")[20:],
+    ]
+    publish(train=Rows(breaks), test=rows("test"))
+    assert list(open_corpus("me/talk").train()) == texts("train", range(40))
+
+
 @pytest.mark.parametrize(
-    "error, reason", [(TIMEOUT, "time-out"), (ConnectionError("no answer"), "no answer")]
+    "errors, reason", [([TIMEOUT] * 9, "time-out"), ([ConnectionError("no answer")], "no answer")]
 )
-def test_a_stream_that_breaks_is_an_error(publish, error, reason):
+def test_a_stream_that_stays_broken_is_an_error(publish, errors, reason):
     """Never a shorter data set."""
-    publish(train=Rows([*rows("train", 17), error, *rows("train")]), test=rows("test"))
+    publish(train=Rows([*rows("train", 17), *errors, *rows("train")]), test=rows("test"))
     text = message_of(list, open_corpus("me/talk").train())
     assert f"reading me/talk train broke off after 17 dialogues ({reason}" in text and "run again" in text
 
