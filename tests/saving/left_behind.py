@@ -6,13 +6,16 @@ import torch
 
 from newllm.saving.files import load_sealed
 
-
-def weights(config):
-    return load_sealed(Path(config.checkpoint_dir) / "model_latest.pt")["model_state_dict"]
+SHORT = {"phase2_epochs": 1, "save_every_n_batches": 10**6}  # settings of a run with few saves
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+def same_weights(one, other):
+    """Whether the latest states in the folders of two configurations hold equal weights."""
+    first, second = (
+        load_sealed(Path(config.checkpoint_dir) / "model_latest.pt")["model_state_dict"]
+        for config in (one, other)
+    )
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def content(config):
