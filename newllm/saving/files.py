@@ -1,9 +1,8 @@
 """Files that are either whole or not there: sealed torch archives, written atomically, read back, verified.
 
-A sealed file is what `torch.save` writes (a zip archive) with its SHA-256 as the archive's comment: it carries
-its own proof, and plain `torch.load` still opens it. torch checks no sums itself. The CRC-32 of each record,
-which zipfile would check, do not cover the archive's directory: of all its single bits flipped, torch loads some
-files with other values.
+A sealed file is what `torch.save` writes (a zip archive) with its SHA-256 as the archive's comment: plain
+`torch.load` still opens it. torch itself checks no sums, and the CRC-32 of the records, which zipfile could check,
+do not cover the archive's directory, where a flipped bit can make torch load other values.
 """
 
 import contextlib
@@ -37,9 +36,8 @@ def usable_folder(path, purpose, make=True):
     """
     path, problem = Path(path), None
     if path.is_symlink() and not path.exists():
-        problem = (
-            f"is a link to {os.readlink(path)}, which does not exist: mount Drive first, or remove the link"
-        )
+        target = os.readlink(path)
+        problem = f"is a link to {target}, which does not exist: mount Drive first, or remove the link"
     elif path.exists() and not path.is_dir():
         problem = "is a file, not a folder: move it away or choose another folder"
     elif COLAB_DRIVE in Path(os.path.realpath(path)).parents and not os.path.ismount(COLAB_DRIVE):
@@ -60,9 +58,7 @@ def second_folder(path, first, purpose, make=True):
     if path == first or path in first.parents or first in path.parents:
         raise UserError(f"{first} and {path} ({purpose}) must not lie in each other: choose another folder.")
     if not path.parent.is_dir():  # making it would fill the local disk in place of one that is not mounted
-        raise UserError(
-            f"{path.parent} ({purpose}) does not exist: mount Drive first, or create that folder."
-        )
+        raise UserError(f"{path.parent} ({purpose}) does not exist: mount Drive first, or create it.")
     return usable_folder(path, purpose, make)
 
 
@@ -70,10 +66,13 @@ def second_folder(path, first, purpose, make=True):
 def replacing(path):
     """A name beside `path` to write to; it takes the place of `path` if the block ends well, else it is gone."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # left by a killed process, it may be one more name of a good file
     try:
         yield temporary
+        sync(temporary)
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        with contextlib.suppress(OSError):  # network folders may have nothing to sync
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -110,7 +109,7 @@ def save_sealed(value, path, previous=None):
                 torch.save(value, writer)
                 file.seek(-len(NO_COMMENT), os.SEEK_END)
                 file.write(_seal(writer.digest))
-                sync(file)
+            sync(temporary)
             load_sealed(temporary, mmap=True)  # what cannot be loaded must not replace what can
             if previous is not None and path.exists():
                 duplicate(path, previous)
@@ -166,9 +165,7 @@ def duplicate(path, target):
         try:
             os.link(path, temporary)
         except OSError:  # Drive and other network folders have no hard links
-            with open(path, "rb") as source, open(temporary, "wb") as copy:
-                shutil.copyfileobj(source, copy)
-                sync(copy)
+            shutil.copyfile(path, temporary)
 
 
 def copy_verified(source, target, previous=None):
@@ -184,7 +181,7 @@ def copy_verified(source, target, previous=None):
     source.seek(0)
     with open(temporary, "wb") as file:
         shutil.copyfileobj(source, file, BLOCK)
-        sync(file)
+    sync(temporary)
     _compare(source, temporary)
     if previous and target.exists():
         os.replace(target, previous)
@@ -203,25 +200,15 @@ def write_text(path, text):
     """Replace a small text file atomically; what UTF-8 lacks, as half a character in a path, is escaped."""
     with replacing(Path(path)) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-        with open(temporary, "rb") as file:
-            sync(file)
 
 
-def sync(file):
-    """Bring to the disk what was written. Some network folders cannot, and say so."""
-    file.flush()
+def sync(path):
+    """Bring a file, or the names in a folder, to the disk; some network folders cannot, and say so."""
+    handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(file.fileno())
+        os.fsync(handle)
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
-
-
-def sync_folder(folder):
-    """Make a rename durable. Network folders may not support it, and then have nothing to sync."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    finally:
+        os.close(handle)

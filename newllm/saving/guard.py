@@ -48,23 +48,20 @@ class Guard:
             UserError: another process of this machine has it, or it cannot be written.
         """
         try:
-            self.note = self._take()
+            try:
+                self._lock.acquire()
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                self.note = f"{self.folder} knows no file locks: see that one run at a time uses it"
             manifest = read_manifest(self.folder) | {"writer": self.token}
             write_text(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+        except Timeout:
+            raise UserError(_in_use(self.folder)) from None
         except OSError as error:
             self.release()
             raise UserError(f"cannot lock the folder {self.folder}: {error.strerror or error}.") from error
         return self
-
-    def _take(self):
-        try:
-            self._lock.acquire()
-        except Timeout:
-            raise UserError(_in_use(self.folder)) from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            return f"{self.folder} knows no file locks: see that one run at a time uses it"
 
     def check(self):
         """Call before every save.
@@ -103,10 +100,8 @@ def holder(folder):
     try:
         with _lock(folder):
             return None
-    except Timeout:
-        return _in_use(folder)
-    except OSError:
-        return None
+    except OSError as error:
+        return _in_use(folder) if isinstance(error, Timeout) else None
 
 
 def read_manifest(folder):

@@ -28,15 +28,14 @@ class LeftBehind(Stopped):
 
 
 class Interrupt:
-    """Context manager that listens for signals, in the main thread, and for the end of the time.
+    """Context manager that listens for signals, in the main thread, and for the end of `max_minutes` (0: none).
 
     Args:
-        max_minutes: minutes after which to stop, 0 for no limit.
         saves: whether what is stopped can be continued.
 
     Attributes:
-        alone: whether this process decides for itself when to stop; of several that train together none must
-            stop while the others wait for it, so they go by what `agree` found.
+        alone: False where several processes train together: none may stop while the others wait for it, so all
+            go by what `agree` found.
     """
 
     current = None
@@ -50,12 +49,8 @@ class Interrupt:
     def __enter__(self):
         self.before = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
-            for number, handler in (
-                (signal.SIGTERM, self._stop),
-                (signal.SIGINT, self._stop),
-                (signal.SIGUSR1, self._request_save),
-            ):
-                self.before[number] = signal.signal(number, handler)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                self.before[number] = signal.signal(number, self._hear)
         Interrupt.current = self
         return self
 
@@ -66,14 +61,14 @@ class Interrupt:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def _stop(self, number, frame):
+    def _hear(self, number, frame):
+        if number == signal.SIGUSR1:
+            self.save_requested = True
         # A launcher passes on as SIGTERM the Ctrl-C that its processes have had already.
-        if self.signal is not None and (self.alone or self.signal == number):
+        elif self.signal is not None and (self.alone or self.signal == number):
             os._exit(128 + number)
-        self.signal = number
-
-    def _request_save(self, number, frame):
-        self.save_requested = True
+        else:
+            self.signal = number
 
     @property
     def wish(self):
@@ -94,11 +89,7 @@ def stop_reason():
 
 
 def agree(first_reason):
-    """Let processes that train together stop together.
-
-    Args:
-        first_reason: collective function of this process's wish that gives the same answer to all.
-    """
+    """Let processes that train together stop together: `first_reason` gives all the same one of their wishes."""
     current = Interrupt.current
     if current and not current.alone:
         current.agreed = first_reason(current.wish)

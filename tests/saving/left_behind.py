@@ -1,4 +1,4 @@
-"""What a run left in its checkpoint folder: weights, the bytes of its states, temporary files."""
+"""A file whose writes are watched, and what a run left: weights, the bytes of its states, temporary files."""
 
 from pathlib import Path
 
@@ -7,6 +7,26 @@ import torch
 from newllm.saving.files import load_sealed
 
 SHORT = {"phase2_epochs": 1, "save_every_n_batches": 10**6}  # settings of a run with few saves
+
+
+class Watched:
+    """A file object that calls `before` with the data ahead of each write."""
+
+    def __init__(self, file, before):
+        self.file, self.before = file, before
+
+    def write(self, data):
+        self.before(data)
+        return self.file.write(data)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
 
 
 def same_weights(one, other):

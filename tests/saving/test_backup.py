@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from left_behind import Watched
 
 from newllm.errors import UserError
 from newllm.saving.backup import Backup, SaveThread
@@ -40,7 +41,7 @@ class Target:
             return self.real_open(path, mode, *args, **kwargs)
         self.at(f"open {mode}", path)
         file = self.real_open(path, mode, *args, **kwargs)
-        return Written(file, self) if mode == "wb" else file
+        return Watched(file, lambda data: self.at("write", path)) if mode == "wb" else file
 
     def replace(self, source, target):
         if str(target).startswith(self.folder):
@@ -48,26 +49,6 @@ class Target:
         self.real_replace(source, target)
         if self.torn is not None and str(source).endswith(".copy.tmp"):
             os.truncate(target, self.torn)
-
-
-class Written:
-    """File object that asks the target before each write."""
-
-    def __init__(self, file, target):
-        self.file, self.target = file, target
-
-    def write(self, data):
-        self.target.at("write", self.file.name)
-        return self.file.write(data)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
 
 
 @pytest.fixture

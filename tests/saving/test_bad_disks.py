@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import as_flags
-from left_behind import SHORT, content, same_weights, temporary_files
+from left_behind import SHORT, Watched, content, same_weights, temporary_files
 
 from config import ResidualConfig
 from newllm.errors import UserError
@@ -45,7 +45,14 @@ class Disk:
             return self.open(path, mode, *args, **kwargs)
         if not self.room:
             self.refuse(path)
-        return FullFile(self, self.open(path, mode, *args, **kwargs), path)
+        left = [self.room]
+
+        def before(data):
+            left[0] -= len(data)
+            if left[0] < 0:
+                self.refuse(path)
+
+        return Watched(self.open(path, mode, *args, **kwargs), before)
 
     def _naming(self, real):
         def name(source, target, **kwargs):
@@ -54,28 +61,6 @@ class Disk:
             return real(source, target, **kwargs)
 
         return name
-
-
-class FullFile:
-    """A file that takes as many bytes as the disk has room for."""
-
-    def __init__(self, disk, file, path):
-        self.disk, self.file, self.path, self.left = disk, file, path, disk.room
-
-    def write(self, data):
-        self.left -= len(data)
-        if self.left < 0:
-            self.disk.refuse(self.path)
-        return self.file.write(data)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
 
 
 def refuse_until(monkeypatch, disk, number, until=None):

@@ -1,5 +1,8 @@
 """Links to Drive: made once, never nested, moving what is there, and losing nothing: not by any kill or full disk."""
 
+import builtins
+import io
+import itertools
 import os
 import signal
 import subprocess
@@ -15,24 +18,6 @@ from scripts import link_drive
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("cache", "checkpoints")
-
-# Dies by SIGKILL just before the n-th operation on the file system; exits with 0 if there are fewer.
-KILLED = """
-import builtins, io, os, signal, sys
-left = int(sys.argv[1])
-def deadly(real):
-    def call(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(*args, **kwargs)
-    return call
-for name in ("mkdir", "symlink", "replace", "fsync", "unlink", "rmdir"):
-    setattr(os, name, deadly(getattr(os, name)))
-builtins.open = io.open = deadly(open)
-link_drive.main(sys.argv[2], ["cache", "checkpoints"], sys.argv[3], relink="relink" in sys.argv, say=lambda line: None)
-"""
 
 
 @pytest.fixture
@@ -211,14 +196,13 @@ def test_a_failing_drive_loses_nothing_and_the_next_run_finishes(project, drive,
     """Disk full, a rename that copies half, bytes that read back differently: all local files stay, then all arrive."""
     local = {"a": "first" * 10, "b": "second" * 10}
     fill(project / "cache", local)
-    replace, sync = os.replace, os.fsync
+    replace = os.replace
 
     def full(_):
         raise OSError(28, "No space left on device")
 
-    def altered(handle):
-        sync(handle)
-        os.ftruncate(handle, 3)
+    def altered(written):
+        os.truncate(written, 3)
 
     def torn(source, target):
         replace(source, target)
@@ -228,7 +212,7 @@ def test_a_failing_drive_loses_nothing_and_the_next_run_finishes(project, drive,
         if fault == "torn rename":
             patch.setattr(os, "replace", torn)
         else:
-            patch.setattr(os, "fsync", full if fault == "full" else altered)
+            patch.setattr(files_module, "sync", full if fault == "full" else altered)
         with pytest.raises(UserError, match="nothing is lost, run the same command again"):
             link(drive, project, "cache")
     assert texts(project / "cache") == local
@@ -236,17 +220,29 @@ def test_a_failing_drive_loses_nothing_and_the_next_run_finishes(project, drive,
     assert {name: text for name, text in texts(drive / "cache").items() if name in local} == local
 
 
-def killed_at(n, drive, project, *options):
-    """Exit status of the command in a forked process that dies before its n-th operation."""
+def killed_at(n, drive, project, relink=False):
+    """Exit status of the command in a process that dies by SIGKILL just before its n-th operation on the file system."""
     child = os.fork()
-    if child == 0:
-        sys.argv = ["", str(n), str(drive), str(project), *options]
-        try:
-            exec(KILLED, {"link_drive": link_drive})
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    left = itertools.count(n - 1, -1)
+
+    def deadly(real):
+        def call(*args, **kwargs):
+            if next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call
+
+    try:
+        for name in ("mkdir", "symlink", "replace", "fsync", "unlink", "rmdir"):
+            setattr(os, name, deadly(getattr(os, name)))
+        builtins.open = io.open = deadly(open)
+        link(drive, project, relink=relink)
+        os._exit(0)
+    finally:
+        os._exit(1)
 
 
 def test_killed_before_any_operation_the_same_command_finishes(tmp_path):
@@ -278,7 +274,7 @@ def test_killed_while_relinking(tmp_path):
         drive.mkdir()
         for name in NAMES:
             (project / name).symlink_to(tmp_path / str(n) / "old")
-        code = killed_at(n, drive, project, "relink")
+        code = killed_at(n, drive, project, relink=True)
         assert all((project / name).exists() for name in NAMES)
         if code == 0:
             break

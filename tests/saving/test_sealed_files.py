@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import Evil, seal, write_evil
+from left_behind import Watched
 
 from newllm.errors import UserError
 from newllm.report.comparison import read_result
@@ -111,37 +112,24 @@ def test_a_correct_seal_proves_wholeness_not_good_will(tmp_path):
         assert_refused_untouched(path, seal(buffer.getvalue()))
 
 
-class FullDisk:
-    """File object that refuses every write after the first few."""
-
-    def __init__(self, file, room):
-        self.file, self.room = file, room
-
-    def write(self, data):
-        self.room -= 1
-        if self.room < 0:
-            raise OSError(28, "No space left on device")
-        return self.file.write(data)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.file.close()
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-
 def test_a_failed_write_at_any_point_leaves_the_old_file(sealed, monkeypatch):
     """The disk fills up at the first, second, ... last write: OSError that says so, old bytes, no temporary file."""
     path, whole = sealed
     real, refused = builtins.open, 0
-    for room in range(1000):
+
+    def full(*args, **named):
+        return Watched(real(*args, **named), write)
+
+    def write(data):
+        nonlocal room
+        room -= 1
+        if room < 0:
+            raise OSError(28, "No space left on device")
+
+    for writes in range(1000):
+        room = writes
         with monkeypatch.context() as patch:
-            patch.setattr(
-                builtins, "open", lambda *args, room=room, **named: FullDisk(real(*args, **named), room)
-            )
+            patch.setattr(builtins, "open", full)
             try:
                 save_sealed(VALUE | {"step": 8}, path)
                 break
@@ -169,20 +157,22 @@ def test_a_file_size_limit_leaves_the_old_file(sealed):
 def test_whatever_else_fails_on_the_way_leaves_the_old_file(sealed, monkeypatch, fault):
     """Flushing, naming, a disk that alters bytes (they are read back), a value that cannot be saved."""
     path, whole = sealed
-    value, sync = VALUE | {"step": 8}, os.fsync
+    value, sync = VALUE | {"step": 8}, files.sync
 
     def refuse(*_):
         raise OSError(28, "No space left on device")
 
-    def alter(handle):
-        sync(handle)
-        os.pwrite(handle, b"\xff", 100)
+    def alter(written):
+        sync(written)
+        with open(written, "r+b") as file:
+            file.seek(100)
+            file.write(b"\xff")
 
     with monkeypatch.context() as patch:
         if fault == "unpicklable":
             value = {"x": lambda: 0}
         elif fault == "altered":
-            patch.setattr(os, "fsync", alter)
+            patch.setattr(files, "sync", alter)
         else:
             patch.setattr(os, fault, refuse)
         with pytest.raises((OSError, AttributeError, pickle.PicklingError)):
@@ -190,16 +180,27 @@ def test_whatever_else_fails_on_the_way_leaves_the_old_file(sealed, monkeypatch,
     assert path.read_bytes() == whole
 
 
+def test_what_a_killed_process_left_costs_no_file(sealed):
+    """A temporary name, of a process of the same number, that is still one more name of the file it was to replace."""
+    path, whole = sealed
+    left = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    os.link(path, left)
+    kept = path.parent.parent / f"{path.parent.name}_kept.pt"
+    os.link(path, kept)
+    save_sealed(VALUE | {"step": 8}, path)
+    assert kept.read_bytes() == whole and load_sealed(path)["step"] == 8
+
+
 def test_a_verified_copy_is_equal_or_not_made(sealed, monkeypatch):
     """Bytes that read back differently are an error; the file that was there stays, or becomes the previous one."""
     path, whole = sealed
     folder = path.parent.parent / "drive"
     folder.mkdir()
-    copy, previous, sync = folder / "copy.pt", folder / "previous.pt", os.fsync
+    copy, previous = folder / "copy.pt", folder / "previous.pt"
     with open(path, "rb") as source:
         copy_verified(source, copy, previous)
         with monkeypatch.context() as patch:
-            patch.setattr(os, "fsync", lambda handle: (sync(handle), os.ftruncate(handle, 3)))
+            patch.setattr(files, "sync", lambda written: os.truncate(written, 3))
             with pytest.raises(OSError, match="reads back differently"):
                 copy_verified(source, copy, previous)
         assert copy.read_bytes() == whole and not previous.exists()
