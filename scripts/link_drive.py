@@ -2,8 +2,8 @@
 
 python3 -m scripts.link_drive --drive /content/drive/MyDrive/newllm      # again: changes nothing, says so
 
-What lies in a local folder is copied and compared first, only then deleted here. A file that differs from one of
-the same name on Drive stops it before anything is changed. Killed anywhere, the same command finishes.
+What lies in a local folder is copied and compared first, only then deleted here. A file that differs from one
+of the same name on Drive stops it before anything is changed. Killed anywhere, the same command finishes.
 """
 
 import argparse
@@ -48,15 +48,15 @@ def main(drive, names=NAMES, root=".", relink=False, say=print):
 
 
 def check(here, there, relink):
-    """Raise UserError if `here` cannot become a link to `there` without loss or guesswork. Changes nothing."""
+    """Raise UserError if `here` cannot become a link to `there` without loss. Changes nothing."""
     usable_folder(there, "--drive", make=False)
     if there.is_symlink() or (there / there.name).is_symlink():  # as a repeated `ln -s` makes it
         raise UserError(f"{there} is a link, or has one in it by its own name: delete that link.")
     if here.is_symlink():
         if not relink and not (here.exists() and there.exists() and here.samefile(there)):
             raise UserError(
-                f"{here} is a link to {os.readlink(here)}, which is not {there}, or does not exist: mount Drive "
-                "first, or add --relink to replace the link."
+                f"{here} is a link to {os.readlink(here)}, which is not {there}, or does not exist: "
+                "mount Drive first, or add --relink to replace the link."
             )
     elif usable_folder(here, "--names", make=False).exists():
         if in_use := holder(here):
@@ -65,7 +65,7 @@ def check(here, there, relink):
 
 
 def compare(here, there, moved=False):
-    """Raise UserError where the local folder holds what cannot be moved, or other than the folder on Drive."""
+    """Raise UserError where `here` holds what cannot be moved, or other than what lies `there`."""
     for path in here.rglob("*"):
         other = there / path.relative_to(here)
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
@@ -87,7 +87,8 @@ def link(here, there, say):
         say(f"{here.name} -> {there}: already linked, nothing to do")
         return
     if here.is_dir() and not here.is_symlink():
-        shutil.copytree(here, there, copy_function=copy, ignore=skip, dirs_exist_ok=True)
+        lock = shutil.ignore_patterns(LOCK_NAME)
+        shutil.copytree(here, there, copy_function=copy, ignore=lock, dirs_exist_ok=True)
         compare(here, there, moved=True)  # what was written here meanwhile is not deleted
         shutil.rmtree(here)
         say(f"{here}: moved to {there}")
@@ -96,10 +97,6 @@ def link(here, there, say):
     new.symlink_to(there, target_is_directory=True)
     os.replace(new, here)  # the old link or the new one, never none
     say(f"{here.name} -> {there}: linked")
-
-
-def skip(folder, names):
-    return [name for name in names if name == LOCK_NAME]
 
 
 def copy(source, target):

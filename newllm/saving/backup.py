@@ -1,7 +1,7 @@
-"""Writing beside the training: states by one thread; second copies in another folder by another, which may hang.
+"""Writing beside the training: states by one thread, their second copies by another, which may hang.
 
-The copies' folder may be a mounted Drive: slow, full or gone. It never delays a state or ends a run; what failed
-is tried again after the next save, and at the end.
+The copies' folder may be a mounted Drive: slow, full or gone. It never delays a state or ends a run; what
+failed is tried again after the next save, and at the end.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from newllm.saving.files import Corrupt, copy_verified, second_folder, verify_se
 from newllm.saving.guard import Guard
 
 LATEST, PREVIOUS = "model_latest.pt", "model_prev.pt"
-LAST_ROUNDS = 3  # tries at the end of a run
+LAST_ROUNDS, PAUSE = 3, 1.0  # tries at the end of a run, and seconds after one that failed
 
 
 class SaveThread:
@@ -36,7 +36,6 @@ class SaveThread:
         self.failure, self.saves = None, 0
         self.waited = self.written = self.longest = 0.0
         self._pool, self._job = ThreadPoolExecutor(1, "checkpoint"), None
-        self.close = self._pool.shutdown
 
     @property
     def busy(self):
@@ -56,6 +55,9 @@ class SaveThread:
         if job:
             job.result()
         self.waited += time.monotonic() - started
+
+    def close(self):
+        self._pool.shutdown()
 
     def _run(self, write, prepared):
         started = time.monotonic()
@@ -100,18 +102,21 @@ class Backup:
         self._thread, self._next_round = None, 0.0
 
     def request(self, names, save):
-        """Say which files the target shall hold, as they are when a round of copies begins; returns at once."""
+        """Say which files the target shall hold, as they are when their round begins; returns at once."""
         self._asked = names, save
         if not self._busy and time.monotonic() >= self._next_round:
             self._begin()
 
     def close(self, flush=True, time_limit=120):
-        """Make the copies that are still missing, unless `flush` is False, in at most `time_limit` seconds."""
+        """Make the copies still missing, unless `flush` is False, in at most `time_limit` seconds."""
         deadline = time.monotonic() + time_limit
         for _ in range(LAST_ROUNDS):
             self._join(deadline)
-            if flush and self._asked is not self._done and not self._busy and not self.lock.lost:
-                self._begin()
+            if not flush or self._asked is self._done or self._busy or self.lock.lost:
+                break
+            if self.error:
+                time.sleep(PAUSE)
+            self._begin()
         self._join(deadline)
         if self._busy:  # it keeps the target's lock until the process ends
             self.error = f"not finished within {time_limit:g} s, last error: {self.error}"

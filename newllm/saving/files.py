@@ -1,7 +1,7 @@
 """Files that are either whole or not there: sealed torch archives, written atomically, read back, verified.
 
 A sealed file is what `torch.save` writes (a zip archive) with its SHA-256 as the archive's comment: plain
-`torch.load` still opens it. torch itself checks no sums, and the CRC-32 of the records, which zipfile could check,
+`torch.load` still opens it. torch checks no sums, and the CRC-32 of the records, which zipfile could check,
 do not cover the archive's directory, where a flipped bit can make torch load other values.
 """
 
@@ -53,7 +53,7 @@ def usable_folder(path, purpose, make=True):
 
 
 def second_folder(path, first, purpose, make=True):
-    """As usable_folder, for one on another disk than the folder `first`: not in it, and its parent is there."""
+    """As usable_folder, for one on another disk than `first`: not in it or around it, in an existing one."""
     path = usable_folder(path, purpose, make=False)
     if path == first or path in first.parents or first in path.parents:
         raise UserError(f"{first} and {path} ({purpose}) must not lie in each other: choose another folder.")
@@ -64,7 +64,7 @@ def second_folder(path, first, purpose, make=True):
 
 @contextlib.contextmanager
 def replacing(path):
-    """A name beside `path` to write to; it takes the place of `path` if the block ends well, else it is gone."""
+    """A name beside `path` to write to, which takes its place if the block ends well, and else is gone."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)  # left by a killed process, it may be one more name of a good file
     try:
@@ -172,7 +172,7 @@ def copy_verified(source, target, previous=None):
     """Copy an open file to a folder that is not to be trusted; the copy is named when it reads back the same.
 
     Args:
-        previous: path for the file that is there: a rename that tears the new one, as Drive's may, leaves that.
+        previous: path for the file that is there, as Drive's rename may tear the new one.
 
     Raises:
         OSError: it did not work, or what can be read back is not what was written.

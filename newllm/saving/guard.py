@@ -1,7 +1,8 @@
 """One writer a folder, so that no run overwrites another's files.
 
-On one machine the kernel decides: it frees the lock of a killed process, so none is ever stale. Across machines,
-where a folder lies on Drive, no lock holds: `manifest.json` names the writer, and who started last goes on.
+On one machine the kernel decides: it frees the lock of a killed process, so none is ever stale. Across
+machines, where a folder lies on Drive, no lock holds: `manifest.json` names the writer, and who started last
+goes on.
 """
 
 import contextlib
@@ -11,8 +12,6 @@ import os
 import socket
 import uuid
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from newllm.errors import UserError
 from newllm.saving.files import write_text
@@ -50,14 +49,14 @@ class Guard:
         try:
             try:
                 self._lock.acquire()
+            except TimeoutError:
+                raise UserError(_in_use(self.folder)) from None
             except OSError as error:
                 if error.errno not in NO_LOCKS:
                     raise
                 self.note = f"{self.folder} knows no file locks: see that one run at a time uses it"
             manifest = read_manifest(self.folder) | {"writer": self.token}
             write_text(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        except Timeout:
-            raise UserError(_in_use(self.folder)) from None
         except OSError as error:
             self.release()
             raise UserError(f"cannot lock the folder {self.folder}: {error.strerror or error}.") from error
@@ -75,8 +74,8 @@ class Guard:
             self.lost = writer
         if self.lost:
             raise LockLost(
-                f"{self.lost} has taken over {self.folder} from this run ({self.run_id}), which writes nothing "
-                "more there: let the other one go on, or use another folder."
+                f"{self.lost} has taken over {self.folder} from this run ({self.run_id}), which writes "
+                "nothing more there: let the other one go on, or use another folder."
             )
 
     def release(self):
@@ -101,7 +100,7 @@ def holder(folder):
         with _lock(folder):
             return None
     except OSError as error:
-        return _in_use(folder) if isinstance(error, Timeout) else None
+        return _in_use(folder) if isinstance(error, TimeoutError) else None
 
 
 def read_manifest(folder):
@@ -113,6 +112,8 @@ def read_manifest(folder):
 
 
 def _lock(folder):
+    from filelock import FileLock  # takes time to load, and most commands lock nothing
+
     # filelock's own way out of a file system without locks is a file that outlives a killed process.
     return FileLock(Path(folder) / LOCK_NAME, timeout=0, thread_local=False, fallback_to_soft=False)
 

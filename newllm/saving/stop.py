@@ -1,7 +1,7 @@
-"""Stopping in good order: a signal or the end of the allowed time asks, training stops at its next safe point.
+"""Stopping in good order: a signal or the end of the allowed time asks, training stops at a safe point.
 
-The first SIGTERM or SIGINT only sets a flag, because a state saved in the middle of a step would be no state at
-all. Loops poll it; a second signal ends the process at once. SIGUSR1 asks for a checkpoint and nothing else.
+The first SIGTERM or SIGINT only sets a flag, because a state saved in the middle of a step would be none.
+Loops poll it; a second signal ends the process at once. SIGUSR1 asks for a checkpoint and nothing else.
 """
 
 import os
@@ -11,6 +11,7 @@ import time
 from concurrent.futures import Future, wait
 
 EXIT_STATUS = 75  # EX_TEMPFAIL: nothing is wrong, run the same command again
+REQUEST = getattr(signal, "SIGUSR1", None)  # None on Windows
 
 
 class Stopped(Exception):
@@ -24,18 +25,18 @@ class Stopped(Exception):
 
 
 class LeftBehind(Stopped):
-    """The same, while a thread is still within a library: Python's own end would wait for it or trip over it."""
+    """The same, while a thread is still within a library: Python's own end would wait for it."""
 
 
 class Interrupt:
-    """Context manager that listens for signals, in the main thread, and for the end of `max_minutes` (0: none).
+    """Context manager that listens for signals, in the main thread, and for the end of `max_minutes`, if any.
 
     Args:
         saves: whether what is stopped can be continued.
 
     Attributes:
-        alone: False where several processes train together: none may stop while the others wait for it, so all
-            go by what `agree` found.
+        alone: False where several processes train together: none may stop while the others wait for it, so
+            all go by what `agree` found.
     """
 
     current = None
@@ -49,7 +50,7 @@ class Interrupt:
     def __enter__(self):
         self.before = {}
         if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            for number in filter(None, (signal.SIGTERM, signal.SIGINT, REQUEST)):
                 self.before[number] = signal.signal(number, self._hear)
         Interrupt.current = self
         return self
@@ -62,7 +63,7 @@ class Interrupt:
             signal.signal(number, handler)
 
     def _hear(self, number, frame):
-        if number == signal.SIGUSR1:
+        if number == REQUEST:
             self.save_requested = True
         # A launcher passes on as SIGTERM the Ctrl-C that its processes have had already.
         elif self.signal is not None and (self.alone or self.signal == number):
@@ -89,7 +90,7 @@ def stop_reason():
 
 
 def agree(first_reason):
-    """Let processes that train together stop together: `first_reason` gives all the same one of their wishes."""
+    """Let processes that train together stop together: `first_reason` gives all the same wish."""
     current = Interrupt.current
     if current and not current.alone:
         current.agreed = first_reason(current.wish)

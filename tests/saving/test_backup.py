@@ -1,4 +1,4 @@
-"""Second copies are whole, of one moment, and never in the way: whatever their folder does, training goes on."""
+"""Second copies are whole, of one moment, and never in the way, whatever their folder does."""
 
 import builtins
 import contextlib
@@ -14,6 +14,7 @@ import pytest
 from left_behind import Watched
 
 from newllm.errors import UserError
+from newllm.saving import backup as backup_module
 from newllm.saving.backup import Backup, SaveThread
 from newllm.saving.files import Corrupt, load_sealed, save_sealed
 from newllm.saving.guard import Guard, read_manifest
@@ -22,7 +23,7 @@ ALL = ["model_best.pt", "model_latest.pt", "manifest.json"]
 
 
 class Target:
-    """Faults for all below one folder: `before(operation, path)` is called ahead of open, write and rename."""
+    """Faults for all below one folder: `before(operation, path)` comes ahead of open, write and rename."""
 
     def __init__(self, folder, monkeypatch):
         self.folder, self.operations = str(folder), []
@@ -64,7 +65,7 @@ def folders(tmp_path):
 
 
 @pytest.fixture
-def start(folders):
+def start(folders, monkeypatch):
     """Function that opens a Backup between the folders; all are closed at the end."""
     with contextlib.ExitStack() as stack:
 
@@ -73,6 +74,8 @@ def start(folders):
             backup = Backup(source, folders[1], Guard(source, "mine", "t"), every_seconds, said.append)
             stack.callback(backup.close, flush=False, time_limit=5)
             return backup
+
+        monkeypatch.setattr(backup_module, "PAUSE", 0.01)
 
         said = begin.said = []
         yield begin
@@ -124,7 +127,7 @@ def slots(folder):
 
 
 def test_copies_are_equal_and_made_once(folders, start, target):
-    """In the order asked for, nothing else is left; an unchanged file is not copied again unless it is gone there."""
+    """In the order asked for, nothing else is left; an unchanged file is copied again only if it is gone."""
     backup = start()
     assert backup.report() == "mirror: 0 files, no copy yet"
     do_round(backup, [*ALL, "model_gone.pt"], save=7)
@@ -140,7 +143,7 @@ def test_copies_are_equal_and_made_once(folders, start, target):
 
 
 def test_rounds_are_throttled_but_for_the_last(folders, start):
-    """Between them lie every_seconds; what is asked for meanwhile is copied at the end, as it is then, unless told not to."""
+    """Between them lie every_seconds; what is asked for meanwhile is copied at the end, if at all."""
     backup = start(every_seconds=1000.0)
     do_round(backup, ["model_best.pt"])
     (folders[0] / "model_best.pt").write_text("newer")
@@ -154,7 +157,7 @@ def test_rounds_are_throttled_but_for_the_last(folders, start):
 
 
 def test_copies_are_of_one_moment(folders, start, target):
-    """Training replaces files while they are copied: model and manifest of the copies still belong together."""
+    """Training replaces files while they are copied: model and manifest still belong together."""
     source, copy = folders
 
     def save_again(operation, _):
@@ -200,7 +203,7 @@ def test_a_failing_target_keeps_its_copies_is_told_once_and_made_good(
 
 
 def test_a_flaky_target_at_the_end_of_a_run_is_tried_again(folders, start, target):
-    """Two failures in a row lose nothing; one that always fails is reported, and the end is not kept up by it."""
+    """Two failures in a row lose nothing; one that always fails is reported, and the run ends."""
     backup = start()
     target.before = fails(errno.EIO, times=2)
     backup.request(ALL, 1)
@@ -216,7 +219,7 @@ def test_a_flaky_target_at_the_end_of_a_run_is_tried_again(folders, start, targe
 
 
 def test_a_slow_target_keeps_nobody_waiting(folders, start, target):
-    """A hundred requests take no time; the end waits as long as told, says so, and keeps the target's lock."""
+    """A hundred requests take no time; the end waits as long as told, and keeps the target's lock."""
     backup, go_on = start(), threading.Event()
     target.before = lambda operation, _: go_on.wait(10) if operation == "write" else None
     began = time.monotonic()
@@ -243,7 +246,7 @@ def test_a_target_that_vanishes_is_not_made_anew(folders, start, tmp_path):
 
 
 def test_the_state_before_the_latest_is_kept(folders, start):
-    """Each new copy moves the old one to the second slot; an unchanged one moves nothing; a damaged one is replaced."""
+    """Each new copy moves the old one to the second slot; an unchanged one none; a damaged one goes."""
     backup = start()
     for number, expected in (
         (1, {"latest": 1}),
@@ -310,7 +313,7 @@ def test_a_torn_rename_never_costs_the_whole_state_before(folders, start, target
 
 
 def test_two_runs_never_mix_in_one_target(folders, start, target):
-    """On one machine the second is refused; by another one's token the first stops for good, before its next file."""
+    """On one machine the second is refused; by another's token the first stops before its next file."""
     backup = start()
     with pytest.raises(UserError, match=rf"is using {folders[1]}: stop that process first"):
         start()
@@ -333,7 +336,7 @@ def test_two_runs_never_mix_in_one_target(folders, start, target):
 
 
 def test_bad_folders_are_refused_at_the_start(folders, tmp_path):
-    """In each other, without parent (Drive not mounted), a file: a sentence before training, and nothing is made."""
+    """In each other, without parent (Drive not mounted), a file: a sentence, and nothing is made."""
     source, guard = folders[0], Guard(folders[0], "mine")
     for inside in (source, source / "mirror", tmp_path):
         with pytest.raises(UserError, match="must not lie in each other"):
@@ -347,7 +350,7 @@ def test_bad_folders_are_refused_at_the_start(folders, tmp_path):
 
 
 def test_states_are_written_one_by_one_and_a_refusing_disk_is_no_end():
-    """Prepared at once, written in a thread that the next one waits for; other errors than the disk's come out."""
+    """Prepared at once, written in a thread the next one waits for; errors but the disk's come out."""
     said, written, lost = [], [], []
 
     def check():

@@ -13,7 +13,6 @@ import pytest
 from helpers import as_flags
 from left_behind import SHORT, Watched, content, same_weights, temporary_files
 
-from config import ResidualConfig
 from newllm.errors import UserError
 from newllm.report.runlog import RunLog
 from train import main
@@ -22,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 class Disk:
-    """While `number` is set, `folder` refuses with that error: files beyond `room` bytes, other names if `names`."""
+    """While `number` is set, `folder` refuses with it: files beyond `room` bytes, other names if `names`."""
 
     def __init__(self, monkeypatch, folder, room, names=True):
         self.folder, self.room, self.names = Path(folder).resolve(), room, names
@@ -64,7 +63,7 @@ class Disk:
 
 
 def refuse_until(monkeypatch, disk, number, until=None):
-    """The disk refuses from the first row of the record on, and again not from the first row of a stage on."""
+    """The disk refuses from the first row of the record on, but no more from that of a stage on."""
     real, stages = RunLog.log, []
 
     def log(self, stage, **values):
@@ -84,7 +83,7 @@ def refuse_until(monkeypatch, disk, number, until=None):
 def test_a_disk_that_refuses_every_save_leaves_the_old_files_and_the_run_goes_on(
     after_phase_1, monkeypatch, capsys, number, room, names
 ):
-    """Trained to the end, each file is what it was, no temporary one stays; the error is the last word, not the first."""
+    """Trained to the end, each file is what it was, no temporary one stays; the error is the last word."""
     before = content(after_phase_1)
     disk = Disk(monkeypatch, after_phase_1.checkpoint_dir, room, names)
     stages = refuse_until(monkeypatch, disk, number)
@@ -112,7 +111,7 @@ def test_a_disk_that_refuses_for_a_while_changes_nothing_but_the_saves(after_pha
 
 
 def test_the_command_ends_with_a_sentence_when_the_kernel_refuses_the_last_save(tiny_settings, after_phase_1):
-    """A real limit on the size of files, no stand-in: exit status 2, one line, the old state byte for byte."""
+    """A real limit on the size of files: exit status 2, one line, the old state byte for byte."""
     before = content(after_phase_1)
     limit = len(before["model_latest.pt"]) // 2
     done = subprocess.run(
@@ -131,19 +130,10 @@ def test_the_command_ends_with_a_sentence_when_the_kernel_refuses_the_last_save(
 
 
 def test_a_read_only_folder_is_refused_before_anything_is_trained(after_phase_1, monkeypatch):
-    """One sentence that names the folder and the reason; every file is as it was. Root may write anywhere: no chmod."""
+    """One sentence with folder and reason; every file is as it was. Root may write anywhere: no chmod."""
     before, disk = content(after_phase_1), Disk(monkeypatch, after_phase_1.checkpoint_dir, 0)
     disk.number = errno.EROFS
     with pytest.raises(UserError, match=f"{after_phase_1.checkpoint_dir}.*Read-only file system") as caught:
         main(after_phase_1)
     assert "\n" not in str(caught.value)
     assert content(after_phase_1) == before and not temporary_files(after_phase_1)
-
-
-def test_a_read_only_cache_costs_time_and_not_the_run(tiny_settings, monkeypatch, capsys):
-    """The data is used although it cannot be kept, and a line says so."""
-    Path(tiny_settings["cache_dir"]).mkdir()
-    Disk(monkeypatch, tiny_settings["cache_dir"], 0).number = errno.EROFS
-    main(ResidualConfig(**tiny_settings, phase="1"))
-    assert "could not be written" in capsys.readouterr().out
-    assert not os.listdir(tiny_settings["cache_dir"])

@@ -1,4 +1,4 @@
-"""One writer a folder: the kernel's lock on one machine, the token in the manifest between two; nothing is ever stale."""
+"""One writer a folder: the kernel's lock on one machine, the token in the manifest between two."""
 
 import contextlib
 import errno
@@ -70,7 +70,7 @@ def test_the_writer_is_named_while_it_writes_and_the_rest_of_the_manifest_stays(
 
 
 def test_the_second_of_two_processes_is_refused(tmp_path, first):
-    """Even if the first was stopped by Ctrl-Z; a sentence names it; it goes on undisturbed; asking makes nothing."""
+    """Even if the first was stopped by Ctrl-Z; a sentence names it; it goes on; asking makes nothing."""
     process, pipe = first
     os.kill(process.pid, signal.SIGSTOP)
     sentence = rf"process {process.pid} on .* is using {tmp_path}: stop that process first, or use another"
@@ -110,7 +110,7 @@ def test_of_many_takers_exactly_one_wins(start):
 
 
 def test_a_run_that_was_taken_over_stops_with_a_sentence_and_overwrites_nothing(tmp_path, first):
-    """By who started later on another machine, while this one slept; also if that one has ended when it looks again."""
+    """By who started later on another machine; also if that one has ended when this one looks again."""
     taken_by_another_machine(tmp_path)
     first[1].send("check")
     sentence = (

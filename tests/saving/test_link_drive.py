@@ -1,4 +1,4 @@
-"""Links to Drive: made once, never nested, moving what is there, and losing nothing: not by any kill or full disk."""
+"""Links to Drive: made once, never nested, moving what is there, losing nothing by kill or full disk."""
 
 import builtins
 import io
@@ -68,7 +68,7 @@ def refused(drive, project, match, *names, **options):
 
 
 def test_a_fresh_project_is_linked_once(project, drive):
-    """What is written through the links lies on Drive; the second run changes nothing, says so, and nests nothing."""
+    """What is written through the links lies on Drive; the second run says so and changes nothing."""
     assert f"cache -> {drive / 'cache'}: linked" in link(drive, project)
     for name in NAMES:
         assert os.readlink(project / name) == str(drive / name)
@@ -106,7 +106,7 @@ def test_local_content_is_moved(project, drive):
     ],
 )
 def test_what_differs_stops_it_before_anything_is_moved(project, drive, local, on_drive, match):
-    """A file of another content, or against a folder; in whichever of the folders; the sentence names both."""
+    """A file of another content, or against a folder; in whichever folder; the sentence names both."""
     fill(project / "cache", {"a": "1"})
     fill(project / "checkpoints", local)
     fill(drive / "checkpoints", on_drive)
@@ -114,7 +114,7 @@ def test_what_differs_stops_it_before_anything_is_moved(project, drive, local, o
 
 
 def test_what_drive_cannot_hold_is_refused(project, drive):
-    """A link or a pipe in a local folder; a link inside the folder of its own name, as a repeated `ln -s` makes it."""
+    """A link or a pipe in a local folder; one inside the folder of its own name, as by a repeated `ln -s`."""
     (project / "cache").mkdir()
     (project / "cache" / "cache").symlink_to(drive / "cache")
     refused(drive, project, r"cache/cache is a link", "cache")
@@ -129,7 +129,7 @@ def test_what_drive_cannot_hold_is_refused(project, drive):
 
 
 def test_a_link_to_another_place_or_to_nothing_needs_relink(project, drive, tmp_path):
-    """Refused with both places; with --relink it is replaced, and what lies in the other place stays there."""
+    """Refused with both places; with --relink it is replaced, and what lies there stays there."""
     fill(tmp_path / "elsewhere", {"a": "1"})
     (project / "cache").symlink_to(tmp_path / "elsewhere")
     (project / "checkpoints").symlink_to(drive / "checkpoints")
@@ -144,7 +144,7 @@ def test_a_link_to_another_place_or_to_nothing_needs_relink(project, drive, tmp_
 
 
 def test_what_is_in_the_way_is_refused(project, drive, monkeypatch, tmp_path):
-    """A file here or on Drive, an unmounted Drive, a project on Drive, one in the other, names that lead out."""
+    """A file here or on Drive, an unmounted Drive, a project on it, one in the other, names that lead out."""
     (project / "cache").write_text("mine")
     refused(drive, project, "cache .* is a file", "cache")
     fill(drive, {"checkpoints": "theirs"})
@@ -164,7 +164,7 @@ def test_what_is_in_the_way_is_refused(project, drive, monkeypatch, tmp_path):
 
 
 def test_a_folder_in_use_is_refused_and_its_lock_not_moved(project, drive):
-    """A running training would go on writing to the deleted folder; the lock file of a killed one is no content."""
+    """A running training would go on writing to the deleted folder; a killed one's lock is no content."""
     fill(project / "checkpoints", {"model_latest.pt": "x"})
     with Guard(project / "checkpoints", "live"):
         refused(drive, project, "is using")
@@ -174,7 +174,7 @@ def test_a_folder_in_use_is_refused_and_its_lock_not_moved(project, drive):
 
 
 def test_a_file_changed_during_the_move_is_not_deleted(project, drive, monkeypatch):
-    """Something writes into the folder after the copy, a new file as well: a sentence, and all is still there."""
+    """Something writes into the folder after the copy, also a new file: a sentence; all is still there."""
     fill(project / "cache", {"a": "1"})
     real = link_drive.copy
 
@@ -193,7 +193,7 @@ def test_a_file_changed_during_the_move_is_not_deleted(project, drive, monkeypat
 
 @pytest.mark.parametrize("fault", ["full", "torn rename", "altered"])
 def test_a_failing_drive_loses_nothing_and_the_next_run_finishes(project, drive, monkeypatch, fault):
-    """Disk full, a rename that copies half, bytes that read back differently: all local files stay, then all arrive."""
+    """Disk full, a torn rename, bytes that read back differently: all local files stay, then all arrive."""
     local = {"a": "first" * 10, "b": "second" * 10}
     fill(project / "cache", local)
     replace = os.replace
@@ -221,7 +221,7 @@ def test_a_failing_drive_loses_nothing_and_the_next_run_finishes(project, drive,
 
 
 def killed_at(n, drive, project, relink=False):
-    """Exit status of the command in a process that dies by SIGKILL just before its n-th operation on the file system."""
+    """Exit status of the command in a process that dies by SIGKILL before its n-th operation on files."""
     child = os.fork()
     if child:
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -246,7 +246,7 @@ def killed_at(n, drive, project, relink=False):
 
 
 def test_killed_before_any_operation_the_same_command_finishes(tmp_path):
-    """SIGKILL at the 1st, 2nd, ... operation until a run survives: no content is ever lost, the next run completes."""
+    """SIGKILL at the 1st, 2nd, ... operation until a run survives: nothing is lost, the next completes it."""
     local = {"cache/tokens.pt": "tokens", "checkpoints/model.pt": "model", "checkpoints/logs/a.csv": "1,2"}
     on_drive = {"checkpoints/model.pt": "model", "cache/old": "old"}
     for n in range(1, 200):

@@ -40,7 +40,7 @@ def start_and_wait_for_a_checkpoint(settings):
 
 
 def test_a_second_process_is_refused_and_takes_over_when_the_first_is_killed(tiny_settings):
-    """While one is in the middle of training, another stops with a sentence; after kill -9 it continues exactly."""
+    """While one is in the middle of training, another is refused; after kill -9 it continues exactly."""
     config = ResidualConfig(**tiny_settings)
     process = start_and_wait_for_a_checkpoint(tiny_settings)
     process.send_signal(signal.SIGSTOP)
@@ -56,7 +56,7 @@ def test_a_second_process_is_refused_and_takes_over_when_the_first_is_killed(tin
 
 
 def test_a_run_comes_back_from_its_mirror_when_the_machine_is_gone(tiny_settings, tmp_path):
-    """Local files lost after Phase 1: the mirror's state is fetched, verified, and continued to the same bits."""
+    """Local files lost after Phase 1: the mirror's state is fetched, and continued to the same bits."""
     config = ResidualConfig(**tiny_settings, backup_dir=str(tmp_path / "drive"), backup_every_minutes=0.0)
     main(dataclasses.replace(config, phase="1"))
     shutil.rmtree(config.checkpoint_dir)
@@ -70,7 +70,7 @@ def test_a_run_comes_back_from_its_mirror_when_the_machine_is_gone(tiny_settings
 
 
 def test_the_record_comes_back_with_the_weights(tiny_settings, tmp_path, capsys):
-    """Lost twice with its machine, the record has every epoch of every stage, its warnings and sessions; the arrays are whole."""
+    """Lost twice with its machine, the record has every epoch, warning and session; the arrays are whole."""
     own = tiny_settings | dict(phase2_epochs=5, patience=5, artifacts=True)
     config = ResidualConfig(**own, backup_dir=str(tmp_path / "drive"), backup_every_minutes=0.0)
     for batches in (9 + 4, 5 + 9 + 7):  # in Phase 1, and in the third epoch of Phase 2
@@ -137,7 +137,7 @@ def test_a_mirror_that_fails_does_not_stop_training_and_is_reported(
 
 
 def test_a_run_whose_folder_another_machine_took_stops_and_spares_the_second_copies(tiny_settings, tmp_path):
-    """The token in the manifest changes while it trains: one sentence, and neither folder is written any more."""
+    """The token in the manifest changes while it trains: a sentence; neither folder is written any more."""
     config = ResidualConfig(**tiny_settings, backup_dir=str(tmp_path / "drive"), backup_every_minutes=0.0)
     folder, real, before = Path(config.checkpoint_dir), Checkpointer.due, {}
 

@@ -1,4 +1,4 @@
-"""Sealed files are whole or refused, a failed write changes nothing, and folders are usable or named in a sentence."""
+"""Sealed files are whole or refused, a failed write changes nothing, folders are usable or refused."""
 
 import builtins
 import io
@@ -70,7 +70,7 @@ def test_a_sealed_file_is_a_sound_archive_that_torch_and_others_open(sealed):
 
 
 def test_no_single_bit_flip_loads(sealed):
-    """200 flips at random places and one in every byte of the seal: each raises Corrupt, the file stays as it is."""
+    """200 flips at random places and one in every byte of the seal: Corrupt, and the file stays as it is."""
     path, whole = sealed
     rng = np.random.default_rng(0)
     for place in [*rng.choice(len(whole), 200, replace=False), *range(len(whole) - 73, len(whole))]:
@@ -95,7 +95,7 @@ def test_nothing_but_the_whole_file_loads(sealed):
 
 
 def test_a_correct_seal_proves_wholeness_not_good_will(tmp_path):
-    """An evil pickle, an archive that torch did not write, a pickle that is none: refused, nothing executed."""
+    """An evil pickle, an archive that is not torch's, a pickle that is none: refused, nothing executed."""
     harm, path = tmp_path / "harm", tmp_path / "x.pt"
     write_evil(path, harm)
     verify_seal(path)
@@ -113,7 +113,7 @@ def test_a_correct_seal_proves_wholeness_not_good_will(tmp_path):
 
 
 def test_a_failed_write_at_any_point_leaves_the_old_file(sealed, monkeypatch):
-    """The disk fills up at the first, second, ... last write: OSError that says so, old bytes, no temporary file."""
+    """The disk fills up at the first, ... last write: OSError that says so, old bytes, no temporary file."""
     path, whole = sealed
     real, refused = builtins.open, 0
 
@@ -181,7 +181,7 @@ def test_whatever_else_fails_on_the_way_leaves_the_old_file(sealed, monkeypatch,
 
 
 def test_what_a_killed_process_left_costs_no_file(sealed):
-    """A temporary name, of a process of the same number, that is still one more name of the file it was to replace."""
+    """A temporary name, of a process of the same number, that is one more name of a good file."""
     path, whole = sealed
     left = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     os.link(path, left)
@@ -192,7 +192,7 @@ def test_what_a_killed_process_left_costs_no_file(sealed):
 
 
 def test_a_verified_copy_is_equal_or_not_made(sealed, monkeypatch):
-    """Bytes that read back differently are an error; the file that was there stays, or becomes the previous one."""
+    """Bytes that read back differently are an error; the file that was there stays, or is the previous."""
     path, whole = sealed
     folder = path.parent.parent / "drive"
     folder.mkdir()
@@ -210,7 +210,7 @@ def test_a_verified_copy_is_equal_or_not_made(sealed, monkeypatch):
 
 @pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, "9" * 5000, "\ufffd{", "", "[1]" * 2])
 def test_small_files_that_are_damaged_in_odd_ways_are_one_sentence(tmp_path, text):
-    """Nested beyond the parser's depth, a number beyond Python's, no JSON: every small file the project reads back."""
+    """Nested beyond the parser's depth, a number beyond Python's, no JSON: every small file read back."""
     for name in ("status.json", "sweep_state.json", "result.json", "manifest.json", "metrics_1.jsonl"):
         (tmp_path / name).write_text(text, encoding="utf-8")
     for read, path in (
@@ -232,7 +232,7 @@ def test_text_files_are_utf8_and_take_any_name(tmp_path):
 
 
 def test_a_usable_folder_is_made_and_resolved(tmp_path):
-    """With its parents, or found behind a link, which stays one and leads what is saved to where it points."""
+    """With its parents, or found behind a link, which stays one and leads what is saved there."""
     made = usable_folder(tmp_path / "a" / "b", "cache")
     (tmp_path / "link").symlink_to(made)
     assert made.is_dir() and usable_folder(tmp_path / "link", "cache") == made.resolve()
@@ -244,7 +244,7 @@ def test_a_usable_folder_is_made_and_resolved(tmp_path):
 
 
 def test_an_unusable_folder_is_a_sentence_that_names_it(tmp_path, monkeypatch):
-    """A link to nothing or to itself, a file, what lies below these, an unmounted Drive: nothing is made or harmed."""
+    """A link to nothing or to itself, a file, what lies below these, an unmounted Drive: nothing is made."""
     (tmp_path / "occupied").write_text("mine")
     for link, target in (("gone", "drive"), ("loop", "loop"), ("to_file", "occupied")):
         (tmp_path / link).symlink_to(tmp_path / target)

@@ -99,7 +99,8 @@ def test_a_second_signal_ends_the_process_at_once():
     """For the impatient: no more waiting for a safe point."""
     code = (
         "import os, signal\nfrom newllm.saving.stop import Interrupt\nwith Interrupt():\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n    os.kill(os.getpid(), signal.SIGTERM)\n    print('still here')"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    print('still here')"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 128 + signal.SIGTERM and done.stdout == ""
@@ -124,7 +125,7 @@ def test_handlers_are_given_back():
 
 
 def test_status_tells_where_a_run_is_while_it_trains_and_after_it_was_cut_off(tiny_settings, capsys):
-    """Phase, epoch, batch, progress, best loss, age of the checkpoint, speed and ETA; killed, then complete."""
+    """Phase, epoch, batch, progress, best loss, age of the checkpoint, speed and ETA; then killed."""
     settings = tiny_settings | dict(
         phase1_max_iterations=3000, phase1_convergence_threshold=1e-12
     )  # never converges

@@ -1,4 +1,4 @@
-"""What a run makes of files that do harm, are links, belong to something else, or come from a clock that lies."""
+"""What a run makes of files that do harm, are links, belong to something else, and of clocks that lie."""
 
 import dataclasses
 import os
@@ -55,7 +55,7 @@ def test_an_evil_pickle_in_the_latest_and_in_the_cache_is_set_aside(after_phase_
 
 
 def test_best_weights_that_cannot_be_trusted_stop_the_run_with_a_sentence(tiny_settings, tmp_path):
-    """A run cut off in Phase 2 needs its model_best.pt: an evil one is not executed, none is replaced by another."""
+    """A run cut off in Phase 2 needs its model_best.pt: an evil one is not executed, none is replaced."""
     config = ResidualConfig(**tiny_settings)
     stop_after(config, 9 + 9 + 7)
     best = Path(config.checkpoint_dir) / "model_best.pt"
@@ -99,7 +99,7 @@ def test_folders_below_a_linked_folder_are_used_through_the_link(tiny_settings, 
 
 
 def test_a_checkpoint_that_is_a_link_is_continued_and_its_target_unharmed(after_phase_1, tmp_path):
-    """What is written takes the link's place, not the file elsewhere; a link to nothing is refused, and stays."""
+    """What is written takes the link's place, not the file elsewhere; a link to nothing is refused."""
     latest, target = Path(after_phase_1.checkpoint_dir) / "model_latest.pt", tmp_path / "target.pt"
     latest.rename(target)
     latest.symlink_to(target)
@@ -115,7 +115,7 @@ def test_a_checkpoint_that_is_a_link_is_continued_and_its_target_unharmed(after_
 
 
 def test_a_checkpoint_with_tensors_of_another_shape_is_refused(after_phase_1):
-    """The settings agree and the weights do not, as with a file from another version: the sentence names the tensor."""
+    """The settings agree and the weights do not, as of another version: the sentence names the tensor."""
     latest = Path(after_phase_1.checkpoint_dir) / "model_latest.pt"
     state = load_sealed(latest)
     name, tensor = next((n, t) for n, t in state["model_state_dict"].items() if t.dim() == 2)
@@ -142,7 +142,7 @@ def test_a_refused_checkpoint_is_one_line_and_exit_status_2(tiny_settings, after
 
 
 def test_files_with_shuffled_times_are_read_in_the_order_they_were_saved(tiny_settings):
-    """As after a copy: with the latest damaged, the newest of the others by its stored number is continued exactly."""
+    """As after a copy: with the latest damaged, the newest by its stored number is continued exactly."""
     whole = ResidualConfig(**tiny_settings)
     main(whole)
     config = dataclasses.replace(whole, checkpoint_dir=whole.checkpoint_dir + "_copied", phase="1")
