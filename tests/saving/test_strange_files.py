@@ -141,32 +141,37 @@ def test_a_refused_checkpoint_is_one_line_and_exit_status_2(tiny_settings, after
     assert content(after_phase_1) == before
 
 
-def test_files_with_shuffled_times_are_read_in_the_order_they_were_saved(tiny_settings):
+def copied(config):
+    """The same run in a folder of its own."""
+    other = dataclasses.replace(config, checkpoint_dir=config.checkpoint_dir + "_copied")
+    shutil.copytree(config.checkpoint_dir, other.checkpoint_dir)
+    return other
+
+
+def test_files_with_shuffled_times_are_read_in_the_order_they_were_saved(after_phase_1):
     """As after a copy: with the latest damaged, the newest by its stored number is continued exactly."""
-    whole = ResidualConfig(**tiny_settings)
+    whole = copied(after_phase_1)
     main(whole)
-    config = dataclasses.replace(whole, checkpoint_dir=whole.checkpoint_dir + "_copied", phase="1")
-    main(config)
-    latest = Path(config.checkpoint_dir) / "model_latest.pt"
+    latest = Path(after_phase_1.checkpoint_dir) / "model_latest.pt"
     latest.unlink()
     latest.write_bytes(b"damaged")
     numbers = {}
     for path in set(latest.parent.glob("model_*.pt")) - {latest}:
         numbers[path] = load_sealed(path).get("save_number", 0)
+    assert len(set(numbers.values())) > 2
     for age, path in enumerate(sorted(numbers, key=numbers.get)):  # the older the state, the younger the file
         data = path.read_bytes()
         path.unlink()
         path.write_bytes(data)
         os.utime(path, (10**9 - 1000 * age,) * 2)
-    main(dataclasses.replace(config, phase="both"))
-    assert same_weights(config, whole)
+    main(after_phase_1)
+    assert same_weights(after_phase_1, whole)
 
 
 @pytest.mark.parametrize("hours", [-48, 48])
 def test_a_clock_that_was_set_changes_no_result(after_phase_1, monkeypatch, hours):
     """Two days back or forth between the sessions: the run goes on, and its seconds stay sensible."""
-    elsewhere = dataclasses.replace(after_phase_1, checkpoint_dir=after_phase_1.checkpoint_dir + "_elsewhere")
-    shutil.copytree(after_phase_1.checkpoint_dir, elsewhere.checkpoint_dir)
+    elsewhere = copied(after_phase_1)
     real = time.time
     with monkeypatch.context() as patch:
         patch.setattr(time, "time", lambda: real() + 3600 * hours)
