@@ -153,7 +153,7 @@ class Backup:
                 for name, file in opened.items():
                     self._copy(file, self.target / name)
         except Exception as error:  # whatever it is, it is no matter of the training
-            line = str(error).splitlines()[0].rstrip(".")
+            line = (str(error) or repr(error)).splitlines()[0].rstrip(".")
             if not self.error:
                 self.say(f"warning: no second copy in {self.target} ({line}); training goes on")
             self.error = line

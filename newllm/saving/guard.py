@@ -81,7 +81,7 @@ class Guard:
     def release(self):
         """Let go of the folder, as the end of the process does."""
         with contextlib.suppress(OSError):
-            if self._lock.is_locked:
+            if self._lock.is_locked and not self.lost:  # else it may be the other one's file
                 (self.folder / LOCK_NAME).unlink(missing_ok=True)
             self._lock.release()
 
