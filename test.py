@@ -36,7 +36,7 @@ from newllm.report.summary import plain
 from newllm.report.sweep import Sweep
 from newllm.saving.compatibility import shaping
 from newllm.saving.files import usable_folder
-from newllm.saving.guard import FolderLock
+from newllm.saving.guard import Guard
 from newllm.saving.stop import Interrupt
 
 LADDER = (50, 78, 195, 390, 781)  # samples
@@ -102,7 +102,7 @@ def climb(config, ladder):
         )
         return plain(call_apart(train.main, dataclasses.replace(config, **own)))
 
-    with Interrupt(config.max_minutes), FolderLock(folder, "ladder"):
+    with Interrupt(config.max_minutes), Guard(folder, "ladder"):
         sizes = {f"samples_{size}": size for size in ladder}
         return Sweep(folder, settings, sizes, fresh=not config.load_checkpoint).finish(work)
 

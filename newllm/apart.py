@@ -11,7 +11,7 @@ POLL_SECONDS = 0.2
 
 
 def call_apart(function, *arguments):
-    """What function(*arguments) returns, called in a fresh process: peak memory is its own, and a crash stays there.
+    """What function(*arguments) returns, called in a fresh process, where its memory and a crash stay.
 
     Args:
         function: importable by name; it and what it takes, returns and raises can be pickled.

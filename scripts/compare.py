@@ -28,7 +28,7 @@ from newllm.report.summary import plain
 from newllm.report.sweep import Sweep
 from newllm.saving.compatibility import shaping
 from newllm.saving.files import usable_folder, write_text
-from newllm.saving.guard import FolderLock
+from newllm.saving.guard import Guard
 from newllm.saving.stop import Interrupt
 
 UNTRAINED = dict(phase1_max_iterations=0)
@@ -153,7 +153,7 @@ def make(config, runs, results, keep=False):
         )
         return plain(summary)
 
-    with Interrupt(config.max_minutes), FolderLock(folder, "comparison"):
+    with Interrupt(config.max_minutes), Guard(folder, "comparison"):
         sizes = {name: configured(name).num_samples for name in runs}
         Sweep(folder, shared, sizes, fresh=not config.load_checkpoint, made=made).finish(work)
 

@@ -1,4 +1,4 @@
-"""A process of one's own: answers and errors come back, and it neither outlives its parent nor is cut off by a signal."""
+"""A process of one's own: answers and errors come back, and it does not outlive its parent."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def family(tmp_path):
-    """(parent, pid of its child, folder): a parent in a group of its own whose child works until it is stopped."""
+    """(parent, pid of its child, folder): a parent in its own group whose child works until stopped."""
     (tmp_path / "parent.py").write_text(PARENT)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, str(tmp_path / "parent.py"), str(tmp_path)]

@@ -1,227 +1,177 @@
-"""Second copies on a slow, unreliable folder (a mounted Drive): local first, mirror second, and never in the way.
+"""Writing beside the training: states by one thread, their second copies by another, which may hang.
 
-Training saves locally and hands the names to `Mirror.request`, which returns at once. One background thread copies at most
-every `min_seconds`, tries again after errors, and believes nothing: it reads back what it wrote, before and after the
-rename, as no one promises that a rename on a mounted Drive is atomic. Therefore the state has two slots there: the latest
-becomes the previous one when the new one is whole on disk, so a torn rename or a kill at any instant leaves a whole state.
-`manifest.json` comes last, so it never announces what is not there. What fails stays pending for the next round; training
-sees only the line of `report`. One run at a time: the target has a lock of its own, and who loses it copies nothing more.
+The copies' folder may be a mounted Drive: slow, full or gone. It never delays a state or ends a run; what
+failed is tried again after the next save, and at the end.
 """
 
 import contextlib
 import os
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from newllm.errors import UserError
-from newllm.saving.drive import check_target, copy_verified, refuse_overlap
-from newllm.saving.files import Corrupt, verify_seal
-from newllm.saving.guard import NETWORK, FolderLock, LockLost
+from newllm.saving.files import Corrupt, copy_verified, second_folder, verify_seal
+from newllm.saving.guard import Guard
 
-LATEST, PREVIOUS, MANIFEST = "model_latest.pt", "model_prev.pt", "manifest.json"
+LATEST, PREVIOUS = "model_latest.pt", "model_prev.pt"
+LAST_ROUNDS, PAUSE = 3, 1.0  # tries at the end of a run, and seconds after one that failed
 
 
-class Mirror:
-    """Copies files of `source_folder` to the same relative names under `target_folder`.
+class SaveThread:
+    """Writes one state at a time; what the disk refuses is no end of a run.
 
     Args:
-        source_folder: where training writes; files there are replaced, not altered (an altered one is copied as read).
-        target_folder: an existing folder, or a new one in an existing folder. If it vanishes later (a dropped mount) it is
-            not made anew, as that would fill the disk below the mount point.
-        run_id: as in FolderLock.
-        min_seconds: least time between the end of a round of copies and the start of the next.
-        attempts: how often a file is tried in one round.
-        wait: seconds before the second attempt; doubles with each further one.
-        copy_timeout: seconds after which an attempt is given up.
-        clock, sleep: time source (seconds, monotonic) and pause, for tests.
+        check: called before a job writes; raises if nothing may be written any more.
+        say: prints a line.
 
     Attributes:
-        lock: the target's FolderLock, held from the start; its beats are slow, as the target may be a Drive anywhere.
-        copied: files copied so far. retries: attempts that failed and were followed by another.
-        failures: files given up in a round (they stay pending). last_error: a line, or None.
-
-    Raises:
-        UserError: source and target lie in each other, the target cannot be a folder, or a live run copies into it.
+        failure: why the last job was refused by the disk, None when it was not.
+        waited: seconds for which the caller stood still; written: seconds for which a job was at work.
+        saves: jobs that wrote all they had; longest: seconds of the longest job.
     """
 
-    def __init__(
-        self, source_folder, target_folder, run_id, min_seconds=600, attempts=4, wait=1.0, copy_timeout=600,
-        clock=time.monotonic, sleep=time.sleep,
-    ):  # fmt: skip
-        self.source, self.target = Path(source_folder).resolve(), Path(target_folder).resolve()
-        refuse_overlap(self.source, "the folder to mirror", self.target, "its mirror")
-        check_target(self.target)
+    def __init__(self, check, say):
+        self.check, self.say = check, say
+        self.failure, self.saves = None, 0
+        self.waited = self.written = self.longest = 0.0
+        self._pool, self._job = ThreadPoolExecutor(1, "checkpoint"), None
+
+    @property
+    def busy(self):
+        return self._job is not None and not self._job.done()
+
+    def start(self, prepare, write):
+        """Wait for the job before, then `write(prepare())`: preparing here and now, writing in the thread."""
+        self.wait()
+        started = time.monotonic()
+        self._job = self._pool.submit(self._run, write, prepare())
+        self.waited += time.monotonic() - started
+
+    def wait(self):
+        """Until the job under way is done. Raises what it raised, other than the disk's refusal."""
+        started = time.monotonic()
+        job, self._job = self._job, None
+        if job:
+            job.result()
+        self.waited += time.monotonic() - started
+
+    def close(self):
+        self._pool.shutdown()
+
+    def _run(self, write, prepared):
+        started = time.monotonic()
         try:
-            self.target.mkdir(exist_ok=True)
+            self.check()
+            write(prepared)
+            self.failure = None
+            self.saves += 1
         except OSError as error:
-            raise UserError(f"cannot create the folder {self.target}: {error.strerror}.") from error
-        self.min_seconds, self.attempts, self.wait, self.copy_timeout = (
-            min_seconds,
-            attempts,
-            wait,
-            copy_timeout,
-        )
-        self.copied = self.retries = self.failures = 0
-        self.last_error, self.last_copy, self.newest_step = None, None, None
-        self._clock, self._sleep = clock, sleep
-        self._pending, self._step = {}, None
-        self._seen = {}  # name -> identity of the file that was copied, so that an unchanged one is not copied again
-        self._failing = self._lost = self._closing = self._give_up = False
-        self._next_round = -float("inf")
-        self._changed = threading.Condition()
-        self.lock = FolderLock(self.target, run_id, *NETWORK).acquire()
-        self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
-        self._thread.start()
+            self.failure = error.strerror or str(error)
+            self.say(
+                f"warning: checkpoint not saved ({self.failure}); training goes on, "
+                "the files from before are whole"
+            )
+        seconds = time.monotonic() - started
+        self.written += seconds
+        self.longest = max(self.longest, seconds)
 
-    def request(self, names, step=None):
-        """Ask for copies of these files, soon. Returns at once, touches no file and does not fail.
 
-        Files of earlier requests that are still pending stay so; each is copied as it is when its turn comes, and those
-        that no longer exist are left out.
+class Backup:
+    """Verified second copies of a run's files in `target`, which keeps the state before the latest as well.
 
-        Args:
-            names: paths, absolute or relative to the source folder.
-            step: what `report` calls the newest copy.
-        """
-        with self._changed:
-            self._pending.update(dict.fromkeys(names))
-            self._step = self._step if step is None else step
-            self._changed.notify()
+    Args:
+        source: the run's folder, whose files are replaced, never altered.
+        target: a folder, made now and not again if its mount drops.
+        guard: of the source; the target gets one with the same token, so that two runs never mix there.
+        every_seconds: least time from one round of copies to the next.
+        say: prints a line, where copies begin to fail.
+
+    Raises:
+        UserError: the target lies in the source or around it, is no folder, or another process copies there.
+    """
+
+    def __init__(self, source, target, guard, every_seconds, say=print):
+        self.source = Path(source).resolve()
+        self.target = second_folder(target, self.source, "backup_dir")
+        self.lock = Guard(self.target, guard.run_id, guard.token).acquire()
+        self.every_seconds, self.say = every_seconds, say
+        self.files, self.error, self.newest = 0, None, "no copy yet"
+        self._copied = {}  # name -> inode, size and time of the file whose copy lies in the target
+        self._asked = self._done = None  # (names, number of the save)
+        self._thread, self._next_round = None, 0.0
+
+    def request(self, names, save):
+        """Say which files the target shall hold, as they are when their round begins; returns at once."""
+        self._asked = names, save
+        if not self._busy and time.monotonic() >= self._next_round:
+            self._begin()
 
     def close(self, flush=True, time_limit=120):
-        """End the thread, which releases the lock; with `flush` copy what is pending first, whatever the throttle says.
-
-        Takes `time_limit` seconds at most. A thread that hangs in a copy for longer keeps the lock until it is through.
-        """
-        with self._changed:
-            if not flush:
-                self._pending, self._give_up = {}, True
-            self._closing = True
-            self._changed.notify()
-        self._thread.join(time_limit)
-        self._give_up = True  # a copy under way stops at its next block
-        with self._changed:
-            if self._thread.is_alive():
-                self._failing = True
-                self.last_error = f"not finished within {time_limit:g} s, last error: {self.last_error}"
+        """Make the copies still missing, unless `flush` is False, in at most `time_limit` seconds."""
+        deadline = time.monotonic() + time_limit
+        for _ in range(LAST_ROUNDS):
+            self._join(deadline)
+            if not flush or self._asked is self._done or self._busy or self.lock.lost:
+                break
+            if self.error:
+                time.sleep(PAUSE)
+            self._begin()
+        self._join(deadline)
+        if self._busy:  # it keeps the target's lock until the process ends
+            self.error = f"not finished within {time_limit:g} s, last error: {self.error}"
+        else:
+            self.lock.release()
 
     def report(self):
         """One line for the end of a run."""
-        if self._failing:
-            newest = "no copy yet" if self.last_copy is None else f"newest copy is step {self.newest_step}"
-            how = "STOPPED for good" if self._lost else "FAILED"
-            return f"mirror {how}: {self.last_error}; {newest} in {self.target}"
-        ago = (
-            "no copy yet"
-            if self.last_copy is None
-            else f"last copy {self._clock() - self.last_copy:.0f} s ago"
-        )
-        return f"mirror: {self.copied} files, {self.retries} retries, {ago}"
+        if not self.error:
+            return f"mirror: {self.files} files, {self.newest}"
+        state = "STOPPED for good" if self.lock.lost else "FAILED"
+        return f"mirror {state}: {self.error}; {self.newest} in {self.target}"
 
-    def _work(self):
+    @property
+    def _busy(self):
+        return self._thread is not None and self._thread.is_alive()
+
+    def _begin(self):
+        self._thread = threading.Thread(target=self._round, args=[self._asked], daemon=True)
+        self._thread.start()
+
+    def _join(self, deadline):
+        if self._thread:
+            self._thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _round(self, asked):
+        names, save = asked
         try:
-            self._serve()
-        finally:
-            self.lock.release()
+            with contextlib.ExitStack() as stack:
+                opened = {}  # all at first, so that the copies are of one moment though training goes on
+                for name in names:
+                    with contextlib.suppress(FileNotFoundError):
+                        opened[name] = stack.enter_context(open(self.source / name, "rb"))
+                for name, file in opened.items():
+                    self._copy(file, self.target / name)
+        except Exception as error:  # whatever it is, it is no matter of the training
+            line = (str(error) or repr(error)).splitlines()[0].rstrip(".")
+            if not self.error:
+                self.say(f"warning: no second copy in {self.target} ({line}); training goes on")
+            self.error = line
+        else:
+            self.error, self.newest, self._done = None, f"the newest of save {save}", asked
+            self._next_round = time.monotonic() + self.every_seconds
 
-    def _serve(self):
-        while not self._lost:
-            with self._changed:
-                while not self._due():
-                    if self._closing:
-                        return
-                    self._changed.wait(max(0.0, self._next_round - self._clock()) if self._pending else None)
-                names, step, last_chance = self._pending, self._step, self._closing
-                self._pending = {}
-            try:
-                failed = self._round(names)
-            except Exception as error:  # whatever it is, it must not end the thread unseen
-                failed, self.last_error = names, _line(error)
-                self._lost = isinstance(error, LockLost)
-            with self._changed:
-                self._failing = bool(failed)
-                if not failed:
-                    self.last_copy, self.newest_step = self._clock(), step
-                elif not last_chance and not self._give_up:
-                    self._pending = {**failed, **self._pending}
-                self._next_round = self._clock() + self.min_seconds
-
-    def _due(self):
-        return self._pending and (self._closing or self._clock() >= self._next_round)
-
-    def _round(self, names):
-        """Copy these files. Returns those that failed.
-
-        All are opened first, so that what is copied was there at one moment, manifest included, even if training goes on.
-
-        Raises:
-            LockLost: the target is another run's by now.
-        """
-        failed = {}
-        with contextlib.ExitStack() as stack:
-            opened = []
-            for name in sorted(names, key=lambda name: Path(name).name == MANIFEST):
-                path = self.source / name
-                path = path.parent.resolve() / path.name
-                if self.source not in path.parents:
-                    self.last_error = f"{name} does not lie in {self.source}"
-                    failed[name] = None
-                    continue
-                relative = path.relative_to(self.source)
-                try:
-                    opened.append((name, relative, stack.enter_context(open(path, "rb"))))
-                except FileNotFoundError:  # rotated away meanwhile
-                    pass
-                except OSError as error:
-                    self.last_error, failed[name] = _line(error), None
-            for name, relative, file in opened:
-                if (failed and Path(name).name == MANIFEST) or not self._copy(relative, file):
-                    failed[name] = None
-        return failed
-
-    def _copy(self, relative, file):
-        """Whether the target has the file in the end."""
+    def _copy(self, file, target):
+        self.lock.check()
         stat = os.fstat(file.fileno())
         identity = stat.st_ino, stat.st_size, stat.st_mtime_ns
-        target = self.target / relative
-        for attempt in range(self.attempts):
-            if attempt:
-                self.retries += 1
-                self._sleep(self.wait * 2 ** (attempt - 1))
-            limit = self._clock() + self.copy_timeout
-            try:
-                self.lock.check()
-                if (
-                    self._seen.get(relative) == identity
-                    and target.exists()
-                    and target.stat().st_size == stat.st_size
-                ):
-                    return True
-                target.parent.mkdir(parents=True, exist_ok=True)
-                slot = self._slot_for(target)
-                copy_verified(file, target, lambda limit=limit: self._give_up or self._clock() > limit, slot)
-            except OSError as error:
-                self.last_error = _line(error)
-                if self._give_up:
-                    break
-            else:
-                self._seen[relative] = identity
-                self.copied += 1
-                return True
-        self.failures += 1
-        return False
-
-    def _slot_for(self, old):
-        """Where the file that is there shall go; None if it is no state, or torn: that must not take a whole one's place."""
-        if old != self.target / LATEST:
-            return None
-        try:
-            verify_seal(old)
-        except (Corrupt, FileNotFoundError):
-            return None
-        return self.target / PREVIOUS
-
-
-def _line(error):
-    return str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__
+        if self._copied.get(target) == identity and target.exists() and target.stat().st_size == stat.st_size:
+            return
+        previous = None
+        if target.name == LATEST:  # a torn one must not take the place of the whole one before it
+            with contextlib.suppress(Corrupt, FileNotFoundError):
+                verify_seal(target)
+                previous = target.with_name(PREVIOUS)
+        copy_verified(file, target, previous)
+        self._copied[target] = identity
+        self.files += 1

@@ -13,13 +13,12 @@ from datetime import UTC, datetime
 
 from newllm.clock import Clock, timed
 from newllm.errors import UserError
-from newllm.saving.backup import Mirror
+from newllm.saving.backup import Backup, SaveThread
 from newllm.saving.checkpoint_files import CheckpointFiles
 from newllm.saving.compatibility import FORMAT, compare
 from newllm.saving.files import Corrupt, load_sealed, save_sealed, usable_folder
 from newllm.saving.frozen import frozen_path, store_frozen
-from newllm.saving.guard import FolderLock, LockLost
-from newllm.saving.save_thread import SaveThread
+from newllm.saving.guard import Guard, LockLost
 from newllm.saving.state import place, provenance, snapshot
 from newllm.saving.stop import Stopped, agree, save_requested, stop_reason
 from newllm.saving.trained import load_weights
@@ -66,12 +65,13 @@ class Checkpointer:
         self.thread = SaveThread(lambda: self.lock.check(), say)
         try:
             if self.writes:
-                self.lock = FolderLock(self.folder, run_id).acquire()
+                self.lock = Guard(self.folder, run_id).acquire()
+                self.files.writer = self.lock.token
                 self.notes += [self.lock.note] if self.lock.note else []
                 self.files.remove_strays()
             if self.writes and config.backup_dir:
-                self.mirror = Mirror(
-                    self.folder, config.backup_dir, run_id, min_seconds=60 * config.backup_every_minutes
+                self.mirror = Backup(
+                    self.folder, config.backup_dir, self.lock, 60 * config.backup_every_minutes, say
                 )
                 self.notes += [self.mirror.lock.note] if self.mirror.lock.note else []
                 self.files.recover(self.mirror.target, self.notes)

@@ -11,8 +11,15 @@ import time
 from pathlib import Path
 
 from newllm.errors import UserError
-from newllm.saving.drive import copy_verified
-from newllm.saving.files import Corrupt, duplicate, load_sealed, save_sealed, verify_seal, write_text
+from newllm.saving.files import (
+    Corrupt,
+    copy_verified,
+    duplicate,
+    load_sealed,
+    save_sealed,
+    verify_seal,
+    write_text,
+)
 
 KEPT = (
     "model_epoch.pt",
@@ -38,6 +45,7 @@ class CheckpointFiles:
         self.folder, self.keep_last = Path(folder), keep_last
         self.latest, self.previous = self.folder / "model_latest.pt", self.folder / "model_prev.pt"
         self.manifest = self.folder / "manifest.json"
+        self.writer = None  # the token of the folder's Guard
 
     def steps(self):
         """Step files, newest first."""
@@ -79,6 +87,7 @@ class CheckpointFiles:
             key: content[key]
             for key in ("run_id", "epoch", "stage", "step", "restart", "save_number", "saved_at")
         }
+        entry |= {"writer": self.writer} if self.writer else {}
         entry |= {"file": self.latest.name, "sha256": digest, "bytes": self.latest.stat().st_size}
         write_text(self.manifest, json.dumps(entry, indent=1) + "\n")
 

@@ -1,9 +1,12 @@
-"""Files that are either whole or not there: sealed torch archives, written atomically, verified before unpickling.
+"""Files that are either whole or not there: sealed torch archives, written atomically, read back, verified.
 
-A sealed file is what `torch.save` writes (a zip archive) plus its SHA-256 as the archive's comment, so one file
-carries its own proof and plain `torch.load` still opens it. torch itself checks no sums: a flipped bit loads silently.
+A sealed file is what `torch.save` writes (a zip archive) with its SHA-256 as the archive's comment: plain
+`torch.load` still opens it. torch checks no sums, and the CRC-32 of the records, which zipfile could check,
+do not cover the archive's directory, where a flipped bit can make torch load other values.
 """
 
+import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -14,10 +17,10 @@ import torch
 
 from newllm.errors import UserError
 
-SEAL_PREFIX = b"sha256:"
-SEAL_LENGTH = len(SEAL_PREFIX) + 64
-EMPTY_COMMENT = struct.pack("<H", 0)  # the last two bytes of an archive without comment: its comment's length
-SEAL_COMMENT = struct.pack("<H", SEAL_LENGTH)
+COLAB_DRIVE = Path("/content/drive")
+NO_COMMENT = struct.pack("<H", 0)  # an archive ends in the length of its comment, then the comment
+PREFIX = b"sha256:"
+SEAL_BYTES = len(NO_COMMENT) + len(PREFIX) + 64
 BLOCK = 1 << 20
 
 
@@ -25,49 +28,69 @@ class Corrupt(Exception):
     """A file that is not what was written: torn, altered, or no sealed archive at all."""
 
 
-def usable_folder(path, purpose):
-    """Create the folder if needed and return it resolved; a link to a folder is fine.
+def usable_folder(path, purpose, make=True):
+    """The folder, resolved, made if needed (unless `make` is False); a link to a folder is fine.
 
     Raises:
-        UserError: the path is a file, a dangling link (Drive not mounted), or cannot be created.
+        UserError: it is a file, a dangling link, on a Drive that is not mounted, or cannot be made.
     """
-    path = Path(path)
+    path, problem = Path(path), None
     if path.is_symlink() and not path.exists():
-        raise UserError(
-            f"{path} ({purpose}) is a link to {os.readlink(path)}, which does not exist: mount Drive first, or remove the link."
-        )
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} ({purpose}) is a file, not a folder: move it away or choose another folder.")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create the folder {path} ({purpose}): {error.strerror}.") from error
+        target = os.readlink(path)
+        problem = f"is a link to {target}, which does not exist: mount Drive first, or remove the link"
+    elif path.exists() and not path.is_dir():
+        problem = "is a file, not a folder: move it away or choose another folder"
+    elif COLAB_DRIVE in Path(os.path.realpath(path)).parents and not os.path.ismount(COLAB_DRIVE):
+        problem = "lies on Drive, which is not mounted: mount Drive first"
+    if problem:
+        raise UserError(f"{path} ({purpose}) {problem}.")
+    if make:
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot create the folder {path} ({purpose}): {error.strerror}.") from error
     return path.resolve()
 
 
+def second_folder(path, first, purpose, make=True):
+    """As usable_folder, for one on another disk than `first`: not in it or around it, in an existing one."""
+    path = usable_folder(path, purpose, make=False)
+    if path == first or path in first.parents or first in path.parents:
+        raise UserError(f"{first} and {path} ({purpose}) must not lie in each other: choose another folder.")
+    if not path.parent.is_dir():  # making it would fill the local disk in place of one that is not mounted
+        raise UserError(f"{path.parent} ({purpose}) does not exist: mount Drive first, or create it.")
+    return usable_folder(path, purpose, make)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A name beside `path` to write to, which takes its place if the block ends well, and else is gone."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.unlink(missing_ok=True)  # left by a killed process, it may be one more name of a good file
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # network folders may have nothing to sync
+            sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 class _HashingWriter:
-    """File object that hashes what passes through, so that a re-read can be compared with what was meant."""
+    """File object that hashes what passes through: what reads back is compared with what was meant."""
 
     def __init__(self, file):
-        self.file, self.digest, self.error = file, hashlib.sha256(), None
+        self.file, self.flush = file, file.flush
+        self.digest = hashlib.sha256()
 
     def write(self, data):
         self.digest.update(data)
-        try:
-            self.file.write(data)
-        except OSError as error:  # torch replaces it by a RuntimeError that no longer says why
-            self.error = error
-            raise
-        return len(data)
-
-    def flush(self):
-        self.file.flush()
+        return self.file.write(data)
 
 
 def save_sealed(value, path, previous=None):
-    """Write `value` (tensors and plain Python values) so that `path` is at every instant the old or the new file.
-
-    The temporary file lies in the target's own folder, is synced and read back before it takes the name.
+    """Write `value` (tensors and plain values) so that `path` is at every instant the old or the new file.
 
     Args:
         previous: a path by which to keep the file that had the name.
@@ -76,80 +99,25 @@ def save_sealed(value, path, previous=None):
         The SHA-256 (hex) of the archive.
 
     Raises:
-        OSError: the disk refused; the old file is untouched and the temporary one is gone.
+        OSError: the disk refused; the old file is untouched and no temporary one stays.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    writer = None
     try:
-        with open(temporary, "w+b") as file:
-            writer = _HashingWriter(file)
-            torch.save(value, writer)
-            digest = writer.digest.hexdigest()
-            file.seek(-len(EMPTY_COMMENT), os.SEEK_END)
-            if file.read() != EMPTY_COMMENT:
-                raise OSError(f"{temporary}: torch wrote an archive this version cannot seal")
-            file.seek(-len(EMPTY_COMMENT), os.SEEK_END)
-            file.write(SEAL_COMMENT + SEAL_PREFIX + digest.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        load_sealed(temporary, mmap=True)  # what cannot be loaded must not replace what can
-        if previous is not None and path.exists():
-            duplicate(path, previous)
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        with replacing(path) as temporary:
+            with open(temporary, "w+b") as file:
+                writer = _HashingWriter(file)
+                torch.save(value, writer)
+                file.seek(-len(NO_COMMENT), os.SEEK_END)
+                file.write(_seal(writer.digest))
+            sync(temporary)
+            load_sealed(temporary, mmap=True)  # what cannot be loaded must not replace what can
+            if previous is not None and path.exists():
+                duplicate(path, previous)
     except (RuntimeError, Corrupt) as error:
-        if writer and writer.error:
-            raise writer.error from error
+        if isinstance(error.__context__, OSError):  # torch's own error no longer says why the disk refused
+            raise error.__context__ from error
         raise OSError(f"writing {path} failed: {str(error).splitlines()[0]}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-    return digest
-
-
-def duplicate(path, target):
-    """Give the file a second name, replacing what had it: a hard link where possible, else a synced copy."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        try:
-            os.link(path, temporary)
-        except OSError:  # Drive and other network folders have no hard links
-            with open(path, "rb") as source, open(temporary, "wb") as copy:
-                shutil.copyfileobj(source, copy)
-                copy.flush()
-                os.fsync(copy.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(
-            missing_ok=True
-        )  # also where both were names of one file already: rename does nothing then
-
-
-def verify_seal(path):
-    """SHA-256 (hex) that the file carries and has. Reads everything, unpickles nothing.
-
-    Raises:
-        Corrupt: no seal, or content that does not match it.
-    """
-    body = os.path.getsize(path) - len(SEAL_COMMENT) - SEAL_LENGTH
-    if body <= 0:
-        raise Corrupt(f"{path} is too short to be a sealed file")
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        left = body
-        while left:
-            block = file.read(min(BLOCK, left))
-            if not block:
-                raise Corrupt(f"{path} ended while it was read")
-            digest.update(block)
-            left -= len(block)
-        tail = file.read()
-    digest.update(EMPTY_COMMENT)
-    expected = SEAL_COMMENT + SEAL_PREFIX + digest.hexdigest().encode()
-    if tail != expected:
-        raise Corrupt(f"{path} does not match its checksum")
-    return digest.hexdigest()
+    return writer.digest.hexdigest()
 
 
 def load_sealed(path, map_location="cpu", mmap=False):
@@ -160,47 +128,87 @@ def load_sealed(path, map_location="cpu", mmap=False):
         Corrupt: the seal is missing or wrong, or the content is not plain data.
     """
     verify_seal(path)
-    mmap = mmap and _is_text(os.fspath(path))  # torch maps no file whose name is not UTF-8
+    mmap = mmap and os.fspath(path).isprintable()  # torch maps no file whose name is not UTF-8
     try:
         return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (
-        Exception
-    ) as error:  # bad pickles fail in every way: Unpickling, Key, Index, Value, Type, Runtime errors
+    except Exception as error:  # a bad pickle fails in every way: Key, Index, Value, Type, Runtime errors
         raise Corrupt(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
-def _is_text(name):
-    try:
-        return bool(name.encode())
-    except UnicodeEncodeError:
-        return False
+def verify_seal(path):
+    """SHA-256 (hex) that the file carries and has. Reads everything, unpickles nothing.
+
+    Raises:
+        Corrupt: no seal, or content that does not match it.
+    """
+    length = os.path.getsize(path) - SEAL_BYTES
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for start in range(0, length, BLOCK):
+            digest.update(file.read(min(BLOCK, length - start)))
+        tail = file.read()
+    digest.update(NO_COMMENT)
+    if tail != _seal(digest):
+        raise Corrupt(f"{path} does not match its checksum")
+    return digest.hexdigest()
+
+
+def _seal(digest):
+    return struct.pack("<H", SEAL_BYTES - 2) + PREFIX + digest.hexdigest().encode()
+
+
+def duplicate(path, target):
+    """Give the file a second name, replacing what had it: a hard link where possible, else a synced copy."""
+    with replacing(target) as temporary:
+        try:
+            os.link(path, temporary)
+        except OSError:  # Drive and other network folders have no hard links
+            shutil.copyfile(path, temporary)
+
+
+def copy_verified(source, target, previous=None):
+    """Copy an open file to a folder that is not to be trusted; the copy is named when it reads back the same.
+
+    Args:
+        previous: path for the file that is there, as Drive's rename may tear the new one.
+
+    Raises:
+        OSError: it did not work, or what can be read back is not what was written.
+    """
+    temporary = target.with_name(f".{target.name}.copy.tmp")  # what a failed copy leaves is overwritten
+    source.seek(0)
+    with open(temporary, "wb") as file:
+        shutil.copyfileobj(source, file, BLOCK)
+    sync(temporary)
+    _compare(source, temporary)
+    if previous and target.exists():
+        os.replace(target, previous)
+    os.replace(temporary, target)
+    _compare(source, target)
+
+
+def _compare(source, path):
+    source.seek(0)
+    with open(path, "rb") as copy:
+        if hashlib.file_digest(copy, "sha256").digest() != hashlib.file_digest(source, "sha256").digest():
+            raise OSError(errno.EIO, "what was written reads back differently", str(path))
 
 
 def write_text(path, text):
-    """Replace a small text file atomically: readers see the old or the new content, whole. Half a character is written escaped."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Replace a small text file atomically; what UTF-8 lacks, as half a character in a path, is escaped."""
+    with replacing(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def sync_folder(folder):
-    """Make a rename durable. Network folders may not support it, and then have nothing to sync."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
+def sync(path):
+    """Bring a file, or the names in a folder, to the disk; some network folders cannot, and say so."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError:
-        pass
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)

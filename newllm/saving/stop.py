@@ -1,7 +1,7 @@
-"""Stopping in good order: a signal or the end of the allowed time asks, training stops at its next safe point.
+"""Stopping in good order: a signal or the end of the allowed time asks, training stops at a safe point.
 
-The first SIGTERM or SIGINT only sets a flag, because a state saved in the middle of a step would be no state at all. Loops
-poll it; a second signal ends the process at once. SIGUSR1 asks for a checkpoint and nothing else.
+The first SIGTERM or SIGINT only sets a flag, because a state saved in the middle of a step would be none.
+Loops poll it; a second signal ends the process at once. SIGUSR1 asks for a checkpoint and nothing else.
 """
 
 import os
@@ -11,10 +11,11 @@ import time
 from concurrent.futures import Future, wait
 
 EXIT_STATUS = 75  # EX_TEMPFAIL: nothing is wrong, run the same command again
+REQUEST = getattr(signal, "SIGUSR1", None)  # None on Windows
 
 
 class Stopped(Exception):
-    """The run stopped as asked; what had to be saved has been saved. The message is the reason.
+    """The run stopped as asked, and has saved what had to be saved. The message is the reason.
 
     Attributes:
         goes_on: whether the same command continues it; else nothing was to be saved, and it begins anew.
@@ -24,18 +25,18 @@ class Stopped(Exception):
 
 
 class LeftBehind(Stopped):
-    """The same, while a thread is still within a library: Python's orderly end would wait for it or trip over it."""
+    """The same, while a thread is still within a library: Python's own end would wait for it."""
 
 
 class Interrupt:
-    """Context manager that listens for SIGTERM, SIGINT and a time limit, in the main thread.
+    """Context manager that listens for signals, in the main thread, and for the end of `max_minutes`, if any.
 
     Args:
-        max_minutes: minutes after which to stop, 0 for no limit. saves: whether what is stopped can be continued.
+        saves: whether what is stopped can be continued.
 
     Attributes:
-        alone: whether this process decides for itself when to stop. Of several that train together one must not stop
-            while the others wait for it: they go by what `agree` found.
+        alone: False where several processes train together: none may stop while the others wait for it, so
+            all go by what `agree` found.
     """
 
     current = None
@@ -47,15 +48,10 @@ class Interrupt:
         self.alone, self.agreed = True, None
 
     def __enter__(self):
-        self.listens = (
-            threading.current_thread() is threading.main_thread()
-        )  # elsewhere Python forbids handlers
-        if self.listens:
-            self.before = {
-                number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)
-            }
-            if hasattr(signal, "SIGUSR1"):
-                self.before[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, self._request_save)
+        self.before = {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
+            for number in filter(None, (signal.SIGTERM, signal.SIGINT, REQUEST)):
+                self.before[number] = signal.signal(number, self._hear)
         Interrupt.current = self
         return self
 
@@ -63,23 +59,17 @@ class Interrupt:
         if isinstance(error, Stopped):
             error.goes_on = self.saves
         Interrupt.current = None
-        if self.listens:
-            for number, handler in self.before.items():
-                signal.signal(number, handler)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
-    def _handle(self, number, frame):
+    def _hear(self, number, frame):
+        if number == REQUEST:
+            self.save_requested = True
         # A launcher passes on as SIGTERM the Ctrl-C that its processes have had already.
-        if self.signal is not None and (self.alone or self.signal == number):
+        elif self.signal is not None and (self.alone or self.signal == number):
             os._exit(128 + number)
-        self.signal = number
-
-    def _request_save(self, number, frame):
-        self.save_requested = True
-
-    @property
-    def reason(self):
-        """Why to stop, or None."""
-        return self.wish if self.alone else self.agreed
+        else:
+            self.signal = number
 
     @property
     def wish(self):
@@ -93,15 +83,14 @@ class Interrupt:
 
 def stop_reason():
     """Why the run should stop now, None when it should go on or nobody listens."""
-    return Interrupt.current.reason if Interrupt.current else None
+    current = Interrupt.current
+    if current is None:
+        return None
+    return current.wish if current.alone else current.agreed
 
 
 def agree(first_reason):
-    """Let processes that train together stop together.
-
-    Args:
-        first_reason: collective function of this process's wish, a reason or None, that gives the same answer to all.
-    """
+    """Let processes that train together stop together: `first_reason` gives all the same wish."""
     current = Interrupt.current
     if current and not current.alone:
         current.agreed = first_reason(current.wish)
@@ -110,18 +99,14 @@ def agree(first_reason):
 def save_requested(answered=False):
     """Whether somebody asked for a checkpoint now (`kill -USR1 PID`); `answered` takes the request off."""
     current = Interrupt.current
-    if not current or not current.save_requested:
-        return False
-    current.save_requested = not answered
-    return True
+    asked = current is not None and current.save_requested
+    if asked and answered:
+        current.save_requested = False
+    return asked
 
 
 def poll():
-    """Stop here if asked to. For loops that hold nothing unsaved: data preparation, evaluation.
-
-    Raises:
-        Stopped: a signal came or the time is over.
-    """
+    """Raises Stopped here if the run should stop. For loops that hold nothing unsaved, as in evaluation."""
     if reason := stop_reason():
         raise Stopped(reason)
 

@@ -8,8 +8,7 @@ from newllm.models.baselines import Baseline
 from newllm.report.banner import banner
 from newllm.saving.checkpoint_files import CheckpointFiles, newest
 from newllm.saving.compatibility import compare
-from newllm.saving.drive import check_target, refuse_overlap
-from newllm.saving.files import usable_folder
+from newllm.saving.files import second_folder, usable_folder
 from newllm.saving.guard import holder
 from newllm.saving.state import require_space
 from newllm.training.effects import unused_lines
@@ -65,9 +64,7 @@ def checkpoint_lines(config, fingerprint, folder):
             raise UserError(in_use)
         found = newest(CheckpointFiles(folder, config.keep_last))
     if config.save_checkpoint and config.backup_dir:
-        copies = Path(config.backup_dir).resolve()
-        refuse_overlap(folder.resolve(), "the folder to mirror", copies, "its mirror")
-        check_target(copies)
+        copies = second_folder(config.backup_dir, folder.resolve(), "backup_dir", make=False)
         second = newest(CheckpointFiles(copies, 0)) if copies.is_dir() else None
         if second and found and second["run_id"] != found["run_id"]:
             if not list(

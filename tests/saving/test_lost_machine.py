@@ -1,6 +1,7 @@
 """Two processes and one folder, a machine that dies, and the second copies that bring a run back."""
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -11,24 +12,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from helpers import as_flags, stop_after
+from left_behind import same_weights
 
 from config import ResidualConfig
 from newllm.errors import UserError
 from newllm.report.record import find_records, read_record
 from newllm.report.runlog import read_rows
+from newllm.saving import backup
+from newllm.saving.checkpoint import Checkpointer
+from newllm.saving.guard import LockLost
 from train import main
 
-ROOT = Path(__file__).parent.parent
-
-
-def weights(folder):
-    return torch.load(Path(folder) / "model_latest.pt")["model_state_dict"]
-
-
-def same(one, other):
-    return all(torch.equal(one[name], other[name]) for name in one)
+ROOT = Path(__file__).parents[2]
 
 
 def start_and_wait_for_a_checkpoint(settings):
@@ -44,37 +40,37 @@ def start_and_wait_for_a_checkpoint(settings):
 
 
 def test_a_second_process_is_refused_and_takes_over_when_the_first_is_killed(tiny_settings):
-    """While one trains, another stops with a sentence; after kill -9 it continues, to the same end."""
-    settings = tiny_settings | dict(phase1_max_iterations=150, phase1_convergence_threshold=1e-12)
-    config = ResidualConfig(**settings)
-    process = start_and_wait_for_a_checkpoint(settings)
+    """While one is in the middle of training, another is refused; after kill -9 it continues exactly."""
+    config = ResidualConfig(**tiny_settings)
+    process = start_and_wait_for_a_checkpoint(tiny_settings)
+    process.send_signal(signal.SIGSTOP)
     with pytest.raises(UserError, match=str(process.pid)):
         main(config)
     process.kill()
     process.wait()
     assert process.returncode == -signal.SIGKILL
     main(config)
-    alone = dataclasses.replace(config, checkpoint_dir=settings["checkpoint_dir"] + "_alone")
+    alone = dataclasses.replace(config, checkpoint_dir=config.checkpoint_dir + "_alone")
     main(alone)
-    assert same(weights(config.checkpoint_dir), weights(alone.checkpoint_dir))
+    assert same_weights(config, alone)
 
 
 def test_a_run_comes_back_from_its_mirror_when_the_machine_is_gone(tiny_settings, tmp_path):
-    """Local files lost after Phase 1: the mirror's state is fetched, verified, and continued to the same bits."""
+    """Local files lost after Phase 1: the mirror's state is fetched, and continued to the same bits."""
     config = ResidualConfig(**tiny_settings, backup_dir=str(tmp_path / "drive"), backup_every_minutes=0.0)
     main(dataclasses.replace(config, phase="1"))
     shutil.rmtree(config.checkpoint_dir)
     main(config)
     alone = ResidualConfig(**tiny_settings | {"checkpoint_dir": tiny_settings["checkpoint_dir"] + "_alone"})
     main(alone)
-    assert same(weights(config.checkpoint_dir), weights(alone.checkpoint_dir))
+    assert same_weights(config, alone)
     assert (tmp_path / "drive" / "model_best.pt").read_bytes() == (
         Path(config.checkpoint_dir) / "model_best.pt"
     ).read_bytes()
 
 
 def test_the_record_comes_back_with_the_weights(tiny_settings, tmp_path, capsys):
-    """Lost twice with its machine, the record has every epoch of every stage, its warnings and sessions; the arrays are whole."""
+    """Lost twice with its machine, the record has every epoch, warning and session; the arrays are whole."""
     own = tiny_settings | dict(phase2_epochs=5, patience=5, artifacts=True)
     config = ResidualConfig(**own, backup_dir=str(tmp_path / "drive"), backup_every_minutes=0.0)
     for batches in (9 + 4, 5 + 9 + 7):  # in Phase 1, and in the third epoch of Phase 2
@@ -128,16 +124,36 @@ def test_a_mirror_older_than_the_local_state_is_left_alone(tiny_settings, tmp_pa
 def test_a_mirror_that_fails_does_not_stop_training_and_is_reported(
     tiny_settings, tmp_path, monkeypatch, capsys
 ):
-    """Every copy fails: the run ends as ever, and its last line says so."""
-    from newllm.saving import backup as mirror
+    """Every copy fails: the run ends as ever, a line says so when it begins, and the last one."""
 
     def broken(*_):
         raise OSError(107, "Transport endpoint is not connected")
 
-    monkeypatch.setattr(mirror, "copy_verified", broken)
-    monkeypatch.setattr(
-        mirror.Mirror.__init__, "__defaults__", (600, 2, 0.0, 600, time.monotonic, time.sleep)
-    )
+    monkeypatch.setattr(backup, "copy_verified", broken)
     config = ResidualConfig(**tiny_settings, phase="1", backup_dir=str(tmp_path / "drive"))
     assert main(config)["phase1_steps"] == 9
-    assert "mirror FAILED: " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.count("warning: no second copy in") == 1 and "mirror FAILED: [Errno 107]" in out
+
+
+def test_a_run_whose_folder_another_machine_took_stops_and_spares_the_second_copies(tiny_settings, tmp_path):
+    """The token in the manifest changes while it trains: a sentence; neither folder is written any more."""
+    config = ResidualConfig(**tiny_settings, backup_dir=str(tmp_path / "drive"), backup_every_minutes=0.0)
+    folder, real, before = Path(config.checkpoint_dir), Checkpointer.due, {}
+
+    def due(self, steps):
+        if self.stage == "phase1" and not before:
+            self.wait()
+            manifest = json.loads((folder / "manifest.json").read_text())
+            (folder / "manifest.json").write_text(json.dumps(manifest | {"writer": "process 7 on elsewhere"}))
+            before.update({path: path.read_bytes() for path in folder.glob("m*.*")})
+        return real(self, steps)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpointer, "due", due)
+        with pytest.raises(LockLost, match=f"process 7 on elsewhere has taken over {folder} from this run"):
+            main(config)
+    assert {path: path.read_bytes() for path in folder.glob("m*.*")} == before
+    manifest = json.loads((tmp_path / "drive" / "manifest.json").read_text())
+    assert manifest["save_number"] <= json.loads((folder / "manifest.json").read_text())["save_number"]
+    main(config)  # who starts last goes on

@@ -1,0 +1,35 @@
+"""A run between its phases, to which accidents happen."""
+
+import shutil
+
+import pytest
+from left_behind import SHORT
+
+from config import ResidualConfig
+from train import main
+
+FOLDERS = ("cache_dir", "checkpoint_dir")
+
+
+@pytest.fixture(scope="session")
+def trained(corpus_file, tmp_path_factory):
+    """Function that gives the folder of a run of these settings after Phase 1, trained once."""
+    made = {}
+
+    def folder(settings):
+        if not made:
+            made["at"] = tmp_path_factory.mktemp("after_phase_1")
+            own = {name: str(made["at"] / name) for name in FOLDERS}
+            main(ResidualConfig(**settings | SHORT | own, phase="1"))
+        return made["at"]
+
+    return folder
+
+
+@pytest.fixture
+def after_phase_1(tiny_settings, trained):
+    """Configuration of a run that has ended after Phase 1 and has few saves before it."""
+    config = ResidualConfig(**tiny_settings | SHORT)
+    for name in FOLDERS:
+        shutil.copytree(trained(tiny_settings) / name, getattr(config, name))
+    return config
