@@ -49,7 +49,7 @@ def test_an_evil_pickle_in_the_latest_and_in_the_cache_is_set_aside(after_phase_
     evil = latest.read_bytes()
     assert main(after_phase_1)["phase1_steps"] == 9
     out = capsys.readouterr().out
-    assert "kept as model_latest.pt.corrupt" in out and "has been rebuilt" in out
+    assert "kept as model_latest.pt.corrupt" in out and "was damaged or foreign" in out
     assert latest.with_name("model_latest.pt.corrupt").read_bytes() == evil
     assert not (tmp_path / "harm").exists()
 
