@@ -26,7 +26,7 @@ from newllm.data.vocabulary import choose_tokenizer, tokenizer_choice
 from newllm.errors import UserError, exit_on_user_error
 from newllm.models.baselines import Baseline
 from newllm.models.pretrained import require_own_ids
-from newllm.report.banner import batches, cadence, trainable
+from newllm.report.summary import batches, cadence, trainable
 from newllm.saving.drive import COLAB_DRIVE
 from newllm.saving.files import usable_folder
 from newllm.saving.state import require_space

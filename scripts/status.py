@@ -2,7 +2,7 @@
 
     python3 -m scripts.status [--checkpoint_dir DIR] [--json]
 
-Reads a small file; works while training runs, on any machine that sees the folder. Of a sweep (`test.py --ladder`) it
+Reads a small file; works while training runs, on any machine that sees the folder. Of a ladder or a comparison it
 tells the runs done and remaining, the time, and where the run in hand is.
 """
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from config import ResidualConfig
 from newllm.config import Parser, expanded
 from newllm.errors import exit_on_user_error
-from newllm.report.status import STATUS_NAME, read_status, status_lines
+from newllm.report.record import STATUS_NAME, read_status, status_lines
 from newllm.report.sweep import read_sweep, sweep_lines
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from config import ResidualConfig
-from newllm.report.artifacts import artifact_paths
+from newllm.report.page import artifact_paths
 from newllm.report.record import find_records, read_record
 from train import main as train
 

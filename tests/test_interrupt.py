@@ -16,7 +16,7 @@ from helpers import as_flags
 
 from config import ResidualConfig
 from newllm.errors import exit_on_user_error
-from newllm.report.status import read_status
+from newllm.report.record import read_status
 from newllm.saving import stop as interrupt
 from newllm.saving.stop import EXIT_STATUS, Interrupt, LeftBehind, Stopped, interruptible, poll
 from scripts import status

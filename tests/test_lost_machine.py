@@ -16,8 +16,7 @@ from helpers import as_flags, stop_after
 
 from config import ResidualConfig
 from newllm.errors import UserError
-from newllm.report.record import find_records, read_record
-from newllm.report.runlog import read_rows
+from newllm.report.record import find_records, read_record, read_rows
 from train import main
 
 ROOT = Path(__file__).parent.parent

@@ -14,8 +14,7 @@ from helpers import Evil, seal, write_evil
 
 from newllm.errors import UserError
 from newllm.report.comparison import read_result
-from newllm.report.record import read_record
-from newllm.report.status import read_status
+from newllm.report.record import read_record, read_status
 from newllm.report.sweep import read_sweep
 from newllm.saving import files as storage
 from newllm.saving.files import Corrupt, load_sealed, save_sealed, usable_folder, verify_seal

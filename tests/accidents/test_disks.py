@@ -15,7 +15,7 @@ from left_behind import content, same, temporary_files, weights
 
 from config import ResidualConfig
 from newllm.errors import UserError
-from newllm.report.runlog import RunLog
+from newllm.report.record import RunLog
 from train import main
 
 ROOT = Path(__file__).parents[2]

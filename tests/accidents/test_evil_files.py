@@ -9,7 +9,7 @@ from left_behind import content
 
 from config import ResidualConfig
 from newllm.errors import UserError
-from newllm.report.runlog import RunLog
+from newllm.report.record import RunLog
 from train import main
 
 
