@@ -1,10 +1,10 @@
 """What a folder of runs holds, how a run went, how fast, and how two runs differ.
 
-    python3 -m scripts.report                        # the latest run, so far or complete, and what lies in the folder
-    python3 -m scripts.report RUN                    # another one: its id, its metrics_*.jsonl, or a folder of runs
-    python3 -m scripts.report RUN OTHER              # two side by side, also of two folders
-    python3 -m scripts.report --remake               # tables, pictures and page once more, from the record
-    python3 -m scripts.report --draw_docs            # the drawings of the documents: docs/idea.png, docs/architecture.png
+    python3 -m scripts.report                # the latest run, so far or complete, and what lies in the folder
+    python3 -m scripts.report RUN            # another one: its id, its metrics_*.jsonl, or a folder of runs
+    python3 -m scripts.report RUN OTHER      # two side by side, also of two folders
+    python3 -m scripts.report --remake       # tables, pictures and page once more, from the record
+    python3 -m scripts.report --draw_docs    # the drawings of the documents: idea.png and architecture.png
 
 All of it comes from the records that runs write; no model is loaded.
 """
@@ -94,7 +94,7 @@ def remake(record):
 
 
 def listing(folder, records):
-    """Artefacts below a folder: how many of each kind, models and whether they are whole, and all the room."""
+    """Artefacts below a folder: how many of each kind, whether models are whole, and all the room."""
     lines = [f"ARTEFACTS IN {folder}"]
     for kind, pattern in PATTERNS.items():
         paths = sorted([*folder.glob(f"*/{pattern}"), *folder.glob(pattern)])  # ladders have no data's folder
@@ -116,7 +116,7 @@ def digest(path):
 
 
 def compare(one, other):
-    """Two runs beside each other: settings that differ, then every figure with the ratio of the second to the first."""
+    """Two runs beside each other: settings that differ, then every figure with the ratio of the second."""
     settings, figures = [], []
     for name in one.config | other.config:
         pair = one.config.get(name), other.config.get(name)

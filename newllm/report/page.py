@@ -1,12 +1,9 @@
-"""What a complete run leaves to be looked at, all of it views of its record: arrays, a table, a summary, pictures, a page.
-
-Layout, below `<checkpoint_dir>/<data>/`: `logs/` summary, losses, models.csv; `outputs/plots/` pictures; `outputs/` the
-page; `models/` the best weights, which train.py writes.
-"""
+"""What a complete run leaves to be looked at, views of its record: arrays, table, summary, pictures, page."""
 
 import base64
 import csv
 import io
+from pathlib import Path
 
 from newllm.errors import UserError
 from newllm.report.pictures import loss_curve, run_contexts
@@ -25,56 +22,11 @@ CONTEXTS = (  # what it is, key, unit
 )
 ITERATIONS = ("cvfp", "dist_reg", "converged", "er", "grad_norm", "update_norm", "optimizer_steps")
 EPOCHS = ("train_loss", "val_loss", "val_ppl", "val_bpb", "val_acc")
-PAGE = """<!doctype html>
-<html lang=en>
-<meta charset=utf-8>
-<meta name=viewport content="width=device-width">
-<title>{{ title }}</title>
-<style>
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.4rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-.note { opacity: .7; font-size: .9rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; }
-.text td { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-img { width: 100%; min-width: 34rem; height: auto; background: white; border-radius: 4px; }
-</style>
-{% macro table(header, rows, kind) %}
-<div class="wide {{ kind }}"><table>
-<tr>{% for name in header %}<th>{{ name }}</th>{% endfor %}</tr>
-{% for row in rows %}
-<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}
-</table></div>
-{% endmacro %}
-<h1>{{ title }}</h1>
-<p class=note>{{ about }}</p>
-{% for heading, header, rows, note in tables %}
-<h2>{{ heading }}</h2>
-{{ table(header, rows, "") }}<p class=note>{{ note }}</p>
-{% endfor %}
-{% for name, data in pictures %}
-<div class=wide><img alt="{{ name }}" src="data:image/png;base64,{{ data }}"></div>
-{% endfor %}
-{% for heading, header, rows, kind in folded %}
-<h2>{{ heading }}</h2>
-<details><summary>{{ rows|length }} rows</summary>{{ table(header, rows, kind) }}</details>
-{% endfor %}
-{% if warnings %}<h2>Warnings</h2>{% endif %}
-{% for line in warnings %}<p>{{ line }}</p>{% endfor %}
-</html>
-"""
+TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def artifact_paths(folder, kind, run):
-    """{name: path} of all that a run may leave.
-
-    Args:
-        folder: `<checkpoint_dir>/<data>`. kind: its model_type. run: its id.
-    """
+    """{name: path} of all that a run may leave in `<checkpoint_dir>/<data>`; train.py writes the model."""
     name, logs, plots = f"{kind}_{run}", folder / "logs", folder / "outputs" / "plots"
     return {
         "model": folder / "models" / f"{name}.pth",
@@ -89,10 +41,7 @@ def artifact_paths(folder, kind, run):
 
 
 def write_artifacts(record):
-    """Make all of them anew from the record of a run that is complete.
-
-    Returns:
-        The paths of those written, by name.
+    """Make all of them but the model anew from a run's record; returns {name: path}.
 
     Raises:
         OSError: a file cannot be written.
@@ -120,11 +69,7 @@ def write_artifacts(record):
 
 
 def page(record, pictures):
-    """One self-contained page of a run as HTML: figures beside the untrained ones, pictures, settings. Needs no network.
-
-    Args:
-        record: newllm.report.record.Record. pictures: paths of PNG files, which become part of the page.
-    """
+    """One self-contained page of a run as HTML: figures beside the untrained ones, PNG files, settings."""
     from jinja2 import Environment
 
     summary, device = record.summary, record.start["device"]
@@ -152,15 +97,17 @@ def page(record, pictures):
     for title, values in (("All figures", facts), ("Settings", record.config)):
         rows = [(name, format_value(value)) for name, value in values.items()]
         folded.append((title, ("name", "value"), rows, "text"))
-    about = (
-        f"{summary['train_tokens']:,} training tokens of {summary['data_source']}, tokenizer {summary['tokenizer']}, "
-        f"{summary['parameters']:,} parameters, {summary['seconds']:.0f} s on {device}"
-    )
+    data = f"{summary['train_tokens']:,} training tokens of {summary['data_source']}"
+    size = f"{summary['parameters']:,} parameters, {summary['seconds']:.0f} s on {device}"
     images = [(path.stem, base64.b64encode(path.read_bytes()).decode()) for path in pictures]
-    template = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
-    title = f"newllm {record.kind} {record.run}"
+    template = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text("utf-8"))
     return template.render(
-        title=title, about=about, tables=tables, pictures=images, folded=folded, warnings=record.warnings
+        title=f"newllm {record.kind} {record.run}",
+        about=f"{data}, tokenizer {summary['tokenizer']}, {size}",
+        tables=tables,
+        pictures=images,
+        folded=folded,
+        warnings=record.warnings,
     )
 
 
@@ -173,22 +120,21 @@ def _figure(value, unit=""):
 
 
 def models_table(folder):
-    """Every complete run of a logs folder as a row of CSV, settings and results, with the columns of all of them."""
+    """Every complete run of a logs folder as a row of CSV: settings and results, with the columns of all."""
     rows = []
     for path in sorted(folder.glob("metrics_*.jsonl")):
         try:
             record = read_record(path)
         except UserError:
             continue  # of an earlier version: it stays, and has no row
-        if record.summary:
-            # The device that was in effect takes the column of the one asked for; other names have one meaning.
-            results = {
-                key: value
-                for key, value in record.summary.items()
-                if key not in record.config or key == "device"
-            }
-            about = {"run": record.run, "started": record.start["time"], "finished": results.pop("time")}
-            rows.append(about | record.config | {"commit": record.start.get("git_commit")} | results)
+        if not record.summary:
+            continue
+        row = {"run": record.run, "started": record.start["time"], "finished": record.summary["time"]}
+        row |= record.config | {"commit": record.start.get("git_commit")}
+        # The device that was in effect takes the column of the one asked for; other settings stay.
+        own = record.config.keys() - {"device"} | {"time"}
+        row |= {key: value for key, value in record.summary.items() if key not in own}
+        rows.append(row)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")

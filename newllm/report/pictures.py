@@ -1,7 +1,7 @@
 """All pictures, in one look: of one run, of several, of sweeps against the loop.
 
-Each function draws plain numbers to a PNG file, whose folder it makes; OSError where it cannot be written. matplotlib
-loads with the first one.
+Each function draws plain numbers to a PNG file, whose folder it makes; OSError where it cannot be written.
+matplotlib loads with the first one.
 """
 
 import contextlib
@@ -77,12 +77,7 @@ def _by_step(panel, values, **style):
 
 
 def loss_curve(record, path):
-    """Loss by iteration of Phase 1 (left out of a run without one) and by epoch of Phase 2.
-
-    Args:
-        record: newllm.report.record.Record.
-    """
-    summary = record.summary
+    """Loss by iteration of Phase 1 (left out of a run without one) and by epoch of Phase 2."""
     with figure(path, 1, 2 if record.phase1 else 1) as (panels,):
         if record.phase1:
             first = panels[0]
@@ -97,18 +92,14 @@ def loss_curve(record, path):
         if control := record.untrained.get("val_loss"):
             _by_step(second, control, label="validation, untrained contexts", **UNTRAINED)
         for name, label, style in (("bigram", "bigram counts", COUNTED), ("kn", "Kneser-Ney", REFERENCE)):
-            if perplexity := summary.get(f"val_ppl_{name}"):
+            if perplexity := record.summary.get(f"val_ppl_{name}"):
                 second.axhline(math.log(perplexity), label=label, **style | NO_MARKER)
         second.set(title="Phase 2", xlabel="epoch", ylabel="loss (nats per token)")
         second.legend()
 
 
 def run_contexts(record, path):
-    """Rank and convergence by iteration of Phase 1, and the contexts at the end, all beside the untrained network.
-
-    Args:
-        record: newllm.report.record.Record of a run that has contexts.
-    """
+    """Rank and convergence by iteration of Phase 1, and the contexts at the end, beside untrained ones."""
     summary = record.summary
     with figure(path, 3, 2) as ((rank, converged), (cold, memory), (spectrum, use)):
         for panel, key, untrained, title in (
@@ -130,11 +121,7 @@ def run_contexts(record, path):
 
 
 def context_curves(comparison, tokens, path):
-    """Contexts of several arms as means over seeds: convergence, memory, rank, use, and what dist_reg_weight trades.
-
-    Args:
-        comparison: newllm.report.comparison.Comparison. tokens: one of its budgets.
-    """
+    """Contexts of a comparison's arms at a budget, means over seeds, and what dist_reg_weight trades."""
     with figure(path, 2, 3) as ((cold, memory, past), (spectrum, use, trade)):
         curves = [
             (style, lambda key, arm=arm: comparison.curve(tokens, arm, key))
@@ -194,11 +181,7 @@ def _draw_contexts(curves, cold, memory, spectrum, use):
 
 
 def comparison_points(comparison, tokens, path):
-    """Bits per byte of every arm at a budget with their interval over seeds, and what a run of it takes.
-
-    Args:
-        comparison: newllm.report.comparison.Comparison. tokens: one of its budgets.
-    """
+    """Bits per byte of a comparison's arms at a budget with their interval over seeds, and a run's time."""
     with figure(path, 1, 2) as ((bits, seconds),):
         for arm in reversed(comparison.arms(tokens)):
             mean, half = comparison.mean(tokens, arm, "val_bpb")
@@ -214,11 +197,7 @@ def comparison_points(comparison, tokens, path):
 
 
 def scale_ladder(summaries, path):
-    """Time, memory, effective rank and perplexity against training tokens.
-
-    Args:
-        summaries: what train.main returns, of two or more budgets, ascending.
-    """
+    """Time, memory, rank and perplexity against training tokens, of two or more budgets, ascending."""
     from matplotlib.ticker import EngFormatter
 
     tokens = [summary["train_tokens"] for summary in summaries]
@@ -269,8 +248,8 @@ def prefill_speed(rows, curves, path):
     """Error after each cold sweep, and how much sooner than the loop sweeps have a sequence, by its length.
 
     Args:
-        rows: dicts of weights ("trained" or "untrained"), tokens, tolerance and speed_up, which is None where sweeps
-            did not reach the tolerance; by length, each with the loosest tolerance first.
+        rows: dicts of weights ("trained" or "untrained"), tokens, tolerance and speed_up, which is None where
+            sweeps did not reach the tolerance.
         curves: {weights: errors after 1, 2, ... sweeps}.
     """
     from matplotlib.ticker import EngFormatter

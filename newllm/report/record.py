@@ -34,17 +34,14 @@ def new_run_id():
 class RunLog:
     """Appends rows to `<checkpoint_dir>/<dataset>/logs/metrics_{run}.jsonl` and prints lines.
 
-    As a context manager it leaves word in the status file of why the run ended early.
+    As a context manager it leaves word in the status file of why the run ended early. `follow`, a function of
+    (stage, values), gets every row too.
 
     Args:
-        dataset: short name of the data source.
         run_id: a new id, or that of the run being continued.
         writes: whether this process keeps the record; of several that train together one does.
         owns: function that says whether this process owns the folder.
         gauge: function that returns the GPU's load in per cent, or None; rows of epochs hold its mean.
-
-    Attributes:
-        follow: function of (stage, values) that gets every row too.
     """
 
     def __init__(self, checkpoint_dir, dataset, run_id, writes=True, owns=lambda: True, gauge=lambda: None):
@@ -109,10 +106,9 @@ class RunLog:
             self._warned = True
 
     def mend(self, lines):
-        """Write those of a run's rows that the record lacks, lost with a machine or by a full disk.
+        """Write those of the lines that the record lacks, lost with a machine or by a full disk.
 
-        Args:
-            lines: a list that checkpoints carry; each row of this session is added to it.
+        Checkpoints carry this list; each row of this session is added to it.
         """
         self._lines = lines
         present = set()
@@ -173,6 +169,7 @@ class Record:
     """A run as its record tells it.
 
     Attributes:
+        folder: of all artefacts of its data source.
         start: first row: device, data, versions, commit; config and plan as when something was last trained.
         untrained, phase1, phase2: {name: values by epoch or iteration}.
         summary, curves, times: the closing block, curves of contexts, seconds of all parts; {} until the end.
@@ -180,8 +177,12 @@ class Record:
         warnings: what it survived.
     """
 
+    run: str
+    kind: str
     path: Path
+    folder: Path
     start: dict
+    config: dict
     untrained: dict
     phase1: dict
     phase2: dict
@@ -190,23 +191,6 @@ class Record:
     times: dict
     sessions: int
     warnings: list
-
-    @property
-    def run(self):
-        return self.path.stem.removeprefix("metrics_")
-
-    @property
-    def config(self):
-        return self.start["config"]
-
-    @property
-    def kind(self):
-        return self.config["model_type"]
-
-    @property
-    def folder(self):
-        """Of all artefacts of its data source."""
-        return self.path.parent.parent
 
 
 def read_rows(path):
@@ -220,8 +204,7 @@ def read_rows(path):
 def read_record(path):
     """A record; of rows that a run wrote twice, as it was cut off and did an epoch again, the last counts.
 
-    Raises:
-        UserError: the file cannot be read, or is none.
+    UserError where the file cannot be read, or is none.
     """
     path = Path(path)
     starts, warnings, in_effect = [], [], {}
@@ -241,19 +224,27 @@ def read_record(path):
                 last[stage] = row
     except (OSError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} cannot be read as the record of a run ({error!r}).") from error
-    if not starts:
+    if not starts or "plan" not in starts[0]:
         raise UserError(f"{path} is no record of a run of this version: it does not say how the run began.")
     start = starts[0] | {
         name: in_effect[name] for name in ("config", "plan", "attention") if name in in_effect
     }
-    columns = {stage: _columns(numbered) for stage, numbered in rows.items()}
-    return Record(path, start, **columns, **last, sessions=len(starts), warnings=warnings)
-
-
-def _columns(rows):
-    """{number: row} -> {name: values in the order of the numbers}, with the names of the first row."""
-    names = next(iter(rows.values()), {})
-    return {name: [row.get(name) for _, row in sorted(rows.items())] for name in names}
+    columns = {}
+    for stage, numbered in rows.items():
+        names = next(iter(numbered.values()), {})
+        columns[stage] = {name: [row.get(name) for _, row in sorted(numbered.items())] for name in names}
+    return Record(
+        run=path.stem.removeprefix("metrics_"),
+        kind=start["config"]["model_type"],
+        path=path,
+        folder=path.parent.parent,
+        start=start,
+        config=start["config"],
+        sessions=len(starts),
+        warnings=warnings,
+        **columns,
+        **last,
+    )
 
 
 def as_curve(curve):
@@ -270,11 +261,7 @@ def find_records(folder):
 
 
 def runs_in(folder):
-    """Records of the runs below a checkpoint_dir, the newest last; a warning is printed of what is none.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Records of the runs below a checkpoint_dir, the newest last; UserError where there is none."""
     records = []
     for path in find_records(folder):
         try:
@@ -287,10 +274,9 @@ def runs_in(folder):
 
 
 def find_run(folder, run):
-    """The record of a run by its id below a folder, by its record's path, or the latest complete of a folder.
+    """A run by its id below a folder, by its record's path, or as the latest complete of another folder.
 
-    Raises:
-        UserError: there is none.
+    UserError where there is none.
     """
     if Path(run).is_file():
         return read_record(run)
@@ -304,11 +290,7 @@ def find_run(folder, run):
 
 
 def complete(records, folder):
-    """Those of the records that say how their run ended.
-
-    Raises:
-        UserError: there is none.
-    """
+    """Those of the records that say how their run ended; UserError where none does."""
     ended = [record for record in records if record.summary]
     if not ended:
         last = f"the same train.py command goes on with run {records[-1].run}"
@@ -328,8 +310,8 @@ class StatusFile:
     """`<checkpoint_dir>/status.json`, replaced at most every SECONDS_BETWEEN_WRITES.
 
     Args:
-        owns: function that says whether this process owns the folder. Where it does not, the file is left to a
-            run that trains there or has saved there.
+        owns: function that says whether this process owns the folder; where it does not, the file is left
+            to a run that trains there or has saved there.
         fixed: fields that stay, such as the run's id. What the file says of the same run stays too.
     """
 
@@ -358,7 +340,7 @@ class StatusFile:
 
     def _is_of_another(self):
         there = _read(self.path)
-        if not there or there.get("pid") == os.getpid():
+        if not there or there.get("run_id") == self.fields.get("run_id"):
             return False
         trains = there.get("state") == "running" and not is_gone(there)
         return trains or self.path.with_name("model_latest.pt").exists()
@@ -385,9 +367,7 @@ def read_status(checkpoint_dir):
     """The fields of a folder's status file, with `minutes_since_checkpoint` and the state as it is now.
 
     `restart` says in words where the run goes on from its last save: stage, epoch or iteration, batch, step.
-
-    Raises:
-        UserError: there is no run in the folder, or the file is not readable.
+    UserError where there is no run in the folder, or the file is not readable.
     """
     path = Path(checkpoint_dir) / STATUS_NAME
     if not path.exists():
@@ -398,7 +378,7 @@ def read_status(checkpoint_dir):
     saved = _read(path.with_name("manifest.json"))
     if saved and saved.get("run_id") == fields.get("run_id"):
         fields["saved_at"] = datetime.fromisoformat(saved["saved_at"]).timestamp()
-        fields["restart"] = saved["restart"]
+        fields["restart"] = saved.get("restart", "from its last save")
     saved_at = fields.pop("saved_at", None)
     fields["minutes_since_checkpoint"] = None if saved_at is None else (time.time() - saved_at) / 60
     if fields.get("state") == "running":
@@ -421,14 +401,10 @@ def _read(path):
 
 
 def remaining(plan, stage, tokens_done, speed):
-    """Seconds that the stages from this one on take, by the speed of this one; of the later ones an estimate.
+    """{stage: seconds} that this stage and those after it take, by the speed of this one, in tokens a second.
 
     Args:
         plan: {stage: {"tokens": to process at most, "work": operations a token}} in order.
-        speed: tokens a second.
-
-    Returns:
-        {stage: seconds}; {} where the speed or the stage is not known.
     """
     if stage not in plan or not speed:
         return {}

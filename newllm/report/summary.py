@@ -1,7 +1,4 @@
-"""What a run says: the banner, its closing block, and its record as text; each figure beside its untrained value.
-
-Plain numbers only: models and data are asked for their sizes alone.
-"""
+"""What a run says of itself: the banner, its closing block, and its record as text. Plain numbers only."""
 
 import math
 from statistics import fmean
@@ -22,18 +19,14 @@ CURVES = ("cold_start_curve", "memory_curve", "past_capacity_by_lag", "spectrum"
 
 
 def banner(config, device_line, data, model, plan, notes):
-    """Lines before a run starts: what is in effect, not what was asked for.
-
-    Args:
-        plan: of newllm.training.plan. notes: further lines.
-    """
+    """Lines before a run starts: what is in effect, by newllm.training.plan, not what was asked for."""
     total = sum(p.numel() for p in model.parameters())
     context = sum(p.numel() for p in model.context_parameters())
     lines = [
         f"device: {device_line}",
         *data.notes,
-        f"budget: {config.num_samples:,} samples x {config.max_seq_length} = {config.train_tokens:,} training "
-        f"tokens, {len(data.val):,} validation samples from other dialogues",
+        f"budget: {config.num_samples:,} samples x {config.max_seq_length} = {config.train_tokens:,} "
+        f"training tokens, {len(data.val):,} validation samples from other dialogues",
         f"model: {total:,} parameters ({context:,} in the context map): {config.num_layers} layers, context "
         f"{config.context_dim}, embedding {config.embed_dim}, vocabulary {data.vocab_size:,}",
         f"trainable parameters: {trainable(plan)}",
@@ -76,19 +69,15 @@ def cadence(config):
 def context_line(name, contexts):
     """One line about contexts: rank, convergence and memory always together."""
     return (
-        f"{name:>9} contexts | ER train {contexts['er_train']:.1%} val {contexts['er_val']:.1%} (ceiling "
-        f"{contexts['er_ceiling']:.1%} at {contexts['rank_tokens']:,} tokens) | cold-start error after 10 sweeps "
-        f"{contexts['cold_start_error_10']:.2g}, x{contexts['contraction']:.2f} a sweep | memory horizon "
-        f"{contexts['memory_horizon']} tokens, past capacity {contexts['past_capacity']:.2f}"
+        f"{name:>9} contexts | ER train {contexts['er_train']:.1%} val {contexts['er_val']:.1%} "
+        f"(ceiling {contexts['er_ceiling']:.1%} at {contexts['rank_tokens']:,} tokens) | cold-start error "
+        f"after 10 sweeps {contexts['cold_start_error_10']:.2g}, x{contexts['contraction']:.2f} a sweep | "
+        f"memory horizon {contexts['memory_horizon']} tokens, past capacity {contexts['past_capacity']:.2f}"
     )
 
 
 def summarize(config, data, results):
-    """The `key: value` block of a run; keys of stages that have not run are left out.
-
-    Args:
-        results: metrics by stage, as train.py records them.
-    """
+    """The `key: value` block of a run, from its metrics by stage; stages that have not run give no keys."""
     untrained, phase1 = results["untrained"], results.get("phase1")
     summary = {
         "data_source": data.source,
@@ -128,7 +117,7 @@ def _contexts(config):
 
 
 def language_rows(summary):
-    """(what it is, perplexity, bits per byte) on held-out dialogues: of a model and of what there is beside it."""
+    """(what it is, perplexity, bits per byte) on held-out dialogues, of a model and of those beside it."""
     rows = [("this model", summary["val_ppl"], summary["val_bpb"])]
     if "val_ppl_untrained_context" in summary:
         name = "the same head on untrained contexts"
@@ -141,11 +130,7 @@ def language_rows(summary):
 
 
 def curves(results):
-    """Curves of a run's final and untrained contexts, and nats of each sample, for pictures and comparisons.
-
-    Args:
-        results: metrics by stage, as train.py records them.
-    """
+    """From metrics by stage, what pictures and comparisons need: curves of contexts, nats of each sample."""
     last = results.get("phase2", {})
     contexts = last.get("contexts") or results.get("phase1", {}).get("contexts") or {}
     untrained = results["untrained"].get("contexts", {})
@@ -163,11 +148,7 @@ def plain(summary):
 
 
 def summary_lines(record, files):
-    """A complete run as text: model, training, results, and where its files lie.
-
-    Args:
-        files: {name: path}, of which those that exist are named.
-    """
+    """A complete run as text: model, training, results, and which of the files {name: path} exist."""
     config, start, summary = record.config, record.start, record.summary
     losses = {}
     for side, name in (("training", "train_loss"), ("validation", "val_loss")):
@@ -212,10 +193,7 @@ def summary_lines(record, files):
 
 
 def speed_lines(record):
-    """Where the time of a run went: speed of the phases, and each part of its wall time over all sessions.
-
-    What no part names is measured too and stands as "other", so the parts add up to the whole.
-    """
+    """How fast the phases of a run were, and the parts that its wall time over all sessions is the sum of."""
     summary, times = record.summary, record.times
     lines = ["SPEED ANALYSIS"]
     for stage in ("phase1", "phase2"):
@@ -228,21 +206,17 @@ def speed_lines(record):
         validation = sum(record.phase2["seconds_validation"])
         share = validation / summary["seconds_phase2"]
         lines.append(f"  of Phase 2, validation: {validation:.1f} s ({share:.1%})")
-    waited, worked = summary["saving_share"], summary["saving_share_background"]
-    lines.append(
-        f"  saving, in the last session: training waited {waited:.2%} of the time, a thread worked {worked:.2%}"
-    )
-    lines += ["", "WHERE THE TIME WENT"]
+    saving = f"training waited {summary['saving_share']:.2%} of the time"
+    saving += f", a thread worked {summary['saving_share_background']:.2%}"
+    lines += [f"  saving, in the last session: {saving}", "", "WHERE THE TIME WENT"]
     total = max(times.get("seconds", summary["seconds"]), 1e-9)
     parts = times.get("parts", {"not told apart": total})
     for part in sorted(parts, key=parts.get, reverse=True):
         lines.append(f"  {part}: {parts[part]:.1f} s ({parts[part] / total:.1%})")
     lines.append(f"  total: {total:.1f} s in {record.sessions} session(s)")
     if times.get("saves"):
-        mean, longest = times["save_seconds"] / times["saves"], times["longest_save"]
-        lines.append(
-            f"  {times['saves']} saves by a thread beside the training: mean {mean:.2f} s, longest {longest:.2f} s"
-        )
+        took = f"mean {times['save_seconds'] / times['saves']:.2f} s, longest {times['longest_save']:.2f} s"
+        lines.append(f"  {times['saves']} saves by a thread beside the training: {took}")
     if times:
         lines.append(f"  waiting for data: {parts.get('fetching rows', 0.0) / total:.2%} of the time")
     looks = record.phase1.get("gpu_utilization", []) + record.phase2.get("gpu_utilization", [])
@@ -255,8 +229,7 @@ def so_far_lines(record, status, baseline=None):
     """What a run that is not complete has done, how fast, and what is left.
 
     Args:
-        status: fields of the status file, {} where they are another run's.
-        baseline: record of a complete run to compare with.
+        status: of its folder, {} where it is another run's. baseline: a complete run to compare with.
     """
     plan, state = record.start.get("plan", {}), status.get("state", "not complete")
     about = ", ".join([record.kind, *record.start["data"][:1]])

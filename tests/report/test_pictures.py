@@ -20,14 +20,15 @@ def ladder(*thousands):
     return [
         dict(
             train_tokens=1000 * k, seconds=20 + 8 * k, peak_memory_mb=900 + 2 * k, er_train=0.9, er_val=0.85,
-            er_val_untrained=0.75, er_ceiling=0.96, val_ppl=400 - k, val_ppl_untrained_context=450 - k, val_ppl_bigram=380 - k,
+            er_val_untrained=0.75, er_ceiling=0.96, val_ppl=400 - k, val_ppl_untrained_context=450 - k,
+            val_ppl_bigram=380 - k,
         )
         for k in thousands
     ]  # fmt: skip
 
 
 def drawn(path, rows, columns):
-    """A function of a style that says whether its colour is in the picture, which has the size of so many panels."""
+    """A function of a style that says whether its colour is in the picture, which has so many panels."""
     image = imread(path)
     width, height = pictures.PANEL
     assert image.shape[:2] == pytest.approx((rows * height * pictures.DPI, columns * width * pictures.DPI))
@@ -35,7 +36,7 @@ def drawn(path, rows, columns):
 
 
 def test_a_fit_recovers_the_line_and_says_how_much_it_explains():
-    """Points on y = 3 - 2x; +1, -1, -1, +1 around it, which no line explains: 4 of 4 + 4 * 5; points that do not grow."""
+    """Points on y = 3 - 2x; +1, -1, -1, +1 around it, which no line explains: 4 of 4 + 4 * 5; a flat line."""
     xs = (0, 1, 2, 3)
     fit = linear_fit(xs, [3 - 2 * x for x in xs])
     assert (fit.intercept, fit.slope, fit.r_squared, fit(10)) == pytest.approx((3, -2, 1, -17))
@@ -53,7 +54,7 @@ def test_a_fit_recovers_the_line_and_says_how_much_it_explains():
 
 @pytest.mark.parametrize("thousands", [(6.4, 10, 25, 50, 100), (50, 100), (6.4, 1000)], ids=str)
 def test_the_picture_of_a_ladder_has_every_line(tmp_path, thousands):
-    """In a folder made for it, on linear and logarithmic axes; nothing of the style leaks into a notebook's figures."""
+    """In a folder made for it, on linear and logarithmic axes; a notebook's own figures look as before."""
     path, before = tmp_path / "outputs" / "plots" / "scale_ladder_r.png", dict(matplotlib.rcParams)
     scale_ladder(ladder(*thousands), path)
     assert all(map(drawn(path, 2, 2), (TRAINED, TRAINING_DATA, UNTRAINED, COUNTED)))
@@ -71,11 +72,11 @@ def test_a_figure_that_is_not_finite_is_left_out(tmp_path):
 
 @pytest.mark.parametrize("trained", [True, False])
 def test_the_picture_of_a_prefill_shows_both_networks(tmp_path, trained):
-    """Curves of both, speeds where sweeps converged; drawn too without a trained network, or any that converged."""
+    """Curves of both, speeds where sweeps converged; drawn too without any that converged."""
     curves = {"untrained": [1.0, 0.98, 0.97]} | ({"trained": [0.5, 0.1, 0.0]} if trained else {})
     rows = [
-        dict(weights=weights, tokens=tokens, tolerance=tolerance, speed_up=5.0 if weights == "trained" else None)
-        for weights in curves
+        dict(weights=name, tokens=tokens, tolerance=tolerance, speed_up=5.0 if name == "trained" else None)
+        for name in curves
         for tokens in (1000, 10000)
         for tolerance in (1e-2, 1e-4)
     ]

@@ -1,4 +1,4 @@
-"""The record of a run: any JSON reader takes it, the console shows a view of it, and no disk ends a run through it."""
+"""The record of a run: any JSON reader takes it, the console shows a view of it, no disk ends a run by it."""
 
 import builtins
 import json
@@ -34,20 +34,21 @@ def iterations(path):
 
 
 def test_a_row_is_one_line_of_json(tmp_path, log):
-    """<dataset>/logs/metrics_{run}.jsonl, time and stage before the values; the same id continues, another begins one."""
+    """In <dataset>/logs/metrics_{run}.jsonl, with time and stage first; the same id continues a record."""
     log.log("phase1", iteration=1, cvfp=0.25, name="a\nb")
     RunLog(tmp_path, "chitchat", log.run_id).log("phase2", epoch=1, val_loss=5.5)
     RunLog(tmp_path, "chitchat", "20260101_000001").log("phase1", iteration=2)
     assert log.path == tmp_path / "chitchat" / "logs" / "metrics_20260101_000000.jsonl"
     first, second = rows(log)
-    assert list(first.items())[1:] == [("stage", "phase1"), ("iteration", 1), ("cvfp", 0.25), ("name", "a\nb")]
+    assert list(first) == ["time", "stage", "iteration", "cvfp", "name"]
+    assert (first["stage"], first["iteration"], first["cvfp"], first["name"]) == ("phase1", 1, 0.25, "a\nb")
     assert (second["stage"], second["epoch"], second["val_loss"]) == ("phase2", 1, 5.5)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", first["time"])
     assert re.fullmatch(r"20\d{6}_\d{6}", new_run_id())  # so that names sort by time
 
 
 def test_values_keep_their_type_and_precision(log):
-    """Integers, truth values, absence, floats to the last bit; what is no number becomes null, at any depth."""
+    """Integers, truth values, absence, floats to the last bit; NaN and infinity become null, at any depth."""
     kept = dict(steps=10**12, done=True, best=None, loss=0.1 + 0.2)
     log.log("summary", **kept, curve=[1.0, math.nan], nested={"a": {1: (-math.inf, 2)}}, bad=math.inf)
     (row,) = rows(log)
@@ -94,7 +95,7 @@ def test_a_disk_that_fills_up_within_a_row_corrupts_no_other(log, capsys):
 
 
 def test_a_torn_last_line_is_skipped_and_the_next_row_has_a_line_of_its_own(tmp_path, log):
-    """Cut after any byte, or followed by bytes that are no text: every other row is read, before and after."""
+    """Cut after any byte, or followed by what is no text: every other row is read, before and after."""
     for iteration in (1, 2):
         log.log("phase1", iteration=iteration, name="\u00e4\n")
     whole = log.path.read_bytes()
@@ -104,7 +105,7 @@ def test_a_torn_last_line_is_skipped_and_the_next_row_has_a_line_of_its_own(tmp_
         assert iterations(log.path) == kept
         RunLog(tmp_path, "chitchat", log.run_id).log("phase1", iteration=3)
         assert iterations(log.path) == [*kept, 3]
-    log.path.write_bytes(whole + b"\0" * 50 + b"\xff\xfe{")  # a block that was never written: zeros, or anything
+    log.path.write_bytes(whole + b"\0" * 50 + b"\xff\xfe{")  # a block never written
     log.log("phase1", iteration=3)
     assert iterations(log.path) == [1, 2, 3]
 
@@ -134,16 +135,16 @@ def test_a_killed_process_leaves_rows_that_can_be_read(tmp_path):
 def test_finish_prints_the_block(log, capsys):
     """`---`, then one `key: value` line each; a NaN that the record holds as null is shown to the person."""
     log.log("summary", val_loss=math.nan)
-    log.finish({"val_loss": 5.123456789, "steps": 120, "source": "chitchat", "horizon": None, "bad": math.nan})
+    log.finish({"val_loss": 5.123456789, "steps": 120, "source": "chitchat", "none": None, "bad": math.nan})
     assert capsys.readouterr().out == (
-        "---\nval_loss: 5.12346\nsteps: 120\nsource: chitchat\nhorizon: None\nbad: nan\n"
+        "---\nval_loss: 5.12346\nsteps: 120\nsource: chitchat\nnone: None\nbad: nan\n"
     )
     shown = [format_value(value) for value in (1 / 3, 123456.789, 1e-9, 2.0, 7, True)]
     assert shown == ["0.333333", "123457", "1e-09", "2", "7", "True"]
 
 
 def test_a_record_counts_an_epoch_done_twice_once(log):
-    """A run killed after an epoch's row and before its save writes the row again; what says no beginning is no record."""
+    """A run killed after an epoch's row and before its save writes the row again."""
     log.log("phase2", epoch=1)
     with pytest.raises(UserError, match="does not say how the run began"):
         read_record(log.path)

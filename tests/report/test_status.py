@@ -1,4 +1,4 @@
-"""Status and report say where a run is: while it trains, cut off, stopped, complete, repeated, beside other commands."""
+"""Status and report say where a run is: training, cut off, stopped, complete, repeated, beside others."""
 
 import json
 import os
@@ -52,9 +52,10 @@ def settings(tmp_path_factory, corpus_file):
     """Of a run of a second or two."""
     root = tmp_path_factory.mktemp("status")
     return dict(
-        data_source=str(corpus_file), tokenizer="bpe", vocab_size=300, num_samples=12, val_samples=6, max_seq_length=24,
-        context_dim=16, embed_dim=16, num_layers=1, phase1_max_iterations=3, phase1_batch_size=4, phase2_epochs=3,
-        phase2_batch_size=4, min_batches=3, precision="fp32", device="cpu", cache_dir=str(root / "cache"),
+        data_source=str(corpus_file), tokenizer="bpe", vocab_size=300, num_samples=12, val_samples=6,
+        max_seq_length=24, context_dim=16, embed_dim=16, num_layers=1, phase1_max_iterations=3,
+        phase1_batch_size=4, phase2_epochs=3, phase2_batch_size=4, min_batches=3,
+        precision="fp32", device="cpu", cache_dir=str(root / "cache"),
         checkpoint_dir=str(root / "checkpoints"), artifacts=False,
     )  # fmt: skip
 
@@ -65,7 +66,7 @@ class Killed(BaseException):
 
 @pytest.fixture(scope="module")
 def cut_off(settings):
-    """(folder, bytes of its status file) of a run that ended in Phase 1 without a word, as one that was killed."""
+    """(folder, bytes of its status file) of a run that ended in Phase 1 without a word, as if killed."""
     folder = Path(settings["checkpoint_dir"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "new_run_id", lambda: RUN)
@@ -114,10 +115,12 @@ def test_a_run_cut_off_is_reported_as_far_as_it_came(cut_off, capsys):
 
 
 def test_other_commands_leave_the_runs_status_alone(cut_off, settings, tmp_path, capsys):
-    """A scale check has a folder of its own, which is named where nothing else is; nor is a run saved without owning it."""
+    """A scale check has a folder of its own, which is named where nothing else is; a run may save nothing."""
     folder, before = cut_off
     scale_check.main(ResidualConfig(**settings | dict(phase2_epochs=1, phase1_max_iterations=1)))
-    train.main(ResidualConfig(**settings, save_checkpoint=False, load_checkpoint=False))
+    unsaved = dict(save_checkpoint=False, load_checkpoint=False, artifacts=True)
+    train.main(ResidualConfig(**settings | unsaved))
+    assert list(folder.glob("*/outputs/*.html")) and not list(folder.glob("*/models/*"))
     assert (folder / "status.json").read_bytes() == before
     for path in find_records(folder):
         if path.stem != f"metrics_{RUN}":
@@ -131,7 +134,7 @@ def test_other_commands_leave_the_runs_status_alone(cut_off, settings, tmp_path,
 
 
 def test_a_finished_run_stays_finished(cut_off, settings, capsys):
-    """Continued to its end, once more, and where checkpoints alone came: complete, 100 %, the last validation's loss."""
+    """Continued to its end, once more, and where checkpoints alone came: complete, the last loss."""
     folder, _ = cut_off
     summary = train.main(ResidualConfig(**settings))
     for lost in (False, False, True):
@@ -160,7 +163,7 @@ def test_a_run_that_ended_early_is_no_running_run(tmp_path, error):
 
 
 def test_a_process_without_the_folder_does_not_write_over_a_live_run(tmp_path):
-    """The file of a live process, or of a run with checkpoints, stays; of one that has gone and saved nothing not."""
+    """The file of a live process, or of a run with checkpoints, stays; of one gone without any it does not."""
     with pytest.raises(UserError, match="no run has begun"):
         read_status(tmp_path)
     owner = StatusFile(tmp_path, run_id="a")
@@ -178,7 +181,7 @@ def test_a_process_without_the_folder_does_not_write_over_a_live_run(tmp_path):
 
 
 def test_a_number_used_again_is_not_the_process_that_wrote(tmp_path):
-    """Another process has the number of a run that was killed, as after a restart of the machine: it is cut off."""
+    """Another process has the number of a run that was killed, as after a restart of the machine."""
     file = StatusFile(tmp_path, run_id="a")
     file.update(now=True)
     fields = json.loads(file.path.read_text())
@@ -207,7 +210,7 @@ def test_what_is_left_is_estimated_by_the_work_of_each_stage():
 
 
 def test_rows_hold_the_mean_load_of_the_gpu(tmp_path):
-    """Of the moments since the row before, one at least; status shows the last, and the step; none without a GPU."""
+    """Of the moments since the row before, one at least; status shows the last; none without a GPU."""
     loads = iter((80.0, 60.0, 30.0))
     log = RunLog(tmp_path, "data", "r", gauge=lambda: next(loads))
     for done in (3, 6):
