@@ -51,7 +51,7 @@ def shell(command, **environment):
     ],
 )
 def test_output_that_cannot_be_written_ends_a_command_quietly(body, redirection, status, errors):
-    """Nobody reads: the status that other programs have. Closed: as if read. Full: a sentence, no traceback."""
+    """Nobody reads: the status that other programs have. Closed: as if read. Full: a sentence; no trace."""
     done = shell(f'$PYTHON -c "$BODY" {redirection}', BODY=FRAME + body)
     assert done.returncode == status and errors in done.stderr and (errors or not done.stderr), done
 
@@ -68,7 +68,7 @@ def test_characters_that_the_output_lacks_are_shown_escaped(encoding):
 def test_a_run_whose_reader_left_and_one_without_output_are_whole(tiny_settings, tmp_path):
     """The first lets go of its folder; the second, all streams closed, brings it to its end.
 
-    Data, cache, checkpoints, second copies and artefacts have names that are not UTF-8, in the poorest locale.
+    Data, cache, checkpoints, second copies and artefacts have names that are no text in the poorest locale.
     """
     name = "\u0434\u0430\u043d\u043d\u044b\u0435" + os.fsdecode(b"\xff")
     data, folder = tmp_path / f"{name}.jsonl", tmp_path / name

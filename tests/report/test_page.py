@@ -105,8 +105,8 @@ def test_the_summary_and_the_speed_add_up(record):
         r"vocabulary size: 300", r"layers: 1", r"parameters: [\d,]+", r"epochs: 3", r"seed: 42",
         r"batch size: 4 samples in Phase 1 \(3 a pass\), 4 samples in Phase 2 \(3 a pass\)", r"date: 20",
         r"trainable parameters: [\d,]+ in Phase 1, [\d,]+ in", r"er_val_untrained: 0\.\d+",
-        r"device: CPU", rf"final training loss: {losses[0]:.4f}", rf"best validation loss: {losses[1]:.4f}", r"commit: ",
-        r"loss_curve: .*\.png", r"attention: none", rf"run_id: {FIRST}",
+        rf"final training loss: {losses[0]:.4f}", rf"best validation loss: {losses[1]:.4f}", r"device: CPU",
+        r"commit: ", r"loss_curve: .*\.png", r"attention: none", rf"run_id: {FIRST}",
     ):  # fmt: skip
         assert re.search(pattern, text), pattern
     lines, times = "\n".join(speed_lines(record)), record.times
@@ -173,7 +173,7 @@ def evaluated(capsys, path, *flags):
 
 
 def test_the_saved_weights_have_the_logged_loss(folder, corpus_file, tmp_path, capsys):
-    """The model file of each run, opened as plain data, and checkpoints; on held-out and on other dialogues."""
+    """The model file of each run, opened as plain data, and checkpoints; on held-out and other dialogues."""
     for path in find_records(folder):
         record = read_record(path)
         file, loss = paths_of(record)["model"], record.summary["val_loss"]

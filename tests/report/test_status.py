@@ -163,7 +163,7 @@ def test_a_run_that_ended_early_is_no_running_run(tmp_path, error):
 
 
 def test_a_process_without_the_folder_does_not_write_over_a_live_run(tmp_path):
-    """The file of a live process, or of a run with checkpoints, stays; of one gone without any it does not."""
+    """The file of a live process, or of a run with checkpoints, stays; of one gone without any it is not."""
     with pytest.raises(UserError, match="no run has begun"):
         read_status(tmp_path)
     owner = StatusFile(tmp_path, run_id="a")
