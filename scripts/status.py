@@ -1,9 +1,9 @@
-"""Where a run is, or several: phase, epoch, batch, progress, best loss, last checkpoint, speed, ETA.
+"""Where a run or a sweep is: phase, epoch, batch, progress, best loss, age of the last checkpoint, speed, ETA.
 
     python3 -m scripts.status [--checkpoint_dir DIR] [--json]
 
-Reads a small file; works while training runs, on any machine that sees the folder. Of a ladder or a
-comparison it tells the runs done and remaining, the time, and where the run in hand is.
+Reads a small file; works while training runs, on any machine that sees the folder. Of a sweep (`test.py --ladder`) it
+tells the runs done and remaining, the time, and where the run in hand is.
 """
 
 import json
@@ -17,7 +17,7 @@ from newllm.report.sweep import read_sweep, sweep_lines
 
 
 def main(arguments=None):
-    """Print the status of the run or the runs in a folder."""
+    """Print the status of the run or the sweep in a folder."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--checkpoint_dir", type=expanded, default=ResidualConfig().checkpoint_dir, help="folder of the run"
