@@ -30,8 +30,8 @@ from newllm.report.criteria import (
     scale_lines,
     table,
 )
-from newllm.report.plots import scale_ladder
-from newllm.report.runlog import new_run_id
+from newllm.report.pictures import scale_ladder
+from newllm.report.record import new_run_id
 from newllm.report.summary import plain
 from newllm.report.sweep import Sweep
 from newllm.saving.compatibility import shaping

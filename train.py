@@ -25,11 +25,9 @@ from newllm.models.pretrained import load_embedding, require_own_ids
 from newllm.phases.phase1 import train_phase1
 from newllm.phases.phase2 import train_phase2
 from newllm.progress import Progress
-from newllm.report.artifacts import artifact_paths, write_artifacts
-from newllm.report.banner import banner
-from newllm.report.record import read_record
-from newllm.report.runlog import RunLog, new_run_id
-from newllm.report.summary import context_line, curves, plain, summarize
+from newllm.report.page import artifact_paths, write_artifacts
+from newllm.report.record import RunLog, new_run_id, read_record
+from newllm.report.summary import banner, context_line, curves, plain, summarize
 from newllm.saving.checkpoint import Checkpointer
 from newllm.saving.state import provenance, require_space
 from newllm.saving.stop import Interrupt

@@ -23,7 +23,7 @@ from newllm.config import EARLIER, Range, expanded
 from newllm.errors import UserError, exit_on_user_error
 from newllm.flags import flag, parse_args
 from newllm.report.comparison import Comparison, markdown, read_json, read_result, read_results, write_report
-from newllm.report.plots import comparison_points, context_curves
+from newllm.report.pictures import comparison_points, context_curves
 from newllm.report.summary import plain
 from newllm.report.sweep import Sweep
 from newllm.saving.compatibility import shaping

@@ -26,7 +26,7 @@ from newllm.errors import UserError, exit_on_user_error
 from newllm.flags import parse_args
 from newllm.models.baselines import Baseline
 from newllm.models.pretrained import require_own_ids
-from newllm.report.banner import batches, cadence, trainable
+from newllm.report.summary import batches, cadence, trainable
 from newllm.saving.files import COLAB_DRIVE, usable_folder
 from newllm.saving.state import require_space
 from newllm.training.effects import unused_lines

@@ -19,7 +19,7 @@ from newllm.data.samples import pack
 from newllm.errors import UserError, exit_on_user_error
 from newllm.evaluate import evaluate_prediction
 from newllm.flags import Parser, flag
-from newllm.report.runlog import format_value
+from newllm.report.record import format_value
 from newllm.saving.stop import Interrupt
 from newllm.saving.trained import open_model, open_saved
 

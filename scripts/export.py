@@ -13,7 +13,8 @@ from config import ResidualConfig
 from newllm.config import expanded
 from newllm.errors import UserError, exit_on_user_error
 from newllm.flags import Parser
-from newllm.report.artifacts import artifact_paths, complete, find_run, runs_in
+from newllm.report.page import artifact_paths
+from newllm.report.record import complete, find_run, runs_in
 from newllm.saving.trained import open_saved
 
 

@@ -32,8 +32,8 @@ from newllm.models.baselines import build_model
 from newllm.models.pretrained import load_embedding
 from newllm.progress import Progress
 from newllm.report.criteria import table
-from newllm.report.plots import prefill_speed
-from newllm.report.runlog import new_run_id
+from newllm.report.pictures import prefill_speed
+from newllm.report.record import new_run_id
 from newllm.saving.trained import load_trained
 from newllm.training.runtime import StepFunction, describe_device, open_runtime, peak_memory_mb, reason_of
 

@@ -13,7 +13,7 @@ from config import ResidualConfig
 from newllm.config import expanded
 from newllm.errors import exit_on_user_error
 from newllm.flags import Parser
-from newllm.report.status import STATUS_NAME, read_status, status_lines
+from newllm.report.record import STATUS_NAME, read_status, status_lines
 from newllm.report.sweep import read_sweep, sweep_lines
 
 

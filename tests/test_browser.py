@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from config import ResidualConfig
-from newllm.report.artifacts import artifact_paths
+from newllm.report.page import artifact_paths
 from newllm.report.record import find_records, read_record
 from train import main as train
 
@@ -50,7 +50,7 @@ def test_the_page_of_a_run_fits_a_phone(tiny_settings, tmp_path):
 
 
 def test_the_keep_alive_clicks_once_a_minute(tmp_path):
-    """The cell's own script on a page with Colab's button: two clicks in two and a half minutes of the browser's time."""
+    """The cell's own script on a page with Colab's button: two clicks in 2.5 minutes of its time."""
     cells = json.loads((ROOT / "notebooks" / "colab.ipynb").read_text())["cells"]
     (cell,) = [source for source in ("".join(c["source"]) for c in cells) if "setInterval" in source]
     assert "KEEP_ALIVE = False" in cell

@@ -18,7 +18,7 @@ from helpers import write_dialogues
 from config import ResidualConfig
 from newllm.data.dialogues import open_corpus
 from newllm.evaluate import encode, sample_nats
-from newllm.report.artifacts import artifact_paths
+from newllm.report.page import artifact_paths
 from newllm.report.record import find_records, read_record
 from newllm.saving.trained import load_model, open_saved
 from scripts import export

@@ -10,7 +10,7 @@ from helpers import run, write_dialogues
 import train
 from config import ResidualConfig
 from newllm.errors import UserError
-from newllm.report.runlog import read_rows
+from newllm.report.record import read_rows
 from newllm.saving.files import load_sealed
 
 KEYS = {

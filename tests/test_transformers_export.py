@@ -26,7 +26,7 @@ from newllm.data.tokens import choose_tokenizer, train_bpe
 from newllm.errors import UserError
 from newllm.generate import generate
 from newllm.models.network import LanguageModel
-from newllm.report.artifacts import artifact_paths
+from newllm.report.page import artifact_paths
 from newllm.report.record import find_records, read_record
 from newllm.saving.trained import load_model, open_saved
 from scripts import export

@@ -1,24 +1,16 @@
-"""One self-contained page a run: its figures beside the untrained ones, its pictures, its settings. Needs no network."""
+"""What a complete run leaves to be looked at, views of its record: arrays, table, summary, pictures, page."""
 
 import base64
-import html
+import csv
+import io
+from pathlib import Path
 
-from newllm.report.runlog import format_value
-from newllm.report.summary import language_rows
+from newllm.errors import UserError
+from newllm.report.pictures import loss_curve, run_contexts
+from newllm.report.record import format_value, read_record
+from newllm.report.summary import language_rows, summary_lines
 from newllm.saving.files import write_text
 
-STYLE = """
-:root { color-scheme: light dark; }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; }
-h1 { font-size: 1.4rem; margin: 0; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-.note { opacity: .7; font-size: .9rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .9rem; }
-th, td { padding: .2rem .8rem .2rem 0; text-align: right; border-bottom: 1px solid #8884; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; }
-td.text { text-align: left; white-space: normal; overflow-wrap: anywhere; }
-img { width: 100%; min-width: 34rem; height: auto; background: white; border-radius: 4px; }
-"""
 CONTEXTS = (  # what it is, key, unit
     ("effective rank, training tokens", "er_train", "%"),
     ("effective rank, validation tokens", "er_val", "%"),
@@ -28,62 +20,94 @@ CONTEXTS = (  # what it is, key, unit
     ("memory horizon, tokens", "memory_horizon", ""),
     ("past capacity", "past_capacity", ""),
 )
-EPOCHS = ("train_loss", "val_loss", "val_ppl", "val_bpb", "val_acc")
 ITERATIONS = ("cvfp", "dist_reg", "converged", "er", "grad_norm", "update_norm", "optimizer_steps")
+EPOCHS = ("train_loss", "val_loss", "val_ppl", "val_bpb", "val_acc")
+TEMPLATE = Path(__file__).with_name("page.html")
 
 
-def write_page(record, pictures, path):
-    """Write the page of a run.
+def artifact_paths(folder, kind, run):
+    """{name: path} of all that a run may leave in `<checkpoint_dir>/<data>`; train.py writes the model."""
+    name, logs, plots = f"{kind}_{run}", folder / "logs", folder / "outputs" / "plots"
+    return {
+        "model": folder / "models" / f"{name}.pth",
+        "loss_curve": plots / f"loss_curve_{name}.png",
+        "contexts": plots / f"contexts_{name}.png",
+        "report": folder / "outputs" / f"report_{name}.html",
+        "summary": logs / f"training_summary_{name}.txt",
+        "train_losses": logs / f"train_losses_{name}.npy",
+        "val_losses": logs / f"val_losses_{name}.npy",
+        "table": logs / "models.csv",
+    }
 
-    Args:
-        record: newllm.report.record.Record. pictures: paths of PNG files, which become part of the page.
+
+def write_artifacts(record):
+    """Make all of them but the model anew from a run's record; returns {name: path}.
 
     Raises:
-        OSError: a picture cannot be read, or the page not written.
+        OSError: a file cannot be written.
+        UserError: the record does not say how the run ended.
     """
-    summary, parts = record.summary, []
+    import numpy as np
+
+    if not record.summary:
+        remedy = "run the same command again, with room on the disk"
+        raise UserError(f"{record.path} does not say how the run ended: {remedy}.")
+    paths, pictures = artifact_paths(record.folder, record.kind, record.run), []
+    paths["report"].parent.mkdir(parents=True, exist_ok=True)
+    if record.phase2:
+        for side in ("train", "val"):
+            np.save(paths[f"{side}_losses"], np.array(record.phase2[f"{side}_loss"], float))
+        loss_curve(record, paths["loss_curve"])
+        pictures.append(paths["loss_curve"])
+    if "er_ceiling" in record.summary:
+        run_contexts(record, paths["contexts"])
+        pictures.append(paths["contexts"])
+    write_text(paths["report"], page(record, pictures))
+    write_text(paths["table"], models_table(record.path.parent))
+    write_text(paths["summary"], "\n".join(summary_lines(record, paths)) + "\n")
+    return {name: path for name, path in paths.items() if name != "model" and path.exists()}
+
+
+def page(record, pictures):
+    """One self-contained page of a run as HTML: figures beside the untrained ones, PNG files, settings."""
+    from jinja2 import Environment
+
+    summary, device = record.summary, record.start["device"]
+    tables, folded = [], []
     if "val_ppl" in summary:
         rows = [(name, f"{ppl:.1f}", f"{bpb:.3f}") for name, ppl, bpb in language_rows(summary)]
-        parts.append(("Language model", _table(("held-out dialogues", "perplexity", "bits per byte"), rows)))
+        tables.append(("Language model", ("held-out dialogues", "perplexity", "bits per byte"), rows, ""))
     if "er_ceiling" in summary:
-        columns = {"untrained": "_untrained", "Phase 1": "", "fine-tuned": "_finetuned"}
-        columns = {title: end for title, end in columns.items() if f"er_val{end}" in summary}
+        ends = {"untrained": "_untrained", "Phase 1": "", "fine-tuned": "_finetuned"}
+        ends = {title: end for title, end in ends.items() if f"er_val{end}" in summary}
         rows = [
-            (name, *(_figure(summary[f"{key}{end}"], unit) for end in columns.values()))
+            (name, *(_figure(summary[f"{key}{end}"], unit) for end in ends.values()))
             for name, key, unit in CONTEXTS
         ]
         note = f"Ceiling of effective rank: {summary['er_ceiling']:.1%} at {summary['rank_tokens']:,} tokens."
-        table = _table(("contexts", *columns), rows)
-        parts.append(("Contexts", f"{table}<p class=note>{note}</p>"))
-    for picture in pictures:
-        data = base64.b64encode(picture.read_bytes()).decode()
-        image = f'<img alt="{html.escape(picture.stem)}" src="data:image/png;base64,{data}">'
-        parts.append((None, f"<div class=wide>{image}</div>"))
+        tables.append(("Contexts", ("contexts", *ends), rows, note))
     for title, columns, names, counter in (
         ("Phase 1, by iteration", record.phase1, ITERATIONS, "iteration"),
         ("Phase 2, by epoch", record.phase2, EPOCHS, "epoch"),
     ):
         if columns:
-            rows = zip(*(columns[name] for name in names), strict=True)
-            numbered = [(number, *map(_figure, row)) for number, row in enumerate(rows, 1)]
-            parts.append((title, _folded(f"{len(numbered)} rows", _table((counter, *names), numbered))))
-    facts = {"device": record.start["device"], "commit": record.start.get("git_commit"), **summary}
+            rows = zip(*(map(_figure, columns[name]) for name in (counter, *names)), strict=True)
+            folded.append((title, (counter, *names), list(rows), ""))
+    facts = {"device": device, "commit": record.start.get("git_commit"), **summary}
     for title, values in (("All figures", facts), ("Settings", record.config)):
         rows = [(name, format_value(value)) for name, value in values.items()]
-        parts.append((title, _folded(f"{len(rows)} rows", _table(("name", "value"), rows, text=True))))
-    if record.warnings:
-        parts.append(("Warnings", "".join(f"<p>{html.escape(line)}</p>" for line in record.warnings)))
-    title = f"newllm {record.kind} {record.run}"
-    about = (
-        f"{summary['train_tokens']:,} training tokens of {summary['data_source']}, tokenizer {summary['tokenizer']}, "
-        f"{summary['parameters']:,} parameters, {summary['seconds']:.0f} s on {record.start['device']}"
-    )
-    body = "".join((f"<h2>{html.escape(head)}</h2>" if head else "") + content for head, content in parts)
-    write_text(
-        path,
-        f'<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style><h1>{html.escape(title)}</h1>"
-        f"<p class=note>{html.escape(about)}</p>{body}</html>\n",
+        folded.append((title, ("name", "value"), rows, "text"))
+    data = f"{summary['train_tokens']:,} training tokens of {summary['data_source']}"
+    size = f"{summary['parameters']:,} parameters, {summary['seconds']:.0f} s on {device}"
+    images = [(path.stem, base64.b64encode(path.read_bytes()).decode()) for path in pictures]
+    template = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text("utf-8"))
+    return template.render(
+        title=f"newllm {record.kind} {record.run}",
+        about=f"{data}, tokenizer {summary['tokenizer']}, {size}",
+        tables=tables,
+        pictures=images,
+        folded=folded,
+        warnings=record.warnings,
     )
 
 
@@ -95,13 +119,25 @@ def _figure(value, unit=""):
     return f"{unit}{value:.4g}" if isinstance(value, float) else f"{unit}{value:,}"
 
 
-def _table(header, rows, text=False):
-    kind = " class=text" if text else ""
-    cells = "".join(
-        f"<tr>{''.join(f'<td{kind}>{html.escape(str(c))}</td>' for c in row)}</tr>" for row in rows
-    )
-    return f"<div class=wide><table><tr>{''.join(f'<th>{html.escape(h)}</th>' for h in header)}</tr>{cells}</table></div>"
-
-
-def _folded(label, content):
-    return f"<details><summary>{html.escape(label)}</summary>{content}</details>"
+def models_table(folder):
+    """Every complete run of a logs folder as a row of CSV: settings and results, with the columns of all."""
+    rows = []
+    for path in sorted(folder.glob("metrics_*.jsonl")):
+        try:
+            record = read_record(path)
+        except UserError:
+            continue  # of an earlier version: it stays, and has no row
+        if not record.summary:
+            continue
+        row = {"run": record.run, "started": record.start["time"], "finished": record.summary["time"]}
+        row |= record.config | {"commit": record.start.get("git_commit")}
+        # The device that was in effect takes the column of the one asked for; other settings stay.
+        own = record.config.keys() - {"device"} | {"time"}
+        row |= {key: value for key, value in record.summary.items() if key not in own}
+        rows.append(row)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

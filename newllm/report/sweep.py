@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from newllm.errors import UserError
-from newllm.report.status import CUT_OFF, is_gone, this_process
+from newllm.report.record import CUT_OFF, is_gone, this_process
 from newllm.saving.files import write_text
 
 STATE_NAME = "sweep_state.json"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from newllm.errors import UserError
 from newllm.models.baselines import Baseline
-from newllm.report.banner import banner
+from newllm.report.summary import banner
 from newllm.saving.checkpoint_files import CheckpointFiles, newest
 from newllm.saving.compatibility import compare
 from newllm.saving.files import second_folder, usable_folder

@@ -14,7 +14,7 @@ def start_tracking(accelerator, name, folder, config, warn):
         config: settings, a dict of plain values. warn: function of a line, called at the first failure, which is the last.
 
     Returns:
-        Function of (stage, values) for newllm.report.runlog.RunLog.
+        Function of (stage, values) for newllm.report.record.RunLog.
     """
     working = True
 

@@ -22,9 +22,8 @@ from newllm.generate import generate
 from newllm.models.adapter import add_adapter
 from newllm.models.context import ContextMap
 from newllm.models.network import LanguageModel
-from newllm.report.artifacts import artifact_paths
-from newllm.report.record import find_records, read_record
-from newllm.report.runlog import RunLog
+from newllm.report.page import artifact_paths
+from newllm.report.record import RunLog, find_records, read_record
 from newllm.saving.checkpoint import Checkpointer
 from newllm.saving.files import load_sealed
 from newllm.saving.stop import Interrupt, Stopped

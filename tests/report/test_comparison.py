@@ -9,8 +9,7 @@ import pytest
 
 from newllm.errors import UserError
 from newllm.report.comparison import Comparison, mean_interval, paired_difference, read_results, write_report
-from newllm.report.plots import comparison_points, context_curves
-from newllm.report.style import TRAINED, UNTRAINED
+from newllm.report.pictures import TRAINED, UNTRAINED, comparison_points, context_curves
 
 LENGTH = 10
 

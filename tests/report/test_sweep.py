@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from newllm.errors import UserError
-from newllm.report.status import StatusFile
+from newllm.report.record import StatusFile
 from newllm.report.sweep import STATE_NAME, Sweep, progress, progress_line, read_sweep
 from scripts import status
 

@@ -14,7 +14,7 @@ from helpers import as_flags
 from left_behind import SHORT, Watched, content, same_weights, temporary_files
 
 from newllm.errors import UserError
-from newllm.report.runlog import RunLog
+from newllm.report.record import RunLog
 from train import main
 
 ROOT = Path(__file__).parents[2]

@@ -17,8 +17,7 @@ from left_behind import same_weights
 
 from config import ResidualConfig
 from newllm.errors import UserError
-from newllm.report.record import find_records, read_record
-from newllm.report.runlog import read_rows
+from newllm.report.record import find_records, read_record, read_rows
 from newllm.saving import backup
 from newllm.saving.checkpoint import Checkpointer
 from newllm.saving.guard import LockLost

@@ -15,8 +15,7 @@ from left_behind import Watched
 
 from newllm.errors import UserError
 from newllm.report.comparison import read_result
-from newllm.report.record import read_record
-from newllm.report.status import read_status
+from newllm.report.record import read_record, read_status
 from newllm.report.sweep import read_sweep
 from newllm.saving import files
 from newllm.saving.files import Corrupt, copy_verified, load_sealed, save_sealed, usable_folder, verify_seal

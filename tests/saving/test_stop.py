@@ -19,7 +19,7 @@ from left_behind import same_weights
 from config import ResidualConfig
 from newllm.errors import exit_on_user_error
 from newllm.phases import phase2
-from newllm.report.status import read_status
+from newllm.report.record import read_status
 from newllm.saving.files import load_sealed
 from newllm.saving.stop import EXIT_STATUS, Interrupt, LeftBehind, Stopped, interruptible, poll, stop_reason
 from scripts import status

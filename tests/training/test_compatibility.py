@@ -10,8 +10,7 @@ import train
 from config import ResidualConfig
 from newllm.config import Config, settings_of
 from newllm.errors import UserError
-from newllm.report.record import find_records, read_record
-from newllm.report.status import read_status
+from newllm.report.record import find_records, read_record, read_status
 from newllm.saving.compatibility import SHAPES
 from newllm.saving.files import load_sealed, save_sealed
 

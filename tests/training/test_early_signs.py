@@ -13,9 +13,8 @@ import train
 from config import ResidualConfig
 from newllm.data.order import quick_subset
 from newllm.data.samples import load_data
-from newllm.report import status as status_file
-from newllm.report.record import find_records
-from newllm.report.runlog import read_rows
+from newllm.report import record
+from newllm.report.record import find_records, read_rows
 from newllm.saving.files import load_sealed
 from newllm.saving.state import place
 from scripts import status
@@ -83,7 +82,7 @@ def test_the_loss_of_the_first_batch_is_kept(config, capsys):
 
 def test_the_status_has_the_step_of_the_run_and_where_a_restart_goes_on(config, capsys, monkeypatch):
     """Phase, epoch, batch, sample and step in one line, the same that the next session prints."""
-    monkeypatch.setattr(status_file, "SECONDS_BETWEEN_WRITES", 0.0)
+    monkeypatch.setattr(record, "SECONDS_BETWEEN_WRITES", 0.0)
     stop_after(config, 9 + 4)
     capsys.readouterr()
     status.main(["--json", "--checkpoint_dir", config.checkpoint_dir])

@@ -6,8 +6,8 @@ import torch
 import train
 from config import ResidualConfig
 from newllm.phases import phase1, phase2
-from newllm.report.banner import banner, cadence
 from newllm.report.record import find_records, read_record
+from newllm.report.summary import banner, cadence
 from scripts import doctor
 
 SETTINGS = {

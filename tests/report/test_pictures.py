@@ -1,0 +1,98 @@
+"""Pictures hold what they are given; the fit beside them is the line that the points lie on."""
+
+import subprocess
+import sys
+
+import matplotlib
+import pytest
+from helpers import ROOT
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
+
+from newllm.report import pictures
+from newllm.report.criteria import linear_fit, scale_lines
+from newllm.report.pictures import COUNTED, TRAINED, TRAINING_DATA, UNTRAINED, prefill_speed, scale_ladder
+from scripts import report
+
+
+def ladder(*thousands):
+    """Invented summaries: 20 s and 8 s per 1,000 tokens, 900 MB and 2 MB per 1,000 tokens."""
+    return [
+        dict(
+            train_tokens=1000 * k, seconds=20 + 8 * k, peak_memory_mb=900 + 2 * k, er_train=0.9, er_val=0.85,
+            er_val_untrained=0.75, er_ceiling=0.96, val_ppl=400 - k, val_ppl_untrained_context=450 - k,
+            val_ppl_bigram=380 - k,
+        )
+        for k in thousands
+    ]  # fmt: skip
+
+
+def drawn(path, rows, columns):
+    """A function of a style that says whether its colour is in the picture, which has so many panels."""
+    image = imread(path)
+    width, height = pictures.PANEL
+    assert image.shape[:2] == pytest.approx((rows * height * pictures.DPI, columns * width * pictures.DPI))
+    return lambda style: (abs(image[..., :3] - to_rgb(style["color"])).max(-1) < 0.01).sum() > 100
+
+
+def test_a_fit_recovers_the_line_and_says_how_much_it_explains():
+    """Points on y = 3 - 2x; +1, -1, -1, +1 around it, which no line explains: 4 of 4 + 4 * 5; a flat line."""
+    xs = (0, 1, 2, 3)
+    fit = linear_fit(xs, [3 - 2 * x for x in xs])
+    assert (fit.intercept, fit.slope, fit.r_squared, fit(10)) == pytest.approx((3, -2, 1, -17))
+    fit = linear_fit(xs, [3 - 2 * x + off for x, off in zip(xs, (1, -1, -1, 1), strict=True)])
+    assert (fit.intercept, fit.slope, fit.r_squared) == pytest.approx((3, -2, 1 - 4 / 24))
+    assert fit.text("s") == "3.0 s - 2 s per 1,000 tokens"
+    fit = linear_fit((1, 2, 3), (7.0, 7.0, 7.0))
+    assert (fit.intercept, fit.slope, fit.r_squared) == (7.0, 0.0, 1.0)
+    assert scale_lines(ladder(10, 30, 100)) == [
+        "time = 20.0 s + 8 s per 1,000 tokens, R^2 1.0000",
+        "peak memory = 900.0 MB + 2 MB per 1,000 tokens, R^2 1.0000",
+        "from the smallest budget to the largest: tokens x10.0, time x8.2, peak memory x1.20",
+    ]
+
+
+@pytest.mark.parametrize("thousands", [(6.4, 10, 25, 50, 100), (50, 100), (6.4, 1000)], ids=str)
+def test_the_picture_of_a_ladder_has_every_line(tmp_path, thousands):
+    """In a folder made for it, on linear and logarithmic axes; a notebook's own figures look as before."""
+    path, before = tmp_path / "outputs" / "plots" / "scale_ladder_r.png", dict(matplotlib.rcParams)
+    scale_ladder(ladder(*thousands), path)
+    assert all(map(drawn(path, 2, 2), (TRAINED, TRAINING_DATA, UNTRAINED, COUNTED)))
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_a_figure_that_is_not_finite_is_left_out(tmp_path):
+    """A budget without a finite perplexity does not keep the rest from being drawn."""
+    summaries = ladder(10, 20, 30)
+    summaries[1]["val_ppl"] = float("inf")
+    summaries[2]["val_ppl_bigram"] = float("nan")
+    scale_ladder(summaries, tmp_path / "x.png")
+    assert all(map(drawn(tmp_path / "x.png", 2, 2), (TRAINED, UNTRAINED, COUNTED)))
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_picture_of_a_prefill_shows_both_networks(tmp_path, trained):
+    """Curves of both, speeds where sweeps converged; drawn too without any that converged."""
+    curves = {"untrained": [1.0, 0.98, 0.97]} | ({"trained": [0.5, 0.1, 0.0]} if trained else {})
+    rows = [
+        dict(weights=name, tokens=tokens, tolerance=tolerance, speed_up=5.0 if name == "trained" else None)
+        for name in curves
+        for tokens in (1000, 10000)
+        for tolerance in (1e-2, 1e-4)
+    ]
+    prefill_speed(rows, curves, tmp_path / "prefill.png")
+    there = drawn(tmp_path / "prefill.png", 1, 2)
+    assert [there(style) for style in (UNTRAINED, TRAINED, TRAINING_DATA)] == [True, trained, trained]
+
+
+def test_the_drawings_of_the_documents_are_those_of_the_command(tmp_path):
+    """Drawn again they show the same."""
+    report.main(["--draw_docs", str(tmp_path)])
+    for name in ("idea.png", "architecture.png"):
+        assert abs(imread(tmp_path / name) - imread(ROOT / "docs" / name)).mean() < 0.01
+
+
+def test_a_command_without_plots_does_not_load_matplotlib():
+    """Nor what pages are made with: their import takes longer than a small run's first steps."""
+    code = "import sys, test; sys.exit('matplotlib' in sys.modules or 'jinja2' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
