@@ -3,7 +3,7 @@
 import torch
 
 from newllm.fixed_point.solver import sweep
-from newllm.models.context import ContextMap
+from newllm.models.network import ContextMap
 
 
 def network(context_dim=6, embed_dim=5, num_layers=2, seed=0):

@@ -10,9 +10,9 @@ import torch
 
 from config import ResidualConfig
 from newllm.errors import UserError
-from newllm.models import adapter
-from newllm.models.adapter import adapter_rank, add_adapter, has_adapter, merge_adapter
+from newllm.models import pretrained
 from newllm.models.network import LanguageModel
+from newllm.models.pretrained import adapter_rank, add_adapter, has_adapter, merge_adapter
 from newllm.saving.files import load_sealed
 from newllm.saving.trained import load_weights, open_saved
 from train import main
@@ -128,7 +128,7 @@ def test_a_run_continues_exactly_amid_an_adapters_training(config, tmp_path):
         load_weights(files, reader, found)
         assert has_adapter(reader.state_dict())
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(adapter, "RANKS", ((float("inf"), 3),))
+            patch.setattr(pretrained, "RANKS", ((float("inf"), 3),))
             main(dataclasses.replace(by_memory, checkpoint_dir=str(other)))
         state = load_sealed(other / "model_latest.pt")["model_state_dict"]
         assert all(torch.equal(state[name], tensor) for name, tensor in expected["model_state_dict"].items())

@@ -7,9 +7,8 @@ import torch
 
 from config import ResidualConfig
 from newllm.errors import UserError
-from newllm.models.baselines import BASELINES, KERNELS, Baseline
-from newllm.models.network import LanguageModel
-from newllm.models.window import LAGS, TIME_CONSTANTS, Window
+from newllm.models.baselines import BASELINES, KERNELS, Baseline, build_model
+from newllm.models.network import LanguageModel, Window
 
 V, T = 50, 12
 
@@ -135,12 +134,12 @@ def test_the_kernel_asked_for_runs(monkeypatch):
 
 
 def test_a_window_holds_its_tokens_and_forgets_the_rest():
-    """The lags are projections of the last LAGS embeddings, to the bit; the averages reach further."""
+    """The lags are projections of the last Window.LAGS embeddings, to the bit; the averages reach further."""
     window = Window(32, 16, seed=0)
     tokens, context = torch.randn(30, 16), torch.zeros(32)
     for token in tokens:
         context, stream = window(context, token)
-    expected = (tokens.flip(0)[:LAGS] @ window.lag).flatten()
+    expected = (tokens.flip(0)[:Window.LAGS] @ window.lag).flatten()
     assert torch.allclose(context[: len(expected)], expected, atol=1e-6) and torch.equal(stream, tokens[-1])
     other, start = torch.zeros(32), tokens.clone()
     start[0] += 10
@@ -153,7 +152,7 @@ def test_a_window_holds_its_tokens_and_forgets_the_rest():
 def test_the_averages_keep_their_variance():
     """a <- l a + sqrt(1 - l^2) Q e of white tokens has the variance of Q e, for every time constant."""
     window, context = Window(64, 16, seed=0), torch.zeros(4000, 64)
-    for _ in range(3 * max(TIME_CONSTANTS)):
+    for _ in range(3 * max(Window.TIME_CONSTANTS)):
         context, _ = window(context, torch.randn(4000, 16))
     expected = window.slow.square().sum(0)
     assert torch.allclose(context[:, -len(expected) :].var(0), expected, rtol=0.15)
@@ -179,5 +178,5 @@ def test_no_context_is_none():
 def test_a_window_too_wide_for_its_context_is_refused():
     """One sentence, with the least that does."""
     with pytest.raises(UserError, match="context_dim of at least 12"):
-        Window(11, 16, seed=0)
-    Window(12, 16, seed=0)
+        build_model(dataclasses.replace(settings("window"), context_dim=11), V)
+    build_model(dataclasses.replace(settings("window"), context_dim=12), V)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from newllm.models.context import ContextMap, ResidualLayer
+from newllm.models.network import ContextMap, ResidualLayer
 
 C, E = 6, 4
 

@@ -7,8 +7,7 @@ from torch.nn import functional
 from config import ResidualConfig
 from newllm.fixed_point.solver import truncated
 from newllm.models.baselines import Baseline
-from newllm.models.head import TokenDropout
-from newllm.models.network import LanguageModel
+from newllm.models.network import LanguageModel, TokenDropout
 
 V = 40
 

@@ -9,8 +9,7 @@ from torch.nn import functional
 from config import ResidualConfig
 from newllm.fixed_point.solver import sequential, sweep
 from newllm.models.cross_entropy import linear_cross_entropy
-from newllm.models.head import ALIGNED_LOGIT
-from newllm.models.network import LanguageModel
+from newllm.models.network import ALIGNED_LOGIT, LanguageModel
 
 V, B, T = 50, 3, 8
 HEADS = [dict(), dict(tie_weights=False), dict(token_layers=0), dict(token_layers=2, tie_weights=False)]
