@@ -167,7 +167,7 @@ def test_vectors_are_taken_for_their_own_ids_alone(tmp_path, folder):
         with pytest.raises(UserError, match="--tokenizer auto") as caught:
             require_own_ids(embeddings, tokenizer)
         assert embeddings in str(caught.value) and tokenizer in str(caught.value)
-    with pytest.raises(UserError, match="tokenizer .* does not give texts back"):
+    with pytest.raises(UserError, match="does not give texts back"):
         require_own_ids(str(folder), one)  # weights without a tokenizer
 
 
