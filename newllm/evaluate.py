@@ -1,10 +1,9 @@
 """From (model, data) to metrics: the same code before, during and after training, and in test.py.
 
 Contexts here are always the trajectory itself, evaluated step by step from c_0 = 0 with many sequences at
-once: it is exact for any map, converging or not, and on these short samples cheaper than the sweeps that
-would reach it. Arguments of all functions: ids [B, T+1], samples whose last id is only a target; autocast,
-function that gives the context manager of the precision; device. Shapes: B sequences, T tokens, C context
-width, E embedding width, V vocabulary.
+once: it is exact for any map, converging or not, and on short samples cheaper than the sweeps to reach it.
+Arguments of all functions: ids [B, T+1], samples whose last id is only a target; autocast, function that
+gives the context manager of the precision. Shapes: B sequences, T tokens, C and E widths, V vocabulary.
 """
 
 import math
@@ -72,13 +71,12 @@ def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None
     """Next-token loss on samples.
 
     Args:
-        token_bytes: UTF-8 bytes of each id [V]. features: function of a slice of the samples that gives their
-        (contexts, streams), when these are at hand. totals: function of several sums that adds those over
-        other samples, which other processes evaluate.
+        token_bytes: UTF-8 bytes of each id [V].
+        features: function of a slice of the samples to their (contexts, streams), when these are at hand.
+        totals: function of several sums that adds those over other samples, which other processes evaluate.
 
     Returns:
-        {"loss": nats per token, "ppl": its exponential, "acc": share of right argmaxes, "bpb": bits per UTF-8
-        byte}.
+        {"loss": nats a token, "ppl": its exponential, "acc": share of right argmaxes, "bpb": bits a byte}.
     """
 
     def sums(nats, hits):
@@ -103,8 +101,7 @@ def evaluate_contexts(model, data, config, device, progress=silent):
     """Rank, convergence and memory of the contexts on equally many training and validation tokens, in fp32.
 
     Args:
-        progress: function of (label, total tokens) to a context manager whose `update` gets the tokens
-        evaluated.
+        progress: function of (label, total tokens) to a context manager, whose `update` gets the tokens done.
 
     Returns:
         Dict of floats and curves: er_train, er_val and er_ceiling as shares of C, over rank_tokens;

@@ -31,8 +31,7 @@ CLASSES = {
     "AutoConfig": "modeling_newllm.NewLLMConfig",
     "AutoModelForCausalLM": "modeling_newllm.NewLLMForCausalLM",
 }
-# Writes a dialogue as `render` of the data does, and raises where that does; encode() refuses lone
-# surrogates.
+# Writes a dialogue as the data's `render` does, and raises where that does: encode() on lone surrogates.
 CHAT_TEMPLATE = """\
 {%- set dialogue = namespace(text='') -%}
 {%- for message in messages -%}
@@ -75,8 +74,7 @@ def export_folder(found, record, folder):
         folder: made if it is not there; an earlier export is replaced.
 
     Raises:
-        UserError: the model is a baseline or reads no new text; the folder cannot be written or holds other
-        files.
+        UserError: the model is a baseline or reads no new text; the folder holds other files or fails.
     """
     model, tokenizer = to_transformers(found)
     folder = Path(folder)

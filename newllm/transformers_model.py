@@ -150,10 +150,9 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         """Read tokens on from a state.
 
         Args:
-            input_ids: [B, T]. attention_mask: [B, T' >= T], 0: padding on the left, which leaves the state as
-            it is. labels: [B, T], shifted inside; -100 is ignored. logits_to_keep: last positions, or
-            indices; 0: all. cache: what an earlier call returned; cache_params, past_key_values: its names
-            before.
+            input_ids: [B, T]. attention_mask: [B, T' >= T], 0: padding on the left, which changes no state.
+            cache: what an earlier call returned; cache_params, past_key_values: its names before.
+            labels: [B, T], shifted inside; -100: ignored. logits_to_keep: last positions, or indices; 0: all.
 
         Returns:
             NewLLMOutput; hidden_states is (contexts [B, T, C],) if asked for.

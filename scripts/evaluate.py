@@ -1,9 +1,8 @@
 """What a model file or a checkpoint is and how well it predicts held-out dialogues, bits per byte included.
 
-    python3 -m scripts.evaluate checkpoints/DATA/models/context_20260101_120000.pth     # its run's held-out
-    dialogues python3 -m scripts.evaluate checkpoints/model_best.pt --data_source other.jsonl --samples 100
-    # the last of others python3 -m scripts.evaluate checkpoints/model_latest.pt --inspect                   #
-    only what it holds; no data
+    python3 -m scripts.evaluate checkpoints/DATA/models/TYPE_RUN.pth     # its run's held-out dialogues
+    python3 -m scripts.evaluate checkpoints/model_best.pt --data_source other.jsonl --samples 100
+    python3 -m scripts.evaluate checkpoints/model_latest.pt --inspect    # what it holds; no data needed
 
 Trains nothing and changes nothing; compare models with other tokenizers by bits per byte.
 """
@@ -28,8 +27,7 @@ def evaluate(path, data_source="", samples=0):
     """Figures of a model file or a checkpoint, as a dict of plain values.
 
     Args:
-        data_source: as in config.py; "": that of its run. samples: how many to predict; 0: as many as its run
-        did.
+        data_source: as in config.py; "": that of its run. samples: how many; 0: as many as its run did.
 
     Raises:
         UserError: the file is neither, the data cannot be had, or holds fewer samples.

@@ -1,9 +1,8 @@
 """Text from a trained model.
 
-    python3 -m scripts.generate --prompt "User: How do I boil an egg?" python3 -m scripts.generate
-    --model_path checkpoints/model_best.pt --prompt "Once" --temperature 0     # greedy python3 -m
-    scripts.generate --chat                                                                     # a
-    conversation
+    python3 -m scripts.generate --prompt "User: How do I boil an egg?"
+    python3 -m scripts.generate --model_path checkpoints/model_best.pt --temperature 0   # greedy
+    python3 -m scripts.generate --chat                                                   # a conversation
 
 A model file (`checkpoints/DATA/models/TYPE_RUN.pth`) needs nothing else; a checkpoint needs its run's data or
 cache, for the tokenizer. The text appears as it is drawn, in fp32: for one token, converting weights costs

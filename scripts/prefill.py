@@ -1,8 +1,8 @@
 """How fast the contexts of one long sequence come by parallel sweeps, beside the loop, and how exact.
 
-    python3 -m scripts.prefill --num_samples 781       # untrained, and trained where checkpoint_dir has such
-    a run python3 -m scripts.prefill --trained --lengths 1000,10000 --tolerance 1e-2 python3 -m
-    scripts.prefill --json
+    python3 -m scripts.prefill --num_samples 781    # untrained, and trained where checkpoint_dir has the run
+    python3 -m scripts.prefill --trained --lengths 1000,10000 --tolerance 1e-2
+    python3 -m scripts.prefill --json
 
 The sequence is the run's data, training and validation ids end to end. The loop takes one step a token, in
 fp32: for one token, converting the weights costs more than using them. Sweeps begin cold and go on until no
@@ -172,8 +172,7 @@ def report(config, options, say):
     """All that the command says, as a dict of plain values.
 
     Raises:
-        UserError: bad data or checkpoint, a model without contexts, or no trained weights where they are
-        asked for.
+        UserError: bad data or checkpoint, no contexts in the model, or no trained weights where asked for.
     """
     if config.model_type not in ("context", "window"):
         raise UserError(f"model_type '{config.model_type}' has no context to sweep: use context or window.")

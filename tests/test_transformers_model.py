@@ -126,7 +126,12 @@ DECODING = {
     "several samples": dict(do_sample=True, num_return_sequences=2),
     "beams": dict(num_beams=3, num_return_sequences=2),
     "sampled beams": dict(num_beams=3, do_sample=True),
-    "processed": dict(repetition_penalty=1.5, no_repeat_ngram_size=2),
+    "processed": dict(repetition_penalty=1.5, no_repeat_ngram_size=2, bad_words_ids=[[7]]),
+    "guided": dict(guidance_scale=2.0),
+    "ended": dict(eos_token_id=list(range(0, V, 4)), pad_token_id=0, min_new_tokens=2),
+    "stopped": dict(
+        stopping_criteria=[lambda texts, scores: torch.full((len(texts),), texts.shape[1] >= T + 3)]
+    ),
 }
 
 
@@ -141,60 +146,23 @@ def test_every_decoding_is_the_same_with_and_without_cache(model, ids, options):
         torch.manual_seed(0)
         found.append(model.generate(ids, **given, **show, use_cache=use_cache))
     cached, afresh = found
-    assert cached.sequences.shape == (B * options.get("num_return_sequences", 1), T + 4)
-    assert cached.sequences.equal(afresh.sequences)
+    assert cached.sequences.equal(afresh.sequences) and T + 2 <= cached.sequences.shape[1] <= T + 4
+    assert len(cached.sequences) == B * options.get("num_return_sequences", 1)
     for name in ("logits", "scores"):
         torch.testing.assert_close(cached[name], afresh[name], rtol=1e-4, atol=1e-5)
-    assert [step[0].shape[1] for step in cached.hidden_states] == [T, 1, 1, 1]
-    assert [step[0].shape[1] for step in afresh.hidden_states] == [T, T + 1, T + 2, T + 3]
+    assert [step[0].shape[1] for step in cached.hidden_states] == [T, 1, 1, 1][: len(cached.hidden_states)]
+    assert [step[0].shape[1] for step in afresh.hidden_states][:2] == [T, T + 1]
     if "num_beams" in options:
         torch.testing.assert_close(cached.sequences_scores, afresh.sequences_scores)
 
 
-def test_guidance_is_the_difference_to_the_text_without_its_prompt(model, ids):
-    """Each step's scores, from logits of the whole texts with the prompt and from its last token on."""
-    show = dict(return_dict_in_generate=True, output_scores=True)
-    found = greedy(model, ids[:1], 4, guidance_scale=2.0, **show)
-    for step, scores in enumerate(found.scores):
-        text = found.sequences[:, : T + step]
-        parts = (text, text[:, T - 1 :])
-        with_prompt, without = (model(part).logits[:, -1].log_softmax(-1) for part in parts)
-        torch.testing.assert_close(scores, 2 * with_prompt - without, rtol=1e-4, atol=1e-4)
-
-
-def test_beams_find_nothing_less_likely_than_greedy_and_draws_depend_on_the_seed(model, ids):
-    """Beams as wide as the vocabulary; several sequences a prompt."""
-
-    def likelihood(texts):
-        logits = model(texts).logits[:, T - 1 : -1].log_softmax(-1)
-        return logits.gather(-1, texts[:, T:, None]).sum((1, 2))
-
-    beams = greedy(model, ids, 5, num_beams=V, length_penalty=0.0)
-    assert (likelihood(beams) >= likelihood(greedy(model, ids, 5)) - 1e-4).all()
-    drawn = []
+def test_draws_depend_on_the_seed_alone_and_a_streamer_gets_them(model, ids):
+    """Several sequences a prompt; a streamer gets a text as it is drawn."""
+    drawn, streamed = [], []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
         drawn.append(model.generate(ids, max_new_tokens=8, do_sample=True, num_return_sequences=2))
     assert drawn[0].equal(drawn[1]) and not drawn[0].equal(drawn[2]) and drawn[0].shape == (2 * B, T + 8)
-
-
-def test_texts_end_where_they_are_told_to(model, ids):
-    """At an end token, not before a minimum, padded while others go on; by a criterion. A streamer gets them."""
-    free = greedy(model, ids, 8)
-    end = free[0, T + 2].item()
-    ended = greedy(model, ids, 8, eos_token_id=end, pad_token_id=0)
-    for row, text in enumerate(free[:, T:].tolist()):
-        kept = text.index(end) + 1 if end in text else 8
-        assert ended[row, T:].tolist() == (text[:kept] + [0] * (8 - kept))[: ended.shape[1] - T]
-    late = greedy(model, ids, 8, eos_token_id=end, min_new_tokens=8, pad_token_id=0)
-    assert late.shape == free.shape and not (late[:, T:] == end).any()
-    assert not (greedy(model, ids, 8, bad_words_ids=[[end]])[:, T:] == end).any()
-
-    def enough(texts, scores, **others):
-        return torch.full((len(texts),), texts.shape[1] >= T + 3)
-
-    assert greedy(model, ids, 8, stopping_criteria=[enough]).equal(free[:, : T + 3])
-    streamed = []
     take = dict(put=lambda tokens: streamed.extend(tokens.flatten().tolist()), end=lambda: None)
     assert greedy(model, ids[:1], 8, streamer=SimpleNamespace(**take))[0].tolist() == streamed
 

@@ -72,8 +72,7 @@ def memory_curve(step, tokens_BTE, trajectory_BTC):
     lags = [0] + [2**i for i in range(16) if position + 2**i < tokens_BTE.shape[1]]
     replaced = tokens_BTE[:, position:].clone()
     replaced[:, 0] = replaced[:, 0].roll(1, 0)
-    # Only the rest of a sequence has to be evaluated again; one whose token is the same by chance says
-    # nothing.
+    # The rest of each sequence is evaluated again, but where the other token happens to be the same.
     differs = (replaced[:, 0] != tokens_BTE[:, position]).any(-1)
     start = trajectory_BTC[:, position - 1] if position > 0 else torch.zeros_like(trajectory_BTC[:, 0])
     changed, _ = sequential(step, replaced[differs], trajectory_BTC.shape[-1], start[differs])

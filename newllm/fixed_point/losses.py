@@ -48,13 +48,11 @@ class _SteinLoss(torch.autograd.Function):
             loss = (cov.trace() - 2 * factor.diagonal().log().sum() - size) / size
             if ctx.needs_input_grad[0]:
                 pull = (identity - torch.cholesky_inverse(factor)) * (2 / (tokens - 1) / size)
-                # With fewer tokens than dimensions the inverse is large, and cancels, off their span: full
-                # precision.
+                # With fewer tokens than dimensions the inverse is large, and cancels, off their span.
                 rounds = tokens >= 2 * size
                 with _half_precision_products(contexts_NC) if rounds else contextlib.nullcontext():
                     gradient = centred @ pull
-                # Numbers like 1e-7 are lost to fp16 until the loss scale, a factor of grad_output, has
-                # enlarged them.
+                # fp16 would lose numbers like 1e-7 before the loss scale, a factor of grad_output, comes.
                 kept = wide.dtype if contexts_NC.dtype == torch.float16 else contexts_NC.dtype
                 ctx.save_for_backward(gradient.to(kept))
                 ctx.dtype = contexts_NC.dtype
@@ -69,8 +67,7 @@ class _SteinLoss(torch.autograd.Function):
 def _half_precision_products(contexts):
     """For half-precision contexts: let fp32 products round their inputs to it, and accumulate in fp32.
 
-    The inputs have that rounding already, and the sums are what the small eigenvalues need; several times as
-    fast.
+    The inputs have that rounding already, and the sums are what small eigenvalues need; it is much faster.
     """
     if contexts.dtype not in (torch.bfloat16, torch.float16):
         yield

@@ -1,8 +1,8 @@
 """The trajectory of a recurrence, step by step and by parallel sweeps. Knows a callable, not a model.
 
 `step(context [..., C], token [..., E]) -> (context [..., C], stream [..., E])` is one step of F. A step that
-makes no streams gives None in their place, and so do the functions here. Shapes: B sequences, T tokens, C
-context width, E embedding width.
+makes no streams gives None in their place, and so do the functions here.
+Shapes: B sequences, T tokens, C context width, E embedding width.
 
 The sweep is Jacobi iteration over time (Song et al. 2021, arXiv 2002.03629): sweep k is exact for the first k
 tokens, and from a cold start it makes every context a function of the last k tokens alone.
@@ -92,8 +92,7 @@ def solve(
     A chaotic map does not converge; the stats say so, nothing is raised.
 
     Args:
-        ratio: more than 1 for all `max_sweeps`. trajectory_BTC: what the error of each sweep is measured
-        from.
+        ratio: more than 1 for all `max_sweeps`. trajectory_BTC: what each sweep's error is measured from.
 
     Returns:
         (contexts [B, T, C], SweepStats).
@@ -145,13 +144,12 @@ def prefill(step, tokens_BTE, context_dim, tolerance, max_sweeps, piece=4096, st
     max_sweeps it is reported as not converged, not raised.
 
     A long sequence goes piece by piece, each from the last context of the one before (block Gauss-Seidel):
-    what a sweep holds does not grow with T, and where the cuts lie changes the contexts only within the
-    tolerance.
+    what a sweep holds does not grow with T, and the cuts change contexts only within the tolerance.
 
     Args:
-        tolerance: relative change of one token's context. max_sweeps: of a piece, at most. piece: tokens
-        swept at once: enough to keep the device busy, few enough for memory. start_BC: context before the
-        first token, default 0. guess_BTC: contexts to sweep from, default 0 (cold).
+        tolerance: relative change of one token's context. max_sweeps: of a piece, at most.
+        piece: tokens swept at once: enough to keep the device busy, few enough for memory.
+        start_BC: context before the first token, default 0. guess_BTC: to sweep from, default 0 (cold).
 
     Returns:
         (contexts [B, T, C], streams [B, T, E], PrefillStats).
@@ -166,8 +164,7 @@ def prefill(step, tokens_BTE, context_dim, tolerance, max_sweeps, piece=4096, st
     stats = PrefillStats(batch * length)
     for first in range(0, length, piece):
         last, sweeps = min(first + piece, length), 0
-        # The pairs (b, t) still to be evaluated: at first all tokens of the piece, then those whose start has
-        # moved.
+        # Pairs (b, t) to evaluate: at first all tokens of the piece, then those whose start has moved.
         b, t = tokens_BTE.new_ones(batch, last - first).nonzero().T
         t = t + first
         while len(t) and sweeps < max_sweeps:

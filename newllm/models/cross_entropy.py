@@ -53,8 +53,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             grad_weight = torch.zeros_like(weight_VE) if weight_VE.requires_grad else None
             grad_bias = torch.zeros_like(bias_V)
             chunks = _chunks(len(hidden), vocab_size)
-            # One buffer for all chunks: fresh memory of this size costs as much time as the product that
-            # fills it.
+            # One buffer for all: fresh memory of this size takes as long as the product that fills it.
             buffer = hidden.new_empty(chunks[0].stop, vocab_size)
             product = torch.empty_like(weight) if weight_VE.requires_grad else None
             for part in chunks:

@@ -59,8 +59,8 @@ class Window(nn.Module):
     """The control for every learned memory, which nobody trains: the last tokens and slow averages of all.
 
     c_t = [P e_t, ..., P e_{t-7}; leaky averages of Q e], u_t = e_t, with fixed random projections P and Q.
-    Half of the width goes to the lags (a delay line: sweeps are exact after as many), half to the averages a
-    <- l a + sqrt(1 - l^2) Q e. What evaluates a ContextMap evaluates it too.
+    Half of the width goes to the lags (a delay line: sweeps are exact after as many), half to the averages,
+    a <- l a + sqrt(1 - l^2) Q e. What evaluates a ContextMap evaluates it too.
     """
 
     LAGS = 8  # tokens kept in order
@@ -83,8 +83,7 @@ class Window(nn.Module):
         """(c_{t-1} [..., C], e_t [..., E]) -> (c_t, e_t)."""
         lags, slow = context.split([self.LAGS * self.lag_dim, len(self.decay)], dim=-1)
         decay = self.decay.to(token.dtype)
-        # The factor keeps the variance of the average that of Q e for white tokens, whatever the time
-        # constant.
+        # The factor gives the average of white tokens the variance of Q e, whatever the time constant.
         slow = decay * slow + (1 - decay**2).sqrt() * (token @ self.slow.to(token.dtype))
         newest = token @ self.lag.to(token.dtype)
         return torch.cat([newest, lags[..., : -self.lag_dim], slow], dim=-1), token
@@ -113,8 +112,7 @@ class Dropout(nn.Module):
             return values
         if values.device.type != "cpu":
             return functional.dropout(values, self.dropped / 256)
-        # Eight bytes a draw: dropout and its gradient take 0.3 to 0.45 of the time of torch's, which shows in
-        # a step.
+        # Eight bytes a draw: with its gradient 0.3 to 0.45 of the time of torch's, which shows in a step.
         words = torch.randint(-(2**63), 2**63 - 1, [values.numel() // 8 + 1])
         kept = words.view(torch.uint8)[: values.numel()].view(values.shape) >= self.dropped
         return values * (kept.to(values.dtype) * (256 / (256 - self.dropped)))
@@ -126,8 +124,7 @@ class TokenDropout(nn.Module):
     def __init__(self, probability, embed_dim):
         super().__init__()
         self.probability = probability
-        # Not zeros: an untrained F makes zero contexts of them, whose norms' gradients multiply layer by
-        # layer.
+        # Not zeros: an untrained F makes zero contexts of them, and the gradients of their norms explode.
         blank = torch.randn(embed_dim, generator=torch.Generator().manual_seed(0))
         self.register_buffer("blank", blank, persistent=False)
 

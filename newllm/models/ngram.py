@@ -9,8 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# D1, D2, D3+ where the counts-of-counts cannot give them (few or very regular data); the values KenLM falls
-# back to.
+# D1, D2, D3+ where counts of counts cannot give them (few or very regular data), as KenLM falls back to.
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
 
 
@@ -34,8 +33,7 @@ class Level(NamedTuple):
     """The k-grams of one length k, of which a prediction reads three columns.
 
     A k-gram's id is its rank among the keys, a key being (id of the (k-1)-gram context) * V + last token. The
-    id -1 stands for every k-gram not seen; as an index it reaches the last entry of a column, which is made
-    for it.
+    id -1 is every k-gram not seen: as an index it reaches the last entry of a column, made for it.
     """
 
     keys: np.ndarray  # [m + 1] ascending, then one that nothing reaches
@@ -56,8 +54,7 @@ class KneserNey:
     Start of a sample: a prediction with only j < order - 1 ids before it is p_{j+1}, the same distribution
     that longer unseen contexts back off to. A k-gram that starts a sample has no id before it; the boundary
     counts as one more different id there, once for all samples, so no k-gram that was seen has a zero count.
-    The boundary is no context: samples are cut from longer texts, and the cut says nothing about what
-    follows.
+    It is no context: samples are cut from longer texts, and the cut says nothing about what follows.
 
     Args:
         order: longest n-gram, >= 1; contexts have up to order - 1 ids.
@@ -82,8 +79,7 @@ class KneserNey:
             unique, first, inverse, raw = np.unique(
                 pairs, return_index=True, return_inverse=True, return_counts=True
             )
-            # Each different k-gram names its (k-1)-gram suffix once: so often has the suffix another id
-            # before it.
+            # Each different k-gram names its (k-1)-gram suffix once, with another id before it.
             suffixes = ids[:, 1:].ravel()[first]
             continuations = np.bincount(suffixes, minlength=len(keys))
             if k > 2:  # a lone token has an id before it always, as id 0 is never predicted

@@ -55,8 +55,7 @@ def require_own_ids(embeddings, tokenizer):
     """Refuse vectors for ids that stand for other tokens than those they were learned for.
 
     Args:
-        embeddings, tokenizer: choices as the settings of these names; tokenizer as `tokenizer_choice` gives
-        it.
+        embeddings, tokenizer: as the settings of these names; tokenizer as `tokenizer_choice` gives it.
 
     Raises:
         UserError: the tokenizer is not that of the embeddings, or one of the two cannot be had.

@@ -123,15 +123,6 @@ def test_equals_the_slow_definition(order, seed):
             assert abs(np.exp(-fast[i, t - 1]) - slow.probability(sample[:t], sample[t])) < 1e-12
 
 
-def test_order_one_is_the_discounted_unigram_interpolated_with_uniform():
-    """Without contexts only the lowest level is left, with raw counts of predicted tokens."""
-    train = zipf_samples(10, 20, 15, seed=5)
-    counts = np.bincount(train[:, 1:].ravel(), minlength=20)
-    taken = discounts(counts)[np.minimum(counts, 3)]
-    expected = (counts - taken) / counts.sum() + taken.sum() / counts.sum() / 20
-    np.testing.assert_allclose(distribution(KneserNey(1, 20).fit(train), [7]), expected, rtol=0, atol=1e-12)
-
-
 def test_contexts_never_cross_samples():
     """The order of samples changes nothing, nor do neighbours; a start is predicted as after an unseen oldest id."""
     train, val = zipf_samples(20, 12, 30, seed=6), zipf_samples(5, 12, 30, seed=7)
