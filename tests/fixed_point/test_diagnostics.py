@@ -29,7 +29,8 @@ def trajectory(step, tokens, context_dim):
 
 
 def test_effective_rank_in_closed_form():
-    """An orthogonal design has its width, a line or a point one, shares of 3/4 and 1/4 the exponential of their entropy."""
+    """An orthogonal design has its width, a line or a point one, shares of 3/4 and 1/4 the exponential of
+    their entropy."""
     eye = torch.eye(12)
     assert effective_rank(torch.cat([eye, -eye])) == pytest.approx(12, rel=1e-5)
     line = random_tokens(300, 1) @ random_tokens(1, 16, seed=2)
@@ -85,7 +86,8 @@ def test_the_cold_start_error_of_a_linear_map_decays_by_its_factor(factor):
 
 
 def test_the_cold_start_curve_reaches_zero_at_the_length_of_the_sequence():
-    """Whatever the map, T sweeps are exact and fewer are not; a map that converges at once contracts to zero."""
+    """Whatever the map, T sweeps are exact and fewer are not; a map that converges at once contracts to
+    zero."""
     tokens = random_tokens(3, 6, 5)
     curve = cold_start_curve(network(6, 5), tokens, trajectory(network(6, 5), tokens, 6), 8)
     assert len(curve) == 8
@@ -124,7 +126,8 @@ def test_a_leaky_map_forgets_by_its_factor():
 
 
 def test_the_memory_curve_is_that_of_trajectories_with_one_token_replaced():
-    """As computing the whole trajectory again with another's token; one that is the same token is no evidence."""
+    """As computing the whole trajectory again with another's token; one that is the same token is no
+    evidence."""
     step, tokens = network(6, 5), random_tokens(4, 16, 5)
     path = trajectory(step, tokens, 6)
     replaced = tokens.clone()
@@ -148,7 +151,8 @@ def test_the_horizon_is_the_last_lag_above_one_percent():
 
 
 def test_ridge_is_one_for_a_linear_target_and_nothing_for_noise():
-    """R^2 of each group on held-out data; half of a half-explained target; negative where a wrong rule costs."""
+    """R^2 of each group on held-out data; half of a half-explained target; negative where a wrong rule
+    costs."""
     x, noise = random_tokens(8000, 6), random_tokens(8000, 1, seed=2)
     signal = x @ random_tokens(6, 1, seed=3)
     signal = signal / signal.std()

@@ -79,7 +79,8 @@ def test_converged_tokens_ask_for_no_more():
 
 
 def test_a_term_of_weight_zero_and_consistency_of_the_first_sweep_have_no_gradient():
-    """w = 0 is consistency alone, w = 1 spread alone; the first sweep starts from nothing, but reports CVFP."""
+    """w = 0 is consistency alone, w = 1 spread alone; the first sweep starts from nothing, but reports
+    CVFP."""
     new, old = pair()
     new.requires_grad_()
 
@@ -97,7 +98,8 @@ def test_a_term_of_weight_zero_and_consistency_of_the_first_sweep_have_no_gradie
 
 @pytest.mark.parametrize("regularizer", REGULARIZERS)
 def test_losses_are_computed_in_fp32_inside_bf16_autocast(regularizer):
-    """Autocast around the loss changes no bit of it; bf16 contexts cost what the same numbers cost in fp64."""
+    """Autocast around the loss changes no bit of it; bf16 contexts cost what the same numbers cost in
+    fp64."""
     new, old = (contexts.bfloat16() for contexts in pair())
     outside, outside_parts = phase1_loss(new, old, 0.5, regularizer, 0.1)
     with torch.autocast("cpu", torch.bfloat16):
@@ -116,7 +118,8 @@ def test_losses_are_computed_in_fp32_inside_bf16_autocast(regularizer):
 @pytest.mark.parametrize("name", INPUTS)
 @pytest.mark.parametrize("regularizer", REGULARIZERS)
 def test_regularizers_are_bounded_below_and_have_finite_gradients(regularizer, name):
-    """No distribution is rewarded without end: the least value is 0; the worst contexts must not end a run with a NaN."""
+    """No distribution is rewarded without end: the least value is 0; the worst contexts must not end a run
+    with a NaN."""
     contexts = INPUTS[name]().requires_grad_()
     value = REGULARIZERS[regularizer](contexts)
     assert value.isfinite() and value.item() >= -1e-6
@@ -137,7 +140,8 @@ def test_a_step_down_the_gradient_spreads_nearly_collapsed_contexts(regularizer)
 
 @pytest.mark.parametrize("loss", [covariance_loss, logdet_loss])
 def test_whitened_contexts_are_the_optimum(loss):
-    """Covariance I costs nothing, other scales more; collapsed is worse than uniform is worse than Gaussian."""
+    """Covariance I costs nothing, other scales more; collapsed is worse than uniform is worse than
+    Gaussian."""
     assert loss(whitened()).item() == pytest.approx(0, abs=1e-5)
     assert loss(0.5 * whitened()) > 0.1
     uniform = torch.rand(N, C, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -145,7 +149,8 @@ def test_whitened_contexts_are_the_optimum(loss):
 
 
 def test_covariance_and_its_loss_are_numpys():
-    """Centred, divided by N - 1; mean relu(1 - std) + squared covariances / C; nothing above a deviation of one."""
+    """Centred, divided by N - 1; mean relu(1 - std) + squared covariances / C; nothing above a deviation of
+    one."""
     mixing = torch.eye(C, dtype=torch.float64) + 0.2 * random_tokens(C, C, seed=2)
     contexts = 0.7 * random_tokens(N, C) @ mixing + 3
     cov = np.cov(contexts.numpy(), rowvar=False)
@@ -166,7 +171,8 @@ def stein(contexts):
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_logdet_loss_is_the_stein_loss_with_its_gradient(name):
-    """Worked out by hand in the code, here by autograd, in double precision; for S = s^2 I it is s^2 - log s^2 - 1."""
+    """Worked out by hand in the code, here by autograd, in double precision; for S = s^2 I it is s^2 - log
+    s^2 - 1."""
     contexts = INPUTS[name]().double().requires_grad_()
     assert logdet_loss(contexts).item() == pytest.approx(stein(contexts).item(), rel=1e-6)
     (expected,) = torch.autograd.grad(3 * stein(contexts), contexts)
@@ -178,7 +184,8 @@ def test_logdet_loss_is_the_stein_loss_with_its_gradient(name):
 
 @pytest.mark.parametrize("num_tokens", [4000, 600, 200])
 def test_half_precision_contexts_keep_their_small_eigenvalues(num_tokens):
-    """bf16 contexts give nearly the loss and gradient of the same values in double, with fewer tokens than dimensions too."""
+    """bf16 contexts give nearly the loss and gradient of the same values in double, with fewer tokens than
+    dimensions too."""
     width = 256  # wide enough for the library's rounded products
     spread = torch.logspace(0, -1, width, dtype=torch.float64)
     contexts = (random_tokens(num_tokens, width).double() * spread).bfloat16()

@@ -43,7 +43,8 @@ def test_sequential_is_the_recurrence_from_zero_or_a_given_context():
 
 
 def test_as_many_sweeps_as_tokens_are_the_trajectory_in_values_and_gradients():
-    """T cold sweeps and T dependent steps: contexts, token streams, the gradient of every parameter and input."""
+    """T cold sweeps and T dependent steps: contexts, token streams, the gradient of every parameter and
+    input."""
     step, tokens = network(C, E), random_tokens(B, T, E)
     close(swept(step, tokens, C, T), sequential(step, tokens, C))
     assert_same_gradients(
@@ -53,7 +54,8 @@ def test_as_many_sweeps_as_tokens_are_the_trajectory_in_values_and_gradients():
 
 @pytest.mark.parametrize("count", range(1, T + 1))
 def test_sweep_k_is_exact_for_the_first_k_tokens_and_a_function_of_the_last_k(count):
-    """Jacobi iteration: the others are not exact yet. Another token at s changes s ... s+k-1 and, to the bit, no other."""
+    """Jacobi iteration: the others are not exact yet. Another token at s changes s ... s+k-1 and, to the
+    bit, no other."""
     step, tokens, changed_at = network(C, E), random_tokens(B, T, E), 2
     before = swept(step, tokens, C, count)[0]
     difference = (before - sequential(step, tokens, C)[0]).abs().amax((0, 2))
@@ -112,7 +114,8 @@ def ones(length, batch=1):
 
 
 def test_solve_finds_the_fixed_point_of_a_contraction():
-    """c = cos(c): the late tokens reach 0.739085..., in fewer sweeps than tokens, and the rest is the trajectory."""
+    """c = cos(c): the late tokens reach 0.739085..., in fewer sweeps than tokens, and the rest is the
+    trajectory."""
     tokens = torch.zeros(2, 150, 1, dtype=torch.float64)
     contexts, stats = solve(cosine, tokens, 1, max_sweeps=150, threshold=1e-14)
     assert stats.sweeps < 60 and stats.converged[-1] == 1
@@ -121,7 +124,8 @@ def test_solve_finds_the_fixed_point_of_a_contraction():
 
 
 def test_solve_records_residual_and_share_of_every_sweep():
-    """For c = a c + 1, sweep k moves the tokens from k on by a^(k-1); below the threshold, not at it, is converged."""
+    """For c = a c + 1, sweep k moves the tokens from k on by a^(k-1); below the threshold, not at it, is
+    converged."""
     _, stats = solve(leaky(0.5), ones(10, 2), 1, max_sweeps=4, threshold=1e-9)
     assert stats.sweeps == 4
     assert stats.residual == pytest.approx([(10 - k) / 10 * 0.25**k for k in range(4)])
@@ -134,14 +138,16 @@ def test_solve_records_residual_and_share_of_every_sweep():
     ("ratio", "length", "sweeps"), [(0.1, 10, 2), (0.5, 10, 6), (1.0, 10, 11), (0.95, 20, 20)]
 )
 def test_solve_stops_at_the_ratio(ratio, length, sweeps):
-    """The first sweep after which a share `ratio` of tokens has converged is the last one; 19 of 20 are 95 %."""
+    """The first sweep after which a share `ratio` of tokens has converged is the last one; 19 of 20 are 95
+    %."""
     _, stats = solve(leaky(0.9), ones(length), 1, max_sweeps=30, threshold=1e-9, ratio=ratio)
     assert stats.sweeps == sweeps
     assert all(share < ratio for share in stats.converged[:-1])
 
 
 def test_what_does_not_converge_is_reported_and_not_raised():
-    """Never more than `max_sweeps`, and what there was by then; a chaotic map; a change that is not a number."""
+    """Never more than `max_sweeps`, and what there was by then; a chaotic map; a change that is not a
+    number."""
     tokens = random_tokens(B, T, E)
     contexts, stats = solve(network(C, E), tokens, C, max_sweeps=2, threshold=1e-20)
     assert stats.sweeps == 2 and torch.equal(contexts, swept(network(C, E), tokens, C, 2)[0])
@@ -169,7 +175,8 @@ def test_a_start_at_the_trajectory_needs_one_sweep():
 @pytest.mark.parametrize("sweeps", [1, 2, 4, T])
 @pytest.mark.parametrize("step", [leaky(0.9), network(C, C)], ids=["linear", "network"])
 def test_truncated_has_the_reference_s_values_and_a_gradient_over_as_many_tokens_as_sweeps(step, sweeps):
-    """c_t depends, in gradient, on tokens t-k+1 ... t as through time, and on t-k and all before it not at all."""
+    """c_t depends, in gradient, on tokens t-k+1 ... t as through time, and on t-k and all before it not at
+    all."""
     gradients, values = [], []
     for evaluate in (lambda t: truncated(step, t, C, sweeps), lambda t: sequential(step, t, C)):
         tokens = random_tokens(1, T, C).requires_grad_()
@@ -185,7 +192,8 @@ def test_truncated_has_the_reference_s_values_and_a_gradient_over_as_many_tokens
 
 @pytest.mark.parametrize("sweeps", [T, T + 2])
 def test_truncated_through_all_sweeps_has_the_gradient_through_time(sweeps):
-    """T sweeps reach back to the first token: the sequential evaluation's gradient of every parameter and input."""
+    """T sweeps reach back to the first token: the sequential evaluation's gradient of every parameter and
+    input."""
     step = network(C, E)
     assert_same_gradients(step, lambda t: truncated(step, t, C, sweeps), lambda t: sequential(step, t, C))
 

@@ -1,4 +1,5 @@
-"""Baselines: causal, of the sizes asked for, the same from the same seed, and one interface with the main model."""
+"""Baselines: causal, of the sizes asked for, the same from the same seed, and one interface with the main
+model."""
 
 import dataclasses
 import math
@@ -56,7 +57,8 @@ def test_the_seed_alone_makes_the_weights(kind):
 
 
 def test_a_baseline_has_the_interface_of_the_model(baseline):
-    """All trains in Phase 2, from the loss of a guess on, nothing in Phase 1; the state has two parts; logits are tied."""
+    """All trains in Phase 2, from the loss of a guess on, nothing in Phase 1; the state has two parts;
+    logits are tied."""
     assert baseline.context_parameters() == []
     assert len(baseline.head_parameters()) == len(list(baseline.parameters()))
     state = baseline.state_dict()
@@ -88,7 +90,8 @@ def test_a_window_too_wide_for_its_context_is_refused():
 
 
 def test_the_kernel_in_effect_is_named_or_refused(recwarn):
-    """What torch picks, what was asked for, and what the device does not have, in one sentence: a CPU's flash knows no dropout."""
+    """What torch picks, what was asked for, and what the device does not have, in one sentence: a CPU's
+    flash knows no dropout."""
     cpu, named = torch.device("cpu"), {}
     for name in ("auto", "flash", "math"):
         model = Baseline(settings("transformer", attention=name), V)
@@ -102,7 +105,8 @@ def test_the_kernel_in_effect_is_named_or_refused(recwarn):
 
 
 def test_the_kernel_asked_for_runs_and_kernels_agree(monkeypatch):
-    """A Transformer that must not use flash attention does not, also backward; logits differ by rounding alone."""
+    """A Transformer that must not use flash attention does not, also backward; logits differ by rounding
+    alone."""
     used, found = [], []
     real = functional.scaled_dot_product_attention
 

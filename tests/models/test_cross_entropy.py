@@ -40,7 +40,8 @@ def assert_close(ours, theirs):
 
 
 def test_loss_and_gradients_are_torchs(chunk):
-    """Mean over tokens, and the gradient of hidden states, matrix and bias; also where a loss scale multiplies them."""
+    """Mean over tokens, and the gradient of hidden states, matrix and bias; also where a loss scale
+    multiplies them."""
     *inputs, targets = layer()
     got, expected = linear_cross_entropy(*inputs, targets), reference(*inputs, targets)
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
@@ -126,7 +127,8 @@ class LargestTensor(TorchDispatchMode):
 )
 @pytest.mark.parametrize("autocast", [False, True])
 def test_no_more_than_a_chunk_of_logits_exists(monkeypatch, autocast, elements, most):
-    """200 tokens times 50 ids would be 10,000 logits; with chunks of 1,000 or less no tensor is larger than its inputs."""
+    """200 tokens times 50 ids would be 10,000 logits; with chunks of 1,000 or less no tensor is larger than
+    its inputs."""
     monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", elements)
     hidden, weight, bias = (torch.randn(*shape).requires_grad_() for shape in ((200, 4), (50, 4), (50,)))
     targets = torch.zeros(200, dtype=torch.long)

@@ -38,7 +38,8 @@ def outputs(model):
 
 @torch.no_grad()
 def test_at_first_it_changes_nothing_and_merged_it_is_the_plain_network(config):
-    """Its draw is the generator's; it alone of F trains, beside the head; at the end no name of peft is left."""
+    """Its draw is the generator's; it alone of F trains, beside the head; at the end no name of peft is
+    left."""
     plain, drawn = LanguageModel(config, V).eval(), []
     for seed in (0, 0, 1):
         torch.randn(seed + 1)
@@ -69,8 +70,8 @@ def test_the_rank_is_that_of_the_setting_or_of_the_memory(config, memory, rank):
 
 
 def test_a_run_moves_f_by_a_matrix_of_low_rank_and_continues_exactly(config, tmp_path, monkeypatch):
-    """The rest of F stays and files load without an adapter. A run continues from states of Phase 2 to the same bits,
-    also where the memory asks for another rank, and who only reads a state has its adapter."""
+    """The rest of F stays and files load without an adapter. A run continues from states of Phase 2 to the
+    same bits, also where the memory asks for another rank, and who only reads a state has its adapter."""
     monkeypatch.setattr(pretrained, "RANKS", ((float("inf"), RANK),))
     by_memory = dataclasses.replace(config, adapter_rank=0, artifacts=True)
     main(by_memory)

@@ -1,4 +1,5 @@
-"""The network: formulas, size, initialisation, causality, which parameters move what; the controls that train nothing."""
+"""The network: formulas, size, initialisation, causality, which parameters move what; the controls that
+train nothing."""
 
 import math
 
@@ -38,7 +39,8 @@ def loss_of(model, ids):
 
 
 def test_the_map_is_its_formula_on_any_leading_axes():
-    """o = ReLU(W [c; e] + b); c <- LN(c + o_c); e <- LN(e + o_e), layer after layer; without stream the same context."""
+    """o = ReLU(W [c; e] + b); c <- LN(c + o_c); e <- LN(e + o_e), layer after layer; without stream the
+    same context."""
     torch.manual_seed(0)
     step = ContextMap(C, E, 3).double()
     context, token = torch.randn(2, 3, C).double(), torch.randn(2, 3, E).double()
@@ -103,7 +105,8 @@ def test_the_seed_preset_has_the_published_number_of_parameters():
 
 @pytest.mark.parametrize("head", HEADS)
 def test_initialisation_is_a_function_of_the_seed_alone(head):
-    """Neither the global generator nor the head shifts the draw of embedding and F; another seed is another network."""
+    """Neither the global generator nor the head shifts the draw of embedding and F; another seed is another
+    network."""
     states = []
     for global_seed in (1, 2):
         torch.manual_seed(global_seed)
@@ -144,7 +147,8 @@ def test_the_first_loss_is_the_logarithm_of_the_vocabulary(head):
 
 @pytest.mark.parametrize("kind", ["context", "gru", "transformer"])
 def test_before_training_a_token_is_as_likely_as_it_is_frequent(kind):
-    """Whatever the head reads; ids that never occur are unlikely, not impossible; the bias trains from there on."""
+    """Whatever the head reads; ids that never occur are unlikely, not impossible; the bias trains from
+    there on."""
     sizes = dict(context_dim=16, embed_dim=16, num_layers=1, max_seq_length=32)
     model = build_model(ResidualConfig(model_type=kind, **sizes), V).eval()
     ids = torch.tensor([[1] * 600 + [2] * 300 + [3] * 100]).int()
@@ -193,7 +197,8 @@ def test_nothing_before_a_token_depends_on_it(head, sweeps):
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("pretrained", [None, torch.ones(V, E)], ids=["random", "pretrained"])
 def test_context_and_head_parameters_are_all_that_trains_each_once(head, pretrained, freeze):
-    """None twice, none forgotten. An embedding trains if logits or moving contexts read it, and is not a given one."""
+    """None twice, none forgotten. An embedding trains if logits or moving contexts read it, and is not a
+    given one."""
     model = small_model(pretrained=pretrained, freeze_context=freeze, **head)
     listed = [id(p) for p in [*model.context_parameters(), *model.head_parameters()]]
     assert len(listed) == len(set(listed))
@@ -230,7 +235,8 @@ def test_contexts_that_move_learn_to_read_the_embedding():
 
 
 def test_a_kept_embedding_is_the_one_of_the_moment_and_travels_with_the_weights():
-    """From then on contexts stay, whatever becomes of the embedding; another network given the state has the same."""
+    """From then on contexts stay, whatever becomes of the embedding; another network given the state has
+    the same."""
     model, ids = small_model(), random_ids(B, T)
     before = model.embed(ids)
     model.keep_context_embedding()
@@ -278,7 +284,8 @@ def test_dropout_acts_on_the_head_in_training_only():
 
 
 def test_token_dropout_hides_whole_tokens_in_training_alone():
-    """About the share asked for, all of a vector by the same other one; what is left is as it was; none in evaluation."""
+    """About the share asked for, all of a vector by the same other one; what is left is as it was; none in
+    evaluation."""
     torch.manual_seed(0)
     drop, embeddings = TokenDropout(0.2, 8), 3 * torch.randn(40, 50, 8)
     seen = drop(embeddings)
@@ -305,7 +312,8 @@ def test_hidden_first_tokens_do_not_blow_up_the_gradient_of_a_deep_untrained_net
 
 @pytest.mark.parametrize("head", HEADS)
 def test_a_pretrained_embedding_is_shared_by_value_and_frozen(head):
-    """The given matrix at a scale for logits, copied, in fp32; nothing trains it, and the rest is as drawn and trains."""
+    """The given matrix at a scale for logits, copied, in fp32; nothing trains it, and the rest is as drawn
+    and trains."""
     given = torch.randn(V, E, generator=torch.Generator().manual_seed(0)).double()
     model = small_model(pretrained=given, freeze_context=True, **head)
     expected = functional.normalize(given.float(), dim=None)

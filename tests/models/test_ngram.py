@@ -74,7 +74,8 @@ def test_unigram_is_add_one_over_predicted_tokens_only():
 
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
 def test_distributions_sum_to_one_for_every_context(order):
-    """Seen, partly seen and unseen contexts of every length, at a sample's start and beyond: the sum over V is 1."""
+    """Seen, partly seen and unseen contexts of every length, at a sample's start and beyond: the sum over V
+    is 1."""
     vocab_size = 40
     train = zipf_samples(8, 30, 30, seed=1)  # ids 30..39 never occur
     model = KneserNey(order, vocab_size).fit(train)
@@ -88,15 +89,18 @@ def test_distributions_sum_to_one_for_every_context(order):
 
 
 def test_order_two_equals_arithmetic_by_hand():
-    """Samples of one prediction each, so the bigram counts can be chosen; every number below is worked out by hand."""
+    """Samples of one prediction each, so the bigram counts can be chosen; every number below is worked out
+    by hand."""
     # Bigrams: 01 x4, 02 x3, 03 x2, 11 x1, 12 x1, 21 x1; vocabulary of 5, id 4 is never seen.
     train = np.array([[0, 1]] * 4 + [[0, 2]] * 3 + [[0, 3]] * 2 + [[1, 1], [1, 2], [2, 1]])
     # Bigram counts-of-counts: n1 = 3, n2 = 1, n3 = 1, n4 = 1; Y = 3 / (3 + 2 * 1) = 0.6.
     d1 = 1 - 2 * 0.6 * 1 / 3  # 0.6
     d2 = 2 - 3 * 0.6 * 1 / 1  # 0.2
     d3 = 3 - 4 * 0.6 * 1 / 1  # 0.6
-    # Continuation counts (different ids before): token 1: {0, 1, 2} = 3, token 2: {0, 1} = 2, token 3: {0} = 1; sum 6.
-    # Their counts-of-counts: n1 = n2 = n3 = 1, n4 = 0; Y = 1 / 3; the third discount needs n4 and takes its fallback.
+    # Continuation counts (different ids before): token 1: {0, 1, 2} = 3, token 2: {0, 1} = 2, token 3: {0}
+    # = 1; sum 6.
+    # Their counts-of-counts: n1 = n2 = n3 = 1, n4 = 0; Y = 1 / 3; the third discount needs n4 and takes its
+    # fallback.
     u1 = 1 - 2 / 3 * 1 / 1  # 1 / 3
     u2 = 2 - 3 / 3 * 1 / 1  # 1
     u3 = 1.5
@@ -115,7 +119,8 @@ def test_order_two_equals_arithmetic_by_hand():
 
 @pytest.mark.parametrize(("order", "seed"), [(3, 0), (3, 1), (4, 2), (1, 3)])
 def test_equals_the_slow_definition(order, seed):
-    """Every probability agrees with the dictionary-of-tuples implementation, on samples of another length too."""
+    """Every probability agrees with the dictionary-of-tuples implementation, on samples of another length
+    too."""
     train, val = zipf_samples(25, 15, 30, seed), zipf_samples(4, 20, 33, seed + 100)
     fast, slow = KneserNey(order, 33).fit(train).nll(val), SlowKneserNey(order, 33, train)
     for i, sample in enumerate(val):
@@ -124,7 +129,8 @@ def test_equals_the_slow_definition(order, seed):
 
 
 def test_contexts_never_cross_samples():
-    """The order of samples changes nothing, nor do neighbours; a start is predicted as after an unseen oldest id."""
+    """The order of samples changes nothing, nor do neighbours; a start is predicted as after an unseen
+    oldest id."""
     train, val = zipf_samples(20, 12, 30, seed=6), zipf_samples(5, 12, 30, seed=7)
     model = KneserNey(4, 40).fit(train)
     turned = KneserNey(4, 40).fit(train[::-1]).nll(val[::-1])[::-1]
@@ -135,7 +141,8 @@ def test_contexts_never_cross_samples():
 
 
 def test_more_training_data_lowers_the_loss():
-    """Ten times the samples of the same source predict held-out samples better; a cycle seen often leaves no doubt."""
+    """Ten times the samples of the same source predict held-out samples better; a cycle seen often leaves
+    no doubt."""
     train, val = zipf_samples(400, 32, 200, seed=9), zipf_samples(40, 32, 200, seed=10)
     for order in (1, 2, 5):
         little, much = (KneserNey(order, 200).fit(train[:n]).nll(val).mean() for n in (40, 400))
@@ -145,7 +152,8 @@ def test_more_training_data_lowers_the_loss():
 
 
 def test_discounts_stay_between_zero_and_the_count():
-    """Whatever the counts: 0 < D_r <= r, so no probability is negative and every backoff weight is positive."""
+    """Whatever the counts: 0 < D_r <= r, so no probability is negative and every backoff weight is
+    positive."""
     rng = np.random.default_rng(11)
     cases = [
         rng.integers(1, high, size)
@@ -160,14 +168,16 @@ def test_discounts_stay_between_zero_and_the_count():
 
 
 def test_large_vocabulary_and_order_do_not_overflow():
-    """Ids near 50,256 at order 5 (V**5 > 2**64): the training text is recognised, and only in its own order."""
+    """Ids near 50,256 at order 5 (V**5 > 2**64): the training text is recognised, and only in its own
+    order."""
     train = np.random.default_rng(12).permutation(50257)[:2010].reshape(30, 67)
     model = KneserNey(5, 50257).fit(train)
     assert model.nll(train)[:, 4:].max() < 1 < model.nll(train[:, ::-1]).min()
 
 
 def test_samples_shorter_than_the_order_are_fine():
-    """The longest n-grams there are take the place of the highest order; longer samples can still be scored."""
+    """The longest n-grams there are take the place of the highest order; longer samples can still be
+    scored."""
     train = np.array([[0, 1], [0, 2], [3, 1], [0, 1]])
     model, bigram = KneserNey(5, 6).fit(train), KneserNey(2, 6).fit(train)
     np.testing.assert_array_equal(distribution(model, [3, 0]), distribution(bigram, [3, 0]))
@@ -178,7 +188,8 @@ def test_samples_shorter_than_the_order_are_fine():
 
 
 def test_rows_are_the_mean_losses_of_the_three_baselines():
-    """One number per baseline, equal to the mean of its nll; small types, as token files hold them, do not wrap around."""
+    """One number per baseline, equal to the mean of its nll; small types, as token files hold them, do not
+    wrap around."""
     train, val = zipf_samples(60, 16, 3000, seed=15), zipf_samples(10, 16, 3000, seed=16)
     rows = ngram_rows(train.astype(np.uint16), val.astype(np.uint16), 3000)
     assert rows == {

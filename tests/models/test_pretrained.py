@@ -57,7 +57,8 @@ def sentence(source, vocab_size=V, embed_dim=E):
 
 
 def test_a_folder_gives_its_input_embedding(folder, tmp_path):
-    """Bit for bit, in fp32, without gradient; of a whole language model; without rows that no id has. None is random."""
+    """Bit for bit, in fp32, without gradient; of a whole language model; without rows that no id has. None
+    is random."""
     given = gpt2().wte.weight
     vectors = load_embedding(str(folder), V, E)
     assert torch.equal(vectors, given) and vectors.dtype == torch.float32 and not vectors.requires_grad
@@ -135,7 +136,8 @@ def test_gpt2_that_cannot_be_had_is_one_sentence(monkeypatch, error):
 
 
 def test_a_hub_that_is_away_is_asked_once_and_not_needed_for_what_was_downloaded(monkeypatch, folder):
-    """transformers alone would go on asking for most of a minute. A snapshot in the hub's cache is a folder like others."""
+    """transformers alone would go on asking for most of a minute. A snapshot in the hub's cache is a folder
+    like others."""
 
     def unreachable(path):
         raise hub.Unreachable("no internet connection")
@@ -156,7 +158,8 @@ def test_a_hub_that_is_away_is_asked_once_and_not_needed_for_what_was_downloaded
 
 
 def test_vectors_are_taken_for_their_own_ids_alone(tmp_path, folder):
-    """Other tokens under the same numbers are refused, whatever the sizes; the same tokens elsewhere are not."""
+    """Other tokens under the same numbers are refused, whatever the sizes; the same tokens elsewhere are
+    not."""
     one = save_tokenizer(tmp_path / "one", "hello hello there, who is here?")
     copy = save_tokenizer(tmp_path / "copy", "hello hello there, who is here?")
     other = save_tokenizer(tmp_path / "other", "completely different words in this, my text")
@@ -175,8 +178,8 @@ def test_vectors_are_taken_for_their_own_ids_alone(tmp_path, folder):
 
 
 def test_a_run_on_pretrained_vectors_needs_them_where_it_begins_alone(tiny_settings, tmp_path, capsys):
-    """Other tokens' vectors are refused before training; else their directions outlive it. Continued with other vectors
-    in the folder, a run keeps its own; its model file needs neither vectors nor tokenizer."""
+    """Other tokens' vectors are refused before training; else their directions outlive it. Continued with
+    others in the folder, a run keeps its own; its model file needs neither vectors nor tokenizer."""
     folder = tmp_path / "pretrained"
     save_tokenizer(folder, "User: hello\nAssistant: hello hello")
     gpt2(280, 16).save_pretrained(folder)  # more rows than ids
