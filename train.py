@@ -17,11 +17,10 @@ from newllm.errors import UserError, exit_on_user_error
 from newllm.evaluate import bpb_by_context, evaluate_contexts
 from newllm.flags import parse_args
 from newllm.memory import free_memory
-from newllm.models.adapter import require_peft
 from newllm.models.baselines import Baseline, build_model
 from newllm.models.network import LanguageModel
 from newllm.models.ngram import ngram_rows
-from newllm.models.pretrained import load_embedding, require_own_ids
+from newllm.models.pretrained import load_embedding, require_own_ids, require_peft
 from newllm.phases.phase1 import train_phase1
 from newllm.phases.phase2 import train_phase2
 from newllm.progress import Progress

@@ -1,8 +1,9 @@
 """From (model, data) to metrics: the same code before, during and after training, and in test.py.
 
-Contexts here are always the trajectory itself, evaluated step by step from c_0 = 0 with many sequences at once: it is
-exact for any map, converging or not, and on these short samples cheaper than the sweeps that would reach it.
-Shapes: B sequences, T tokens, C context width, E embedding width.
+Contexts here are always the trajectory itself, evaluated step by step from c_0 = 0 with many sequences at
+once: it is exact for any map, converging or not, and on short samples cheaper than the sweeps to reach it.
+Arguments of all functions: ids [B, T+1], samples whose last id is only a target; autocast, function that
+gives the context manager of the precision. Shapes: B sequences, T tokens, C and E widths, V vocabulary.
 """
 
 import math
@@ -26,7 +27,7 @@ SEQUENCES_AT_A_TIME = 256
 
 
 def encode(model, ids):
-    """What the head reads: ids [B, T] -> (contexts [B, T, C], token streams [B, T, E]), of a baseline or step by step."""
+    """What the head reads: ids [B, T] -> (contexts [B, T, C], token streams [B, T, E])."""
     if isinstance(model, Baseline):
         return model.encode(ids)
     return sequential(model.step, model.embed(ids), model.context_dim)
@@ -34,7 +35,7 @@ def encode(model, ids):
 
 @torch.no_grad()
 def trajectories(model, ids, autocast, device, dtype=torch.float32):
-    """Contexts [B, T, C] and token streams [B, T, E] of samples [B, T+1] (the last id is only a target)."""
+    """Contexts [B, T, C] and token streams [B, T, E] of samples, in a type to store them in."""
 
     def evaluated(part):
         poll()
@@ -46,23 +47,74 @@ def trajectories(model, ids, autocast, device, dtype=torch.float32):
     return tuple(torch.cat(side) for side in zip(*parts, strict=True))
 
 
+def text_bytes(ids, token_bytes):
+    """UTF-8 bytes of the text that the targets of samples stand for; token_bytes [V]: of each id."""
+    return token_bytes[ids[:, 1:].cpu().long()].sum().item()
+
+
+@torch.no_grad()
+def _of_parts(reduce, model, ids, autocast, device, features):
+    """[reduce(nats [b, T], hits [b, T]), ...] of the targets of some samples at a time."""
+    model.eval()
+
+    def scored(part):
+        given = features(part) if features else trajectories(model, ids[part], autocast, device)
+        targets = ids[part, 1:].to(device).long()
+        with autocast():
+            nats, hits = linear_token_nll(model.hidden(*given), *model.output_weights(), targets)
+        return reduce(nats, hits)
+
+    return map_parts(scored, len(ids), SEQUENCES_AT_A_TIME)
+
+
+def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None, totals=lambda *sums: sums):
+    """Next-token loss on samples.
+
+    Args:
+        token_bytes: UTF-8 bytes of each id [V].
+        features: function of a slice of the samples to their (contexts, streams), when these are at hand.
+        totals: function of several sums that adds those over other samples, which other processes evaluate.
+
+    Returns:
+        {"loss": nats a token, "ppl": its exponential, "acc": share of right argmaxes, "bpb": bits a byte}.
+    """
+
+    def sums(nats, hits):
+        return torch.stack([nats.double().sum(), hits.double().sum()]).tolist()
+
+    scores = torch.tensor(_of_parts(sums, model, ids, autocast, device, features), dtype=torch.float64)
+    scores = scores.view(-1, 2).sum(0).tolist()  # the view: a process may own no sample
+    nats, right, count, size = totals(*scores, ids[:, 1:].numel(), text_bytes(ids, token_bytes))
+    loss = nats / count
+    perplexity = math.exp(min(loss, 700))  # fp64 ends at exp(709)
+    return {"loss": loss, "ppl": perplexity, "acc": right / count, "bpb": nats / math.log(2) / size}
+
+
+def sample_nats(model, ids, autocast, device, features=None):
+    """Nats of each sample over all its targets, for paired comparisons: fp64 [B]. Features as above."""
+    sums = _of_parts(lambda nats, hits: nats.double().sum(-1), model, ids, autocast, device, features)
+    return torch.cat([torch.empty(0, device=device), *sums])
+
+
 @torch.no_grad()
 def evaluate_contexts(model, data, config, device, progress=silent):
     """Rank, convergence and memory of the contexts on equally many training and validation tokens, in fp32.
 
     Args:
-        progress: function of (label, total tokens) to a context manager whose `update` gets the tokens evaluated.
+        progress: function of (label, total tokens) to a context manager, whose `update` gets the tokens done.
 
     Returns:
-        Dict of floats and curves: er_train, er_val and er_ceiling as shares of C, over rank_tokens; converged_ratio after
-        10 cold sweeps and sweeps_to_convergence (None: not within MAX_SWEEPS), by the thresholds of the configuration;
-        cold_start_error_10, cold_start_curve, contraction, memory_horizon, memory_curve, past_capacity,
-        past_capacity_by_lag, identity_r2; spectrum: {rank: share of the sum of singular values}, of validation tokens.
+        Dict of floats and curves: er_train, er_val and er_ceiling as shares of C, over rank_tokens;
+        converged_ratio after 10 cold sweeps and sweeps_to_convergence (None: not within MAX_SWEEPS), by the
+        thresholds of the configuration; cold_start_error_10, cold_start_curve, contraction, memory_horizon,
+        memory_curve, past_capacity, past_capacity_by_lag, identity_r2; spectrum: {rank: share of the sum of
+        singular values}, of validation tokens.
     """
     model.eval()
-    length = data.val.shape[1] - 1
+    width, length = model.context_dim, data.val.shape[1] - 1
     count = max(1, min(math.ceil(RANK_TOKENS / length), len(data.train), len(data.val)))
     few = min(CURVE_SEQUENCES, count)
+    # Two trajectories, the sweeps, and the second halves that the memory curve evaluates again.
     total = 2 * count * length + few * (MAX_SWEEPS * length + length - length // 2 + 1)
     with progress("contexts", total) as bar:
 
@@ -73,80 +125,42 @@ def evaluate_contexts(model, data, config, device, progress=silent):
         sides = {}
         for name, ids in (("train", data.train[:count]), ("val", data.val[:count])):
             embeddings = model.embed(ids[:, :-1].to(device).long())
-            sides[name] = sequential(step, embeddings, model.context_dim)[0], embeddings
+            sides[name] = sequential(step, embeddings, width)[0], embeddings
         contexts, embeddings = (part[:CURVE_SEQUENCES] for part in sides["val"])
-        how = dict(threshold=config.phase1_convergence_threshold, ratio=2.0, trajectory_BTC=contexts)
-        _, stats = solve(step, embeddings, model.context_dim, MAX_SWEEPS, **how)
+        threshold = config.phase1_convergence_threshold
+        _, cold = solve(step, embeddings, width, MAX_SWEEPS, threshold, ratio=2.0, trajectory_BTC=contexts)
         memory = diagnostics.memory_curve(step, embeddings, contexts)
-    cold = stats.error
-    enough = [share >= config.phase1_min_converged_ratio for share in stats.converged]
+    enough = [share >= config.phase1_min_converged_ratio for share in cold.converged]
     capacity = diagnostics.past_capacity(sides["train"], sides["val"])
-    tokens = min(RANK_TOKENS, count * length)
-    spectra = {
-        name: diagnostics.spectrum(rearrange(c, "b t c -> (b t) c")[:tokens])
-        for name, (c, _) in sides.items()
-    }
-    spectrum = spectra["val"].tolist()
-    ranks = sorted({round(1 + i * (len(spectrum) - 1) / SPECTRUM_POINTS) for i in range(SPECTRUM_POINTS + 1)})
+    tokens = min(RANK_TOKENS, count * length)  # as many of both sides: a rank depends on their number
+    train, val = (diagnostics.spectrum(rearrange(c, "b t c -> (b t) c")[:tokens]) for c, _ in sides.values())
+    shares = val.tolist()
+    ranks = sorted({round(1 + i * (len(shares) - 1) / SPECTRUM_POINTS) for i in range(SPECTRUM_POINTS + 1)})
     return {
-        "er_train": diagnostics.rank_of(spectra["train"]) / model.context_dim,
-        "er_val": diagnostics.rank_of(spectra["val"]) / model.context_dim,
-        "er_ceiling": diagnostics.effective_rank_ceiling(tokens, model.context_dim) / model.context_dim,
+        "er_train": diagnostics.rank_of(train) / width,
+        "er_val": diagnostics.rank_of(val) / width,
+        "er_ceiling": diagnostics.effective_rank_ceiling(tokens, width) / width,
         "rank_tokens": tokens,
-        "converged_ratio": stats.converged[min(10, stats.sweeps) - 1],
+        "converged_ratio": cold.converged[9],
         "sweeps_to_convergence": enough.index(True) + 1 if any(enough) else None,
-        "cold_start_error_10": cold[9],
-        "cold_start_curve": cold,
-        "contraction": diagnostics.contraction_factor(cold),
+        "cold_start_error_10": cold.error[9],
+        "cold_start_curve": cold.error,
+        "contraction": diagnostics.contraction_factor(cold.error),
         "memory_horizon": diagnostics.memory_horizon(memory),
         "memory_curve": memory,
         "past_capacity": sum(capacity),
         "past_capacity_by_lag": capacity,
         "identity_r2": diagnostics.identity_r2(sides["train"], sides["val"]),
-        "spectrum": {rank: spectrum[rank - 1] for rank in ranks},
-    }
-
-
-@torch.no_grad()
-def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None, totals=lambda *sums: sums):
-    """Next-token loss on samples.
-
-    Args:
-        ids: samples [B, T+1]; token_bytes: UTF-8 bytes of each id [V].
-        features: function of a slice of the samples that gives their (contexts, streams), when these are at hand.
-        totals: function of several sums that adds those over other samples, which other processes evaluate.
-
-    Returns:
-        {"loss": nats per token, "ppl": its exponential, "acc": share of right argmaxes, "bpb": bits per UTF-8 byte}.
-    """
-    model.eval()
-    targets = ids[:, 1:].to(device).long()
-
-    def scored(part):
-        given = features(part) if features else trajectories(model, ids[part], autocast, device)
-        with autocast():
-            nll, correct = linear_token_nll(model.hidden(*given), *model.output_weights(), targets[part])
-        return torch.stack([nll.double().sum(), correct.double().sum()]).tolist()
-
-    scores = (
-        torch.tensor(map_parts(scored, len(ids), SEQUENCES_AT_A_TIME), dtype=torch.float64).view(-1, 2).sum(0)
-    )
-    nats, right, count, text = totals(*scores.tolist(), targets.numel(), text_bytes(ids, token_bytes))
-    loss = nats / count
-    return {
-        "loss": loss,
-        "ppl": math.exp(min(loss, 700)),
-        "acc": right / count,
-        "bpb": nats / math.log(2) / text,
+        "spectrum": {rank: shares[rank - 1] for rank in ranks},
     }
 
 
 @torch.no_grad()
 def bpb_by_context(model, ids, token_bytes, autocast, device, progress=silent):
-    """Bits per byte of a model whose contexts are made of the last k tokens alone: k sweeps from a cold start.
+    """Bits per byte with contexts that are made of the last k tokens alone: k sweeps from a cold start.
 
-    Where the curve is flat, what lies further back is not used, whatever a horizon says. Other arguments as of
-    evaluate_prediction and evaluate_contexts; the model has a `step`, and the first CURVE_SEQUENCES samples count.
+    Where the curve is flat, what lies further back is not used, whatever a horizon says. Other arguments as
+    above; the model has a `step`, and the first CURVE_SEQUENCES samples count.
 
     Returns:
         {k: bits per byte} for k = 1, 2, 4, ... below T, and T, where nothing is cut off.
@@ -156,13 +170,14 @@ def bpb_by_context(model, ids, token_bytes, autocast, device, progress=silent):
     length = ids.shape[1] - 1
     cuts = [2**i for i in range((length - 1).bit_length())]
 
-    def nats(part):
+    def nats_of(part):
         """Of these samples, at each cut and without one."""
-        ids_BT, found = ids[part].to(device).long(), []
+        ids_BT, nats = ids[part].to(device).long(), []
 
         def score(contexts, streams):
-            nll, _ = linear_token_nll(model.hidden(contexts, streams), *model.output_weights(), ids_BT[:, 1:])
-            found.append(nll.double().sum().item())
+            hidden = model.hidden(contexts, streams)
+            each, _ = linear_token_nll(hidden, *model.output_weights(), ids_BT[:, 1:])
+            nats.append(each.double().sum().item())
 
         with autocast():
             tokens = model.embed(ids_BT[:, :-1])
@@ -174,30 +189,9 @@ def bpb_by_context(model, ids, token_bytes, autocast, device, progress=silent):
                 if sweeps in cuts:
                     score(contexts, streams)
             score(*sequential(model.step, tokens, model.context_dim))
-        return found
+        return nats
 
     with progress("bits per byte", len(ids) * length * cuts[-1]) as bar:
-        total = torch.tensor(map_parts(nats, len(ids), CURVE_SEQUENCES), dtype=torch.float64).sum(0)
-    return dict(
-        zip([*cuts, length], (total / math.log(2) / text_bytes(ids, token_bytes)).tolist(), strict=True)
-    )
-
-
-@torch.no_grad()
-def sample_nats(model, ids, autocast, device, features=None):
-    """Nats of each of the samples [B, T+1], over all its targets, for paired comparisons: fp64 [B]."""
-    model.eval()
-
-    def scored(part):
-        given = features(part) if features else trajectories(model, ids[part], autocast, device)
-        with autocast():
-            targets = ids[part, 1:].to(device).long()
-            nll, _ = linear_token_nll(model.hidden(*given), *model.output_weights(), targets)
-        return nll.double().sum(-1)
-
-    return torch.cat([torch.empty(0, device=device), *map_parts(scored, len(ids), SEQUENCES_AT_A_TIME)])
-
-
-def text_bytes(ids, token_bytes):
-    """UTF-8 bytes of the text that the targets of samples [B, T+1] stand for."""
-    return token_bytes[ids[:, 1:].cpu().long()].sum().item()
+        nats = torch.tensor(map_parts(nats_of, len(ids), CURVE_SEQUENCES), dtype=torch.float64).sum(0)
+    bits_per_byte = (nats / math.log(2) / text_bytes(ids, token_bytes)).tolist()
+    return dict(zip([*cuts, length], bits_per_byte, strict=True))

@@ -1,4 +1,4 @@
-"""Text from a model, token by token: the state of the recurrence is all that is kept, so memory does not grow with the length."""
+"""Text from a model, token by token: the state of the recurrence is all that is kept, whatever the length."""
 
 import torch
 
@@ -12,12 +12,11 @@ def generate(model, prompt_ids, count, seed, temperature=1.0, top_k=0, top_p=1.0
     """Continue a prompt.
 
     Args:
-        model: a model with `advance`. prompt_ids: list of at least one id.
-        count: tokens, at most. seed: of the draws.
-        temperature: 0 (or below COLDEST) takes the likeliest token (greedy), less than 1 prefers likely ones.
-        top_k: draw among so many likeliest tokens; 0: all. top_p: draw among the likeliest that have this probability together
-            (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
-        eos_id: id that ends the text, and is not given out; None: none does.
+        model: a model with `advance`. prompt_ids: list of at least one id. count: tokens, at most.
+        temperature: 0 (or below COLDEST) takes the likeliest token, less than 1 prefers likely ones.
+        top_k: draw among so many likeliest tokens; 0: all. top_p: draw among the likeliest that have this
+            probability together (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
+        seed: of the draws. eos_id: id that ends the text, and is not given out; None: none does.
 
     Yields:
         Ids, as they are drawn.
@@ -25,20 +24,21 @@ def generate(model, prompt_ids, count, seed, temperature=1.0, top_k=0, top_p=1.0
     model.eval()
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
-    narrow, state, read = _narrowing(temperature, top_k, top_p), None, prompt_ids
+    narrow, state, unread = _narrowing(temperature, top_k, top_p), None, prompt_ids
     for _ in range(count):
-        for token in read:
+        for token in unread:
             poll()
             logits, state = model.advance(torch.tensor([token], device=device), state)
         if temperature < COLDEST:
             token = logits.argmax().item()
         else:
+            # On the CPU, where a seed draws the same on every machine.
             shares = narrow(None, logits.float().cpu()).softmax(-1)
             token = torch.multinomial(shares, 1, generator=generator).item()
         if token == eos_id:
             return
         yield token
-        read = [token]
+        unread = [token]
 
 
 def _narrowing(temperature, top_k, top_p):

@@ -1,4 +1,4 @@
-"""A trained model as a folder that transformers loads offline: weights, tokenizer, chat template, code, model card."""
+"""A trained model as a folder that transformers loads offline: weights, tokenizer, code, model card."""
 
 import contextlib
 import importlib.metadata
@@ -19,15 +19,11 @@ from newllm.saving.trained import load_model
 from newllm.transformers_model import NewLLMConfig, NewLLMForCausalLM
 
 ROOT = Path(__file__).parent
+MODEL = "modeling_newllm.py"
 CODE = {  # file of the folder: the module it is copied from
-    "modeling_newllm.py": "transformers_model.py",
-    "language_model.py": "models/language_model.py",
-    "head.py": "models/head.py",
-    "context.py": "models/context.py",
-    "window.py": "models/window.py",
+    MODEL: "transformers_model.py",
+    "network.py": "models/network.py",
     "solver.py": "fixed_point/solver.py",
-    "errors.py": "errors.py",
-    "interrupt.py": "interrupt.py",
     "versions.py": "versions.py",
 }
 NEEDED = ("torch", "transformers", "tokenizers")  # to load an exported folder
@@ -35,21 +31,24 @@ CLASSES = {
     "AutoConfig": "modeling_newllm.NewLLMConfig",
     "AutoModelForCausalLM": "modeling_newllm.NewLLMForCausalLM",
 }
+# Writes a dialogue as the data's `render` does, and raises where that does: encode() on lone surrogates.
 CHAT_TEMPLATE = """\
 {%- set dialogue = namespace(text='') -%}
 {%- for message in messages -%}
+{%- set number = 'message ' ~ loop.index -%}
 {%- if message is string -%}
 {%- set role = 'Assistant' if loop.index0 % 2 else 'User' -%}
 {%- set content = message -%}
 {%- elif message is not mapping -%}
-{{- raise_exception('message ' ~ loop.index ~ ' is neither a text nor an object with role and content') -}}
+{{- raise_exception(number ~ ' is neither a text nor an object with role and content') -}}
 {%- elif message['role'] is defined and message['role'] is not none -%}
 {%- set role, content = message['role'], message['content'] -%}
 {%- else -%}
 {%- set role, content = message['from'], message['value'] -%}
 {%- endif -%}
-{%- if role is not string or not role.strip() or not (content is string or content is none or content is undefined) -%}
-{{- raise_exception('message ' ~ loop.index ~ ' does not have a text as role and a text, or null, as content') -}}
+{%- set textual = content is string or content is none or content is undefined -%}
+{%- if role is not string or not role.strip() or not textual -%}
+{{- raise_exception(number ~ ' does not have a text as role and a text, or null, as content') -}}
 {%- endif -%}
 {%- set speaker = message is mapping and message['role'] is not string -%}
 {%- set role, content = role.strip().capitalize(), (content or '').strip() -%}
@@ -64,49 +63,18 @@ CHAT_TEMPLATE = """\
 {%- if add_generation_prompt -%}
 {{- '\\nAssistant:' if dialogue.text else 'Assistant:' -}}
 {%- endif -%}
-"""  # writes a dialogue as newllm.data.rows.render does, and raises where that does; encode() refuses lone surrogates
-
-
-def to_transformers(found):
-    """The model and the tokenizer of a model file, as transformers has them.
-
-    Args:
-        found: what newllm.saving.trained.save_model wrote.
-
-    Raises:
-        UserError: it is a baseline, or a control that cannot read a new text.
-    """
-    settings = found["config"]
-    if settings["model_type"] not in ("context", "window", "token") or settings["whiten_context"]:
-        raise UserError(
-            f"a model of type '{settings['model_type']}'{' on whitened contexts' * settings['whiten_context']} is a "
-            "baseline here and is not exported: use transformers' own, or --format zip."
-        )
-    network, tokenizer = load_model(found)
-    config = NewLLMConfig(
-        network=settings["model_type"], vocab_size=tokenizer.vocab_size, hidden_size=settings["context_dim"],
-        embed_dim=settings["embed_dim"], num_hidden_layers=settings["num_layers"], token_layers=settings["token_layers"],
-        keeps_embedding=network.context_embedding is not None, tie_word_embeddings=settings["tie_weights"],
-        eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id, seed=settings["seed"], auto_map=CLASSES,
-    )  # fmt: skip
-    model = NewLLMForCausalLM(config)
-    model.network.load_state_dict(network.state_dict())
-    end = tokenizer.decode([tokenizer.eos_id])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.to_json()), eos_token=end, pad_token=end,
-        padding_side="left", clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE, split_special_tokens=True,
-    )  # fmt: skip
-    return model.eval(), fast
+"""
 
 
 def export_folder(found, record, folder):
     """Write all of it.
 
     Args:
-        found: as above. record: of its run, newllm.report.record.Record. folder: made if it is not there.
+        found: what newllm.saving.trained.save_model wrote. record: of its run, newllm.report.record.Record.
+        folder: made if it is not there; an earlier export is replaced.
 
     Raises:
-        UserError: it is a baseline, or the folder cannot be written, or holds something else than an earlier export.
+        UserError: the model is a baseline or reads no new text; the folder holds other files or fails.
     """
     model, tokenizer = to_transformers(found)
     folder = Path(folder)
@@ -120,18 +88,46 @@ def export_folder(found, record, folder):
 
 
 def refresh_folder(folder):
-    """Give a folder exported before the code of today, for the versions of transformers of today; nothing else changes.
+    """Give a folder that was exported before the code of today; nothing else changes.
 
     Raises:
         UserError: it is no exported folder, or cannot be written; nothing has changed.
     """
     if not is_export(Path(folder)):
         raise UserError(
-            f"{folder} is no folder that scripts.export --format transformers wrote (it has no config.json of a "
-            "newllm model): give one that is."
+            f"{folder} is no folder that scripts.export --format transformers wrote (its config.json is of "
+            "no newllm model): give one that is."
         )
     with replacing(Path(folder)) as staged:
         write_code(staged)
+
+
+def to_transformers(found):
+    """The model and the tokenizer of a model file, as transformers has them."""
+    settings = found["config"]
+    kind, whitened = settings["model_type"], settings["whiten_context"]
+    if kind not in ("context", "window", "token") or whitened:
+        raise UserError(
+            f"a model of type '{kind}'{' on whitened contexts' if whitened else ''} is a baseline here and "
+            "is not exported: use transformers' own, or --format zip."
+        )
+    network, tokenizer = load_model(found)
+    config = NewLLMConfig(
+        network=kind, vocab_size=tokenizer.vocab_size, hidden_size=settings["context_dim"],
+        embed_dim=settings["embed_dim"], num_hidden_layers=settings["num_layers"],
+        token_layers=settings["token_layers"], keeps_embedding=network.context_embedding is not None,
+        tie_word_embeddings=settings["tie_weights"], seed=settings["seed"],
+        eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id, auto_map=CLASSES,
+    )  # fmt: skip
+    model = NewLLMForCausalLM(config)
+    model.network.load_state_dict(network.state_dict())
+    end = tokenizer.decode([tokenizer.eos_id])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.to_json()), eos_token=end, pad_token=end,
+        padding_side="left", clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE,
+        split_special_tokens=True,  # spelled out in a text they are text, as in training
+    )  # fmt: skip
+    return model.eval(), fast
 
 
 def is_export(folder):
@@ -145,18 +141,13 @@ def is_export(folder):
 def write_code(folder):
     """The modules that the model needs, importing one another, and the versions they were tested with."""
     tested = []
-    with contextlib.suppress(
-        importlib.metadata.PackageNotFoundError
-    ):  # run from a folder that was never installed
-        tested = [
-            text for text in importlib.metadata.requires("newllm") if re.match(r"[\w-]+", text)[0] in NEEDED
-        ]
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a folder, never installed
+        requirements = importlib.metadata.requires("newllm")
+        tested = [text for text in requirements if re.match(r"[\w-]+", text)[0] in NEEDED]
     for name, source in CODE.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         text = re.sub(r"^from newllm\.(?:\w+\.)*(\w+) import", r"from .\1 import", text, flags=re.M)
         text = re.sub(r"^TESTED = None.*", lambda _: f"TESTED = {tested!r}", text, flags=re.M)
-        if name == "modeling_newllm.py":  # the first transformers 5 copies only what this file itself imports
-            text += "".join(f"from .{other[:-3]} import __doc__ as _\n" for other in CODE if other != name)
         (folder / name).write_text(text, encoding="utf-8")
 
 
@@ -167,53 +158,53 @@ def replacing(folder):
     Raises:
         UserError: it cannot be written; what was there is there still.
     """
-    folder, moved = folder.resolve(), []
+    folder = folder.resolve()
+    place = folder if folder.is_dir() else folder.parent  # a folder may be a mounted disk of its own
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        place = folder if folder.is_dir() else folder.parent  # a folder may be a mounted disk of its own
+        place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".export.", suffix=".tmp", dir=place) as room:
-            staged, old = Path(room, "new"), Path(room, "old")
+            staged = Path(room, "new")
             staged.mkdir()
-            old.mkdir()
             yield staged
-            if not folder.exists():
+            if folder.exists():
+                _take_places(staged, folder, Path(room))
+            else:
                 os.replace(staged, folder)
-                return
-            try:
-                for path in sorted(staged.iterdir()):
-                    target = folder / path.name
-                    if target.exists():
-                        shutil.copy2(target, old)
-                    moved.append(target)
-                    os.replace(path, target)
-            except BaseException:
-                for target in moved:
-                    kept = old / target.name
-                    if kept.exists():
-                        os.replace(kept, target)
-                    else:
-                        target.unlink(missing_ok=True)
-                raise
-    except (
-        OSError,
-        UnicodeError,
-        SafetensorError,
-    ) as error:  # UnicodeError: a folder whose name is not UTF-8
+    except (OSError, UnicodeError, SafetensorError) as error:  # UnicodeError: of a name that is not UTF-8
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{folder} cannot be written ({reason}): choose another folder.") from error
 
 
+def _take_places(staged, folder, room):
+    """Move files into a folder; where one cannot be moved, all come back from copies in the room."""
+    moved = []
+    try:
+        for path in sorted(staged.iterdir()):
+            target = folder / path.name
+            if target.exists():
+                shutil.copy2(target, room)
+            moved.append(target)
+            os.replace(path, target)
+    except BaseException:
+        for target in moved:
+            before = room / target.name
+            if before.exists():
+                os.replace(before, target)
+            else:
+                target.unlink(missing_ok=True)
+        raise
+
+
 def model_card(record):
-    """The folder's README.md, from what the run has written down: data, budget, figures beside what else there is, limits."""
-    config, summary = record.config, record.summary
+    """The folder's README.md, from what the run has written down: data, figures beside others, limits."""
+    config, summary, start = record.config, record.summary, record.start
     table = "\n".join(f"| {name} | {ppl:.1f} | {bpb:.3f} |" for name, ppl, bpb in language_rows(summary))
-    versions = ", ".join(f"{name} {version}" for name, version in record.start.get("versions", {}).items())
+    versions = ", ".join(f"{name} {version}" for name, version in start.get("versions", {}).items())
     phases = f"next-token prediction, best of {summary['phase2_best_epoch']} epochs"
     memory = ""
     if summary.get("phase1_iterations"):
-        phases = (
-            f"Phase 1 of {summary['phase1_iterations']} sweeps, then {phases}, contexts {summary['contexts']}"
-        )
+        before = f"Phase 1 of {summary['phase1_iterations']} sweeps"
+        phases = f"{before}, then {phases}, contexts {summary['contexts']}"
         memory = f"\nAfter Phase 1 its contexts remembered about {summary['memory_horizon']} tokens.\n"
     return f"""---
 library_name: transformers
@@ -223,13 +214,14 @@ tags: [newllm]
 
 # newllm {record.kind}, run {record.run}
 
-A research model, trained from scratch on {summary["train_tokens"]:,} tokens of {summary["data_source"]}: far too few to be useful for anything but
-studying it. It will make things up, repeat itself, and say what its data say.
+A research model, trained from scratch on {summary["train_tokens"]:,} tokens of {summary["data_source"]}:
+far too few to be useful for anything but studying it. It will make things up and say what its data say.
 
-- Network: {config["num_layers"]} layers, context {config["context_dim"]}, embedding {config["embed_dim"]}, {summary["parameters"]:,} parameters; tokenizer
-  {summary["tokenizer"]} with {summary["vocab_size"]:,} ids, trained on samples of {config["max_seq_length"]} tokens.
+- Network: {config["num_layers"]} layers, context {config["context_dim"]}, embedding {config["embed_dim"]},
+  {summary["parameters"]:,} parameters; {summary["vocab_size"]:,} ids of tokenizer {summary["tokenizer"]};
+  trained on samples of {config["max_seq_length"]} tokens.
 - Training: {phases}; seed {config["seed"]}.
-- Made by {versions}, commit {record.start.get("git_commit")}, on {record.start["device"]}.
+- Made by {versions}, commit {start.get("git_commit")}, on {start["device"]}.
 
 | held-out dialogues | perplexity | bits per byte |
 |---|---|---|

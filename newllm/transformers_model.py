@@ -1,8 +1,8 @@
-"""The model as a transformers model: its context is the recurrent state that generation keeps, whatever the length.
+"""The model as a transformers model: its context is the recurrent state that generation keeps.
 
 It wraps newllm.models.network.LanguageModel; there is no second implementation. A folder written by
-`scripts.export --format transformers` carries this file and those it needs, so transformers alone can load it.
-Shapes: B sequences, T tokens, C context width, E embedding width, V vocabulary.
+`scripts.export --format transformers` carries this file and those it needs, so transformers alone can load
+it. Shapes: B sequences, T tokens, C context width, E embedding width, V vocabulary.
 """
 
 import warnings
@@ -16,35 +16,26 @@ from newllm.fixed_point.solver import prefill, sequential
 from newllm.models.network import LanguageModel
 from newllm.versions import TESTED, outside
 
-PREFILLS = ("steps", "sweeps")
 MAX_SWEEPS = 64  # of a piece; a map that has not converged by then is evaluated step by step
 # What the installed transformers calls a cache: since 5.24 "cache", before that "past_key_values".
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class NewLLMConfig(PreTrainedConfig):
-    """Shape of the network.
-
-    Attributes:
-        network: "context", "window" or "token", as model_type in config.py; seed: of a window's projections.
-        hidden_size: context width C. embed_dim: embedding width E. num_hidden_layers: of the context map; token_layers: of the
-            head. keeps_embedding: whether F reads a copy of the embedding, as after training with frozen contexts.
-        prefill: how a prompt is read: "steps", one token after the other, or "sweeps" over all of them, to
-            prefill_tolerance (relative, of each context).
-    """
+    """Shape of the network; hidden_size is the context width C, num_hidden_layers those of F."""
 
     model_type = "newllm"
-    network: str = "context"
+    network: str = "context"  # or "window", "token": model_type in config.py
     vocab_size: int = 4096
     hidden_size: int = 768
     embed_dim: int = 768
     num_hidden_layers: int = 6
-    token_layers: int = 1
-    keeps_embedding: bool = False
-    seed: int = 42
+    token_layers: int = 1  # of the head
+    keeps_embedding: bool = False  # whether F reads a copy of the embedding, as with frozen contexts
+    seed: int = 42  # of a window's projections
     tie_word_embeddings: bool = True
-    prefill: str = "steps"
-    prefill_tolerance: float = 1e-4
+    prefill: str = "steps"  # how a prompt is read: token after token, or by "sweeps" over all of them ...
+    prefill_tolerance: float = 1e-4  # ... to this relative change of each context
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | None = 0
@@ -52,10 +43,7 @@ class NewLLMConfig(PreTrainedConfig):
 
 
 class ContextCache:
-    """What generation keeps of texts: the context after the last token of each, [B, C], whatever their lengths.
-
-    It has the form of transformers' own caches, a list of layers, here one with one recurrent state.
-    """
+    """The context after the last token of each text, [B, C], in the form of a cache: a list of one layer."""
 
     is_compileable = is_croppable = False  # a context cannot be rolled back
     is_linear = (True,)  # as for other recurrent models, input_ids are those that it has not read
@@ -73,16 +61,12 @@ class ContextCache:
 
     def reorder_cache(self, rows):
         """Take the rows [B'] of the batch, as beams do."""
-        self.recurrent_states = [
-            state.index_select(0, rows.to(state.device)) for state in self.recurrent_states
-        ]
+        [state] = self.recurrent_states
+        self.recurrent_states = [state.index_select(0, rows.to(state.device))]
 
 
 class NewLLMOutput(CausalLMOutputWithPast):
-    """Loss (mean over labels, where given), logits [B, T, V], hidden_states, and the ContextCache.
-
-    The cache has the name that the installed transformers gives it, and those it has had.
-    """
+    """Loss, logits [B, T, V], hidden_states, and the cache by each name that transformers has had for it."""
 
     def __getattr__(self, name):
         if name in ("cache", "cache_params"):
@@ -96,17 +80,18 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = NewLLMConfig
     base_model_prefix = "network"
     main_input_name = "input_ids"
-    _is_stateful = True
+    _is_stateful = True  # transformers then refuses what would roll a cache back
     _no_split_modules = ("ContextMap",)
 
     def __init__(self, config):
         super().__init__(config)
-        for said in outside(TESTED or ()):
-            warnings.warn(f"{said}: this model was not tested with it.", stacklevel=2)
+        for line in outside(TESTED or ()):
+            warnings.warn(f"{line}: this model was not tested with it.", stacklevel=2)
         settings = SimpleNamespace(
             model_type=config.network, context_dim=config.hidden_size, embed_dim=config.embed_dim,
-            num_layers=config.num_hidden_layers, token_layers=config.token_layers, tie_weights=config.tie_word_embeddings,
-            freeze_context=config.keeps_embedding, init_scale=0.5, dropout=0.0, token_dropout=0.0, seed=config.seed,
+            num_layers=config.num_hidden_layers, token_layers=config.token_layers, seed=config.seed,
+            tie_weights=config.tie_word_embeddings, freeze_context=config.keeps_embedding,
+            init_scale=0.5, dropout=0.0, token_dropout=0.0,
         )  # fmt: skip
         self.network = LanguageModel(settings, config.vocab_size)
         self.post_init()
@@ -131,23 +116,21 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.network.output = value
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
-        """As in transformers, and with it what else has a row an id: the output's bias, the copy of the embedding.
-
-        New ids are as likely as the least likely ones were.
+        """As in transformers, and what else has a row an id. New ids are as likely as the least likely were.
 
         Raises:
             ValueError: the end-of-text id, or every id, would go; nothing has changed.
         """
-        network, last = (
-            self.network,
-            max([0, *ids_of(self.config.eos_token_id), *ids_of(self.config.pad_token_id)]),
-        )
+        network = self.network
+        last = max([0, *_ids(self.config.eos_token_id), *_ids(self.config.pad_token_id)])
         if new_num_tokens is not None and new_num_tokens <= last:
             raise ValueError(
-                f"resize_token_embeddings({new_num_tokens}): this model needs its ids up to {last}, so at least {last + 1} tokens."
+                f"resize_token_embeddings({new_num_tokens}): this model needs its ids up to {last}, so at "
+                f"least {last + 1} tokens."
             )
         embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        kept, size = min(network.vocab_size, embedding.num_embeddings), embedding.num_embeddings
+        size = embedding.num_embeddings
+        kept = min(network.vocab_size, size)
         if not mean_resizing:  # transformers leaves new rows to _init_weights
             for layer in (embedding, network.output or embedding):
                 layer.weight.data[kept:].normal_(0, layer.weight.data[:kept].std().item())
@@ -155,23 +138,10 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         bias = torch.cat([bias[:kept], bias.min().expand(size - kept)])
         network.output_bias = torch.nn.Parameter(bias, requires_grad=network.output_bias.requires_grad)
         if network.context_embedding is not None:
-            network.context_embedding = torch.cat(
-                [network.context_embedding[:kept], embedding.weight.detach()[kept:]]
-            )
+            added = embedding.weight.detach()[kept:]
+            network.context_embedding = torch.cat([network.context_embedding[:kept], added])
         network.vocab_size = size
         return embedding
-
-    def _require_known(self, ids):
-        """Say which id is too large. Single tokens are not looked at: generation has drawn them from the logits."""
-        if (
-            ids.shape[1] > 1
-            and not torch.compiler.is_compiling()
-            and (largest := ids.max().item()) >= self.network.vocab_size
-        ):
-            raise ValueError(
-                f"input_ids hold {largest}, and this model has the ids 0 to {self.network.vocab_size - 1}: after "
-                "tokenizer.add_tokens call model.resize_token_embeddings(len(tokenizer))."
-            )
 
     def forward(
         self, input_ids, attention_mask=None, cache=None, labels=None, use_cache=None, logits_to_keep=0,
@@ -180,9 +150,9 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         """Read tokens on from a state.
 
         Args:
-            input_ids: [B, T]. attention_mask: [B, T' >= T], 0 for padding on the left, which leaves the state as it is.
-            cache: what an earlier call returned; cache_params, past_key_values: its names before. labels: [B, T], shifted inside; -100 is ignored.
-            logits_to_keep: last positions with logits, or their indices; 0: all.
+            input_ids: [B, T]. attention_mask: [B, T' >= T], 0: padding on the left, which changes no state.
+            cache: what an earlier call returned; cache_params, past_key_values: its names before.
+            labels: [B, T], shifted inside; -100: ignored. logits_to_keep: last positions, or indices; 0: all.
 
         Returns:
             NewLLMOutput; hidden_states is (contexts [B, T, C],) if asked for.
@@ -190,24 +160,21 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: given inputs_embeds or another model's cache, or an id that the model lacks.
         """
-        given = [found for found in (cache, cache_params, past_key_values) if found is not None]
-        if kwargs.get("inputs_embeds") is not None or not all(
-            isinstance(found, ContextCache) for found in given
-        ):
+        given = [each for each in (cache, cache_params, past_key_values) if each is not None]
+        ours = all(isinstance(each, ContextCache) for each in given)
+        if kwargs.get("inputs_embeds") is not None or not ours:
             raise ValueError(
-                "this model reads input_ids on from the cache that it returned (cache, or cache_params): it takes "
-                "neither inputs_embeds nor another model's cache."
+                "this model reads input_ids on from the cache that it returned (cache, or cache_params): it "
+                "takes neither inputs_embeds nor another model's cache."
             )
         cache = given[0] if given else ContextCache()
-        state = cache.recurrent_states[0]
         self._require_known(input_ids)
         mask = None
         if attention_mask is not None and not attention_mask[:, -input_ids.shape[1] :].all():
             mask = attention_mask[:, -input_ids.shape[1] :]
-        contexts, streams = self.read(self.network.embed(input_ids), state, mask)
+        contexts, streams = self.read(self.network.embed(input_ids), cache.recurrent_states[0], mask)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.network.logits(contexts[:, keep], streams[:, keep])
-        loss = None
+        logits, loss = self.network.logits(contexts[:, keep], streams[:, keep]), None
         if labels is not None:
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
@@ -221,29 +188,40 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         return output if return_dict else output.to_tuple()
 
     def read(self, tokens, state=None, mask=None):
-        """Contexts [B, T, C] and token streams [B, T, E] of embeddings [B, T, E], from a state [B, C]; 0 in the mask: padding."""
+        """Contexts [B, T, C] and streams [B, T, E] of embeddings, from a state [B, C]; mask 0: padding."""
         step, width = self.network.step, self.config.hidden_size
         if mask is not None:
+            # The solver passes on what a token is made of: its last feature says whether there is one.
+            tokens = torch.cat([tokens, mask[..., None].to(tokens.dtype)], -1)
 
             def step(context, token, stream=True):
-                """The last feature of a token says whether there is one."""
-                there = token[..., -1:]
                 new, stream = self.network.step(context, token[..., :-1], stream)
-                return torch.where(there > 0, new, context), stream
+                return torch.where(token[..., -1:] > 0, new, context), stream
 
-            tokens = torch.cat([tokens, mask[..., None].to(tokens.dtype)], -1)
         if self.config.prefill == "sweeps" and tokens.shape[1] > 1 and not torch.is_grad_enabled():
-            *found, stats = prefill(
-                step, tokens, width, self.config.prefill_tolerance, MAX_SWEEPS, start_BC=state
-            )
+            tolerance = self.config.prefill_tolerance
+            contexts, streams, stats = prefill(step, tokens, width, tolerance, MAX_SWEEPS, start_BC=state)
             if all(stats.converged):
-                return found
+                return contexts, streams
         return sequential(step, tokens, width, state)
 
+    def _require_known(self, ids):
+        """Say which id is too large, but of single tokens: generation has drawn them from the logits."""
+        if ids.shape[1] == 1 or torch.compiler.is_compiling():
+            return
+        largest = ids.max().item()
+        if largest >= self.network.vocab_size:
+            raise ValueError(
+                f"input_ids hold {largest}, and this model has the ids 0 to {self.network.vocab_size - 1}: "
+                "after tokenizer.add_tokens call model.resize_token_embeddings(len(tokenizer))."
+            )
 
-def ids_of(value):
+
+def _ids(value):
     """An id, several or none, as a list."""
-    return value if isinstance(value, list) else [] if value is None else [value]
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 if __name__.startswith("newllm."):  # in an exported folder the configuration names the classes

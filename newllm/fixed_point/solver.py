@@ -1,11 +1,11 @@
-"""The trajectory of a recurrence, step by step and as the fixed point of parallel sweeps. Knows a callable, not a model.
+"""The trajectory of a recurrence, step by step and by parallel sweeps. Knows a callable, not a model.
 
-`step(context [..., C], token [..., E]) -> (context [..., C], stream [..., E])` is one step of F. A step that makes no
-streams gives None in their place, and so do the functions here.
+`step(context [..., C], token [..., E]) -> (context [..., C], stream [..., E])` is one step of F. A step that
+makes no streams gives None in their place, and so do the functions here.
 Shapes: B sequences, T tokens, C context width, E embedding width.
 
-The sweep is Jacobi iteration over time (Song et al. 2021, arXiv 2002.03629): sweep k is exact for the first k tokens,
-and from a cold start it makes every context a function of the last k tokens alone.
+The sweep is Jacobi iteration over time (Song et al. 2021, arXiv 2002.03629): sweep k is exact for the first k
+tokens, and from a cold start it makes every context a function of the last k tokens alone.
 """
 
 from dataclasses import dataclass, field
@@ -50,8 +50,8 @@ def squared_change(new_BTC, old_BTC):
 def truncated(step, tokens_BTE, context_dim, sweeps, context_step=None, trajectory=None):
     """The trajectory, exact in value, with gradient through the last `sweeps` steps of time.
 
-    The trajectory is computed without gradient; sweeping on from it changes nothing, but each sweep's gradient reaches one
-    token further back, and all tokens' matrix products are one product (phantom gradient, arXiv 2111.05177, in time).
+    Sweeping on from the trajectory changes nothing, but each sweep's gradient reaches one token further back,
+    and all tokens' matrix products are one product (phantom gradient, arXiv 2111.05177, in time).
 
     Args:
         context_step: the step without streams, which only the last sweep needs; default: the same step.
@@ -76,9 +76,7 @@ class SweepStats:
     """What each sweep of a solve did, one entry a sweep."""
 
     residual: list = field(default_factory=list)  # mean squared change per dimension
-    converged: list = field(
-        default_factory=list
-    )  # share of tokens whose squared change is below the threshold
+    converged: list = field(default_factory=list)  # share of tokens that change less than the threshold
     error: list = field(default_factory=list)  # relative distance from a trajectory, where one was given
 
     @property
@@ -89,12 +87,12 @@ class SweepStats:
 def solve(
     step, tokens_BTE, context_dim, max_sweeps, threshold, ratio=1.0, start_BTC=None, trajectory_BTC=None
 ):
-    """Sweep from a start (default: cold, K = 0) until a share `ratio` of tokens changes less than `threshold`.
+    """Sweep from a start (default: cold, K = 0) until a share `ratio` of tokens moves less than `threshold`.
 
     A chaotic map does not converge; the stats say so, nothing is raised.
 
     Args:
-        ratio: more than 1 for all `max_sweeps`. trajectory_BTC: what the error of each sweep is measured from.
+        ratio: more than 1 for all `max_sweeps`. trajectory_BTC: what each sweep's error is measured from.
 
     Returns:
         (contexts [B, T, C], SweepStats).
@@ -106,15 +104,15 @@ def solve(
     for _ in range(max_sweeps):
         new, _ = sweep(step, contexts, tokens_BTE)
         change_BT = squared_change(new, contexts)
-        found = [change_BT.mean().double(), (change_BT < threshold).double().mean()]
+        figures = [change_BT.mean().double(), (change_BT < threshold).double().mean()]
         if trajectory_BTC is not None:
-            found.append(((new - trajectory_BTC).norm() / trajectory_BTC.norm()).double())
-        for values, value in zip(
-            (stats.residual, stats.converged, stats.error), torch.stack(found).tolist(), strict=False
-        ):
-            values.append(value)
+            figures.append(((new - trajectory_BTC).norm() / trajectory_BTC.norm()).double())
+        residual, converged, *error = torch.stack(figures).tolist()  # one wait for the device a sweep
+        stats.residual.append(residual)
+        stats.converged.append(converged)
+        stats.error.extend(error)
         contexts = new
-        if stats.converged[-1] >= ratio:
+        if converged >= ratio:
             break
     return contexts, stats
 
@@ -138,46 +136,48 @@ class PrefillStats:
 def prefill(step, tokens_BTE, context_dim, tolerance, max_sweeps, piece=4096, start_BC=None, guess_BTC=None):
     """The trajectory of long sequences by parallel sweeps instead of T dependent steps, without gradient.
 
-    A sweep evaluates only the tokens before which the context has moved in the last one, and a context moves only by more
-    than the tolerance. So each token costs as many evaluations as it needs, and where sweeps end by themselves every
-    context obeys |F(c_{t-1}, e_t) - c_t| <= tolerance * |F(c_{t-1}, e_t)|; if F shrinks differences by a factor g < 1, no
-    context is further from the trajectory's than about tolerance / (1 - g). They do end: a sequence of n tokens is exact
-    after n sweeps, whatever the map. Stopped before that by max_sweeps it is reported as not converged, not raised.
+    A sweep evaluates only the tokens before which the context has moved in the last one, and a context moves
+    only by more than the tolerance. So each token costs as many evaluations as it needs, and where sweeps end
+    by themselves every context obeys |F(c_{t-1}, e_t) - c_t| <= tolerance * |F(c_{t-1}, e_t)|; if F shrinks
+    differences by a factor g < 1, no context is further from the trajectory's than about tolerance / (1 - g).
+    They do end: a sequence of n tokens is exact after n sweeps, whatever the map. Stopped before that by
+    max_sweeps it is reported as not converged, not raised.
 
-    A long sequence goes piece by piece, each from the last context of the one before (block Gauss-Seidel): what a sweep
-    holds does not grow with T, and where the cuts lie changes the contexts only within the tolerance.
+    A long sequence goes piece by piece, each from the last context of the one before (block Gauss-Seidel):
+    what a sweep holds does not grow with T, and the cuts change contexts only within the tolerance.
 
     Args:
         tolerance: relative change of one token's context. max_sweeps: of a piece, at most.
         piece: tokens swept at once: enough to keep the device busy, few enough for memory.
-        start_BC: context before the first token, default 0. guess_BTC: contexts to sweep from, default 0 (cold).
+        start_BC: context before the first token, default 0. guess_BTC: to sweep from, default 0 (cold).
 
     Returns:
         (contexts [B, T, C], streams [B, T, E], PrefillStats).
     """
     batch, length, _ = tokens_BTE.shape
-    shape = batch, length + 1, context_dim
-    contexts, streams = tokens_BTE.new_zeros(shape), None  # contexts[:, t] is what token t starts from
+    contexts = tokens_BTE.new_zeros(batch, length + 1, context_dim)  # [:, t] is what token t starts from
     if start_BC is not None:
         contexts[:, 0] = start_BC
     if guess_BTC is not None:
         contexts[:, 1:] = guess_BTC
+    streams = None  # allocated when the first ones tell their width
     stats = PrefillStats(batch * length)
     for first in range(0, length, piece):
         last, sweeps = min(first + piece, length), 0
+        # Pairs (b, t) to evaluate: at first all tokens of the piece, then those whose start has moved.
         b, t = tokens_BTE.new_ones(batch, last - first).nonzero().T
         t = t + first
         while len(t) and sweeps < max_sweeps:
-            old, (new, stream) = contexts[b, t + 1], step(contexts[b, t], tokens_BTE[b, t])
-            new = new.to(
-                contexts.dtype
-            )  # autocast decides what a step gives, by its own rules on each device
+            old = contexts[b, t + 1]
+            new, stream = step(contexts[b, t], tokens_BTE[b, t])
+            new = new.to(contexts.dtype)  # autocast gives types by its own rules on each device
             if stream is not None:
                 streams = stream.new_empty(batch, length, stream.shape[-1]) if streams is None else streams
                 streams[b, t] = stream.to(streams.dtype)
             stats.evaluations += len(t)
             sweeps += 1
-            moved = ~((new - old).norm(dim=-1) <= tolerance * new.norm(dim=-1))  # as NaN does
+            moved = ~((new - old).norm(dim=-1) <= tolerance * new.norm(dim=-1))  # NaN counts as moved
+            # What moved less is not written, so that the tokens after it stand as they are.
             b, t = b[moved], t[moved] + 1
             contexts[b, t] = new[moved]
             b, t = b[t < last], t[t < last]

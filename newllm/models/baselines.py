@@ -1,6 +1,6 @@
-"""What a user would take instead: GRU, LSTM or Transformer, trained end to end by the same Phase 2, head and data.
+"""What a user would take instead: GRU, LSTM or Transformer, trained by the same Phase 2 on the same data.
 
-Shapes: B sequences, T tokens, E embedding width, V vocabulary.
+Shapes: B sequences, T tokens, C context width, E embedding width, V vocabulary.
 """
 
 import contextlib
@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from newllm.errors import UserError
-from newllm.models.head import EMBEDDING_STD, TokenPredictor
-from newllm.models.network import LanguageModel
+from newllm.models.network import EMBEDDING_STD, LanguageModel, TokenPredictor, Window
 
 BASELINES = ("gru", "lstm", "transformer")
 KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}  # of attention, by the setting
@@ -21,25 +20,28 @@ STD = 0.02  # of the Transformer's weights (GPT-2)
 
 
 def build_model(config, vocab_size, pretrained=None):
-    """The network of a configuration's model_type: a Baseline, else a LanguageModel, which describes the arguments."""
-    return (Baseline if config.model_type in BASELINES else LanguageModel)(config, vocab_size, pretrained)
+    """The network of a configuration's model_type: a Baseline, else a LanguageModel (arguments as there).
+
+    Raises:
+        UserError: the context is too narrow for a window of tokens.
+    """
+    if config.model_type == "window" and config.context_dim < Window.NARROWEST:
+        raise UserError(f"model_type 'window' needs a context_dim of at least {Window.NARROWEST}.")
+    kind = Baseline if config.model_type in BASELINES else LanguageModel
+    return kind(config, vocab_size, pretrained)
 
 
 class Baseline(TokenPredictor):
-    """Embedding -> body -> head, with the interface of LanguageModel.
+    """Embedding -> body -> head, with the interface and the arguments of LanguageModel.
 
-    A GRU or LSTM stands where the context map does: its state is the context, the normalised embedding the token stream, and
-    the same head reads both. A Transformer has its own way to join a token with what came before: no context, no layers of
-    the head.
-
-    Args:
-        config: model_type, widths, depths, dropout, tying and seed (newllm.config.Config).
-        vocab_size: number of token ids V.
-        pretrained: optional embedding matrix [V, E]; it is then frozen.
+    A GRU or LSTM stands where the context map does: its state is the context, the normalised embedding the
+    token stream, and the same head reads both. A Transformer has its own way to join a token with what came
+    before: no context, no layers of the head.
     """
 
     def __init__(self, config, vocab_size, pretrained=None):
         transformer = config.model_type == "transformer"
+        # torch's and transformers' modules draw from the global generator; it ends as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             super().__init__(config, vocab_size, None if transformer else config.context_dim)
@@ -55,11 +57,11 @@ class Baseline(TokenPredictor):
     def encode(self, ids):
         """Ids [B, T] -> (contexts [B, T, C], streams [B, T, E]) that have read tokens up to t."""
         embedded = self.token_dropout(self.embed_norm(self.embedding(ids)))
-        if self.kind == "transformer":
-            with self._kernel():
-                streams = self.body(inputs_embeds=embedded).last_hidden_state
-            return streams[..., :0], streams
-        return self.body(embedded)[0], embedded
+        if self.kind != "transformer":
+            return self.body(embedded)[0], embedded
+        with self._kernel():
+            streams = self.body(inputs_embeds=embedded).last_hidden_state
+        return streams[..., :0], streams
 
     def advance(self, ids, state=None):
         """One token further: ids [B] and what the last call left -> (logits [B, V], for the next call).
@@ -67,19 +69,16 @@ class Baseline(TokenPredictor):
         A Transformer is left with the ids that it has positions for, and reads them all again.
         """
         if self.kind == "transformer":
-            read = (
-                ids[:, None]
-                if state is None
-                else torch.cat([state, ids[:, None]], 1)[:, -self.body.config.n_positions :]
-            )
-            contexts, streams = self.encode(read)
-            return self.logits(contexts[:, -1], streams[:, -1]), read
+            read = ids[:, None] if state is None else torch.cat([state, ids[:, None]], 1)
+            state = read[:, -self.body.config.n_positions :]
+            contexts, streams = self.encode(state)
+            return self.logits(contexts[:, -1], streams[:, -1]), state
         embedded = self.embed_norm(self.embedding(ids[:, None]))
         contexts, state = self.body(embedded, state)
         return self.logits(contexts[:, 0], embedded[:, 0]), state
 
     def attention_in_effect(self, device, dtype):
-        """Name of the kernel that training's attention runs on, e.g. "flash_attention"; None where there is no attention.
+        """Name of the kernel of attention in training, e.g. "flash_attention"; None where there is none.
 
         Raises:
             UserError: it is not the one asked for, which this device, type or dropout does not have.
@@ -87,19 +86,18 @@ class Baseline(TokenPredictor):
         if self.kind != "transformer":
             return None
         body = self.body.config
-        head = torch.empty(
-            1, body.n_head, body.n_positions, body.n_embd // body.n_head, device=device, dtype=dtype
-        )
+        shape = 1, body.n_head, body.n_positions, body.n_embd // body.n_head
+        head = torch.empty(shape, device=device, dtype=dtype)
         try:
-            with self._kernel(), warnings.catch_warnings(action="ignore"):  # torch has no public way to ask
-                return SDPBackend(
-                    torch._fused_sdp_choice(head, head, head, None, body.attn_pdrop, True)
-                ).name.lower()
+            with self._kernel(), warnings.catch_warnings(action="ignore"):
+                # torch has no public way to ask.
+                chosen = torch._fused_sdp_choice(head, head, head, None, body.attn_pdrop, True)
         except RuntimeError as error:
             raise UserError(
-                f"attention '{self.attention}' cannot be had for {dtype} with dropout {body.attn_pdrop:g} on {device.type}: take "
-                "--attention auto."
+                f"attention '{self.attention}' cannot be had for {dtype} with dropout {body.attn_pdrop:g} on "
+                f"{device.type}: take --attention auto."
             ) from error
+        return SDPBackend(chosen).name.lower()
 
     def _kernel(self):
         return contextlib.nullcontext() if self.attention == "auto" else sdpa_kernel(KERNELS[self.attention])
@@ -123,23 +121,12 @@ def _transformer(config):
     """GPT-2's blocks, positions and initialisation (transformers), attention through torch's SDPA."""
     from transformers import GPT2Config, GPT2Model  # slow to import, and needed here alone
 
-    rate = config.dropout
-    body = GPT2Model(
-        GPT2Config(
-            vocab_size=1,
-            bos_token_id=None,
-            eos_token_id=None,
-            n_positions=config.max_seq_length,
-            n_embd=config.embed_dim,
-            n_layer=config.num_layers,
-            n_head=config.embed_dim // math.gcd(config.embed_dim, 64),
-            resid_pdrop=rate,
-            embd_pdrop=rate,
-            attn_pdrop=rate,
-            initializer_range=STD,
-            use_cache=False,
-            attn_implementation="sdpa",
-        )
-    )
+    rate, width = config.dropout, config.embed_dim
+    settings = GPT2Config(
+        vocab_size=1, bos_token_id=None, eos_token_id=None, n_positions=config.max_seq_length, n_embd=width,
+        n_layer=config.num_layers, n_head=width // math.gcd(width, 64), resid_pdrop=rate, embd_pdrop=rate,
+        attn_pdrop=rate, initializer_range=STD, use_cache=False, attn_implementation="sdpa",
+    )  # fmt: skip
+    body = GPT2Model(settings)
     body.set_input_embeddings(nn.Identity())  # it reads embeddings of our own
     return body

@@ -1,9 +1,8 @@
-"""The language model: embedding -> context map F -> head -> logits. Knows no training and no solver.
+"""The network: context map F, head, and the language model of the two. Knows no training, solver or loss.
 
-Where contexts are to stay as Phase 1 made them, F reads a copy of the embedding that nothing trains; where they are
-fine-tuned, there is one embedding, and F learns how to read it.
-
-Shapes: B sequences, T tokens, C context width, E embedding width, V vocabulary.
+One step of F is `c_t, u_t = F(c_{t-1}, e_t)`: from the last context and the embedding of the current token to
+the next context and a token stream, which the head turns into logits.
+Shapes: `...` any leading axes, B sequences, T tokens, C context width, E embedding width, V vocabulary.
 """
 
 import torch
@@ -11,9 +10,211 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from newllm.models.context import ContextMap, ResidualLayer, cast_parameters, in_compute_type
-from newllm.models.head import EMBEDDING_STD, TokenPredictor
-from newllm.models.window import NoContext, Window
+# The token stream still points along its own token's vector, so a tied model starts by predicting each token
+# to repeat, with a logit of about std * E: small enough for the first loss to be that of the bias.
+EMBEDDING_STD = 0.01
+# Of a normed stream that points along a frozen vector of mean length: within a softmax's reach.
+ALIGNED_LOGIT = 10.0
+
+# The context map F
+
+
+class ResidualLayer(nn.Module):
+    """o = ReLU(W [c; e] + b); c <- LN(c + o_c); e <- LN(e + o_e), or None without `stream`."""
+
+    def __init__(self, context_dim, embed_dim):
+        super().__init__()
+        self.widths = [context_dim, embed_dim]
+        self.mix = nn.Linear(context_dim + embed_dim, context_dim + embed_dim)
+        self.context_norm = nn.LayerNorm(context_dim)
+        self.token_norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, context, token, stream=True):
+        joined = torch.cat([context, token], dim=-1)
+        # Saves half of the product where nobody reads the stream. An adapted layer is more than its matrix.
+        if not stream and type(self.mix) is nn.Linear:
+            rows = slice(self.widths[0])
+            update = torch.relu(functional.linear(joined, self.mix.weight[rows], self.mix.bias[rows]))
+            return normed(self.context_norm, context + update), None
+        context_update, token_update = torch.relu(self.mix(joined)).split(self.widths, dim=-1)
+        context = normed(self.context_norm, context + context_update)
+        return context, normed(self.token_norm, token + token_update)
+
+
+class ContextMap(nn.Module):
+    """F: a stack of residual layers on the pair (context, token embedding)."""
+
+    def __init__(self, context_dim, embed_dim, num_layers):
+        super().__init__()
+        self.layers = nn.ModuleList(ResidualLayer(context_dim, embed_dim) for _ in range(num_layers))
+
+    def forward(self, context, token, stream=True):
+        """(c_{t-1} [..., C], normalised e_t [..., E]) -> (c_t, u_t); u_t is None without `stream`."""
+        for layer in self.layers:
+            context, token = layer(context, token, stream or layer is not self.layers[-1])
+        return context, token
+
+
+class Window(nn.Module):
+    """The control for every learned memory, which nobody trains: the last tokens and slow averages of all.
+
+    c_t = [P e_t, ..., P e_{t-7}; leaky averages of Q e], u_t = e_t, with fixed random projections P and Q.
+    Half of the width goes to the lags (a delay line: sweeps are exact after as many), half to the averages,
+    a <- l a + sqrt(1 - l^2) Q e. What evaluates a ContextMap evaluates it too.
+    """
+
+    LAGS = 8  # tokens kept in order
+    TIME_CONSTANTS = (4, 16, 64, 256)  # tokens over which the averages forget
+    NARROWEST = LAGS + len(TIME_CONSTANTS)  # context that holds one value of each
+
+    def __init__(self, context_dim, embed_dim, seed):
+        super().__init__()
+        self.lag_dim = max(1, context_dim // 2 // self.LAGS)
+        slow_dim = context_dim - self.LAGS * self.lag_dim
+        generator = torch.Generator().manual_seed(seed)
+        for name, width in (("lag", self.lag_dim), ("slow", slow_dim)):
+            projection = torch.randn(embed_dim, width, generator=generator) / embed_dim**0.5
+            self.register_buffer(name, projection)
+        repeats = -(-slow_dim // len(self.TIME_CONSTANTS))
+        constants = torch.tensor(self.TIME_CONSTANTS).repeat_interleave(repeats)[:slow_dim]
+        self.register_buffer("decay", torch.exp(-1 / constants))
+
+    def forward(self, context, token, stream=True):
+        """(c_{t-1} [..., C], e_t [..., E]) -> (c_t, e_t)."""
+        lags, slow = context.split([self.LAGS * self.lag_dim, len(self.decay)], dim=-1)
+        decay = self.decay.to(token.dtype)
+        # The factor gives the average of white tokens the variance of Q e, whatever the time constant.
+        slow = decay * slow + (1 - decay**2).sqrt() * (token @ self.slow.to(token.dtype))
+        newest = token @ self.lag.to(token.dtype)
+        return torch.cat([newest, lags[..., : -self.lag_dim], slow], dim=-1), token
+
+
+class NoContext(nn.Module):
+    """c_t = 0, u_t = e_t: what the current token alone is good for."""
+
+    def forward(self, context, token, stream=True):
+        """(c_{t-1} [..., C], e_t [..., E]) -> (0, e_t)."""
+        return torch.zeros_like(context), token
+
+
+# The head
+
+
+class Dropout(nn.Module):
+    """Inverted dropout with one random byte an element, so in steps of 1/256."""
+
+    def __init__(self, probability):
+        super().__init__()
+        self.dropped = min(255, round(256 * probability))  # of 256 values of a byte
+
+    def forward(self, values):
+        if not self.training or not self.dropped:
+            return values
+        if values.device.type != "cpu":
+            return functional.dropout(values, self.dropped / 256)
+        # Eight bytes a draw: with its gradient 0.3 to 0.45 of the time of torch's, which shows in a step.
+        words = torch.randint(-(2**63), 2**63 - 1, [values.numel() // 8 + 1])
+        kept = words.view(torch.uint8)[: values.numel()].view(values.shape) >= self.dropped
+        return values * (kept.to(values.dtype) * (256 / (256 - self.dropped)))
+
+
+class TokenDropout(nn.Module):
+    """One fixed vector in place of some tokens' embeddings [..., T, E] (blank noising, arXiv 1703.02573)."""
+
+    def __init__(self, probability, embed_dim):
+        super().__init__()
+        self.probability = probability
+        # Not zeros: an untrained F makes zero contexts of them, and the gradients of their norms explode.
+        blank = torch.randn(embed_dim, generator=torch.Generator().manual_seed(0))
+        self.register_buffer("blank", blank, persistent=False)
+
+    def forward(self, embeddings):
+        if not self.training or not self.probability:
+            return embeddings
+        hidden = torch.rand(*embeddings.shape[:-1], 1, device=embeddings.device) < self.probability
+        blank = self.blank * embeddings.detach().float().std()
+        return torch.where(hidden, blank.to(embeddings.dtype), embeddings)
+
+
+class TokenLayer(nn.Module):
+    """u <- LN(u + MLP([c; u])): where the head reads the context."""
+
+    def __init__(self, context_dim, embed_dim, dropout):
+        super().__init__()
+        width = context_dim + embed_dim
+        self.mlp = nn.Sequential(
+            Dropout(dropout),
+            nn.Linear(width, width),
+            nn.GELU(),
+            Dropout(dropout),
+            nn.Linear(width, embed_dim),
+        )
+        self.norm = nn.LayerNorm(embed_dim)
+
+    def forward(self, context, stream):
+        return normed(self.norm, stream + self.mlp(torch.cat([context, stream], dim=-1)))
+
+
+class TokenPredictor(nn.Module):
+    """Embedding and head, which every model has; context and stream are made by the classes that inherit it.
+
+    Args:
+        config: embed_dim, token_layers, dropouts, tie_weights (newllm.config.Config).
+        vocab_size: number of token ids V.
+        context_dim: width C of the context that the head reads; None: no context, and no layers to read one.
+    """
+
+    def __init__(self, config, vocab_size, context_dim):
+        super().__init__()
+        self.vocab_size, self.context_dim, self.embed_dim = vocab_size, context_dim or 0, config.embed_dim
+        self.embedding = nn.Embedding(vocab_size, config.embed_dim)
+        layers = 0 if context_dim is None else config.token_layers
+        self.token_layers = nn.ModuleList(
+            TokenLayer(context_dim, self.embed_dim, config.dropout) for _ in range(layers)
+        )
+        self.output = None if config.tie_weights else nn.Linear(config.embed_dim, vocab_size, bias=False)
+        self.output_bias = nn.Parameter(torch.zeros(vocab_size))
+        self.token_dropout = TokenDropout(config.token_dropout, config.embed_dim)
+
+    def hidden(self, context, stream):
+        """Head up to the logits: (c_t [..., C], u_t [..., E]) -> h [..., E]."""
+        for layer in self.token_layers:
+            stream = layer(context, stream)
+        return stream
+
+    def output_weights(self):
+        """(matrix [V, E], bias [V]) such that logits = h @ matrix.T + bias."""
+        return (self.embedding if self.output is None else self.output).weight, self.output_bias
+
+    def logits(self, context, stream):
+        """(c_t, u_t) -> logits [..., V]. Training takes the loss in chunks instead (see cross_entropy.py)."""
+        return functional.linear(self.hidden(context, stream), *self.output_weights())
+
+    @torch.no_grad()
+    def start_at_frequencies(self, ids):
+        """Output bias: the log of each id's frequency (one more of each), so a unigram before training."""
+        counts = torch.bincount(ids.flatten().long(), minlength=self.vocab_size) + 1
+        self.output_bias.copy_((counts / counts.sum()).log())
+
+    def freeze_embedding(self, pretrained):
+        """Take given vectors [V, E] for good, scaled as a whole for the logits: F norms embeddings anyway."""
+        vectors = pretrained.float()
+        scale = ALIGNED_LOGIT / (self.embed_dim**0.5 * vectors.norm(dim=1).mean())
+        self.embedding.weight = nn.Parameter(scale * vectors, requires_grad=False)
+
+    def frozen_state(self):
+        """The part of the state dict that no training changes, by name."""
+        return {name: tensor for name, tensor in self.state_dict().items() if name in self._frozen()}
+
+    def trained_state(self):
+        """The rest of the state dict; the two together are what `load_state_dict` wants."""
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in self._frozen()}
+
+    def _frozen(self):
+        return [] if self.embedding.weight.requires_grad else ["embedding.weight"]
+
+
+# The language model
 
 
 class LanguageModel(TokenPredictor):
@@ -42,54 +243,54 @@ class LanguageModel(TokenPredictor):
             self.keep_context_embedding()
 
     def keep_context_embedding(self):
-        """Let F read a copy of the embedding from now on, so that training the embedding does not move the contexts."""
+        """Let F read a copy of the embedding from now on: training the embedding then moves no context."""
         self.context_embedding = self.embedding.weight.detach().clone()
         if self.output is not None:
             self.embedding.weight.requires_grad_(False)  # nothing would train it
 
     def embed(self, ids, fixed=False):
-        """Token ids [...] -> normalised embeddings e_t [..., E] for F, in the type F computes in.
-
-        Args:
-            fixed: no gradient to the embedding itself.
-        """
+        """Token ids [...] -> normalised embeddings e_t [..., E]; `fixed`: no gradient to the matrix."""
         weight = self.embedding.weight if self.context_embedding is None else self.context_embedding
-        return in_compute_type(
-            self.embed_norm(functional.embedding(ids, weight.detach() if fixed else weight))
-        )
+        vectors = functional.embedding(ids, weight.detach() if fixed else weight)
+        return in_compute_type(self.embed_norm(vectors))
 
     def step(self, context, token, stream=True):
-        """One step of F on normalised embeddings: (c_{t-1} [..., C], e_t [..., E]) -> (c_t, u_t or, without stream, None)."""
+        """One step of F on embeddings: (c_{t-1} [..., C], e_t [..., E]) -> (c_t, u_t or None)."""
         return self.context_map(context, token, stream)
 
     def cast_step(self):
-        """`step` for the many calls of one batch: on CUDA under autocast F's weights are cast here, and not by each call."""
+        """`step` for the many calls of one batch: on CUDA under autocast F's weights are cast here, once."""
         kind = self.output_bias.device.type
         learned = any(True for _ in self.context_map.parameters())
         if kind == "cpu" or not torch.is_autocast_enabled(kind) or not learned:
             return self.step
         weights = cast_parameters(self.context_map)
-        return lambda *inputs, **how: functional_call(self.context_map, weights, inputs, how)
+
+        def step(context, token, stream=True):
+            return functional_call(self.context_map, weights, (context, token), {"stream": stream})
+
+        return step
 
     def advance(self, ids, state=None):
-        """One token further: ids [B] and what the last call left -> (logits [B, V], the context [B, C] for the next call)."""
+        """One token further: ids [B], context [B, C] before them -> (logits [B, V], context after them)."""
         tokens = self.embed(ids)
         context = tokens.new_zeros(len(ids), self.context_dim) if state is None else state
         context, stream = self.step(context, tokens)
         return self.logits(context, stream), context
 
     def context_parameters(self):
-        """Parameters that move the contexts; Phase 1 trains exactly these. A window and an empty context have none.
+        """Parameters that move the contexts: what Phase 1 trains. Of an adapter alone while there is one.
 
-        Those of an adapter alone, while there is one (newllm.models.adapter).
+        A window and an empty context have none.
         """
-        if added := [p for name, p in self.context_map.named_parameters() if ".lora_" in name]:
+        learned = dict(self.context_map.named_parameters())
+        added = [parameter for name, parameter in learned.items() if ".lora_" in name]
+        if added or not learned:
             return added
-        learned = [*self.context_map.parameters()]
-        return [*self.embed_norm.parameters(), *learned] if learned else []
+        return [*self.embed_norm.parameters(), *learned.values()]
 
     def head_parameters(self):
-        """All other parameters that may train: token layers, output, and the embedding unless it is frozen."""
+        """All other parameters that may train: token layers, output, and the embedding where it may."""
         context = {id(p) for p in (*self.embed_norm.parameters(), *self.context_map.parameters())}
         return [p for p in self.parameters() if id(p) not in context and p.requires_grad]
 
@@ -100,10 +301,10 @@ class LanguageModel(TokenPredictor):
 
 @torch.no_grad()
 def init_weights(model, init_scale, seed):
-    """Initialise every parameter, from its own generator so that nothing else can shift the draw.
+    """Initialise every parameter, from a generator of its own so that nothing else can shift the draw.
 
     Matrices of F: normal, std init_scale / sqrt(fan-in): small enough for F to contract, unlike a fixed std.
-    Other matrices: normal, std 1 / sqrt(fan-in). Embeddings and output: normal, EMBEDDING_STD. Norms: identity. Biases: zero.
+    Other matrices: std 1 / sqrt(fan-in). Embeddings and output: EMBEDDING_STD. Norms: identity. Biases: zero.
     """
     generator = torch.Generator().manual_seed(seed)
     in_context_map = {id(m.mix) for m in model.modules() if isinstance(m, ResidualLayer)}
@@ -119,3 +320,53 @@ def init_weights(model, init_scale, seed):
             module.weight.fill_(1)
         if getattr(module, "bias", None) is not None:
             module.bias.zero_()
+
+
+# Types under autocast
+
+
+def in_compute_type(tensor):
+    """The tensor in autocast's type, where it is on: one fp32 input would widen all of F."""
+    kind = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else tensor
+
+
+def normed(norm, values):
+    """A layer norm of values in their own type, with statistics in fp32 inside the kernel."""
+    # A CPU's autocast leaves layer norms alone, and its kernel takes weights of another type. CUDA's would
+    # widen the values and give fp32, which whatever reads it would have to narrow again.
+    if values.device.type == "cpu":
+        return norm(values)
+    with torch.autocast(values.device.type, enabled=False):
+        weight, bias = norm.weight.to(values.dtype), norm.bias.to(values.dtype)
+        return functional.layer_norm(values, norm.normalized_shape, weight, bias, norm.eps)
+
+
+def cast_parameters(module):
+    """{name: fp32 parameter in the type that autocast computes in here}, with gradient to the parameters."""
+    names, parameters = zip(*module.named_parameters(), strict=True)
+    kind = torch.get_autocast_dtype(parameters[0].device.type)
+    return dict(zip(names, _Cast.apply(kind, *parameters), strict=True))
+
+
+class _Cast(torch.autograd.Function):
+    """fp32 tensors in another type, in one launch for all of them; so are their gradients on the way back."""
+
+    @staticmethod
+    def forward(ctx, kind, *tensors):
+        ctx.set_materialize_grads(False)  # a weight that nothing has read costs no zeros
+        narrow = _converted(tensors, kind)
+        pairs = zip(narrow, tensors, strict=True)
+        ctx.mark_non_differentiable(*(new for new, tensor in pairs if not tensor.requires_grad))
+        return tuple(narrow)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        wide = iter(_converted([g for g in gradients if g is not None], torch.float32))
+        return None, *(None if g is None else next(wide) for g in gradients)
+
+
+def _converted(tensors, kind):
+    new = [torch.empty_like(tensor, dtype=kind) for tensor in tensors]
+    torch._foreach_copy_(new, list(tensors))
+    return new

@@ -1,22 +1,29 @@
-"""Pretrained token embeddings. They are had or the run stops: a random matrix in their place is another experiment."""
+"""What others bring to the model: pretrained token vectors, and low-rank additions to F (peft)."""
 
 import importlib.util
 import json
+import math
 from pathlib import Path
+
+import torch
 
 from newllm.data import hub
 from newllm.data.tokens import GPT2, GPT2_REVISION, choose_tokenizer
 from newllm.errors import UserError
 
 WORDLLAMA_FILE, WORDLLAMA_TENSOR = "weights/l2_supercat_256.safetensors", "embedding.weight"
+RANKS = ((16e9, 4), (24e9, 8), (math.inf, 16))  # below this many bytes of device memory: rank of an adapter
+SCALE = 2  # of the additions' product, usual in the field
+
+# Token vectors. They are had or the run stops: a random matrix in their place is another experiment.
 
 
 def load_embedding(source, vocab_size, embed_dim):
     """Input embedding [V, E] of a pretrained model, or None for "random".
 
     Args:
-        source: "random", "gpt2" (Hugging Face hub or its cache), "wordllama" (the package of that name: vectors of 256
-            dimensions, distilled from those of Llama models), or a folder or hub name in transformers' format.
+        source: "random", "gpt2" (the hub or its cache), "wordllama" (the package: 256 dimensions, out of
+            Llama models), or a folder or hub name in transformers' format.
         vocab_size: ids of the tokenizer; rows beyond them, which some models have for speed, are left out.
 
     Raises:
@@ -30,56 +37,50 @@ def load_embedding(source, vocab_size, embed_dim):
         weight = _read_wordllama() if source == "wordllama" else _read_model(source)
     except (hub.Unreachable, OSError, ValueError, SafetensorError) as error:
         raise UserError(
-            f"embeddings '{source}' cannot be had ({hub.describe(error)}): give a folder with the weights, connect to the hub, or use "
-            "--embeddings random."
+            f"embeddings '{source}' cannot be had ({hub.describe(error)}): give a folder with the "
+            "weights, connect to the hub, or use --embeddings random."
         ) from error
     if not weight.isfinite().all() or not weight.any():
         raise UserError(f"embeddings '{source}' are all zeros or not finite: take others.")
-    if weight.shape[0] < vocab_size or weight.shape[1] != embed_dim:
+    rows, width = weight.shape
+    if rows < vocab_size or width != embed_dim:
         raise UserError(
-            f"embeddings '{source}' are {weight.shape[0]:,} x {weight.shape[1]}, the model needs {vocab_size:,} x {embed_dim}: "
-            f"set --embed_dim {weight.shape[1]}, and --tokenizer to the one that these embeddings belong to."
+            f"embeddings '{source}' are {rows:,} x {width}, the model needs {vocab_size:,} x {embed_dim}: "
+            f"set --embed_dim {width}, and --tokenizer to the one that these embeddings belong to."
         )
     return weight[:vocab_size].float().clone()
 
 
 def require_own_ids(embeddings, tokenizer):
-    """Refuse vectors for ids that stand for other tokens than those they were learned for, however many there are.
+    """Refuse vectors for ids that stand for other tokens than those they were learned for.
 
     Args:
-        embeddings, tokenizer: choices as the settings of these names; tokenizer as `tokenizer_choice` gives it.
+        embeddings, tokenizer: as the settings of these names; tokenizer as `tokenizer_choice` gives it.
 
     Raises:
-        UserError: the tokenizer is not that of the embeddings, or it cannot be known.
+        UserError: the tokenizer is not that of the embeddings, or one of the two cannot be had.
     """
     if embeddings in ("random", tokenizer):
         return
-    remedy = "use --tokenizer auto, which takes the one they belong to, or --embeddings random"
-    if tokenizer != "bpe":
-        try:
-            theirs, ours = (
-                json.loads(choose_tokenizer(choice)[0].to_json())["model"]["vocab"]
-                for choice in (embeddings, tokenizer)
-            )
-        except UserError as error:
-            raise UserError(
-                f"whether tokenizer and embeddings belong together cannot be known ({error}): {remedy}."
-            ) from error
-        if ours.items() <= theirs.items():
-            return
-    raise UserError(
-        f"the vectors of embeddings '{embeddings}' belong to its own tokenizer, and tokenizer '{tokenizer}' numbers other "
-        f"tokens: {remedy}."
-    )
+    # A tokenizer that is trained here always numbers other tokens.
+    if tokenizer == "bpe" or not _vocabulary(tokenizer).items() <= _vocabulary(embeddings).items():
+        raise UserError(
+            f"the vectors of embeddings '{embeddings}' belong to its own tokenizer, and tokenizer "
+            f"'{tokenizer}' numbers other tokens: use --tokenizer auto or --embeddings random."
+        )
+
+
+def _vocabulary(choice):
+    return json.loads(choose_tokenizer(choice)[0].to_json())["model"]["vocab"]
 
 
 def _read_wordllama():
     from safetensors.torch import load_file
 
-    found = importlib.util.find_spec("wordllama")
-    if found is None:
+    package = importlib.util.find_spec("wordllama")
+    if package is None:
         raise ValueError("its package is missing; pip install newllm[wordllama] brings it")
-    return load_file(Path(found.origin).parent / WORDLLAMA_FILE)[WORDLLAMA_TENSOR]
+    return load_file(Path(package.origin).parent / WORDLLAMA_FILE)[WORDLLAMA_TENSOR]
 
 
 def _read_model(source):
@@ -92,3 +93,63 @@ def _read_model(source):
     if any(model.get_parameter(key) is layer.weight for key in loading["missing_keys"]):
         raise ValueError("its files hold no token embedding")
     return layer.weight.detach()
+
+
+# Low-rank additions to the matrices of F (LoRA, Hu et al. 2021, arXiv 2106.09685). While they are there they
+# alone of F train; merged at the end of training they leave a model like any other.
+
+
+def require_peft():
+    """Refuse what needs the library where it is not.
+
+    Raises:
+        UserError: peft is not installed.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise UserError(
+            "context_adapter 'lora' needs the package peft: pip install newllm[lora], or leave it out."
+        )
+
+
+def adapter_rank(config, memory):
+    """The setting, or by the device's memory in bytes."""
+    return config.adapter_rank or next(rank for limit, rank in RANKS if memory < limit)
+
+
+def has_adapter(state):
+    """Whether the names of a state dict are those of a model with an adapter."""
+    return any(".lora_A." in name for name in state)
+
+
+def saved_rank(state):
+    """Rank of the adapter in a state dict."""
+    return next(tensor.shape[0] for name, tensor in state.items() if ".lora_A." in name)
+
+
+def add_adapter(model, rank, generator=None):
+    """Put additions of a rank beside each `mix` of F, at first of product zero; the rest of F stops training.
+
+    Args:
+        generator: torch.Generator to draw from; None where a saved state is loaded next.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    for parameter in model.context_parameters():
+        parameter.requires_grad_(False)
+    settings = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=["mix"])
+    inject_adapter_in_model(settings, model.context_map)
+    for name, parameter in model.context_map.named_parameters():
+        if ".lora_A." in name:  # peft draws from the global generator
+            drawn = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
+            parameter.data.copy_(drawn)
+    model.context_map.to(model.embedding.weight.device)
+
+
+@torch.no_grad()
+def merge_adapter(model):
+    """Add the products to the matrices they stand beside, in place, and take the additions away."""
+    for layer in model.context_map.layers:
+        layer.mix.merge()
+        layer.mix = layer.mix.get_base_layer()
+    for parameter in model.context_parameters():
+        parameter.requires_grad_(True)

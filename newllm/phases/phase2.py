@@ -18,9 +18,9 @@ from newllm.data.order import (
 )
 from newllm.evaluate import evaluate_prediction, sample_nats
 from newllm.fixed_point.solver import sequential, truncated
-from newllm.models.adapter import adapter_rank, add_adapter, has_adapter, merge_adapter
 from newllm.models.baselines import Baseline
 from newllm.models.cross_entropy import linear_cross_entropy
+from newllm.models.pretrained import adapter_rank, add_adapter, has_adapter, merge_adapter
 from newllm.progress import Progress
 from newllm.saving.state import position_of
 from newllm.saving.stop import Stopped

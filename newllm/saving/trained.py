@@ -6,9 +6,8 @@ from newllm.config import EARLIER, Config
 from newllm.data.samples import load_data
 from newllm.data.tokens import Tokenizer
 from newllm.errors import UserError
-from newllm.models.adapter import add_adapter, has_adapter, require_peft, saved_rank
 from newllm.models.baselines import build_model
-from newllm.models.pretrained import load_embedding
+from newllm.models.pretrained import add_adapter, has_adapter, load_embedding, require_peft, saved_rank
 from newllm.saving.checkpoint_files import CheckpointFiles, newest
 from newllm.saving.compatibility import FORMAT, READABLE, compare
 from newllm.saving.files import Corrupt, load_sealed, save_sealed

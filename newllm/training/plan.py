@@ -1,9 +1,9 @@
 """What a run will do, stage by stage, as its settings come out for this model and so many samples."""
 
 from newllm.data.order import batch_count
-from newllm.models.adapter import adapter_rank
 from newllm.models.baselines import Baseline
 from newllm.models.flops import Flops
+from newllm.models.pretrained import adapter_rank
 from newllm.training.runtime import memory_of
 
 

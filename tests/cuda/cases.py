@@ -19,9 +19,8 @@ from config import ResidualConfig
 from newllm.fixed_point.losses import phase1_loss
 from newllm.fixed_point.solver import prefill, sequential, solve
 from newllm.generate import generate
-from newllm.models.adapter import add_adapter
-from newllm.models.context import ContextMap
-from newllm.models.network import LanguageModel
+from newllm.models.network import ContextMap, LanguageModel
+from newllm.models.pretrained import add_adapter
 from newllm.report.page import artifact_paths
 from newllm.report.record import RunLog, find_records, read_record
 from newllm.saving.checkpoint import Checkpointer

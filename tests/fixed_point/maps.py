@@ -1,9 +1,10 @@
-"""Recurrences whose fixed points, memory and convergence are known by hand, a small network, and cold sweeps."""
+"""Recurrences whose fixed points, memory and convergence are known by hand, a small network, and cold
+sweeps."""
 
 import torch
 
 from newllm.fixed_point.solver import sweep
-from newllm.models.context import ContextMap
+from newllm.models.network import ContextMap
 
 
 def network(context_dim=6, embed_dim=5, num_layers=2, seed=0):

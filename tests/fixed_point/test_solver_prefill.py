@@ -16,7 +16,8 @@ def relative(difference, values):
 
 @pytest.mark.parametrize("piece", [1, 20, 64, 1000])
 def test_prefill_comes_within_the_tolerance_whatever_the_pieces(piece):
-    """Every token's context obeys the recurrence to within the tolerance, and a contraction by 0.5 errs by twice that."""
+    """Every token's context obeys the recurrence to within the tolerance, and a contraction by 0.5 errs by
+    twice that."""
     step, tokens, tolerance = leaky(0.5), random_tokens(2, 150, 30), 1e-3
     contexts, streams, stats = prefill(step, tokens, 30, tolerance, 40, piece)
     reference, _ = sequential(step, tokens, 30)
@@ -27,7 +28,8 @@ def test_prefill_comes_within_the_tolerance_whatever_the_pieces(piece):
 
 @pytest.mark.parametrize("piece", [1, 3, T, 100])
 def test_prefill_to_the_end_is_exact(piece):
-    """A piece of n tokens ends within n sweeps, of a chaotic map too, with the contexts and streams of the loop."""
+    """A piece of n tokens ends within n sweeps, of a chaotic map too, with the contexts and streams of the
+    loop."""
     tokens = random_tokens(B, T, C)
     for step in (chaotic, network(C, C)):
         contexts, streams, stats = prefill(step, tokens, C, 0.0, T + 5, piece)
@@ -37,7 +39,8 @@ def test_prefill_to_the_end_is_exact(piece):
 
 
 def test_prefill_makes_the_sweeps_of_solve():
-    """Few sweeps, no tolerance: the contexts of as many cold sweeps over the whole, from a guess as well as from zero."""
+    """Few sweeps, no tolerance: the contexts of as many cold sweeps over the whole, from a guess as well as
+    from zero."""
     step, tokens = network(C, E), random_tokens(B, 30, E)
     contexts, streams, stats = prefill(step, tokens, C, 0.0, 4)
     for got, expected in zip((contexts, streams), swept(step, tokens, C, 4), strict=True):
@@ -74,7 +77,8 @@ def test_prefill_goes_on_from_a_given_context():
 
 
 def test_no_sequence_of_a_prefill_knows_another():
-    """One that is done costs nothing while another goes on: beside zeros, whose contexts are zero, work is that of one."""
+    """One that is done costs nothing while another goes on: beside zeros, whose contexts are zero, work is
+    that of one."""
     one = random_tokens(1, 50, 3)
     contexts, _, stats = prefill(leaky(0.9), torch.cat([torch.zeros_like(one), one]), 3, 1e-6, 60)
     alone, _, alone_stats = prefill(leaky(0.9), one, 3, 1e-6, 60)
@@ -82,21 +86,18 @@ def test_no_sequence_of_a_prefill_knows_another():
     assert stats.evaluations == alone_stats.evaluations + 50 and not contexts[0].any()
 
 
-def test_prefill_of_a_chaotic_map_ends_and_says_that_it_has_not_converged():
-    """Every piece gets its sweeps and no more."""
+def test_what_does_not_converge_ends_and_is_said():
+    """Every piece of a chaotic map gets its sweeps and no more; a change that is not a number is within no
+    tolerance."""
     contexts, _, stats = prefill(chaotic, random_tokens(1, 205, 3), 3, 1e-2, 20, 100)
     assert stats.sweeps[:2] == [20, 20] and stats.sweeps[2] <= 5 and stats.converged == [False, False, True]
     assert 15 < stats.passes < 20 and contexts.isfinite().all()
-
-
-def test_prefill_of_a_map_that_gives_nan_has_not_converged():
-    """A change that is not a number is within no tolerance."""
-    stats = prefill(lambda c, e: (c + float("nan"), e), torch.ones(1, 4, 1), 1, 1.0, 2)[2]
-    assert stats.converged == [False]
+    assert prefill(lambda c, e: (c + float("nan"), e), torch.ones(1, 4, 1), 1, 1.0, 2)[2].converged == [False]
 
 
 def test_prefill_sees_as_many_tokens_at_a_time_as_a_piece_has():
-    """What a sweep holds does not grow with the sequence, no gradient is kept, and there may be no streams."""
+    """What a sweep holds does not grow with the sequence, no gradient is kept, and there may be no
+    streams."""
     seen = []
 
     def step(context, token):

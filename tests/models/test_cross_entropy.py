@@ -29,51 +29,46 @@ def reference(hidden, weight, bias, targets):
     return functional.cross_entropy(functional.linear(hidden, weight, bias).flatten(0, -2), targets.flatten())
 
 
+def gradients(loss, inputs, factor=1):
+    return torch.autograd.grad(factor * loss, inputs)
+
+
+def assert_close(ours, theirs):
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_loss_and_gradients_are_torchs(chunk):
-    """Mean over tokens, and the gradient of hidden states, matrix and bias, for every size of chunk."""
+    """Mean over tokens, and the gradient of hidden states, matrix and bias; also where a loss scale
+    multiplies them."""
     *inputs, targets = layer()
     got, expected = linear_cross_entropy(*inputs, targets), reference(*inputs, targets)
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=0)
-    for ours, torchs in zip(
-        torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True
-    ):
-        assert ours.dtype == torchs.dtype
-        torch.testing.assert_close(ours, torchs, rtol=1e-5, atol=1e-7)
+    assert_close(gradients(got, inputs), gradients(expected, inputs))
+    scaled = gradients(linear_cross_entropy(*inputs, targets.int()), inputs, 7)  # samples are stored in int32
+    assert_close(scaled, gradients(reference(*inputs, targets), inputs, 7))
 
 
-def test_a_frozen_matrix_gets_no_gradient_and_changes_no_other(chunk):
-    """Pretrained embeddings stay; the hidden states learn as before."""
-    hidden, weight, offset, targets = layer()
-    (expected,) = torch.autograd.grad(reference(hidden, weight, offset, targets), hidden)
-    linear_cross_entropy(hidden, weight.detach(), offset, targets).backward()
+def test_what_is_frozen_gets_no_gradient_and_changes_no_other(chunk):
+    """Pretrained embeddings stay; so do the hidden states of a head without layers on frozen contexts."""
+    hidden, weight, bias, targets = layer()
+    of_hidden, of_weight = gradients(reference(hidden, weight, bias, targets), [hidden, weight])
+    linear_cross_entropy(hidden, weight.detach(), bias, targets).backward()
     assert weight.grad is None
-    torch.testing.assert_close(hidden.grad, expected, rtol=1e-5, atol=1e-7)
-
-
-def test_hidden_states_may_be_without_gradient():
-    """A head without layers on frozen contexts trains its output alone."""
-    hidden, weight, offset, targets = layer()
-    linear_cross_entropy(hidden.detach(), weight, offset, targets).backward()
-    (expected,) = torch.autograd.grad(reference(hidden, weight, offset, targets), weight)
+    assert_close([hidden.grad], [of_hidden])
+    hidden.grad = None
+    linear_cross_entropy(hidden.detach(), weight, bias, targets).backward()
     assert hidden.grad is None
-    torch.testing.assert_close(weight.grad, expected, rtol=1e-5, atol=1e-7)
-
-
-def test_gradients_follow_what_is_done_with_the_loss():
-    """A loss multiplied by 7, as by a loss scale, has 7 times the gradient."""
-    *inputs, targets = layer()
-    once = torch.autograd.grad(linear_cross_entropy(*inputs, targets), inputs)
-    scaled = torch.autograd.grad(7 * linear_cross_entropy(*inputs, targets), inputs)
-    for a, b in zip(once, scaled, strict=True):
-        torch.testing.assert_close(b, 7 * a)
+    assert_close([weight.grad], [of_weight])
 
 
 def test_gradients_add_to_those_of_another_use_of_the_matrix():
     """A tied matrix is used as embedding too."""
-    hidden, weight, offset, targets = layer()
-    (linear_cross_entropy(hidden, weight, offset, targets) + weight.sum()).backward()
-    (expected,) = torch.autograd.grad(reference(hidden, weight, offset, targets), weight)
-    torch.testing.assert_close(weight.grad, expected + 1, rtol=1e-5, atol=1e-6)
+    hidden, weight, bias, targets = layer()
+    (linear_cross_entropy(hidden, weight, bias, targets) + weight.sum()).backward()
+    (expected,) = gradients(reference(hidden, weight, bias, targets), [weight])
+    assert_close([weight.grad], [expected + 1])
 
 
 def test_under_autocast_products_are_bf16_and_sums_are_fp32(chunk):
@@ -82,65 +77,43 @@ def test_under_autocast_products_are_bf16_and_sums_are_fp32(chunk):
     with torch.autocast("cpu", torch.bfloat16):
         got = linear_cross_entropy(*inputs, targets)
     expected = reference(*inputs, targets)
-    assert got.dtype == torch.float32
-    assert got.item() == pytest.approx(expected.item(), rel=1e-2)
-    hidden, weight, offset, targets = (part.detach() for part in (*inputs, targets))
-    rounded = functional.linear(*(part.bfloat16() for part in (hidden, weight, offset))).float()
-    assert got.item() == pytest.approx(
-        functional.cross_entropy(rounded.flatten(0, 1), targets.flatten()).item(), rel=1e-5
-    )
-    for ours, torchs in zip(
-        torch.autograd.grad(got, inputs), torch.autograd.grad(expected, inputs), strict=True
-    ):
+    assert got.dtype == torch.float32 and got.item() == pytest.approx(expected.item(), rel=1e-2)
+    rounded = functional.linear(*(part.detach().bfloat16() for part in inputs)).float()
+    of_rounded = functional.cross_entropy(rounded.flatten(0, 1), targets.flatten())
+    assert got.item() == pytest.approx(of_rounded.item(), rel=1e-5)
+    for ours, torchs in zip(gradients(got, inputs), gradients(expected, inputs), strict=True):
         assert ours.dtype == torch.float32
         assert (ours - torchs).norm() < 2e-2 * torchs.norm()
 
 
 def test_huge_logits_do_not_overflow():
     """exp of 1e4 is infinite; the loss and its gradient are not."""
-    hidden, weight, offset, targets = layer(torch.float32)
-    loss = linear_cross_entropy(1e4 * hidden, weight, offset, targets)
+    hidden, weight, bias, targets = layer(torch.float32)
+    loss = linear_cross_entropy(1e4 * hidden, weight, bias, targets)
     assert loss.isfinite()
-    assert all(g.isfinite().all() for g in torch.autograd.grad(loss, [hidden, weight, offset]))
+    assert all(g.isfinite().all() for g in gradients(loss, [hidden, weight, bias]))
 
 
 def test_token_nll_is_torchs_and_its_hits_are_the_argmax(chunk):
-    """Per token, in the shape of the targets, fp32 and without gradient."""
-    hidden, weight, offset, targets = layer()
-    targets[0] = functional.linear(hidden, weight, offset)[0].argmax(-1)  # so that some are right
-    nll, correct = linear_token_nll(hidden, weight, offset, targets)
-    logits = functional.linear(hidden, weight, offset)
+    """Per token, shaped like the targets, fp32, without gradient; its mean is the training loss."""
+    *inputs, targets = layer()
+    logits = functional.linear(*inputs)
+    targets[0] = logits[0].argmax(-1)  # so that some are right
+    nll, correct = linear_token_nll(*inputs, targets)
     expected = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(B, T)
     assert nll.dtype == torch.float32 and not nll.requires_grad
     torch.testing.assert_close(nll.double(), expected.detach(), rtol=1e-5, atol=1e-6)
-    assert torch.equal(correct, logits.argmax(-1) == targets)
-    assert correct[0].all() and not correct.all()
-
-
-def test_the_mean_of_the_token_nll_is_the_loss():
-    """Training and evaluation measure the same thing."""
-    *inputs, targets = layer()
-    nll, _ = linear_token_nll(*inputs, targets)
+    assert torch.equal(correct, logits.argmax(-1) == targets) and correct[0].all() and not correct.all()
+    assert torch.equal(linear_token_nll(*inputs, targets.int())[0], nll)
     assert nll.double().mean().item() == pytest.approx(
         linear_cross_entropy(*inputs, targets).item(), rel=1e-6
     )
 
 
-def test_int32_targets_are_ids_too():
-    """Samples are stored in int32."""
-    *inputs, targets = layer()
-    assert (
-        linear_cross_entropy(*inputs, targets.int()).item() == linear_cross_entropy(*inputs, targets).item()
-    )
-    assert torch.equal(linear_token_nll(*inputs, targets.int())[0], linear_token_nll(*inputs, targets)[0])
-
-
 class LargestTensor(TorchDispatchMode):
     """Elements of the largest tensor any operation gives."""
 
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
+    elements = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
@@ -149,22 +122,17 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize(
+    ("elements", "most"), [(1000, 1000), (10, 800)], ids=["chunk", "one token at a time"]
+)
 @pytest.mark.parametrize("autocast", [False, True])
-def test_no_more_than_a_chunk_of_logits_exists(monkeypatch, autocast):
-    """200 tokens times 50 ids would be 10,000 logits; with chunks of 1,000 no tensor is larger than its inputs."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 1000)
+def test_no_more_than_a_chunk_of_logits_exists(monkeypatch, autocast, elements, most):
+    """200 tokens times 50 ids would be 10,000 logits; with chunks of 1,000 or less no tensor is larger than
+    its inputs."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", elements)
     hidden, weight, bias = (torch.randn(*shape).requires_grad_() for shape in ((200, 4), (50, 4), (50,)))
     targets = torch.zeros(200, dtype=torch.long)
     with LargestTensor() as largest, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         linear_cross_entropy(hidden, weight, bias, targets).backward()
         linear_token_nll(hidden, weight, bias, targets)
-    assert 50 < largest.elements <= 1000
-
-
-def test_a_vocabulary_larger_than_a_chunk_is_taken_one_token_at_a_time(monkeypatch):
-    """The least that can be held is one token's logits."""
-    monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 10)
-    *inputs, targets = layer()
-    with LargestTensor() as largest:
-        linear_token_nll(*inputs, targets)
-    assert largest.elements == max(B * T * E, V * E)
+    assert 50 < largest.elements <= most

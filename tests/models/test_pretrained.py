@@ -1,4 +1,4 @@
-"""Pretrained embeddings: had exactly, or the run stops with a sentence. No network."""
+"""Pretrained embeddings: had exactly, for their own ids, or the run stops with a sentence. No network."""
 
 import importlib.util
 
@@ -10,28 +10,41 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers
 
+import train
+from config import ResidualConfig
 from newllm.data import hub
 from newllm.data.tokens import GPT2, GPT2_REVISION, choose_tokenizer
 from newllm.errors import UserError
 from newllm.models.pretrained import load_embedding, require_own_ids
+from newllm.saving.files import load_sealed
+from newllm.saving.trained import load_model
 
 V, E = 11, 8
 WEIGHTS = "model.safetensors"
 
 
-@pytest.fixture
-def gpt2():
-    """A GPT-2 of 11 tokens and width 8."""
-    sizes = dict(vocab_size=V, n_embd=E, n_layer=1, n_head=1, n_positions=4, bos_token_id=0, eos_token_id=0)
+def gpt2(vocab_size=V, width=E):
+    sizes = dict(vocab_size=vocab_size, n_embd=width, n_layer=1, n_head=1, n_positions=4)
     torch.manual_seed(0)
-    return transformers.GPT2Model(transformers.GPT2Config(**sizes))
+    return transformers.GPT2Model(transformers.GPT2Config(**sizes, bos_token_id=0, eos_token_id=0))
 
 
 @pytest.fixture
-def folder(tmp_path, gpt2):
-    """The same in transformers' format."""
-    gpt2.save_pretrained(tmp_path / "gpt2")
+def folder(tmp_path):
+    """A GPT-2 of 11 tokens and width 8 in transformers' format."""
+    gpt2().save_pretrained(tmp_path / "gpt2")
     return tmp_path / "gpt2"
+
+
+def save_tokenizer(path, text):
+    """A byte-level BPE of 270 ids at most, learned from a text, in transformers' format."""
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = dict(special_tokens=["<|end|>"], initial_alphabet=alphabet)
+    made.train_from_iterator([text], tokenizers.trainers.BpeTrainer(vocab_size=270, **special))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>").save_pretrained(path)
+    return str(path)
 
 
 def sentence(source, vocab_size=V, embed_dim=E):
@@ -43,35 +56,20 @@ def sentence(source, vocab_size=V, embed_dim=E):
     return message
 
 
-def test_random_is_no_matrix():
-    """The model's own initialisation stands."""
-    assert load_embedding("random", V, E) is None
-
-
-def test_a_folder_gives_its_input_embedding(folder, gpt2):
-    """Bit for bit, in fp32, without gradient."""
-    got = load_embedding(str(folder), V, E)
-    assert torch.equal(got, gpt2.wte.weight)
-    assert got.dtype == torch.float32 and not got.requires_grad
-
-
-def test_half_precision_weights_come_in_fp32(tmp_path, gpt2):
-    """What is stored in bf16 is widened."""
-    gpt2.bfloat16().save_pretrained(tmp_path / "half")
-    got = load_embedding(str(tmp_path / "half"), V, E)
-    assert got.dtype == torch.float32 and torch.equal(got, gpt2.wte.weight.float())
-
-
-def test_a_language_model_head_is_no_hindrance(tmp_path, gpt2):
-    """Folders of whole language models are the usual ones."""
-    whole = transformers.GPT2LMHeadModel(gpt2.config)
+def test_a_folder_gives_its_input_embedding(folder, tmp_path):
+    """Bit for bit, in fp32, without gradient; of a whole language model; without rows that no id has. None
+    is random."""
+    given = gpt2().wte.weight
+    vectors = load_embedding(str(folder), V, E)
+    assert torch.equal(vectors, given) and vectors.dtype == torch.float32 and not vectors.requires_grad
+    assert torch.equal(load_embedding(str(folder), V - 3, E), given[: V - 3])
+    gpt2().bfloat16().save_pretrained(tmp_path / "half")
+    half = load_embedding(str(tmp_path / "half"), V, E)
+    assert half.dtype == torch.float32 and torch.equal(half, given.bfloat16().float())
+    whole = transformers.GPT2LMHeadModel(gpt2().config)
     whole.save_pretrained(tmp_path / "whole")
     assert torch.equal(load_embedding(str(tmp_path / "whole"), V, E), whole.transformer.wte.weight)
-
-
-def test_rows_beyond_the_tokenizer_are_left_out(folder, gpt2):
-    """Some models have more rows than their tokenizer has ids."""
-    assert torch.equal(load_embedding(str(folder), V - 3, E), gpt2.wte.weight[: V - 3])
+    assert load_embedding("random", V, E) is None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wordllama") is None, reason="needs the package wordllama")
@@ -83,12 +81,6 @@ def test_wordllama_gives_vectors_that_know_meanings():
     assert torch.cosine_similarity(dog, animal, dim=0) > 0.2 + torch.cosine_similarity(dog, law, dim=0)
 
 
-def test_a_missing_package_is_one_sentence(monkeypatch):
-    """It says what brings it."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "newllm[wordllama]" in sentence("wordllama")
-
-
 @pytest.mark.parametrize(("vocab_size", "embed_dim"), [(V + 1, E), (V, E + 1), (2 * V, 2 * E)])
 def test_a_wrong_shape_names_both_shapes(folder, vocab_size, embed_dim):
     """The message says what is there and what is needed."""
@@ -96,48 +88,39 @@ def test_a_wrong_shape_names_both_shapes(folder, vocab_size, embed_dim):
     assert f"{V} x {E}" in message and f"{vocab_size} x {embed_dim}" in message
 
 
-def test_a_missing_folder_is_one_sentence(tmp_path):
-    """It says what to do instead."""
-    assert "--embeddings random" in sentence(tmp_path / "absent")
-
-
-def test_a_folder_without_a_model_is_one_sentence(tmp_path):
-    """Empty, or with a configuration but no weights."""
-    assert "--embeddings random" in sentence(tmp_path)
-
-
-def test_a_configuration_without_weights_is_one_sentence(folder):
-    """No weights are drawn in place of a missing file."""
-    (folder / WEIGHTS).unlink()
-    sentence(folder)
-
-
-def test_a_truncated_file_is_one_sentence(folder):
-    """A download that was cut off."""
-    content = (folder / WEIGHTS).read_bytes()
-    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
-    sentence(folder)
-
-
-def test_weights_without_the_embedding_are_one_sentence(folder):
-    """A random matrix in its place would be another experiment."""
+def rewritten(folder, change):
     tensors = load_file(folder / WEIGHTS)
-    del tensors["wte.weight"]
+    change(tensors)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    sentence(folder)
 
 
-@pytest.mark.parametrize("value", [0.0, float("nan")])
-def test_vectors_without_a_direction_are_one_sentence(folder, value):
-    """They could not be scaled for the logits."""
-    tensors = load_file(folder / WEIGHTS)
-    tensors["wte.weight"].fill_(value)
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    assert "all zeros or not finite" in sentence(folder)
+DAMAGES = {  # what happens to the folder: what the sentence says
+    "empty": (lambda f: [path.unlink() for path in f.iterdir()], "--embeddings random"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "cannot be had"),
+    "cut off": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:500]), "cannot be had"),
+    "no embedding": (lambda f: rewritten(f, lambda t: t.pop("wte.weight")), "no token embedding"),
+    "zeros": (lambda f: rewritten(f, lambda t: t["wte.weight"].zero_()), "all zeros or not finite"),
+    "nan": (lambda f: rewritten(f, lambda t: t["wte.weight"].fill_(float("nan"))), "all zeros or not finite"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_cannot_be_had_is_one_sentence(folder, damage):
+    """No weights are drawn in place of missing ones, which would be another experiment."""
+    break_it, words = DAMAGES[damage]
+    break_it(folder)
+    assert words in sentence(folder)
+    assert "--embeddings random" in sentence(folder.parent / "absent")
+
+
+def test_a_missing_package_is_one_sentence(monkeypatch):
+    """It says what brings it."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "newllm[wordllama]" in sentence("wordllama")
 
 
 @pytest.mark.parametrize(
-    "error", [OSError("cut off\nsecond line"), ValueError("bad name\nsecond line"), OSError()]
+    "error", [OSError("cut off\nsecond line"), ValueError("bad name\nsecond"), OSError()]
 )
 def test_gpt2_that_cannot_be_had_is_one_sentence(monkeypatch, error):
     """The first line of the reason is in it; nothing random takes its place."""
@@ -149,68 +132,75 @@ def test_gpt2_that_cannot_be_had_is_one_sentence(monkeypatch, error):
     monkeypatch.setattr(hub, "probe", lambda path: None)
     monkeypatch.setattr(transformers.AutoModel, "from_pretrained", broken)
     message = sentence("gpt2", 50257, 768)
-    assert (str(error) or "OSError").splitlines()[0] in message and "second line" not in message
+    assert (str(error) or "OSError").splitlines()[0] in message and "second" not in message
 
 
-@pytest.fixture
-def away(monkeypatch):
-    """A hub that cannot be reached; transformers is not to try it."""
+def test_a_hub_that_is_away_is_asked_once_and_not_needed_for_what_was_downloaded(monkeypatch, folder):
+    """transformers alone would go on asking for most of a minute. A snapshot in the hub's cache is a folder
+    like others."""
 
     def unreachable(path):
         raise hub.Unreachable("no internet connection")
 
-    monkeypatch.setattr(hub, "probe", unreachable)
-
-
-def test_a_hub_that_is_away_is_asked_once(monkeypatch, away):
-    """transformers alone would go on asking for most of a minute."""
-    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", None)
-    assert "no internet connection" in sentence("owner/never-downloaded")
-
-
-def test_what_was_downloaded_needs_no_hub(monkeypatch, away, folder, gpt2):
-    """The snapshot in the hub's cache is a folder like any other."""
     wanted = []
 
     def snapshot(name, revision, local_files_only):
         wanted.append((name, revision, local_files_only))
         return str(folder)
 
+    monkeypatch.setattr(hub, "probe", unreachable)
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.AutoModel, "from_pretrained", None)
+        assert "no internet connection" in sentence("owner/never-downloaded")
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
-    assert torch.equal(load_embedding("gpt2", V, E), gpt2.wte.weight)
+    assert torch.equal(load_embedding("gpt2", V, E), gpt2().wte.weight)
     assert wanted == [(GPT2, GPT2_REVISION, True)]
 
 
-def save_tokenizer(path, text):
-    """A byte-level BPE of 270 ids, learned from a text, in transformers' format."""
-    made = tokenizers.Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=270, special_tokens=["<|end|>"], initial_alphabet=alphabet
-    )
-    made.train_from_iterator([text], trainer)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<|end|>").save_pretrained(path)
-    assert made.get_vocab_size() == 270
-    return str(path)
-
-
 def test_vectors_are_taken_for_their_own_ids_alone(tmp_path, folder):
-    """Other tokens under the same numbers are refused, whatever the sizes; the same tokens elsewhere are not."""
+    """Other tokens under the same numbers are refused, whatever the sizes; the same tokens elsewhere are
+    not."""
     one = save_tokenizer(tmp_path / "one", "hello hello there, who is here?")
     copy = save_tokenizer(tmp_path / "copy", "hello hello there, who is here?")
     other = save_tokenizer(tmp_path / "other", "completely different words in this, my text")
     for embeddings, tokenizer in (("random", "bpe"), (one, one), (one, copy), ("gpt2", "gpt2")):
         require_own_ids(embeddings, tokenizer)
-    for embeddings, tokenizer in (
-        ("wordllama", "bpe"),
-        ("gpt2", "bpe"),
-        (one, "bpe"),
-        (one, other),
-        (other, copy),
-    ):
+    refused = (("wordllama", "bpe"), ("gpt2", "bpe"), (one, "bpe"), (one, other), (other, copy))
+    for embeddings, tokenizer in refused:
         with pytest.raises(UserError, match="--tokenizer auto") as caught:
             require_own_ids(embeddings, tokenizer)
         assert embeddings in str(caught.value) and tokenizer in str(caught.value)
-    with pytest.raises(UserError, match="cannot be known"):
+    with pytest.raises(UserError, match="does not give texts back"):
         require_own_ids(str(folder), one)  # weights without a tokenizer
+
+
+# A run on them
+
+
+def test_a_run_on_pretrained_vectors_needs_them_where_it_begins_alone(tiny_settings, tmp_path, capsys):
+    """Other tokens' vectors are refused before training; else their directions outlive it. Continued with
+    others in the folder, a run keeps its own; its model file needs neither vectors nor tokenizer."""
+    folder = tmp_path / "pretrained"
+    save_tokenizer(folder, "User: hello\nAssistant: hello hello")
+    gpt2(280, 16).save_pretrained(folder)  # more rows than ids
+    settings = tiny_settings | dict(embeddings=str(folder), tokenizer="auto", artifacts=True)
+    with pytest.raises(UserError, match="--tokenizer auto"):
+        train.main(ResidualConfig(**settings | dict(tokenizer="bpe", vocab_size=270)))
+    assert "== " not in capsys.readouterr().out and not (tmp_path / "checkpoints").exists()
+    train.main(ResidualConfig(**settings, phase="1"))
+    before = load_sealed(tmp_path / "checkpoints" / "model_latest.pt")
+    given, other = gpt2(280, 16).wte.weight, gpt2(280, 16)
+    torch.nn.init.normal_(other.wte.weight)
+    other.save_pretrained(folder)
+    summary = train.main(ResidualConfig(**settings))
+    after = load_sealed(tmp_path / "checkpoints" / "model_latest.pt")
+    assert after["run_id"] == before["run_id"] and after["frozen"] == before["frozen"]
+    assert summary["tokenizer"] == "pretrained" and summary["vocab_size"] < 280
+    [path] = (tmp_path / "checkpoints").glob("*/models/*.pth")
+    for file in folder.iterdir():
+        file.unlink()
+    model, tokenizer = load_model(load_sealed(path))
+    weight, own = model.embedding.weight.detach(), given[: summary["vocab_size"]].detach()
+    torch.testing.assert_close(weight / weight.norm(), own / own.norm())
+    ids = torch.tensor([tokenizer.encode("User: hello")])
+    assert model.advance(ids[:, 0])[0].isfinite().all() and tokenizer.decode(ids[0].tolist()) == "User: hello"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from newllm.fixed_point.solver import sequential
-from newllm.models.context import ContextMap
+from newllm.models.network import ContextMap
 from newllm.training import cuda_graph
 from newllm.training.cuda_graph import Graphed
 from newllm.training.runtime import StepFunction

@@ -1,0 +1,331 @@
+"""The network: formulas, size, initialisation, causality, which parameters move what; the controls that
+train nothing."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from config import ResidualConfig
+from newllm.fixed_point.solver import sequential, sweep, truncated
+from newllm.models.baselines import build_model
+from newllm.models.cross_entropy import linear_cross_entropy
+from newllm.models.network import ALIGNED_LOGIT, ContextMap, LanguageModel, TokenDropout, Window
+
+V, B, T, C, E = 50, 3, 8, 12, 8
+HEADS = [dict(), dict(tie_weights=False), dict(token_layers=0), dict(token_layers=2, tie_weights=False)]
+
+
+def small_model(vocab_size=V, pretrained=None, **changes):
+    sizes = dict(context_dim=C, embed_dim=E, num_layers=2)
+    return LanguageModel(ResidualConfig(**sizes | changes), vocab_size, pretrained).eval()
+
+
+def random_ids(*shape, vocab_size=V, seed=1):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def contexts_of(model, ids):
+    return sequential(model.step, model.embed(ids), model.context_dim)
+
+
+def loss_of(model, ids):
+    contexts, streams = contexts_of(model, ids[:, :-1])
+    return linear_cross_entropy(model.hidden(contexts, streams), *model.output_weights(), ids[:, 1:])
+
+
+# The context map
+
+
+def test_the_map_is_its_formula_on_any_leading_axes():
+    """o = ReLU(W [c; e] + b); c <- LN(c + o_c); e <- LN(e + o_e), layer after layer; without stream the
+    same context."""
+    torch.manual_seed(0)
+    step = ContextMap(C, E, 3).double()
+    context, token = torch.randn(2, 3, C).double(), torch.randn(2, 3, E).double()
+    got = step(context, token)
+    alone, none = step(context, token, stream=False)
+    for layer in step.layers:
+        update = torch.relu(torch.cat([context, token], -1) @ layer.mix.weight.T + layer.mix.bias)
+        context = functional.layer_norm(context + update[..., :C], (C,))
+        token = functional.layer_norm(token + update[..., C:], (E,))
+    torch.testing.assert_close(got, (context, token))
+    torch.testing.assert_close(alone, context)
+    assert none is None
+
+
+def test_a_window_holds_its_tokens_and_forgets_the_rest():
+    """The lags are projections of the last tokens, to the bit; the averages reach further."""
+    window, tokens, found = Window(32, 16, seed=0), torch.randn(30, 16), []
+    for first in (tokens[0], tokens[0] + 10):
+        context = torch.zeros(32)
+        for token in (first, *tokens[1:]):
+            context, stream = window(context, token)
+        found.append(context)
+        assert torch.equal(stream, tokens[-1])
+    expected = (tokens.flip(0)[: Window.LAGS] @ window.lag).flatten()
+    lags = len(expected)
+    assert torch.allclose(found[0][:lags], expected, atol=1e-6) and torch.equal(
+        found[0][:lags], found[1][:lags]
+    )
+    assert not torch.allclose(found[0][lags:], found[1][lags:])
+
+
+def test_the_averages_of_a_window_keep_their_variance():
+    """a <- l a + sqrt(1 - l^2) Q e of white tokens has the variance of Q e, for every time constant."""
+    window, context = Window(64, 16, seed=0), torch.zeros(2000, 64)
+    for _ in range(2 * max(Window.TIME_CONSTANTS)):
+        context, _ = window(context, torch.randn(2000, 16))
+    expected = window.slow.square().sum(0)
+    assert torch.allclose(context[:, -len(expected) :].var(0), expected, rtol=0.2)
+
+
+def test_controls_train_nothing_of_the_context():
+    """There is no Phase 1 for them, and the head does not move what feeds them; no context is zeros."""
+    for kind in ("window", "token"):
+        model = small_model(model_type=kind)
+        assert model.context_parameters() == []
+        moved = {id(p) for p in model.head_parameters()}
+        assert not moved & {id(p) for p in model.embed_norm.parameters()}
+    token = model.embed(torch.tensor([3]))
+    context, stream = model.step(torch.ones(1, C), token)
+    assert not context.any() and torch.equal(stream, token)
+
+
+# Initialisation
+
+
+def test_the_seed_preset_has_the_published_number_of_parameters():
+    """GPT-2 vocabulary, 6 layers of 768 + 768, untied: 91,429,969."""
+    with torch.device("meta"):
+        model = LanguageModel(ResidualConfig(preset="seed"), 50257)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 91_429_969
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_initialisation_is_a_function_of_the_seed_alone(head):
+    """Neither the global generator nor the head shifts the draw of embedding and F; another seed is another
+    network."""
+    states = []
+    for global_seed in (1, 2):
+        torch.manual_seed(global_seed)
+        states.append(small_model(**head).state_dict())
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    plain = small_model().state_dict()
+    assert all(
+        torch.equal(plain[name], t)
+        for name, t in states[0].items()
+        if name.startswith(("embed", "context_map"))
+    )
+    pairs = zip(
+        small_model(seed=1, **head).parameters(), small_model(seed=2, **head).parameters(), strict=True
+    )
+    assert not any(torch.equal(a, b) for a, b in pairs if a.dim() > 1)
+
+
+def test_init_scale_scales_the_matrices_of_the_context_map_alone():
+    """std is init_scale / sqrt(fan-in); the head and the embedding keep theirs."""
+    plain, doubled = small_model(init_scale=0.5), small_model(init_scale=1.0)
+    in_map = {id(p) for p in doubled.context_map.parameters() if p.dim() > 1}
+    for a, b in zip(plain.parameters(), doubled.parameters(), strict=True):
+        torch.testing.assert_close(b, 2 * a if id(b) in in_map else a)
+    weights = torch.cat([layer.mix.weight.flatten() for layer in plain.context_map.layers])
+    assert weights.std().item() == pytest.approx(0.5 / (C + E) ** 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("head", [*HEADS, dict(context_dim=768, embed_dim=768, num_layers=6)])
+@torch.no_grad()
+def test_the_first_loss_is_the_logarithm_of_the_vocabulary(head):
+    """An untrained network prefers no token: within 0.3 nats of ln V, at full width too."""
+    vocab_size = 4096 if "num_layers" in head else 1000
+    model = small_model(vocab_size, **dict(context_dim=32, embed_dim=32) | head)
+    first = loss_of(model, random_ids(8, T + 1, vocab_size=vocab_size)).item()
+    assert first == pytest.approx(math.log(vocab_size), abs=0.3)
+
+
+@pytest.mark.parametrize("kind", ["context", "gru", "transformer"])
+def test_before_training_a_token_is_as_likely_as_it_is_frequent(kind):
+    """Whatever the head reads; ids that never occur are unlikely, not impossible; the bias trains from
+    there on."""
+    sizes = dict(context_dim=16, embed_dim=16, num_layers=1, max_seq_length=32)
+    model = build_model(ResidualConfig(model_type=kind, **sizes), V).eval()
+    ids = torch.tensor([[1] * 600 + [2] * 300 + [3] * 100]).int()
+    model.start_at_frequencies(ids)
+    streams = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0))
+    logits = model.logits(torch.zeros(1000, model.context_dim), streams)
+    expected = (torch.bincount(ids[0].long(), minlength=V) + 1) / (1000 + V)
+    torch.testing.assert_close(logits.softmax(-1).mean(0), expected, rtol=0.2, atol=1e-4)
+    entropy = -(expected[ids[0].long()].log().mean())
+    assert functional.cross_entropy(logits, ids[0].long()).item() == pytest.approx(entropy.item(), abs=0.05)
+    assert any(p is model.output_bias for p in model.head_parameters())
+    assert "output_bias" in model.trained_state() and "output_bias" not in model.frozen_state()
+
+
+# Causality
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("sweeps", [None, 3, T])
+@torch.no_grad()
+def test_nothing_before_a_token_depends_on_it(head, sweeps):
+    """Another token at t leaves contexts and logits before t bit-identical, step by step and in sweeps."""
+
+    def run(ids):
+        embeddings = model.embed(ids)
+        if sweeps is None:
+            contexts, streams = sequential(model.step, embeddings, model.context_dim)
+        else:
+            contexts = torch.zeros(*ids.shape, model.context_dim)
+            for _ in range(sweeps):
+                contexts, streams = sweep(model.step, contexts, embeddings)
+        return contexts, streams, model.logits(contexts, streams)
+
+    model, ids, changed_at = small_model(**head), random_ids(B, T), 5
+    others = ids.clone()
+    others[:, changed_at] = (ids[:, changed_at] + 1) % V
+    for before, after in zip(run(ids), run(others), strict=True):
+        assert torch.equal(before[:, :changed_at], after[:, :changed_at])
+        assert not torch.equal(before[:, changed_at], after[:, changed_at])
+
+
+# Parameters
+
+
+@pytest.mark.parametrize("freeze", [True, False])
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("pretrained", [None, torch.ones(V, E)], ids=["random", "pretrained"])
+def test_context_and_head_parameters_are_all_that_trains_each_once(head, pretrained, freeze):
+    """None twice, none forgotten. An embedding trains if logits or moving contexts read it, and is not a
+    given one."""
+    model = small_model(pretrained=pretrained, freeze_context=freeze, **head)
+    listed = [id(p) for p in [*model.context_parameters(), *model.head_parameters()]]
+    assert len(listed) == len(set(listed))
+    assert set(listed) == {id(p) for p in model.parameters() if p.requires_grad}
+    unread = freeze and not head.get("tie_weights", True)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == ({"embedding.weight"} if unread or pretrained is not None else set())
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_training_the_head_and_the_embedding_does_not_move_frozen_contexts(head):
+    """Contexts depend on every context parameter and on no other: F reads a frozen copy of the embedding."""
+    model, ids = small_model(freeze_context=True, **head), random_ids(B, T + 1)
+    before = contexts_of(model, ids)
+    (before[0].square().sum() + (before[1] * torch.arange(E)).sum()).backward()
+    assert all(p.grad is not None for p in model.context_parameters())
+    assert all(p.grad is None for p in model.head_parameters())
+    weights = [p.detach().clone() for p in model.head_parameters()]
+    optimizer = torch.optim.AdamW(model.head_parameters(), lr=0.1)
+    loss_of(model, ids).backward()
+    optimizer.step()
+    assert any(not torch.equal(p, w) for p, w in zip(model.head_parameters(), weights, strict=True))
+    assert all(torch.equal(old, new) for old, new in zip(before, contexts_of(model, ids), strict=True))
+
+
+def test_contexts_that_move_learn_to_read_the_embedding():
+    """One embedding for F and the logits: its gradient has both; asked to keep it fixed, F adds none."""
+    model, ids = small_model(tie_weights=False), random_ids(B, T + 1)
+    (gradient,) = torch.autograd.grad(loss_of(model, ids), [model.embedding.weight])
+    assert gradient.abs().sum() > 0 and "context_embedding" not in model.state_dict()
+    assert torch.equal(model.embed(ids), model.embed(ids, fixed=True))
+    model.embed(ids, fixed=True).square().sum().backward()
+    assert model.embedding.weight.grad is None and model.embed_norm.weight.grad is not None
+
+
+def test_a_kept_embedding_is_the_one_of_the_moment_and_travels_with_the_weights():
+    """From then on contexts stay, whatever becomes of the embedding; another network given the state has
+    the same."""
+    model, ids = small_model(), random_ids(B, T)
+    before = model.embed(ids)
+    model.keep_context_embedding()
+    with torch.no_grad():
+        model.embedding.weight.add_(torch.randn_like(model.embedding.weight))
+    assert torch.equal(model.embed(ids), before)
+    other = small_model(seed=2, freeze_context=True)
+    other.load_state_dict(model.frozen_state() | model.trained_state())
+    assert torch.equal(other.logits(*contexts_of(other, ids)), model.logits(*contexts_of(model, ids)))
+
+
+# Head
+
+
+@pytest.mark.parametrize("token_layers", [0, 1])
+def test_token_layers_are_how_the_head_reads_the_context(token_layers):
+    """Without them the logits are a function of the token stream alone."""
+    model = small_model(token_layers=token_layers)
+    contexts, streams = contexts_of(model, random_ids(B, T))
+    logits = model.logits(contexts, streams)
+    assert torch.equal(logits, model.logits(contexts + 1, streams)) == (token_layers == 0)
+    assert not torch.equal(logits, model.logits(contexts, streams + streams.roll(1, -1)))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_logits_are_linear_in_the_hidden_state(head):
+    """logits = h @ matrix.T + bias with what `output_weights` gives: the chunked loss sees the same model."""
+    model, ids = small_model(**head), random_ids(B, T + 1)
+    logits = model.logits(*contexts_of(model, ids[:, :-1]))
+    expected = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    assert loss_of(model, ids).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_dropout_acts_on_the_head_in_training_only():
+    """Contexts never see it, nor does evaluation; about the share asked for, and the mean is kept."""
+    model, ids = small_model(dropout=0.5), random_ids(B, T)
+    contexts, streams = contexts_of(model, ids)
+    assert torch.equal(model.logits(contexts, streams), model.logits(contexts, streams))
+    model.train()
+    assert all(torch.equal(a, b) for a, b in zip(contexts_of(model, ids), (contexts, streams), strict=True))
+    assert not torch.equal(model.logits(contexts, streams), model.logits(contexts, streams))
+    dropped = model.token_layers[0].mlp[0](torch.ones(301, 100))
+    assert (dropped == 0).float().mean().item() == pytest.approx(0.5, abs=0.02)
+    assert dropped.mean().item() == pytest.approx(1, abs=0.04)
+
+
+def test_token_dropout_hides_whole_tokens_in_training_alone():
+    """About the share asked for, all of a vector by the same other one; what is left is as it was; none in
+    evaluation."""
+    torch.manual_seed(0)
+    drop, embeddings = TokenDropout(0.2, 8), 3 * torch.randn(40, 50, 8)
+    seen = drop(embeddings)
+    hidden = (seen != embeddings).all(-1)
+    assert hidden.float().mean().item() == pytest.approx(0.2, abs=0.03)
+    assert torch.equal(seen[~hidden], embeddings[~hidden]) and (seen[hidden] == seen[hidden][0]).all()
+    assert seen[hidden][0].norm().item() == pytest.approx(3 * drop.blank.norm().item(), rel=0.05)
+    assert drop.eval()(embeddings) is embeddings and not drop.state_dict()
+
+
+def test_hidden_first_tokens_do_not_blow_up_the_gradient_of_a_deep_untrained_network():
+    """Six layers through three sweeps, every first token hidden: a gradient of ordinary size."""
+    config = ResidualConfig(context_dim=64, embed_dim=64, num_layers=6, token_dropout=0.95, dropout=0.0)
+    model = LanguageModel(config, V).train()
+    torch.manual_seed(0)
+    tokens = model.token_dropout(model.embed(torch.randint(V, (8, 12))))
+    contexts, streams = truncated(model.step, tokens, 64, 3)
+    model.hidden(contexts, streams).square().sum(-1).mean().backward()
+    assert 0 < torch.stack([p.grad.norm() for p in model.context_parameters()]).norm() < 1e3
+
+
+# Pretrained embedding
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_a_pretrained_embedding_is_shared_by_value_and_frozen(head):
+    """The given matrix at a scale for logits, copied, in fp32; nothing trains it, and the rest is as drawn
+    and trains."""
+    given = torch.randn(V, E, generator=torch.Generator().manual_seed(0)).double()
+    model = small_model(pretrained=given, freeze_context=True, **head)
+    expected = functional.normalize(given.float(), dim=None)
+    given.zero_()
+    weight = model.embedding.weight
+    assert weight.dtype == torch.float32 and torch.equal(model.context_embedding, weight)
+    torch.testing.assert_close(functional.normalize(weight, dim=None), expected)
+    aligned = functional.layer_norm(weight, [E]) * weight  # a normed stream along each vector
+    assert 0.7 * ALIGNED_LOGIT < aligned.sum(1).mean() < 1.05 * ALIGNED_LOGIT
+    loss_of(model, random_ids(B, T + 1)).backward()
+    assert weight.grad is None and all(p.grad is not None for p in model.head_parameters())
+    for (name, a), (_, b) in zip(
+        small_model(**head).named_parameters(), model.named_parameters(), strict=True
+    ):
+        assert torch.equal(a, b) != (name == "embedding.weight"), name
