@@ -22,7 +22,7 @@ from newllm.report.artifacts import (
     summary_lines,
     write_artifacts,
 )
-from newllm.report.criteria import table
+from newllm.report.compare import table
 from newllm.report.runlog import format_value
 from newllm.report.status import read_status
 from newllm.saving.files import Corrupt, verify_seal

@@ -13,10 +13,9 @@ import torch
 from helpers import Evil, seal, write_evil
 
 from newllm.errors import UserError
-from newllm.report.comparison import read_result
 from newllm.report.record import read_record
+from newllm.report.series import read_series
 from newllm.report.status import read_status
-from newllm.report.sweep import read_sweep
 from newllm.saving import files as storage
 from newllm.saving.files import Corrupt, load_sealed, save_sealed, usable_folder, verify_seal
 from newllm.saving.guard import read_lock
@@ -302,13 +301,12 @@ def test_saving_through_a_linked_folder_keeps_the_link(tmp_path):
 @pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, "9" * 5000, "\ufffd{", "", "[1]" * 2])
 def test_small_files_that_are_damaged_in_odd_ways_are_one_sentence(tmp_path, text):
     """Nested beyond the parser's depth, a number beyond Python's, no JSON: every small file the project reads back."""
-    names = ("status.json", "sweep_state.json", "result.json", "run.lock", "metrics_1.jsonl")
+    names = ("status.json", "series.json", "run.lock", "metrics_1.jsonl")
     for name in names:
         (tmp_path / name).write_text(text, encoding="utf-8")
     for read in (
         lambda: read_status(tmp_path),
-        lambda: read_sweep(tmp_path),
-        lambda: read_result(tmp_path / "result.json"),
+        lambda: read_series(tmp_path),
         lambda: read_record(tmp_path / "metrics_1.jsonl"),
     ):
         with pytest.raises(UserError) as caught:

@@ -2,7 +2,7 @@
 
 import itertools
 
-from newllm.report.criteria import scale_fits
+from newllm.report.compare import scale_fits
 from newllm.report.run_plots import context_panels
 from newllm.report.style import (
     COUNTED,
@@ -81,7 +81,7 @@ def comparison_points(comparison, tokens, path):
     """Bits per byte of every arm at a budget with their interval over seeds, and what a run of it takes.
 
     Args:
-        comparison: newllm.report.comparison.Comparison. tokens: one of its budgets.
+        comparison: newllm.report.compare.Comparison. tokens: one of its budgets.
         path: of the PNG file; its folder is made.
     """
     arms = comparison.arms(tokens)[::-1]
@@ -115,7 +115,7 @@ def context_curves(comparison, tokens, path):
     """What the contexts of several arms are like, as means over seeds: convergence, memory, rank, use, and what w trades.
 
     Args:
-        comparison: newllm.report.comparison.Comparison. tokens: one of its budgets.
+        comparison: newllm.report.compare.Comparison. tokens: one of its budgets.
         path: of the PNG file; its folder is made.
     """
     with figure(path, 2, 3) as ((cold, memory, past), (spectrum, use, trade)):

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from newllm.report.criteria import linear_fit, scale_lines
+from newllm.report.compare import linear_fit, scale_lines
 from newllm.report.plots import prefill_speed, scale_ladder
 from newllm.report.style import COUNTED, DPI, PANEL, TRAINED, TRAINING_DATA, UNTRAINED
 from scripts import draw_docs

@@ -1,5 +1,6 @@
 """Status and report say where a run is: while it trains, cut off, stopped, complete, repeated, and beside other commands."""
 
+import dataclasses
 import json
 import os
 import re
@@ -13,7 +14,6 @@ from types import SimpleNamespace
 import pytest
 from helpers import as_flags
 
-import test as scale_check
 import train
 from config import ResidualConfig
 from newllm.errors import UserError
@@ -109,16 +109,10 @@ def test_a_run_cut_off_is_reported_as_far_as_it_came(cut_off, capsys):
         export.main(["--checkpoint_dir", str(folder)])
 
 
-def test_a_scale_check_leaves_the_runs_status_alone(cut_off, settings, capsys):
-    """It writes to a folder of its own: the cut-off run is still the one that status and report show."""
+def test_a_run_that_saves_nothing_leaves_the_runs_status_alone(cut_off, settings, capsys):
+    """It does not own the folder: the cut-off run is still the one that status and report show."""
     folder, before = cut_off
-    scale_check.main(ResidualConfig(**settings))
-    assert (folder / "status.json").read_bytes() == before
-    assert reported(folder, capsys).startswith("RUN 20260101_000000 (cut off")
-    assert lines_of(folder / "scale_check", capsys)["Run"].endswith(" (complete)")
-    train.main(
-        ResidualConfig(**settings, save_checkpoint=False, load_checkpoint=False)
-    )  # does not own the folder either
+    train.main(ResidualConfig(**settings, save_checkpoint=False, load_checkpoint=False))
     assert (folder / "status.json").read_bytes() == before
 
 
@@ -180,10 +174,10 @@ def test_a_run_that_ended_early_is_no_running_run(tiny_settings, monkeypatch, er
 
 
 def test_report_names_the_folders_of_other_commands(tiny_settings):
-    """Only a scale check lies there: a sentence that says so and which folder to give."""
+    """Only a run of a comparison lies there: a sentence that says so and which folder to give."""
     config = ResidualConfig(**tiny_settings | dict(phase2_epochs=1, phase1_max_iterations=1))
-    scale_check.main(config)
-    inner = Path(config.checkpoint_dir) / "scale_check"
+    inner = Path(config.checkpoint_dir) / "gru-12-0"
+    train.main(dataclasses.replace(config, checkpoint_dir=str(inner)))
     with pytest.raises(
         UserError, match=rf"holds no run of train.py.*give one of these by --checkpoint_dir: {inner}\."
     ):
