@@ -98,13 +98,12 @@ def place(row):
 
 
 def neighbours(point):
-    """Points of the grid one step away along one axis."""
+    """Points of the grid at most one step away, along one axis."""
     near = set()
     for axis, values in enumerate(GRID.values()):
         at = values.index(point[axis])
-        for value in values[max(at - 1, 0) : at + 2]:
-            near.add((*point[:axis], value, *point[axis + 1 :]))
-    return near - {point}
+        near |= {(*point[:axis], value, *point[axis + 1 :]) for value in values[max(at - 1, 0) : at + 2]}
+    return near
 
 
 def tried(rows):
@@ -134,10 +133,9 @@ def make(config, runs, path, keep=False):
     folder = usable_folder(config.checkpoint_dir, "checkpoint_dir")
     configs = {}
     for name, (_, changes) in runs.items():
-        own = dict(
-            checkpoint_dir=str(folder / name), keep_last=0, backup_dir="", max_minutes=0.0, artifacts=keep
-        )
-        configs[name] = dataclasses.replace(config, **own | dict(untrained_control=False) | changes)
+        own = dict(checkpoint_dir=str(folder / name), keep_last=0, backup_dir="", max_minutes=0.0)
+        own |= dict(artifacts=keep, untrained_control=False)
+        configs[name] = dataclasses.replace(config, **own | changes)
 
     def done():
         rows = {row["run"]: row for row in read_results(path) if row["run"] in runs}
@@ -173,9 +171,8 @@ def require_same(name, before, now):
     before, now = meaning(before), meaning(now)
     changed = [key for key in before | now if before.get(key) != now.get(key)]
     if changed:
-        raise UserError(
-            f"{name} was made with other settings ({', '.join(changed)}): choose another --results."
-        )
+        others = ", ".join(changed)
+        raise UserError(f"{name} was made with other settings ({others}): choose another --results.")
 
 
 def page_lines(comparison, tuning, pictures):
@@ -255,12 +252,10 @@ def flags(parser):
     tokens = dict(type=whole_numbers("--tokens"), default=(100_000,), help="training tokens, comma-separated")
     parser.add_argument("--tokens", **tokens)
     parser.add_argument(
-        "--results", type=expanded, default="results", help="folder of the figures, one row a run"
+        "--results", type=expanded, default="results", help="folder of the rows, pictures, page"
     )
-    kept = "keep models, pictures, tables of the runs made, in checkpoint_dir/RUN"
-    parser.add_argument("--keep", action="store_true", help=kept)
-    tune_help = "choose each arm's learning rate and dropout, from a grid"
-    parser.add_argument("--tune", action="store_true", help=tune_help)
+    parser.add_argument("--keep", action="store_true", help="keep models and pictures, in checkpoint_dir/RUN")
+    parser.add_argument("--tune", action="store_true", help="choose each arm's rate and dropout, from a grid")
     parser.add_argument("--report", action="store_true", help="train nothing, make tables and pictures")
 
 

@@ -2,12 +2,12 @@
 
 import dataclasses
 import json
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from config import ResidualConfig
+from newllm.config import parse_args
 from newllm.errors import UserError
 from newllm.report.compare import Comparison, append_row, read_results
 from newllm.saving.stop import Stopped
@@ -16,17 +16,10 @@ from scripts import compare, report
 ROOT = Path(__file__).parent.parent
 
 
-def arguments(tmp_path, **changes):
-    given = dict(
-        arms="all",
-        seeds=1,
-        tokens=(288,),
-        results=str(tmp_path / "results"),
-        tune=False,
-        report=False,
-        keep=False,
-    )
-    return Namespace(**given | changes)
+def arguments(tmp_path, *flags):
+    """Of the command, by default for one seed at 12 samples."""
+    given = ["--seeds", "1", "--tokens", "288", "--results", str(tmp_path / "results"), *flags]
+    return parse_args(ResidualConfig, given, extra=compare.flags)[1]
 
 
 @pytest.fixture
@@ -67,8 +60,8 @@ def test_every_arm_trains_and_has_its_row(small, tmp_path, trained, capsys):
 
 def test_what_is_asked_for_is_kept(small, tmp_path, trained, capsys):
     """With keep: model, pictures and summary in a folder that report takes; without it the record alone."""
-    compare.main(small, arguments(tmp_path, arms="gru"))
-    compare.main(small, arguments(tmp_path, arms="gru,token", keep=True))
+    compare.main(small, arguments(tmp_path, "--arms", "gru"))
+    compare.main(small, arguments(tmp_path, "--arms", "gru,token", "--keep"))
     assert not list(Path(small.checkpoint_dir).glob("gru-12-0/*/models/*"))
     kept = Path(small.checkpoint_dir) / "token-12-0"
     for pattern in ("models/*.pth", "outputs/plots/*.png", "outputs/*.html", "logs/training_summary_*.txt"):
@@ -80,18 +73,17 @@ def test_what_is_asked_for_is_kept(small, tmp_path, trained, capsys):
 
 def test_more_arms_and_seeds_keep_what_is_made_and_other_settings_are_refused(small, tmp_path, trained):
     """From an empty checkpoint_dir too, only what is missing is trained; a row with other settings is refused by name."""
-    compare.main(small, arguments(tmp_path, arms="token"))
+    compare.main(small, arguments(tmp_path, "--arms", "token"))
     elsewhere = dataclasses.replace(small, checkpoint_dir=str(tmp_path / "elsewhere"))
-    compare.main(elsewhere, arguments(tmp_path, arms="token,window", seeds=2))
+    compare.main(elsewhere, arguments(tmp_path, "--arms", "token,window", "--seeds", "2"))
     made = [(config.model_type, config.seed) for config in trained]
     assert made == [("token", 0), ("window", 0), ("token", 1), ("window", 1)]
     text = tmp_path / "another.jsonl"
     text.write_bytes(Path(small.data_source).read_bytes())
-    for changes in (dict(phase2_epochs=2), dict(data_source=str(text))):
-        with pytest.raises(
-            UserError, match=rf"token-12-0 was made with other settings \({next(iter(changes))}\)"
-        ):
-            compare.main(dataclasses.replace(elsewhere, **changes), arguments(tmp_path, arms="token"))
+    for name, value in (("phase2_epochs", 2), ("data_source", str(text))):
+        other = dataclasses.replace(elsewhere, **{name: value})
+        with pytest.raises(UserError, match=rf"token-12-0 was made with other settings \({name}\)"):
+            compare.main(other, arguments(tmp_path, "--arms", "token"))
 
 
 def test_a_stop_leaves_no_row_and_another_process_may_have_made_the_run(small, tmp_path, monkeypatch):
@@ -108,7 +100,7 @@ def test_a_stop_leaves_no_row_and_another_process_may_have_made_the_run(small, t
 
     monkeypatch.setattr(compare, "call_apart", call_apart)
     with pytest.raises(Stopped):
-        compare.main(config, arguments(tmp_path, arms="token,gru,window"))
+        compare.main(config, arguments(tmp_path, "--arms", "token,gru,window"))
     assert [row["run"] for row in read_results(path)] == ["gru-12-0", "token-12-0"]
 
 
@@ -116,11 +108,11 @@ def test_tuning_uses_training_dialogues_alone_and_its_choice_is_used(small, tmp_
     """Points are judged on a share of the training samples; the best is taken by the next runs."""
     monkeypatch.setattr(compare, "GRID", dict(phase2_learning_rate=(0.002, 0.02), dropout=(0.0,)))
     monkeypatch.setattr(compare, "TUNING_START", (0.002, 0.0))
-    compare.main(small, arguments(tmp_path, arms="token", tune=True))
+    compare.main(small, arguments(tmp_path, "--arms", "token", "--tune"))
     points = read_results(tmp_path / "results" / "tuning.jsonl")
     assert len(points) == 2 and all(len(point["val_sample_nats"]) == round(0.2 * 12) for point in points)
     best = min(points, key=lambda point: point["val_loss"])
-    compare.main(small, arguments(tmp_path, arms="token"))
+    compare.main(small, arguments(tmp_path, "--arms", "token"))
     (row,) = read_results(tmp_path / "results" / "results.jsonl")
     assert row["changes"]["phase2_learning_rate"] == best["changes"]["phase2_learning_rate"]
 
@@ -137,7 +129,7 @@ def test_the_walk_over_the_grid_ends_where_no_neighbour_is_better(small, tmp_pat
             append_row(path, row | {"val_loss": loss, "val_ppl": 2 + loss})
 
     monkeypatch.setattr(compare, "make", make)
-    compare.main(small, arguments(tmp_path, arms="gru,phase1_w1", tune=True))
+    compare.main(small, arguments(tmp_path, "--arms", "gru,phase1_w1", "--tune"))
     chosen = compare.choose(read_results(tmp_path / "results" / "tuning.jsonl"))
     assert chosen == {(12, "gru"): dict(phase2_learning_rate=0.0005, dropout=0.15)}
     assert f"| 12 | gru | 0.0005 | 0.15 | 2.0 | {len(tried)} |" in capsys.readouterr().out
@@ -153,10 +145,8 @@ def test_the_page_of_results_is_what_its_rows_say():
     written = (ROOT / "docs" / "results.md").read_text().partition(compare.MARK)[2]
     assert written.split("\n") == ["", "", *lines, ""]
     for name, count in ((compare.ROWS, len(rows)), (compare.TUNING_ROWS, len(tuning))):
-        stored = (ROOT / "results" / name).read_text().splitlines()
-        assert len(stored) == count and all(
-            list(json.loads(line)) == sorted(json.loads(line)) for line in stored
-        )
+        stored = [json.loads(line) for line in (ROOT / "results" / name).read_text().splitlines()]
+        assert len(stored) == count and all(list(row) == sorted(row) for row in stored)
 
 
 def test_what_cannot_be_is_one_sentence(small, tmp_path):
@@ -164,4 +154,4 @@ def test_what_cannot_be_is_one_sentence(small, tmp_path):
     with pytest.raises(UserError, match="there is no arm 'gpt'"):
         compare.chosen_arms("gru,gpt")
     with pytest.raises(UserError, match="there are no results in"):
-        compare.main(small, arguments(tmp_path, report=True))
+        compare.main(small, arguments(tmp_path, "--report"))

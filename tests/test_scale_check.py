@@ -16,10 +16,9 @@ from config import ResidualConfig
 from newllm.saving.stop import EXIT_STATUS
 
 ROOT = Path(__file__).parent.parent
-TOKENS = 24  # a sample
 
 
-def test_the_scale_check_exits_by_its_criteria_and_leaves_a_run(tiny_settings):
+def test_the_scale_check_exits_by_its_criteria_and_leaves_a_run(tiny_settings, capsys):
     """`python3 test.py` prints the table with the untrained column; once more, the complete run reports at once."""
     done = run("test.py", tiny_settings)
     assert "criterion" in done.stdout and "untrained" in done.stdout, done.stderr
@@ -27,18 +26,24 @@ def test_the_scale_check_exits_by_its_criteria_and_leaves_a_run(tiny_settings):
     assert ("FAIL" in done.stdout) == (done.returncode == 1)
     again = run("test.py", tiny_settings)
     assert again.returncode == done.returncode and "== Phase" not in again.stdout
-    peaks = [re.search(r"peak memory, MB +\| +([\d.]+)", text)[1] for text in (done.stdout, again.stdout)]
-    assert peaks[0] == peaks[1]
+    peaks = [
+        float(re.search(r"peak memory, MB +\| +([\d.]+)", text)[1]) for text in (done.stdout, again.stdout)
+    ]
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.1)  # of the run, not of the process that reports it
+
+
+def test_the_peak_of_a_complete_run_is_that_of_its_training(tiny_settings, monkeypatch):
+    """Not that of the process which reports it again."""
+    monkeypatch.setattr(train, "peak_memory_mb", lambda: 5000.0)
+    train.main(ResidualConfig(**tiny_settings | dict(model_type="gru")))
+    monkeypatch.setattr(train, "peak_memory_mb", lambda: 400.0)
+    assert train.main(ResidualConfig(**tiny_settings | dict(model_type="gru")))["peak_memory_mb"] == 5000.0
 
 
 def test_an_untrained_network_fails_the_criteria(tiny_settings):
     """The figures of the untrained network, put in the trained ones' place, fail every gate that asks for training."""
     summary = train.main(ResidualConfig(**tiny_settings))
-    untrained = summary | {
-        "phase1_steps": 0,
-        "phase1_param_change": 0.0,
-        "val_ppl": summary[scale_check.CONTROL],
-    }
+    untrained = summary | dict(phase1_steps=0, phase1_param_change=0.0, val_ppl=summary[scale_check.CONTROL])
     untrained |= {key: summary[f"{key}_untrained"] for key in summary if f"{key}_untrained" in summary}
     failed = {label for label, *_, verdict in scale_check.check(untrained) if verdict == "FAIL"}
     assert {
@@ -48,12 +53,7 @@ def test_an_untrained_network_fails_the_criteria(tiny_settings):
 
 
 @pytest.mark.parametrize(
-    (
-        "changes",
-        "phase1",
-        "untrained",
-        "phase2",
-    ),  # whether Phase 1, untrained contexts and Phase 2 have gates
+    "changes, phase1, untrained, phase2",  # whether Phase 1, untrained contexts and Phase 2 have gates
     [
         (dict(untrained_control=False), True, False, True),
         (dict(model_type="gru"), False, False, True),
@@ -65,9 +65,7 @@ def test_an_untrained_network_fails_the_criteria(tiny_settings):
     ],
     ids=str,
 )
-def test_every_setting_ends_in_a_table(
-    tiny_settings, monkeypatch, capsys, changes, phase1, untrained, phase2
-):
+def test_every_run_ends_in_a_table(tiny_settings, monkeypatch, capsys, changes, phase1, untrained, phase2):
     """The gates whose figures the run has, rows of a ladder with blanks for the others, a verdict; never a traceback."""
     monkeypatch.setattr(scale_check, "call_apart", lambda function, config: function(config))
     ladder = (6, 12) if changes in (dict(model_type="gru"), dict(phase="1")) else ()
@@ -85,32 +83,23 @@ def test_every_setting_ends_in_a_table(
     assert bool(plots) == bool(ladder) and out.count("== ") >= 2 * bool(ladder)
 
 
-def test_what_does_not_fit_is_a_sentence_before_anything_is_trained(tiny_settings):
-    """Whitening contexts that are fine-tuned."""
-    done = run("test.py", tiny_settings, "--whiten_context")
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "epoch" not in done.stdout
-
-
 def summary(config, **more):
     """An invented summary whose time and memory are lines in the tokens, and which passes all gates."""
     tokens = config.train_tokens
     shares = dict.fromkeys(("er_train", "er_val", "converged_ratio"), 0.97)
     untrained = {f"{key}_untrained": 0.7 for key in shares} | {"cold_start_error_10_untrained": 1.0}
-    figures = dict(
-        cold_start_error_10=0.01, val_ppl=300.0, val_ppl_bigram=310.0, val_ppl_untrained_context=320.0
-    )
+    figures = dict(cold_start_error_10=0.01, val_ppl=300.0, val_ppl_bigram=310.0) | {
+        scale_check.CONTROL: 320.0
+    }
     sizes = dict(train_tokens=tokens, seconds=10 + tokens / 100, peak_memory_mb=500 + tokens / 50)
-    phase1 = dict(
-        phase1_steps=9, phase1_param_change=0.5, sweeps_to_convergence=None, tok_per_s_phase1=6543.0
-    )
+    phase1 = dict(phase1_steps=9, phase1_param_change=1, sweeps_to_convergence=None, tok_per_s_phase1=6543.0)
     return shares | untrained | figures | sizes | phase1 | dict(data_source="x", tokenizer="bpe") | more
 
 
 def test_a_fail_says_what_it_means_and_final_diff_where_it_went(tiny_settings, monkeypatch, capsys):
     """Under the table; nothing about failing where nothing failed; a gate that everybody passes says so."""
-    monkeypatch.setattr(
-        train, "main", lambda config: summary(config, cold_start_error_10=0.5, er_val_untrained=0.8)
-    )
+    missed = dict(cold_start_error_10=0.5, er_val_untrained=0.8)
+    monkeypatch.setattr(train, "main", lambda config: summary(config, **missed))
     assert scale_check.main(ResidualConfig(**tiny_settings)) is False
     out = capsys.readouterr().out
     assert "final_diff: " in out and "cold-start error" in out and "FAIL: at least one figure" in out
@@ -130,14 +119,11 @@ def test_budgets_are_made_and_their_growth_is_printed_and_drawn(tiny_settings, m
     assert [run.num_samples for run in made] == [100, 200, 400] and {run.max_minutes for run in made} == {0.0}
     assert {run.checkpoint_dir for run in made} == {config.checkpoint_dir}
     assert out.startswith("note: num_samples 12 has no effect")
-    assert "time = 10.0 s + 10 s per 1,000 tokens, R^2 1.0000" in out
-    assert "peak memory = 500.0 MB + 20 MB per 1,000 tokens, R^2 1.0000" in out
-    assert "tokens x4.0, time x3.1, peak memory x1.26" in out
-    header, row = (line for line in out.splitlines() if line.startswith(("tokens |", "9,600")))
-    columns = zip(*([cell.strip() for cell in line.split("|")] for line in (header, row)), strict=True)
-    found = dict(columns)
-    assert (found["seconds"], found["Phase 1 tok/s"], found["Phase 2 tok/s"]) == ("106", "6,543", "")
-    assert (found["sweeps"], found["check"]) == ("never", "PASS")
+    assert "time = 10.0 s + 10 s per 1,000 tokens, R^2 1.0000" in out and "tokens x4.0, time x3.1" in out
+    (row,) = (
+        [cell.strip() for cell in line.split("|")] for line in out.splitlines() if line.startswith("9,600")
+    )
+    assert row[:5] == ["9,600", "106", "6,543", "", "692"] and row[9] == "never" and row[-1] == "PASS"
     (plot,) = Path(config.checkpoint_dir, "outputs", "plots").glob("scale_ladder_*.png")
     assert plot.stat().st_size > 10_000
 
@@ -156,7 +142,7 @@ def test_one_budget_has_no_growth_and_a_refused_picture_costs_no_verdict(tiny_se
 
 def ladder(settings):
     """`test.py --ladder` as a process."""
-    command = [sys.executable, "test.py", *as_flags(settings), "--ladder", "6,8,10"]
+    command = [sys.executable, "test.py", *as_flags(settings), "--ladder", "6,8"]
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     return subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
 
@@ -186,8 +172,8 @@ def test_stopped_in_its_second_budget_a_ladder_makes_only_what_is_missing(tiny_s
 
     process = ladder(tiny_settings)
     out, errors = process.communicate()
-    assert process.returncode in (0, 1) and out.count("criterion") == 3, errors
-    assert len(list(folder.glob("*/logs/metrics_*.jsonl"))) == 3  # a run made twice would have two records
+    assert process.returncode in (0, 1) and out.count("criterion") == 2, errors
+    assert len(list(folder.glob("*/logs/metrics_*.jsonl"))) == 2  # a run made twice would have two records
     losses = [run["metrics"]["val_loss"] for run in json.loads((folder / "series.json").read_text())["runs"]]
     alone = tiny_settings | dict(num_samples=8, checkpoint_dir=str(folder / "alone"))
     assert train.main(ResidualConfig(**alone))["val_loss"] == losses[1]

@@ -267,7 +267,9 @@ def budget_table(comparison, tokens):
 
 def markdown(rows):
     """Lines of a Markdown table, from dicts of cells by header; a row may lack some."""
-    header = list(max(rows, key=len, default=()))
+    if not rows:
+        return []
+    header = list(max(rows, key=len))
     cells = [[row.get(name, "") for name in header] for row in rows]
     return ["| " + " | ".join(map(str, line)) + " |" for line in (header, ["---"] * len(header), *cells)]
 
