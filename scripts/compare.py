@@ -177,9 +177,10 @@ def require_same(name, before, now):
 
 def page_lines(comparison, tuning, pictures):
     """What the page shows of the rows: claims, all arms by budget, each budget with its pictures, the grids' choices."""
-    lines = ["## Claims", "", *tables.claims_table(comparison), ""]
-    lines += ["## Held-out perplexity", ""]
-    lines += [*tables.perplexity_table(comparison, {arm: label for arm, (label, _) in ARMS.items()}), ""]
+    claims = tables.claims_table(comparison)
+    lines = ["## Claims", "", *claims, ""] if claims else []
+    labels = {arm: label for arm, (label, _) in ARMS.items()}
+    lines += ["## Held-out perplexity", "", *tables.perplexity_table(comparison, labels), ""]
     for tokens in reversed(comparison.budgets):
         lines += [f"## {tokens:,} tokens", "", *tables.budget_table(comparison, tokens), ""]
         lines += [f"![arms at {tokens:,} tokens]({pictures}/comparison_{tokens}.png)", ""]
@@ -210,7 +211,7 @@ def report(results):
     comparison = Comparison(rows)
     pictures = Path(os.path.relpath(results, page.parent)).as_posix()
     lines = page_lines(comparison, read_results(results / TUNING_ROWS), pictures)
-    above = page.read_text(encoding="utf-8").partition(MARK)[0] if page.exists() else ""
+    above = page.read_text(encoding="utf-8").partition(MARK)[0] if page.exists() else "# Results\n\n"
     write_text(page, "\n".join([above + MARK, "", *lines]) + "\n")
     for tokens in comparison.budgets:
         comparison_points(comparison, tokens, results / f"comparison_{tokens}.png")
