@@ -171,7 +171,8 @@ def run_stages(config, runtime, data, model, checkpointer, log, predicted_peak_m
         contexts = measure_contexts()
         log.say(context_line("untrained", checkpointer.results["untrained"]["contexts"]))
         log.say(context_line("phase 1", contexts))
-        checkpointer.complete("phase1", model, {"training": training, "contexts": contexts, "device": device})
+        results = {"training": training, "contexts": contexts, "device": device}
+        checkpointer.complete("phase1", model, results | {"peak_memory_mb": peak_memory_mb()})
         model.zero_grad()
         runtime.accelerator.free_memory()
         free_memory()
@@ -205,7 +206,7 @@ def run_stages(config, runtime, data, model, checkpointer, log, predicted_peak_m
             path = artifact_paths(log.folder.parent, config.model_type, log.run_id)["model"]
             with timed("saving"):
                 attempt(log, lambda: save_model(path, model, config, data.tokenizer, about))
-        checkpointer.complete("phase2", model, results)
+        checkpointer.complete("phase2", model, results | {"peak_memory_mb": peak_memory_mb()})
 
     unsaved = checkpointer.unsaved
     waited, written = checkpointer.saving_share
@@ -213,7 +214,7 @@ def run_stages(config, runtime, data, model, checkpointer, log, predicted_peak_m
         **identity(log.run_id, device, checkpointer),
         **summarize(config, data, checkpointer.results),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "peak_memory_mb": peak_memory_mb(),
+        "peak_memory_mb": highest_peak(checkpointer.results),
         "peak_memory_mb_predicted": predicted_peak_mb,
         "seconds": checkpointer.seconds,
         "saving_share": waited,
@@ -242,6 +243,11 @@ def identity(run_id, device, checkpointer):
         "device": results.get("device", device),
         "commit": provenance()["git_commit"],
     }
+
+
+def highest_peak(results):
+    """Peak memory in MB over the sessions that completed a stage and this one, which may have trained nothing."""
+    return max(peak_memory_mb(), *(stage.get("peak_memory_mb", 0.0) for stage in results.values()))
 
 
 def end_of(config, checkpointer):

@@ -19,7 +19,7 @@ from newllm.apart import call_apart
 from newllm.errors import exit_on_user_error
 from newllm.flags import parse_args
 from newllm.models.cross_entropy import CHUNK_ELEMENTS
-from newllm.report.criteria import table
+from newllm.report.compare import table
 from newllm.saving.stop import Interrupt
 from newllm.training.runtime import describe_device, open_runtime, peak_memory_mb
 from newllm.training.timing import Bench

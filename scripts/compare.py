@@ -1,19 +1,20 @@
 """The evidence: every arm at every seed and budget, then tables, pictures and verdicts.
 
     python3 -m scripts.compare --data_source dialogues.jsonl --tokenizer bpe --seeds 5 --tokens 6400,25000,100000
-    python3 -m scripts.compare --arms phase1_frozen,gru --seeds 3    # some arms; other settings are flags, as in train.py
-    python3 -m scripts.compare --tune --tokens 25000                 # each arm's rate and dropout, on a split of the training samples
-    python3 -m scripts.compare --report                              # tables and pictures from the results that are there
+    python3 -m scripts.compare --arms phase1_frozen,gru --seeds 3    # other settings are flags, as in train.py
+    python3 -m scripts.compare --tune --tokens 25000                 # rate and dropout, on a split of the training samples
+    python3 -m scripts.compare --report                              # tables and pictures from the rows that are there
 
-Each run leaves one small JSON file in `results/`, from which the tables are made, and with `--keep` what train.py leaves (model,
-pictures, page, summary) in `checkpoint_dir/RUN`: scripts.report and scripts.export take that folder by --checkpoint_dir. Cut off and started again, also with more
-arms, seeds or budgets, it makes what is missing there; a run in hand goes on from its own checkpoint. Several of these may share
-`results/` at a time, each with arms and a checkpoint_dir of its own.
+Each run leaves one row in `results/results.jsonl`, from which the tables are made, and with `--keep` what train.py leaves
+(model, pictures, page, summary) in `checkpoint_dir/RUN`: scripts.report and scripts.export take that folder by
+--checkpoint_dir. A run is done when its row is there: cut off and started again, also with more arms, seeds or budgets, it
+makes what is missing, and a run in hand goes on from its own checkpoint. Several of these may share `results/` at a time,
+each with arms and a checkpoint_dir of its own.
 """
 
 import dataclasses
 import itertools
-import json
+import os
 from pathlib import Path
 
 import train
@@ -22,140 +23,143 @@ from newllm.apart import call_apart
 from newllm.config import EARLIER, Range, expanded
 from newllm.errors import UserError, exit_on_user_error
 from newllm.flags import flag, parse_args
-from newllm.report.comparison import Comparison, markdown, read_json, read_result, read_results, write_report
+from newllm.report import compare as tables
+from newllm.report.compare import Comparison, append_row, markdown, read_results
 from newllm.report.pictures import comparison_points, context_curves
-from newllm.report.summary import plain
-from newllm.report.sweep import Sweep
+from newllm.report.series import make_series, whole_numbers
 from newllm.saving.compatibility import shaping
 from newllm.saving.files import usable_folder, write_text
-from newllm.saving.guard import Guard
 from newllm.saving.stop import Interrupt
 
 UNTRAINED = dict(phase1_max_iterations=0)
 FROZEN = dict(freeze_context=True)
-ARMS = {  # name: settings in which it differs from the settings of the command
-    "token": dict(model_type="token"),
-    "window": dict(model_type="window"),
-    "window_whitened": dict(model_type="window", whiten_context=True),
-    "untrained_frozen": UNTRAINED | FROZEN,
-    "untrained_whitened": UNTRAINED | FROZEN | dict(whiten_context=True),
-    "phase1_frozen": FROZEN,
-    "phase1_shuffled": FROZEN | dict(phase1_shuffle=True),
-    **{f"phase1_w{weight:g}": FROZEN | dict(dist_reg_weight=weight) for weight in (0.0, 0.1, 0.5, 0.9, 1.0)},
-    "phase1_finetuned": {},
-    "phase1_finetuned_gpt2": dict(tokenizer="gpt2"),  # other tokens: compare bits per byte
-    "end_to_end": UNTRAINED,
-    "gru": dict(model_type="gru"),
-    "lstm": dict(model_type="lstm"),
-    "transformer": dict(model_type="transformer"),
+ARMS = {  # name: what it is, and the settings in which it differs from those of the command
+    "token": ("the current token alone", dict(model_type="token")),
+    "window": ("a window: eight tokens and slow averages of all", dict(model_type="window")),
+    "window_whitened": ("the same window, whitened", dict(model_type="window", whiten_context=True)),
+    "untrained_frozen": ("untrained contexts, frozen", UNTRAINED | FROZEN),
+    "untrained_whitened": ("the same, whitened", UNTRAINED | FROZEN | dict(whiten_context=True)),
+    "phase1_frozen": ("Phase 1, frozen", FROZEN),
+    "phase1_shuffled": ("Phase 1 on shuffled tokens, frozen", FROZEN | dict(phase1_shuffle=True)),
+    "phase1_w0": ("Phase 1 without its regularizer, frozen", FROZEN | dict(dist_reg_weight=0.0)),
+    "phase1_w0.1": ("Phase 1 at regularizer weight 0.1, frozen", FROZEN | dict(dist_reg_weight=0.1)),
+    "phase1_w0.5": ("Phase 1 at regularizer weight 0.5, frozen", FROZEN | dict(dist_reg_weight=0.5)),
+    "phase1_w0.9": ("Phase 1 at regularizer weight 0.9, frozen", FROZEN | dict(dist_reg_weight=0.9)),
+    "phase1_w1": ("Phase 1 without consistency, frozen", FROZEN | dict(dist_reg_weight=1.0)),
+    "phase1_finetuned": ("Phase 1 and fine-tuning", {}),
+    "phase1_finetuned_gpt2": ("the same on GPT-2's tokens: compare bits per byte", dict(tokenizer="gpt2")),
+    "end_to_end": ("the same network end to end, without Phase 1", UNTRAINED),
+    "gru": ("GRU", dict(model_type="gru")),
+    "lstm": ("LSTM", dict(model_type="lstm")),
+    "transformer": ("Transformer (GPT-2's blocks)", dict(model_type="transformer")),
 }
-GRID = dict(
-    phase2_learning_rate=(0.0005, 0.001, 0.002, 0.004), dropout=(0.0, 0.15, 0.3, 0.5)
-)  # the same for every arm
+GRID = dict(phase2_learning_rate=(0.0005, 0.001, 0.002, 0.004), dropout=(0.0, 0.15, 0.3, 0.5))  # of every arm
 TUNING_START = (0.002, 0.3)
 TUNED_AS = {  # an ablation differs from its arm in one thing: it takes what that arm was tuned to
     **{arm: "phase1_frozen" for arm in ARMS if arm.startswith(("phase1_w", "phase1_shuffled"))},
     "phase1_finetuned_gpt2": "phase1_finetuned",
 }
 TUNE_SHARE, TUNE_SEED = 0.2, 1000  # neither the validation samples nor the seeds of the comparison
-TUNED = "tuned.json"
+ROWS, TUNING_ROWS = "results.jsonl", "tuning.jsonl"
+PROJECT = Path(__file__).resolve().parents[1]
+MARK = "<!-- What follows is made by `python3 -m scripts.compare --report`. -->"
 
 
 def plan(arms, seeds, budgets, tuned):
-    """{name of a run: its settings} for all arms, seeds and numbers of samples."""
+    """{name of a run: its arm, its settings} for all arms, seeds and numbers of samples."""
     runs = {}
     for samples, seed, arm in itertools.product(budgets, range(seeds), arms):
-        chosen = tuned.get(str(samples), {}).get(TUNED_AS.get(arm, arm), {})
-        runs[f"{arm}-{samples}-{seed}"] = dict(num_samples=samples, seed=seed) | ARMS[arm] | chosen
+        chosen = tuned.get((samples, TUNED_AS.get(arm, arm)), {})
+        runs[f"{arm}-{samples}-{seed}"] = arm, dict(num_samples=samples, seed=seed) | ARMS[arm][1] | chosen
     return runs
 
 
-def tune(config, arms, budgets, folder):
-    """Walk each arm's grid, from TUNING_START, until no neighbour of its best point is better on training dialogues held back.
+def tune(config, arms, budgets, path):
+    """Walk each arm's grid from TUNING_START until no neighbour of its best point is better on dialogues held back.
 
     Raises:
         UserError, Stopped: as `make`.
     """
     for samples, arm in itertools.product(budgets, [arm for arm in arms if arm not in TUNED_AS]):
-        split = ARMS[arm] | dict(num_samples=samples, tune_share=TUNE_SHARE, seed=TUNE_SEED)
+        split = ARMS[arm][1] | dict(num_samples=samples, tune_share=TUNE_SHARE, seed=TUNE_SEED)
         points = {TUNING_START}
         while points:
-            runs = {
-                "-".join([arm, str(samples), *(f"{value:g}" for value in point)]): split
-                | dict(zip(GRID, point, strict=True))
-                for point in sorted(points)
-            }
-            make(config, runs, folder)
-            made = [
-                r for r in read_results(folder) if r["arm"] == arm and r["changes"]["num_samples"] == samples
-            ]
-            best = min(made, key=lambda result: result["val_loss"])
-            points = neighbours(place(best)) - {place(result) for result in made}
+            runs = {}
+            for point in sorted(points):
+                name = "-".join([arm, str(samples), *(f"{value:g}" for value in point)])
+                runs[name] = arm, split | dict(zip(GRID, point, strict=True))
+            make(config, runs, path)
+            made = tried(read_results(path))[samples, arm]
+            points = neighbours(place(made[0])) - {place(row) for row in made}
 
 
-def place(result):
-    """The point of the grid at which a result was made."""
-    return tuple(result["changes"][name] for name in GRID)
+def place(row):
+    """The point of the grid at which a row was made."""
+    return tuple(row["changes"][name] for name in GRID)
 
 
 def neighbours(point):
-    """Points of the grid one step away along one axis."""
-    found = set()
+    """Points of the grid at most one step away, along one axis."""
+    near = set()
     for axis, values in enumerate(GRID.values()):
         at = values.index(point[axis])
-        for value in values[max(at - 1, 0) : at + 2]:
-            found.add((*point[:axis], value, *point[axis + 1 :]))
-    return found - {point}
+        near |= {(*point[:axis], value, *point[axis + 1 :]) for value in values[max(at - 1, 0) : at + 2]}
+    return near
 
 
-def make(config, runs, results, keep=False):
-    """Train what is missing; each run's figures go into a file of its own in the folder `results`, which says what is made.
+def tried(rows):
+    """{(samples, arm): its rows of the grid, the best on the tuning split first}."""
+    points = {}
+    for row in sorted(rows, key=lambda row: row["val_loss"]):
+        points.setdefault((row["changes"]["num_samples"], row["arm"]), []).append(row)
+    return points
+
+
+def choose(rows):
+    """{(samples, arm): settings at the best point of the grid}."""
+    return {key: dict(zip(GRID, place(best), strict=True)) for key, (best, *_) in tried(rows).items()}
+
+
+def make(config, runs, path, keep=False):
+    """Train what is missing; each run adds its row to the file, which says what is done.
 
     Args:
+        runs: {name: (arm, settings)}. path: of the file of rows.
         keep: whether runs leave their artefacts too, each in a folder of its own in checkpoint_dir.
 
     Raises:
-        UserError: `results` holds such a run with other settings, or a run failed.
+        UserError: the file holds such a run with other settings, or a run failed.
         Stopped: a signal or max_minutes ended the comparison early.
     """
     folder = usable_folder(config.checkpoint_dir, "checkpoint_dir")
-    shared = {name: value for name, value in shaping(config.to_dict(), "budget").items() if name != "seed"}
+    configs = {}
+    for name, (_, changes) in runs.items():
+        own = dict(checkpoint_dir=str(folder / name), keep_last=0, backup_dir="", max_minutes=0.0)
+        own |= dict(artifacts=keep, untrained_control=False)
+        configs[name] = dataclasses.replace(config, **own | changes)
 
-    def configured(name):
-        own = dict(
-            checkpoint_dir=str(folder / name), keep_last=0, backup_dir="", max_minutes=0.0, artifacts=keep
-        )
-        return dataclasses.replace(config, **own | dict(untrained_control=False) | runs[name])
+    def done():
+        rows = {row["run"]: row for row in read_results(path) if row["run"] in runs}
+        for name, row in rows.items():
+            require_same(f"{path}: {name}", EARLIER | row["settings"], configs[name].to_dict())
+        return rows
 
-    def made(name):
-        path = results / f"{name}.json"
-        if not path.exists():
-            return None
-        found, settings = read_result(path), meaning(configured(name).to_dict())
-        before = meaning(EARLIER | found["settings"])
-        if before != settings:
-            changed = [key for key in before | settings if before.get(key) != settings.get(key)]
-            raise UserError(
-                f"{path} was made with other settings ({', '.join(changed)}): choose another --results, or move it away."
-            )
-        return plain(found)
-
-    def work(run):
-        name = run["name"]
-        if found := made(name):  # in the meantime, by another process
-            return found
-        summary = call_apart(train.main, configured(name))
+    def work(name):
+        if name in done():  # in the meantime, by another process
+            return done()[name]
+        summary = call_apart(train.main, configs[name])
         summary["val_sample_nats"] = [round(nats, 3) for nats in summary["val_sample_nats"]]
-        result = {"arm": name.split("-")[0], "seed": configured(name).seed, "changes": runs[name]} | summary
-        write_text(
-            results / f"{name}.json",
-            json.dumps(result | {"settings": meaning(configured(name).to_dict())}) + "\n",
-        )
-        return plain(summary)
+        arm, changes = runs[name]
+        row = dict(run=name, arm=arm, seed=configs[name].seed, changes=changes) | summary
+        row["settings"] = meaning(configs[name].to_dict())
+        append_row(path, row)
+        for checkpoint in (*(folder / name).glob("model_*.pt"), folder / name / "manifest.json"):
+            checkpoint.unlink(missing_ok=True)
+        return row
 
-    with Interrupt(config.max_minutes), Guard(folder, "comparison"):
-        sizes = {name: configured(name).num_samples for name in runs}
-        Sweep(folder, shared, sizes, fresh=not config.load_checkpoint, made=made).finish(work)
+    with Interrupt(config.max_minutes):
+        places = {name: {"size": run.num_samples, "folder": name} for name, run in configs.items()}
+        make_series(folder, places, work, done())
 
 
 def meaning(settings):
@@ -163,59 +167,71 @@ def meaning(settings):
     return shaping(settings) | {"data_source": Path(settings["data_source"]).name}
 
 
-def choose(results):
-    """{number of samples, as text: {arm: its point of the grid with the lowest loss on the tuning split}}."""
-    best = {}
-    for result in results:
-        at = best.setdefault(str(result["changes"]["num_samples"]), {})
-        if result["arm"] not in at or result["val_loss"] < at[result["arm"]]["val_loss"]:
-            at[result["arm"]] = result
-    return {
-        samples: {arm: dict(zip(GRID, place(result), strict=True)) for arm, result in at.items()}
-        for samples, at in best.items()
-    }
+def require_same(name, before, now):
+    """Raise UserError where settings that shape a run's figures differ from those of its row."""
+    before, now = meaning(before), meaning(now)
+    changed = [key for key in before | now if before.get(key) != now.get(key)]
+    if changed:
+        others = ", ".join(changed)
+        raise UserError(f"{name} was made with other settings ({others}): choose another --results.")
 
 
-def tuning_rows(results):
-    """The best point of the grid for each number of samples and arm, its perplexity on the tuning split, points tried."""
-    tried = {}
-    for result in sorted(results, key=lambda result: result["val_loss"]):
-        tried.setdefault((result["changes"]["num_samples"], result["arm"]), []).append(result)
-    for (samples, arm), (best, *others) in sorted(tried.items()):
-        yield (
-            samples,
-            arm,
-            *(f"{value:g}" for value in place(best)),
-            f"{best['val_ppl']:.1f}",
-            1 + len(others),
-        )
+def page_lines(comparison, tuning, pictures):
+    """What the page shows of the rows: claims, all arms by budget, each budget with its pictures, the grids' choices."""
+    claims = tables.claims_table(comparison)
+    lines = ["## Claims", "", *claims, ""] if claims else []
+    labels = {arm: label for arm, (label, _) in ARMS.items()}
+    lines += ["## Held-out perplexity", "", *tables.perplexity_table(comparison, labels), ""]
+    for tokens in reversed(comparison.budgets):
+        lines += [f"## {tokens:,} tokens", "", *tables.budget_table(comparison, tokens), ""]
+        lines += [f"![arms at {tokens:,} tokens]({pictures}/comparison_{tokens}.png)", ""]
+        lines += [f"![contexts at {tokens:,} tokens]({pictures}/contexts_{tokens}.png)", ""]
+    return lines + (["## What each arm was tuned to", "", *tuning_table(tuning)] if tuning else [])
+
+
+def tuning_table(rows):
+    """Markdown: the best point of the grid for each number of samples and arm, and how many were tried."""
+    chosen = []
+    for (samples, arm), made in sorted(tried(rows).items()):
+        point = {name: f"{value:g}" for name, value in zip(GRID, place(made[0]), strict=True)}
+        figures = {"perplexity on the tuning split": f"{made[0]['val_ppl']:.1f}", "points tried": len(made)}
+        chosen.append({"samples": samples, "arm": arm} | point | figures)
+    return markdown(chosen)
+
+
+def report(results):
+    """Make and print the tables, draw the pictures; the project's own page is docs/results.md, which has a text above.
+
+    Raises:
+        UserError: there are no rows.
+    """
+    rows = read_results(results / ROWS)
+    if not rows:
+        raise UserError(f"there are no results in {results}: run scripts.compare without --report first.")
+    page = PROJECT / "docs" / "results.md" if results == PROJECT / "results" else results / "comparison.md"
+    comparison = Comparison(rows)
+    pictures = Path(os.path.relpath(results, page.parent)).as_posix()
+    lines = page_lines(comparison, read_results(results / TUNING_ROWS), pictures)
+    above = page.read_text(encoding="utf-8").partition(MARK)[0] if page.exists() else "# Results\n\n"
+    write_text(page, "\n".join([above + MARK, "", *lines]) + "\n")
+    for tokens in comparison.budgets:
+        comparison_points(comparison, tokens, results / f"comparison_{tokens}.png")
+        context_curves(comparison, tokens, results / f"contexts_{tokens}.png")
+    print("\n".join([*lines, f"page: {page}"]))
 
 
 def main(config, arguments):
     """Make what is missing, choose or report."""
     arms, results = chosen_arms(arguments.arms), usable_folder(arguments.results, "results")
-    budgets = [tokens // config.max_seq_length for tokens in whole_numbers(arguments.tokens)]
+    budgets = [tokens // config.max_seq_length for tokens in arguments.tokens]
     if arguments.tune:
-        folder = usable_folder(results / "tuning", "results")
-        tune(config, arms, budgets, folder)
-        tuned = choose(read_results(folder))
-        write_text(results / TUNED, json.dumps(tuned, indent=1) + "\n")
-        print(
-            "\n".join(
-                markdown(
-                    ("samples", "arm", *GRID, "val ppl", "points tried"), tuning_rows(read_results(folder))
-                )
-            )
-        )
+        tune(config, arms, budgets, results / TUNING_ROWS)
+        print("\n".join(tuning_table(read_results(results / TUNING_ROWS))))
         return
     if not arguments.report:
-        tuned = read_json(results / TUNED) if (results / TUNED).exists() else {}
-        make(config, plan(arms, arguments.seeds, budgets, tuned), results, arguments.keep)
-    comparison = Comparison(read_results(results))
-    print("\n".join(write_report(comparison, results)))
-    for tokens in comparison.budgets:
-        comparison_points(comparison, tokens, results / f"comparison_{tokens}.png")
-        context_curves(comparison, tokens, results / f"contexts_{tokens}.png")
+        tuned = choose(read_results(results / TUNING_ROWS))
+        make(config, plan(arms, arguments.seeds, budgets, tuned), results / ROWS, arguments.keep)
+    report(results)
 
 
 def chosen_arms(text):
@@ -225,39 +241,23 @@ def chosen_arms(text):
         UserError: there is no such arm.
     """
     arms = list(ARMS) if text == "all" else text.split(",")
-    if unknown := [arm for arm in arms if arm not in ARMS]:
-        raise UserError(f"there is no arm '{unknown[0]}': choose from {', '.join(ARMS)}.")
+    for arm in arms:
+        if arm not in ARMS:
+            raise UserError(f"there is no arm '{arm}': choose from {', '.join(ARMS)}.")
     return arms
-
-
-def whole_numbers(text):
-    """Numbers from "6400,100000".
-
-    Raises:
-        UserError: something else is among them.
-    """
-    try:
-        return [int(word.replace("_", "")) for word in text.split(",")]
-    except ValueError:
-        raise UserError(f"--tokens takes numbers with commas between them, not '{text}'.") from None
 
 
 def flags(parser):
     """The command's own flags."""
     parser.add_argument("--arms", default="all", help=f"comma-separated, of {', '.join(ARMS)}")
     parser.add_argument("--seeds", type=flag("seeds", int, Range(1)), default=5, help="seeds 0 ... N-1")
-    parser.add_argument("--tokens", default="100000", help="training tokens, comma-separated")
+    tokens = dict(type=whole_numbers("--tokens"), default=(100_000,), help="training tokens, comma-separated")
+    parser.add_argument("--tokens", **tokens)
     parser.add_argument(
-        "--results", type=expanded, default="results", help="folder of the figures, one small file a run"
+        "--results", type=expanded, default="results", help="folder of the rows, pictures, page"
     )
-    parser.add_argument(
-        "--keep",
-        action="store_true",
-        help="keep models, pictures, tables of the runs made, in checkpoint_dir/RUN",
-    )
-    parser.add_argument(
-        "--tune", action="store_true", help="choose each arm's learning rate and dropout, from a grid"
-    )
+    parser.add_argument("--keep", action="store_true", help="keep models and pictures, in checkpoint_dir/RUN")
+    parser.add_argument("--tune", action="store_true", help="choose each arm's rate and dropout, from a grid")
     parser.add_argument("--report", action="store_true", help="train nothing, make tables and pictures")
 
 

@@ -22,7 +22,7 @@ from config import ResidualConfig
 from newllm.apart import call_apart
 from newllm.errors import exit_on_user_error
 from newllm.flags import parse_args
-from newllm.report.criteria import table
+from newllm.report.compare import table
 from newllm.saving.stop import Interrupt
 from newllm.training.memory_estimate import left_out, libraries_mb, moments, vocabulary
 from newllm.training.runtime import describe_device, memory_of, open_runtime

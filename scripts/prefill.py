@@ -32,7 +32,7 @@ from newllm.memory import is_out_of_memory
 from newllm.models.baselines import build_model
 from newllm.models.pretrained import load_embedding
 from newllm.progress import Progress
-from newllm.report.criteria import table
+from newllm.report.compare import table
 from newllm.report.pictures import prefill_speed
 from newllm.report.record import new_run_id
 from newllm.saving.trained import load_trained

@@ -15,7 +15,7 @@ from config import ResidualConfig
 from newllm.config import expanded
 from newllm.errors import UserError, exit_on_user_error
 from newllm.flags import Parser
-from newllm.report.criteria import table
+from newllm.report.compare import table
 from newllm.report.page import artifact_paths, write_artifacts
 from newllm.report.pictures import COUNTED, REFERENCE, TRAINED, TRAINING_DATA, UNTRAINED, figure
 from newllm.report.record import complete, find_run, format_value, read_status, runs_in

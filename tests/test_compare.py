@@ -1,172 +1,161 @@
-"""The comparison on a tiny corpus: every arm trains, resumes as a sweep, and ends in a table."""
+"""The comparison on a tiny corpus: every arm trains, goes on where it was cut off, and ends in a table."""
 
 import dataclasses
 import json
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 
 from config import ResidualConfig
 from newllm.errors import UserError
+from newllm.flags import parse_args
+from newllm.report.compare import Comparison, append_row, read_results
+from newllm.saving.stop import Stopped
 from scripts import compare, report
 
+ROOT = Path(__file__).parent.parent
 
-def arguments(tmp_path, **changes):
-    plain = dict(
-        arms="all",
-        seeds=1,
-        tokens="288",
-        results=str(tmp_path / "results"),
-        tune=False,
-        report=False,
-        keep=False,
-    )
-    return Namespace(**plain | changes)
+
+def arguments(tmp_path, *flags):
+    """Of the command, by default for one seed at 12 samples."""
+    given = ["--seeds", "1", "--tokens", "288", "--results", str(tmp_path / "results"), *flags]
+    return parse_args(ResidualConfig, given, extra=compare.flags)[1]
 
 
 @pytest.fixture
-def here(monkeypatch):
-    """Runs in this process: the arms are what is tested, not the processes."""
-    monkeypatch.setattr(compare, "call_apart", lambda function, *given: function(*given))
+def trained(monkeypatch):
+    """Runs in this process, as the arms are what is tested; the configurations of those that trained."""
+    configs = []
+    monkeypatch.setattr(compare, "call_apart", lambda main, config: configs.append(config) or main(config))
+    return configs
 
 
-def test_every_arm_trains_and_has_its_row(tiny_settings, tmp_path, here, capsys):
-    """All arms, one seed; files, table, picture; asked again, nothing is trained again."""
-    config = ResidualConfig(**tiny_settings | dict(context_dim=24, embed_dim=16, phase2_epochs=2))
-    compare.main(config, arguments(tmp_path))
-    results = Path(tmp_path / "results")
-    assert {path.name for path in results.glob("*.json")} == {f"{arm}-12-0.json" for arm in compare.ARMS}
-    losses = {}
-    for path in results.glob("*.json"):
-        found = json.loads(path.read_text())
-        losses[found["arm"]] = found["val_loss"]
-        assert len(found["val_sample_nats"]) == 6
-        assert sum(found["val_sample_nats"]) / 6 / 24 == pytest.approx(found["val_loss"], rel=1e-3)
-    assert len(set(losses.values())) == len(losses)  # no two arms are the same run under two names
-    lines = (results / "comparison.md").read_text()
-    assert all(f"| {arm} |" in lines for arm in compare.ARMS) and "| (kn) |" in lines
-    assert (results / "comparison_288.png").exists()
-    capsys.readouterr()
-    compare.main(config, arguments(tmp_path))
-    assert "epoch" not in capsys.readouterr().out
+@pytest.fixture
+def small(tiny_settings):
+    """A configuration of runs that take half a second."""
+    return ResidualConfig(**tiny_settings | dict(phase2_epochs=1, phase1_max_iterations=1))
 
 
-def test_a_result_says_where_it_comes_from_and_keeps_what_is_asked_for(tiny_settings, tmp_path, here, capsys):
-    """Run, device, date and commit in each file; with keep the model, pictures and summary in a folder that report takes."""
-    config = ResidualConfig(**tiny_settings | dict(phase2_epochs=1))
-    compare.main(config, arguments(tmp_path, arms="gru"))
-    folder = Path(config.checkpoint_dir) / "gru-12-0"
-    assert not list(folder.glob("*/models/*"))
-    compare.main(config, arguments(tmp_path, arms="gru,token", keep=True))
-    for name in ("gru", "token"):
-        found = json.loads((tmp_path / "results" / f"{name}-12-0.json").read_text())
+def test_every_arm_trains_and_has_its_row(small, tmp_path, trained, capsys):
+    """All arms, one seed: rows, page, pictures; asked again, nothing is trained again."""
+    config = dataclasses.replace(small, context_dim=24, phase1_max_iterations=3)
+    arms = [
+        arm for arm in compare.ARMS if not arm.startswith("phase1_w0.")
+    ]  # as phase1_w1, but for the number
+    given = arguments(tmp_path, "--arms", ",".join(arms))
+    compare.main(config, given)
+    folder = tmp_path / "results"
+    rows = read_results(folder / "results.jsonl")
+    assert [row["run"] for row in rows] == [f"{arm}-12-0" for arm in arms]
+    assert len({row["val_loss"] for row in rows}) == len(rows)  # no two arms are the same run under two names
+    for row in rows:
+        assert sum(row["val_sample_nats"]) / 6 / 24 == pytest.approx(row["val_loss"], rel=1e-3)
         assert (
-            found["device"].startswith("CPU, ")
-            and found["date"] > "2026"
-            and {"run_id", "commit"} <= found.keys()
+            row["device"].startswith("CPU, ") and row["date"] > "2026" and {"run_id", "commit"} <= row.keys()
         )
-    kept = Path(config.checkpoint_dir) / "token-12-0"
+    page = (folder / "comparison.md").read_text()
+    assert all(f"| {arm} |" in page for arm in arms) and "| (kn) |" in page and "## Claims" in page
+    assert {path.name for path in folder.glob("*.png")} == {"comparison_288.png", "contexts_288.png"}
+    assert not list(Path(config.checkpoint_dir).glob("*/model_*.pt"))
+    trained.clear()
+    compare.main(config, given)
+    assert not trained and (folder / "comparison.md").read_text() == page
+
+
+def test_what_is_asked_for_is_kept(small, tmp_path, trained, capsys):
+    """With keep: model, pictures and summary in a folder that report takes; without it the record alone."""
+    compare.main(small, arguments(tmp_path, "--arms", "gru"))
+    compare.main(small, arguments(tmp_path, "--arms", "gru,token", "--keep"))
+    assert not list(Path(small.checkpoint_dir).glob("gru-12-0/*/models/*"))
+    kept = Path(small.checkpoint_dir) / "token-12-0"
     for pattern in ("models/*.pth", "outputs/plots/*.png", "outputs/*.html", "logs/training_summary_*.txt"):
         assert len(list(kept.glob(f"*/{pattern}"))) == 1
-    assert not list(kept.glob("model_*.pt"))
     capsys.readouterr()
     report.main(["--checkpoint_dir", str(kept)])
     assert "Found 1 model checkpoints" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"only those of other commands.*gru-12-0, .*token-12-0"):
-        report.main(["--checkpoint_dir", config.checkpoint_dir])
 
 
-def test_more_arms_and_seeds_keep_what_is_made(tiny_settings, tmp_path, here, monkeypatch):
-    """Extended, from an empty checkpoint_dir too, only what is missing is trained; other settings are refused by name."""
-    trained = []
-    monkeypatch.setattr(
-        compare, "call_apart", lambda function, config: trained.append(config) or function(config)
-    )
-    config = ResidualConfig(**tiny_settings | dict(phase2_epochs=1))
-    compare.main(config, arguments(tmp_path, arms="token"))
-    elsewhere = ResidualConfig(
-        **tiny_settings | dict(phase2_epochs=1, checkpoint_dir=str(tmp_path / "elsewhere"))
-    )
-    compare.main(elsewhere, arguments(tmp_path, arms="token,window", seeds=2))
-    assert [(c.model_type, c.seed) for c in trained] == [
-        ("token", 0),
-        ("window", 0),
-        ("token", 1),
-        ("window", 1),
-    ]
-    other = ResidualConfig(**tiny_settings | dict(phase2_epochs=2, checkpoint_dir=str(tmp_path / "other")))
-    with pytest.raises(UserError, match=r"token-12-0\.json was made with other settings \(phase2_epochs\)"):
-        compare.main(other, arguments(tmp_path, arms="token"))
+def test_more_arms_and_seeds_keep_what_is_made_and_other_settings_are_refused(small, tmp_path, trained):
+    """From an empty checkpoint_dir too, only what is missing is trained; a row with other settings is refused by name."""
+    compare.main(small, arguments(tmp_path, "--arms", "token"))
+    elsewhere = dataclasses.replace(small, checkpoint_dir=str(tmp_path / "elsewhere"))
+    compare.main(elsewhere, arguments(tmp_path, "--arms", "token,window", "--seeds", "2"))
+    made = [(config.model_type, config.seed) for config in trained]
+    assert made == [("token", 0), ("window", 0), ("token", 1), ("window", 1)]
     text = tmp_path / "another.jsonl"
-    text.write_bytes(Path(config.data_source).read_bytes())
-    other = dataclasses.replace(elsewhere, data_source=str(text), checkpoint_dir=str(tmp_path / "third"))
-    with pytest.raises(UserError, match=r"other settings \(data_source\)"):
-        compare.main(other, arguments(tmp_path, arms="token"))
+    text.write_bytes(Path(small.data_source).read_bytes())
+    for name, value in (("phase2_epochs", 2), ("data_source", str(text))):
+        other = dataclasses.replace(elsewhere, **{name: value})
+        with pytest.raises(UserError, match=rf"token-12-0 was made with other settings \({name}\)"):
+            compare.main(other, arguments(tmp_path, "--arms", "token"))
 
 
-def test_files_that_are_not_what_they_should_be_are_refused(tiny_settings, tmp_path, here):
-    """A torn choice of the grid, a file that is no result: a sentence each, and the file stays."""
-    results = tmp_path / "results"
-    results.mkdir()
-    for name, content, sentence in (
-        ("tuned.json", "{", r"tuned\.json cannot be read"),
-        ("tuned.json", "3", r"tuned\.json cannot be read"),
-        ("token-12-0.json", '{"arm": "token"}', r"token-12-0\.json is no result of this version"),
-    ):
-        (results / name).write_text(content)
-        with pytest.raises(UserError, match=sentence):
-            compare.main(ResidualConfig(**tiny_settings), arguments(tmp_path, arms="token"))
-        assert (results / name).read_text() == content
-        (results / name).unlink()
+def test_a_stop_leaves_no_row_and_another_process_may_have_made_the_run(small, tmp_path, monkeypatch):
+    """Stopped in the second run: the first has its row, and a run that got one meanwhile is not made."""
+    path, config = tmp_path / "results" / "results.jsonl", dataclasses.replace(small, untrained_control=False)
+
+    def call_apart(main, config):
+        if config.model_type == "window":
+            raise Stopped("SIGTERM received")
+        summary = main(config)
+        other = dataclasses.replace(config, model_type="gru").to_dict()
+        append_row(path, dict(run="gru-12-0", arm="gru", seed=0, changes={}, settings=other) | summary)
+        return summary
+
+    monkeypatch.setattr(compare, "call_apart", call_apart)
+    with pytest.raises(Stopped):
+        compare.main(config, arguments(tmp_path, "--arms", "token,gru,window"))
+    assert [row["run"] for row in read_results(path)] == ["gru-12-0", "token-12-0"]
 
 
-def test_tuning_uses_training_dialogues_alone_and_its_choice_is_used(
-    tiny_settings, tmp_path, here, monkeypatch
-):
-    """Points are judged on a share of the training samples; the best is written down and taken by the next runs."""
+def test_tuning_uses_training_dialogues_alone_and_its_choice_is_used(small, tmp_path, trained, monkeypatch):
+    """Points are judged on a share of the training samples; the best is taken by the next runs."""
     monkeypatch.setattr(compare, "GRID", dict(phase2_learning_rate=(0.002, 0.02), dropout=(0.0,)))
     monkeypatch.setattr(compare, "TUNING_START", (0.002, 0.0))
-    config = ResidualConfig(**tiny_settings | dict(phase2_epochs=2))
-    compare.main(config, arguments(tmp_path, arms="token", tune=True))
-    points = [json.loads(path.read_text()) for path in Path(tmp_path / "results" / "tuning").glob("*.json")]
+    compare.main(small, arguments(tmp_path, "--arms", "token", "--tune"))
+    points = read_results(tmp_path / "results" / "tuning.jsonl")
     assert len(points) == 2 and all(len(point["val_sample_nats"]) == round(0.2 * 12) for point in points)
     best = min(points, key=lambda point: point["val_loss"])
-    tuned = json.loads((tmp_path / "results" / "tuned.json").read_text())
-    assert tuned == {"12": {"token": {name: best["changes"][name] for name in compare.GRID}}}
-    other = ResidualConfig(**tiny_settings | dict(phase2_epochs=2, checkpoint_dir=str(tmp_path / "main")))
-    compare.main(other, arguments(tmp_path, arms="token"))
-    found = json.loads((tmp_path / "results" / "token-12-0.json").read_text())
-    assert found["changes"]["phase2_learning_rate"] == best["changes"]["phase2_learning_rate"]
+    compare.main(small, arguments(tmp_path, "--arms", "token"))
+    (row,) = read_results(tmp_path / "results" / "results.jsonl")
+    assert row["changes"]["phase2_learning_rate"] == best["changes"]["phase2_learning_rate"]
 
 
-def test_the_walk_over_the_grid_ends_where_no_neighbour_is_better(
-    tiny_settings, tmp_path, monkeypatch, capsys
-):
+def test_the_walk_over_the_grid_ends_where_no_neighbour_is_better(small, tmp_path, monkeypatch, capsys):
     """On a bowl it finds the bottom, in a corner too, without the far side; an ablation has its arm's choice."""
     tried = []
 
-    def make(config, runs, folder):
-        for name, changes in runs.items():
-            rate, dropout = (changes[axis] for axis in compare.GRID)
-            tried.append((rate, dropout))
-            result = dict(arm="gru", seed=0, changes=changes, settings={}, val_sample_nats=[])
-            loss = abs(rate - 0.0005) * 1000 + abs(dropout - 0.15)
-            (folder / f"{name}.json").write_text(json.dumps(result | {"val_loss": loss, "val_ppl": 2 + loss}))
+    def make(config, runs, path):
+        for name, (arm, changes) in runs.items():
+            tried.append(tuple(changes[axis] for axis in compare.GRID))
+            loss = abs(tried[-1][0] - 0.0005) * 1000 + abs(tried[-1][1] - 0.15)
+            row = dict(run=name, arm=arm, seed=0, changes=changes, settings={}, val_sample_nats=[])
+            append_row(path, row | {"val_loss": loss, "val_ppl": 2 + loss})
 
     monkeypatch.setattr(compare, "make", make)
-    compare.main(ResidualConfig(**tiny_settings), arguments(tmp_path, arms="gru,phase1_w1", tune=True))
-    tuned = json.loads((tmp_path / "results" / "tuned.json").read_text())
-    assert tuned == {"12": {"gru": dict(phase2_learning_rate=0.0005, dropout=0.15)}}
+    compare.main(small, arguments(tmp_path, "--arms", "gru,phase1_w1", "--tune"))
+    chosen = compare.choose(read_results(tmp_path / "results" / "tuning.jsonl"))
+    assert chosen == {(12, "gru"): dict(phase2_learning_rate=0.0005, dropout=0.15)}
     assert f"| 12 | gru | 0.0005 | 0.15 | 2.0 | {len(tried)} |" in capsys.readouterr().out
     assert len(set(tried)) == len(tried) < 14 and (0.004, 0.5) not in tried
-    plan = compare.plan(["phase1_w1"], 1, [12], {"12": {"phase1_frozen": dict(dropout=0.1)}})
-    assert plan["phase1_w1-12-0"]["dropout"] == 0.1
+    plan = compare.plan(["phase1_w1"], 1, [12], {(12, "phase1_frozen"): dict(dropout=0.1)})
+    assert plan["phase1_w1-12-0"][1]["dropout"] == 0.1
 
 
-def test_unknown_arms_and_numbers_are_refused():
-    """One sentence each."""
+def test_the_page_of_results_is_what_its_rows_say():
+    """docs/results.md from its mark on, made again from the committed rows; each row is one line with sorted keys."""
+    rows, tuning = (read_results(ROOT / "results" / name) for name in (compare.ROWS, compare.TUNING_ROWS))
+    lines = compare.page_lines(Comparison(rows), tuning, "../results")
+    written = (ROOT / "docs" / "results.md").read_text().partition(compare.MARK)[2]
+    assert written.split("\n") == ["", "", *lines, ""]
+    for name, count in ((compare.ROWS, len(rows)), (compare.TUNING_ROWS, len(tuning))):
+        stored = [json.loads(line) for line in (ROOT / "results" / name).read_text().splitlines()]
+        assert len(stored) == count and all(list(row) == sorted(row) for row in stored)
+
+
+def test_what_cannot_be_is_one_sentence(small, tmp_path):
+    """An arm that there is not, a report of nothing."""
     with pytest.raises(UserError, match="there is no arm 'gpt'"):
         compare.chosen_arms("gru,gpt")
-    with pytest.raises(UserError, match="--tokens takes numbers"):
-        compare.whole_numbers("6400,many")
+    with pytest.raises(UserError, match="there are no results in"):
+        compare.main(small, arguments(tmp_path, "--report"))

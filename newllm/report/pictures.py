@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import math
 
-from newllm.report.criteria import scale_fits
+from newllm.report.compare import scale_fits
 from newllm.report.record import as_curve
 
 DPI = 150

@@ -1,35 +1,126 @@
-"""Tables and verdicts from results that are known to be better, worse or the same."""
+"""Rows that survive any end, tables and verdicts from rows that are known to be better, worse or the same."""
 
-import csv
 import json
 import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from newllm.errors import UserError
-from newllm.report.comparison import Comparison, mean_interval, paired_difference, read_results, write_report
-from newllm.report.pictures import TRAINED, UNTRAINED, comparison_points, context_curves
+from newllm.report import compare
+from newllm.report.compare import Comparison, append_row, mean_interval, paired_difference, read_results
+from newllm.report.pictures import comparison_points, context_curves
+from newllm.report.series import read_series
 
-LENGTH = 10
+LENGTH, SAMPLES = 10, 40
 
 
-def result(arm, seed, loss, tokens=1000, samples=40):
+def row(arm, seed, loss, tokens=1000, **more):
     """A run whose samples differ among each other far more than arms do, as dialogues do."""
-    source = np.random.default_rng(0)
-    dialogues = source.normal(0, 10, samples)
-    nats = (
-        loss * LENGTH + dialogues - dialogues.mean() + np.random.default_rng(seed).normal(0, 0.2, samples)
-    ).tolist()
+    dialogues = np.random.default_rng(0).normal(0, 10, SAMPLES)
+    noise = np.random.default_rng(seed).normal(0, 0.2, SAMPLES)
+    nats = (loss * LENGTH + dialogues - dialogues.mean() + noise).tolist()
+    settings = {"max_seq_length": LENGTH, "phase1_shuffle": False}
     return dict(
-        arm=arm, seed=seed, changes={}, tokenizer="bpe", vocab_size=300, train_tokens=tokens, val_loss=loss, val_ppl=math.exp(loss), val_bpb=loss / 3, parameters=10,
-        seconds_training=5.0 + seed, settings={"max_seq_length": LENGTH}, val_sample_nats=nats, val_ppl_unigram=600.0,
-        val_ppl_bigram=200.0, val_ppl_kn=150.0,
-    )  # fmt: skip
+        run=f"{arm}-{tokens}-{seed}", arm=arm, seed=seed, changes={}, settings=settings, tokenizer="bpe", vocab_size=300,
+        train_tokens=tokens, model_type="context", contexts="none", parameters=10, peak_memory_mb=1000.0,
+        seconds_training=5.0 + seed, val_loss=loss, val_ppl=math.exp(loss), val_bpb=loss / 3, val_sample_nats=nats,
+        val_ppl_unigram=600.0, val_ppl_bigram=200.0, val_ppl_kn=150.0,
+    ) | more  # fmt: skip
 
 
-def results(*losses, seeds=3, **more):
-    return [result(arm, seed, loss + 0.001 * seed, **more) for arm, loss in losses for seed in range(seeds)]
+def rows(*losses, seeds=3, **more):
+    return [row(arm, seed, loss + 0.001 * seed, **more) for arm, loss in losses for seed in range(seeds)]
+
+
+def cells(lines):
+    """Cells of a Markdown table's rows."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_cut_after_any_byte_a_file_keeps_its_rows_and_takes_more(tmp_path):
+    """An unfinished last row is none, and the next one stands on a line of its own."""
+    path, bare = (
+        tmp_path / "results.jsonl",
+        dict(arm="a", seed=0, changes={}, settings={}, val_sample_nats=[]),
+    )
+    for name in ("first", "second"):
+        append_row(path, {"run": name} | bare)
+    whole = path.read_bytes()
+    first = whole.index(b"\n")
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        kept = ["first", "second"][: (length >= first) + (length >= len(whole) - 1)]
+        assert [found["run"] for found in read_results(path)] == kept
+        append_row(path, {"run": "third"} | bare)
+        assert [found["run"] for found in read_results(path)] == [*kept, "third"]
+    assert list(json.loads(whole[:first])) == sorted(json.loads(whole[:first]))
+
+
+def test_writers_side_by_side_leave_whole_rows(tmp_path):
+    """Four of them, 200 rows; of a run made twice the last row counts."""
+    path = tmp_path / "results.jsonl"
+    with ThreadPoolExecutor(4) as writers:
+        list(writers.map(lambda seed: append_row(path, row("a", seed, 5.0)), range(200)))
+    append_row(path, row("a", 7, 4.0))
+    losses = [found["val_loss"] for found in read_results(path)]
+    assert len(losses) == 200 and losses.count(4.0) == 1 and len(path.read_bytes().splitlines()) == 201
+
+
+@pytest.mark.parametrize("content", ['{"arm": "token"}\n', "3\n", "[]\n"])
+def test_what_is_no_file_of_results_is_refused(tmp_path, content):
+    """Without a file there are no rows; of one with rows of something else a sentence, and the file stays."""
+    path = tmp_path / "results.jsonl"
+    assert read_results(path) == []
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"results\.jsonl holds a row that is no result"):
+        read_results(path)
+    assert path.read_text() == content
+
+
+MAKE_MANY = """
+import sys
+from newllm.report.compare import append_row, read_results
+from newllm.report.series import make_series
+
+folder = sys.argv[1]
+def work(name):
+    with open(folder + "/begun", "a") as begun:
+        begun.write(name + " ")
+    row = dict(run=name, arm="a", seed=0, changes={}, settings={}, val_sample_nats=[], seconds=1.0)
+    append_row(folder + "/rows.jsonl", row)
+    return row
+
+runs = {f"run_{number}": {"size": 1, "folder": "."} for number in range(60)}
+make_series(folder, runs, work, {row["run"]: row for row in read_results(folder + "/rows.jsonl")})
+"""
+
+
+def test_killed_at_any_moment_no_run_is_lost_and_none_that_is_done_is_made_again(tmp_path):
+    """SIGKILL twice among 60 short runs: at most the run in hand is made twice, and the status finds valid JSON."""
+    source, path = random.Random(0), tmp_path / "rows.jsonl"
+    for kills in range(3):
+        process = subprocess.Popen(
+            [sys.executable, "-c", MAKE_MANY, str(tmp_path)], cwd=Path(__file__).parents[2]
+        )
+        enough = len(read_results(path)) + source.randrange(5, 15) if kills < 2 else 61
+        while process.poll() is None and len(read_results(path)) < enough:
+            read_series(tmp_path)
+            time.sleep(source.uniform(0, 0.01))
+        process.kill()
+        assert process.wait() == (-signal.SIGKILL if kills < 2 else 0)
+        begun = (tmp_path / "begun").read_text().split()
+        assert {found["run"] for found in read_results(path)} <= set(begun)
+        assert len(begun) - len(set(begun)) <= kills
+    assert len(read_results(path)) == 60
 
 
 def test_the_interval_of_a_mean_is_students():
@@ -42,18 +133,17 @@ def test_the_interval_of_a_mean_is_students():
 def test_pairs_find_a_difference_that_means_would_not():
     """Samples vary by 1 nat a token, arms by 0.05: the interval of the paired difference still excludes zero."""
     ours, theirs = (
-        {r["seed"]: r["val_sample_nats"] for r in results((arm, loss))}
-        for arm, loss in (("a", 5.0), ("b", 5.05))
+        {found["seed"]: found["val_sample_nats"] for found in rows(arm)} for arm in (("a", 5.0), ("b", 5.05))
     )
     gap, low, high = paired_difference(ours, theirs, LENGTH)
     assert gap == pytest.approx(-0.05, abs=0.02) and low < gap < high < 0
-    same, low, high = paired_difference(ours, ours, LENGTH)
-    assert same == low == high == 0
+    assert paired_difference(ours, ours, LENGTH) == (0, 0, 0)
     assert paired_difference(ours, {9: theirs[0]}, LENGTH) is None
 
 
-def test_an_interval_covers_the_truth_about_as_often_as_it_says():
+def test_an_interval_covers_the_truth_about_as_often_as_it_says(monkeypatch):
     """No difference, 200 draws: it claims one in no more than 12 % of them."""
+    monkeypatch.setattr(compare, "RESAMPLES", 400)
     wrong = 0
     for draw in range(200):
         source = np.random.default_rng(draw)
@@ -64,133 +154,82 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says():
 
 
 def test_verdicts_say_what_the_numbers_say():
-    """A clear win holds, a clear loss is refuted, the same is undecided; the rival is the best of the rivals."""
-    found = list(
-        Comparison(
-            results(
-                ("phase1_frozen", 5.0), ("untrained_frozen", 5.3), ("untrained_whitened", 5.2), ("window", 4.7),
-                ("phase1_shuffled", 5.0), ("phase1_finetuned", 4.6),
-            )
-        ).verdicts()
-    )  # fmt: skip
-    assert len(found) == 3
-    assert "untrained network: holds. phase1_frozen against untrained_whitened: perplexity -18" in found[0]
-    assert "window of tokens: is refuted. phase1_frozen against window" in found[1]
-    assert "order of tokens: is undecided" in found[2]
-
-
-def test_the_table_is_sorted_and_complete(tmp_path):
-    """Best first at each budget, counting rows at the end; the CSV has the same cells."""
-    comparison = Comparison(
-        results(("gru", 5.1), ("phase1_finetuned", 5.0)) + results(("gru", 6.0), tokens=500),
-        "phase1_finetuned",
+    """A clear win holds, a clear loss is refuted, the same is open; the rival is the best of the rivals."""
+    losses = dict(
+        phase1_frozen=5.0, untrained_frozen=5.3, untrained_whitened=5.2, window=4.7, phase1_shuffled=5.0
     )
-    lines = write_report(comparison, tmp_path)
-    assert (tmp_path / "comparison.md").read_text().splitlines() == lines
-    with open(tmp_path / "comparison.csv") as file:
-        rows = list(csv.reader(file))
-    assert [row[:3] for row in rows[1:]] == [
-        ["500", "gru", "3"], ["500", "(unigram)", ""], ["500", "(bigram)", ""], ["500", "(kn)", ""],
-        ["1,000", "phase1_finetuned", "3"], ["1,000", "gru", "3"], ["1,000", "(unigram)", ""], ["1,000", "(bigram)", ""],
-        ["1,000", "(kn)", ""],
+    found = cells(compare.claims_table(Comparison(rows(*losses.items(), ("phase1_finetuned", 4.6)))))
+    assert [verdict.split("**")[1] for _, verdict in found] == ["holds", "refuted", "open"]
+    assert ": -18" in found[0][1] and found[0][1].endswith("against untrained_whitened, seeds: 3")
+    assert found[1][1].endswith("against window, seeds: 3")
+
+
+def test_tables_are_sorted_and_complete():
+    """Best first at each budget, counts among the arms, a column a budget; the time of the seed least disturbed."""
+    comparison = Comparison(rows(("gru", 5.1), ("phase1_finetuned", 5.0)) + rows(("gru", 6.0), tokens=500))
+    found = cells(compare.budget_table(comparison, 1000))
+    assert [line[:2] for line in found] == [
+        ["phase1_finetuned", "3"], ["(kn)", ""], ["gru", "3"], ["(bigram)", ""], ["(unigram)", ""],
     ]  # fmt: skip
-    against = rows[6][8]
-    assert against == "+10.5%" or against.startswith("+1")
-
-
-def test_results_are_read_or_refused(tmp_path):
-    """No file, a torn file: a sentence each."""
-    with pytest.raises(UserError, match="there are no results"):
-        read_results(tmp_path)
-    (tmp_path / "gru-5-0.json").write_text(json.dumps(result("gru", 0, 5.0)))
-    assert read_results(tmp_path)[0]["arm"] == "gru"
-    (tmp_path / "gru-5-1.json").write_text("{")
-    with pytest.raises(UserError, match=r"gru-5-1\.json cannot be read"):
-        read_results(tmp_path)
-
-
-def with_curves(found):
-    """The result with curves as JSON gives them back, keys as text."""
-    weight = float(found["arm"].partition("_w")[2] or 0.05)
-    curves = {
-        "cold_start_curve": [0.5**k for k in range(1, 17)], "memory_curve": {"0": 1.0, "1": 0.3, "2": 0.02, "4": 0.001},
-        "past_capacity_by_lag": [0.3 / k for k in range(1, 41)], "spectrum": {str(k): 0.1 / k for k in range(1, 30)},
-        "bpb_by_context": {"1": 3.0, "2": 2.8, "4": 2.7, "10": 2.7},
-    }  # fmt: skip
-    settings = found["settings"] | {"dist_reg_weight": weight, "phase1_shuffle": False}
-    return (
-        found | curves | dict(settings=settings, contexts="frozen", er_val=0.5 + weight / 2, memory_horizon=4)
-    )
+    assert found[2][-2].startswith("+10.5 % (") and found[0][-2] == "" and found[0][5] == "5"
+    found = cells(compare.perplexity_table(comparison, {"gru": "a GRU"}))
+    assert [line[:3] for line in found[:2]] == [
+        ["phase1_finetuned", "", ""],
+        ["gru", "a GRU", "403.8 +- 1.0"],
+    ]
+    assert found[1][3].startswith("164.2 +- ") and found[2][2:] == ["150.0", "150.0"]
 
 
 def test_another_vocabulary_is_not_paired():
-    """Its nats are of other tokens: a row without a difference, no verdict; the counted rows are those of the reference."""
-    runs = results(("phase1_finetuned", 5.0), ("gru", 4.0))
-    for run in runs:
-        if run["arm"] == "gru":
-            run |= {"tokenizer": "gpt2", "val_ppl_kn": 1.0}
-    comparison = Comparison(runs)
-    rows = list(comparison.rows())
-    assert rows[0][1] == "gru" and rows[0][-2:] == ("", "") and rows[-1][1:4] == ("(kn)", "", "150.0")
-    assert not list(comparison.verdicts())
-
-
-def test_a_run_that_was_disturbed_does_not_count_for_the_time():
-    """The fastest seed does."""
-    runs = results(("gru", 4.0))
-    runs[1]["seconds_training"] = 1000.0
-    assert next(Comparison(runs).rows())[7] == "5"
+    """Its nats are of other tokens: a row without a difference, no verdict; the counts are those of the reference."""
+    other = rows(("gru", 4.0), tokenizer="gpt2", val_ppl_kn=1.0)
+    comparison = Comparison(rows(("phase1_finetuned", 5.0)) + other)
+    found = cells(compare.budget_table(comparison, 1000))
+    assert found[0][0] == "gru" and found[0][-2:] == ["", ""]
+    assert [line[2] for line in found if line[0] == "(kn)"] == ["150.0"] and not cells(
+        compare.claims_table(comparison)
+    )
 
 
 def test_contexts_are_those_that_the_arm_predicts_from():
-    """Of frozen ones the measured, of trained ones those after training; an arm without any has no row."""
-    measured = dict(er_val=0.5, cold_start_error_10=0.25, memory_horizon=4, peak_memory_mb=1000.0)
-    trained = {f"{key}_finetuned": 2 * value for key, value in measured.items()}
-    runs = results(("gru", 4.0), ("phase1_frozen", 5.0), ("end_to_end", 4.5), seeds=1)
-    runs[1] |= measured | {"contexts": "frozen"}
-    runs[2] |= measured | trained | {"contexts": "fine-tuned"}
-    assert list(Comparison(runs).context_rows()) == [
-        ("1,000", "end_to_end", "100.0%", "0.5", "8", "1,000"),
-        ("1,000", "phase1_frozen", "50.0%", "0.25", "4", "1,000"),
-    ]
+    """Of frozen ones the measured, of trained ones those after training; an arm without any has blanks."""
+    measured = dict(er_val=0.5, cold_start_error_10=0.25, memory_horizon=4)
+    trained = {f"{key}_finetuned": 2 * value for key, value in measured.items()} | {"contexts": "fine-tuned"}
+    runs = [row("gru", 0, 4.0), row("phase1_frozen", 0, 5.0, contexts="frozen", **measured)]
+    comparison = Comparison([*runs, row("end_to_end", 0, 4.5, **measured | trained)])
+    found = {line[0]: line[7:10] for line in cells(compare.budget_table(comparison, 1000))}
+    assert found["end_to_end"] == ["100.0%", "0.5", "8"] and found["phase1_frozen"] == ["50.0%", "0.25", "4"]
+    assert found["gru"] == ["", "", ""]
 
 
-def test_curves_are_means_over_seeds():
+def with_curves(arm, weight, seed=0):
+    """A row with curves as JSON gives them back: keys as text, sorted as text."""
+    return row(
+        arm, seed, 5.0, contexts="frozen", er_val=0.5 + weight / 2, memory_horizon=4,
+        cold_start_curve=[(1 + 2 * seed) * 0.5**k for k in range(1, 17)], past_capacity_by_lag=[0.3, 0.1],
+        memory_curve={"0": 1.0, "1": 0.3, "16": 0.001, "2": 0.02}, spectrum={str(k): 0.1 / k for k in range(1, 30)},
+        bpb_by_context={"1": 3.0, "10": 2.7, "2": 2.8}, settings={"dist_reg_weight": weight, "phase1_shuffle": False},
+    )  # fmt: skip
+
+
+def test_curves_are_means_over_seeds_in_the_order_of_their_points():
     """Point by point, lists counted from one; an arm without the curve has none."""
-    runs = [with_curves(result("phase1_frozen", seed, 5.0)) for seed in range(2)]
-    runs[1]["cold_start_curve"] = [3 * 0.5**k for k in range(1, 17)]
-    comparison = Comparison([*runs, result("gru", 0, 5.1)])
+    comparison = Comparison(
+        [with_curves("phase1_frozen", 0.05, seed) for seed in range(2)] + rows(("gru", 5.1))
+    )
     assert comparison.curve(1000, "phase1_frozen", "cold_start_curve")[3.0] == pytest.approx(2 * 0.5**3)
-    assert comparison.curve(1000, "phase1_frozen", "memory_curve")[4.0] == pytest.approx(0.001)
+    assert list(comparison.curve(1000, "phase1_frozen", "memory_curve")) == [0, 1, 2, 16]
     assert comparison.curve(1000, "gru", "cold_start_curve") is None
 
 
-def test_the_curves_are_a_picture(tmp_path):
-    """Six panels; arms with contexts are drawn in their colours, those without are left out."""
-    from matplotlib.colors import to_rgb
-    from matplotlib.image import imread
-
-    arms = ("untrained_frozen", "phase1_frozen", "phase1_w0", "phase1_w0.5", "phase1_w1")
-    runs = [with_curves(result(arm, 0, 5.0)) for arm in arms] + [result("gru", 0, 5.1)]
-    comparison, path = Comparison(runs), tmp_path / "plots" / "curves.png"
-    assert [weight for weight, _ in sorted(comparison.by_setting(1000, "dist_reg_weight", "phase1_"))] == [
-        0,
-        0.05,
-        0.5,
-        1,
-    ]
-    context_curves(comparison, 1000, path)
-    image = imread(path)[..., :3]
-    assert image.shape[:2] == (1080, 2250)
-    for style in (TRAINED, UNTRAINED):
-        assert (abs(image - np.array(to_rgb(style["color"]))) < 0.02).all(-1).sum() > 200
-
-
-def test_the_points_are_a_picture(tmp_path):
-    """A PNG of two panels at 150 DPI."""
-    from PIL import Image
-
-    path = tmp_path / "plots" / "points.png"
-    comparison_points(Comparison(results(("gru", 5.1), ("phase1_finetuned", 5.0))), 1000, path)
-    with Image.open(path) as image:
-        assert image.size == (1500, 540) and round(image.info["dpi"][0]) == 150
+def test_points_and_curves_are_pictures(tmp_path):
+    """Two and six panels; arms without contexts have no curves; the trade-off is drawn over the weights."""
+    weights = {"untrained_frozen": 0.05, "phase1_frozen": 0.05, "phase1_w0": 0.0, "phase1_w1": 1.0}
+    comparison = Comparison(
+        [with_curves(arm, weight) for arm, weight in weights.items()] + rows(("gru", 5.1))
+    )
+    assert sorted(comparison.by_setting(1000, "dist_reg_weight", "phase1_"))[1] == (0.05, "phase1_frozen")
+    comparison_points(comparison, 1000, tmp_path / "points.png")
+    context_curves(comparison, 1000, tmp_path / "plots" / "curves.png")
+    assert imread(tmp_path / "points.png").shape[:2] == (540, 1500)
+    assert imread(tmp_path / "plots" / "curves.png").shape[:2] == (1080, 2250)

@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from newllm.report import pictures
-from newllm.report.criteria import linear_fit, scale_lines
+from newllm.report.compare import linear_fit, scale_lines
 from newllm.report.pictures import COUNTED, TRAINED, TRAINING_DATA, UNTRAINED, prefill_speed, scale_ladder
 from scripts import report
 

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-import test as scale_check
 import train
 from config import ResidualConfig
 from newllm.errors import UserError
@@ -114,20 +113,21 @@ def test_a_run_cut_off_is_reported_as_far_as_it_came(cut_off, capsys):
         export.main(["--checkpoint_dir", str(folder)])
 
 
-def test_other_commands_leave_the_runs_status_alone(cut_off, settings, tmp_path, capsys):
-    """A scale check has a folder of its own, which is named where nothing else is; a run may save nothing."""
+def test_a_run_that_saves_nothing_leaves_the_runs_status_alone(cut_off, settings, capsys):
+    """It does not own the folder: the cut-off run is still the one that status and report show."""
     folder, before = cut_off
-    scale_check.main(ResidualConfig(**settings | dict(phase2_epochs=1, phase1_max_iterations=1)))
-    unsaved = dict(save_checkpoint=False, load_checkpoint=False, artifacts=True)
-    train.main(ResidualConfig(**settings | unsaved))
-    assert list(folder.glob("*/outputs/*.html")) and not list(folder.glob("*/models/*"))
+    train.main(ResidualConfig(**settings, save_checkpoint=False, load_checkpoint=False))
     assert (folder / "status.json").read_bytes() == before
     for path in find_records(folder):
         if path.stem != f"metrics_{RUN}":
             path.unlink()
     assert reported(folder, capsys).startswith(f"RUN {RUN} (cut off")
-    alone = shutil.move(folder / "scale_check", tmp_path / "scale_check")
-    assert lines_of(alone, capsys)["Run"].endswith(" (complete)")
+
+
+def test_folders_of_runs_below_are_named(cut_off, tmp_path, capsys):
+    """Where nothing else is, as in the folder of a comparison that keeps its models."""
+    alone = shutil.copytree(cut_off[0], tmp_path / "gru-12-0")
+    assert lines_of(alone, capsys)["Run"].startswith(RUN)
     for command in (report, status):
         with pytest.raises(UserError, match=rf"no run has begun in .*by --checkpoint_dir: {alone}\."):
             command.main(["--checkpoint_dir", str(tmp_path)])

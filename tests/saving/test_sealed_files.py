@@ -14,9 +14,8 @@ from helpers import Evil, seal, write_evil
 from left_behind import Watched
 
 from newllm.errors import UserError
-from newllm.report.comparison import read_result
 from newllm.report.record import read_record, read_status
-from newllm.report.sweep import read_sweep
+from newllm.report.series import read_series
 from newllm.saving import files
 from newllm.saving.files import Corrupt, copy_verified, load_sealed, save_sealed, usable_folder, verify_seal
 from newllm.saving.guard import read_manifest
@@ -210,12 +209,11 @@ def test_a_verified_copy_is_equal_or_not_made(sealed, monkeypatch):
 @pytest.mark.parametrize("text", ["[" * 100_000 + "]" * 100_000, "9" * 5000, "\ufffd{", "", "[1]" * 2])
 def test_small_files_that_are_damaged_in_odd_ways_are_one_sentence(tmp_path, text):
     """Nested beyond the parser's depth, a number beyond Python's, no JSON: every small file read back."""
-    for name in ("status.json", "sweep_state.json", "result.json", "manifest.json", "metrics_1.jsonl"):
+    for name in ("status.json", "series.json", "manifest.json", "metrics_1.jsonl"):
         (tmp_path / name).write_text(text, encoding="utf-8")
     for read, path in (
         (read_status, tmp_path),
-        (read_sweep, tmp_path),
-        (read_result, tmp_path / "result.json"),
+        (read_series, tmp_path),
         (read_record, tmp_path / "metrics_1.jsonl"),
     ):
         with pytest.raises(UserError) as caught:

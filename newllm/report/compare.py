@@ -1,0 +1,326 @@
+"""Many runs side by side: their rows, means over seeds, paired differences, verdicts, tables, growth. No torch.
+
+A row is what train.main returns, with run (its name), arm, seed, changes and the settings that shape its figures: one
+JSON object a line. Its val_sample_nats are the nats of each validation sample; a sample has the same place in all
+rows, and starts with a dialogue of its own.
+"""
+
+import json
+import math
+import os
+import statistics
+from dataclasses import dataclass
+
+import numpy as np
+
+from newllm.errors import UserError
+from newllm.report.record import as_curve, read_rows
+from newllm.report.summary import COUNTED
+
+NEEDED = {"run", "arm", "seed", "changes", "settings", "val_sample_nats"}
+RESAMPLES = 2000
+# Student's t, two-sided 95 %, 1 ... 10 degrees of freedom
+T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+FROZEN, FINETUNED = "phase1_frozen", "phase1_finetuned"
+CLAIMS = (  # sentence, the arm it is about, the arms of which it must beat the best
+    ("Phase 1's contexts beat an untrained network's", FROZEN, ("untrained_frozen", "untrained_whitened")),
+    ("Phase 1's contexts beat a window of tokens", FROZEN, ("window", "window_whitened", "token")),
+    ("Phase 1 learns from the order of tokens", FROZEN, ("phase1_shuffled",)),
+    ("Both terms of Phase 1 are needed", FROZEN, ("phase1_w0", "phase1_w1")),
+    ("Phase 1 and fine-tuning beat the same network end to end", FINETUNED, ("end_to_end",)),
+    ("Phase 1 and fine-tuning beat GRU, LSTM, Transformer", FINETUNED, ("gru", "lstm", "transformer")),
+)
+
+
+def append_row(path, row):
+    """Add a row to a file; it is on the disk when this returns. Several processes may append to one file.
+
+    Raises:
+        UserError: the disk refused.
+    """
+    line = json.dumps(row, sort_keys=True).encode() + b"\n"
+    try:
+        with open(path, "ab+") as file:
+            file.seek(max(0, file.tell() - 1))
+            if file.read(1) not in (b"", b"\n"):  # a crash left the last row unfinished: begin another line
+                line = b"\n" + line
+            file.write(line)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be written ({error.strerror}): free the disk and run again."
+        ) from error
+
+
+def read_results(path):
+    """The rows of a file, the last of each run; [] where there is no file. What a crash left unfinished is no row.
+
+    Raises:
+        UserError: the file cannot be read, or a row is no result of this version.
+    """
+    rows = {}
+    try:
+        for row in read_rows(path):
+            if not isinstance(row, dict) or not row.keys() >= NEEDED:
+                raise UserError(
+                    f"{path} holds a row that is no result of this version: choose another --results."
+                )
+            rows[row["run"]] = row
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): choose another --results.") from error
+    return list(rows.values())
+
+
+def mean_interval(values):
+    """(mean, half width of its 95 % interval over seeds; nan for a single seed)."""
+    if len(values) < 2:
+        return values[0], math.nan
+    quantile = T_975[min(len(values) - 1, len(T_975)) - 1]
+    return statistics.mean(values), quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def paired_difference(ours, theirs, length, seed=0):
+    """Difference of mean loss, ours minus theirs, over the seeds and samples that both have, with its 95 % interval.
+
+    Bootstrap that draws seeds and dialogues, both with replacement; the same draw for both arms.
+
+    Args:
+        ours, theirs: {seed: nats of each sample}. length: targets of a sample.
+
+    Returns:
+        (difference, low, high) in nats per token; None when they have no seed in common.
+    """
+    common = sorted(ours.keys() & theirs.keys())
+    if not common:
+        return None
+    gap = np.array([np.subtract(ours[s], theirs[s]) for s in common]) / length  # [seeds, samples]
+    generator = np.random.default_rng(seed)
+    seeds = generator.integers(gap.shape[0], size=(RESAMPLES, gap.shape[0]))
+    samples = generator.integers(gap.shape[1], size=(RESAMPLES, gap.shape[1]))
+    means = gap[seeds[:, :, None], samples[:, None, :]].mean(axis=(1, 2))
+    return gap.mean(), *np.quantile(means, (0.025, 0.975))
+
+
+class Comparison:
+    """Rows of several arms, by budget.
+
+    Args:
+        rows: list of dicts as above. reference: the arm that the others are compared with.
+    """
+
+    def __init__(self, rows, reference=FINETUNED):
+        self.reference, self.by = reference, {}
+        for row in rows:
+            self.by.setdefault((row["train_tokens"], row["arm"]), []).append(row)
+        self.budgets = sorted({tokens for tokens, _ in self.by})
+
+    def arms(self, tokens):
+        """Arms at a budget, fewest bits per byte first: losses of different tokenizers do not compare."""
+        present = [arm for budget, arm in self.by if budget == tokens]
+        return sorted(present, key=lambda arm: self.mean(tokens, arm, "val_bpb")[0])
+
+    def mean(self, tokens, arm, key):
+        """(mean, half width of the interval) over seeds."""
+        return mean_interval([row[key] for row in self.by[tokens, arm]])
+
+    def seconds(self, tokens, arm):
+        """Training time of the seed that was fastest: the one that other work on the machine disturbed least."""
+        return min(row["seconds_training"] for row in self.by[tokens, arm])
+
+    def counted(self, tokens):
+        """{name: (perplexity, bits per byte)} of n-gram counts, which are the same for every seed."""
+        row = self.by.get((tokens, self.reference), self.by[tokens, self.arms(tokens)[0]])[0]
+        bits_a_nat = row["val_bpb"] / row["val_loss"]
+        perplexities = {name: row[f"val_ppl_{name}"] for name in COUNTED}
+        return {name: (ppl, bits_a_nat * math.log(ppl)) for name, ppl in perplexities.items()}
+
+    def curve(self, tokens, arm, key):
+        """{x: mean over seeds of y}, x ascending, of a curve that each run has; None for an arm without it."""
+        curves = [as_curve(row[key]) for row in self.by.get((tokens, arm), []) if row.get(key)]
+        if not curves:
+            return None
+        return {x: statistics.mean(curve[x] for curve in curves) for x in sorted(curves[0])}
+
+    def is_frozen(self, tokens, arm):
+        """Whether the arm's contexts stay as Phase 1, or nobody, has made them."""
+        row = self.by[tokens, arm][0]
+        return row["contexts"] == "frozen" or row["model_type"] in ("window", "token")
+
+    def by_setting(self, tokens, name, prefix):
+        """(value of a setting, arm) of all frozen arms at a budget whose names begin so, without the shuffled one."""
+        arms = [arm for arm in self.arms(tokens) if arm.startswith(prefix) and self.is_frozen(tokens, arm)]
+        settings = {arm: self.by[tokens, arm][0]["settings"] for arm in arms}
+        return [(values[name], arm) for arm, values in settings.items() if not values["phase1_shuffle"]]
+
+    def difference(self, tokens, ours, theirs):
+        """paired_difference of two arms at a budget; None where a seed or an arm is missing, or their tokens differ."""
+        sides = [self.by.get((tokens, arm), []) for arm in (ours, theirs)]
+        tokenizers = [{(row["tokenizer"], row["vocab_size"]) for row in side} for side in sides]
+        if tokenizers[0] != tokenizers[1] or not sides[0]:
+            return None
+        nats = [{row["seed"]: row["val_sample_nats"] for row in side} for side in sides]
+        return paired_difference(*nats, sides[0][0]["settings"]["max_seq_length"])
+
+    def verdict(self, tokens, ours, rivals):
+        """Whether an arm beats the best of its rivals at a budget, and by which figures; "" where one is missing."""
+        rivals = [arm for arm in rivals if self.difference(tokens, ours, arm)]
+        if not rivals:
+            return ""
+        best = min(rivals, key=lambda arm: self.mean(tokens, arm, "val_loss")[0])
+        difference = self.difference(tokens, ours, best)
+        _, low, high = difference
+        word = "holds" if high < 0 else "refuted" if low > 0 else "open"
+        seeds = min(len(self.by[tokens, arm]) for arm in (ours, best))
+        return f"**{word}**: {as_percent(difference)} against {best}, seeds: {seeds}"
+
+    def perplexity(self, tokens, arm):
+        """Mean and half width, as `175.8 +- 0.9`; "" for an arm that is not there."""
+        if (tokens, arm) not in self.by:
+            return ""
+        mean, half = self.mean(tokens, arm, "val_ppl")
+        return f"{mean:,.1f}" if math.isnan(half) else f"{mean:,.1f} +- {half:.1f}"
+
+    def context_cells(self, tokens, arm):
+        """Rank, cold-start error after 10 sweeps and memory horizon of the contexts that an arm predicts from."""
+        suffix = "" if self.is_frozen(tokens, arm) else "_finetuned"
+        keys = [f"{key}{suffix}" for key in ("er_val", "cold_start_error_10", "memory_horizon")]
+        if any(row.get(key) is None for key in keys for row in self.by[tokens, arm]):
+            return "", "", ""
+        rank, error, horizon = (self.mean(tokens, arm, key)[0] for key in keys)
+        return f"{rank:.1%}", f"{error:.2g}", f"{horizon:.3g}"
+
+
+def as_percent(difference):
+    """A difference in nats with its interval, as one of perplexity; "" of None."""
+    if difference is None:
+        return ""
+    middle, low, high = (100 * math.expm1(nats) for nats in difference)
+    return f"{middle:+.1f} % ({low:+.1f} ... {high:+.1f})"
+
+
+def claims_table(comparison):
+    """Markdown: a row a claim, a column a budget."""
+    rows = []
+    for sentence, ours, rivals in CLAIMS:
+        verdicts = [comparison.verdict(tokens, ours, rivals) for tokens in comparison.budgets]
+        if any(verdicts):
+            rows.append({"claim": sentence} | by_budget(comparison, verdicts))
+    return markdown(rows)
+
+
+def perplexity_table(comparison, labels):
+    """Markdown: a row an arm, a column a budget; fewest bits per byte at the largest budget first.
+
+    Args:
+        labels: {arm: what it is, in words}.
+    """
+    budgets, rows = comparison.budgets, []
+    for arm in dict.fromkeys(arm for tokens in reversed(budgets) for arm in comparison.arms(tokens)):
+        cells = [comparison.perplexity(tokens, arm) for tokens in budgets]
+        rows.append({"arm": arm, "what it is": labels.get(arm, "")} | by_budget(comparison, cells))
+    for name, label in COUNTED.items():
+        cells = [f"{comparison.counted(tokens)[name][0]:,.1f}" for tokens in budgets]
+        rows.append({"arm": f"({name})", "what it is": label} | by_budget(comparison, cells))
+    return markdown(rows)
+
+
+def by_budget(comparison, cells):
+    """{header of the budget's column: cell}."""
+    return {f"{tokens:,} tokens": cell for tokens, cell in zip(comparison.budgets, cells, strict=True)}
+
+
+def budget_table(comparison, tokens):
+    """Markdown: all arms and counts at a budget, fewest bits per byte first; contexts as means over seeds."""
+    rows = []
+    for arm in comparison.arms(tokens):
+        rank, error, horizon = comparison.context_cells(tokens, arm)
+        against = against_frozen = None
+        if arm != comparison.reference:
+            against = comparison.difference(tokens, arm, comparison.reference)
+        if arm != FROZEN and comparison.is_frozen(tokens, arm):
+            against_frozen = comparison.difference(tokens, FROZEN, arm)
+        rows.append(
+            {
+                "arm": arm,
+                "seeds": len(comparison.by[tokens, arm]),
+                "val perplexity": comparison.perplexity(tokens, arm),
+                "bits per byte": f"{comparison.mean(tokens, arm, 'val_bpb')[0]:.3f}",
+                "parameters": f"{comparison.by[tokens, arm][0]['parameters']:,}",
+                "training s": f"{comparison.seconds(tokens, arm):.0f}",
+                "peak MB": f"{comparison.mean(tokens, arm, 'peak_memory_mb')[0]:,.0f}",
+                "effective rank": rank,
+                "cold-start error": error,
+                "memory horizon": horizon,
+                f"against {comparison.reference}": as_percent(against),
+                f"{FROZEN} against it": as_percent(against_frozen),
+            }
+        )
+    for name, (perplexity, bits) in comparison.counted(tokens).items():
+        counts = {"val perplexity": f"{perplexity:,.1f}", "bits per byte": f"{bits:.3f}"}
+        rows.append({"arm": f"({name})"} | counts)
+    return markdown(sorted(rows, key=lambda row: float(row["bits per byte"])))
+
+
+def markdown(rows):
+    """Lines of a Markdown table, from dicts of cells by header; a row may lack some."""
+    if not rows:
+        return []
+    header = list(max(rows, key=len))
+    cells = [[row.get(name, "") for name in header] for row in rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in (header, ["---"] * len(header), *cells)]
+
+
+def table(header, rows):
+    """Lines of a plain-text table; the first column is left-aligned, the others right-aligned."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = []
+    for first, *others in cells:
+        aligned = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append(" | ".join([first.ljust(widths[0]), *aligned]))
+    return [lines[0], "-|-".join("-" * width for width in widths), *lines[1:]]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The line y = intercept + slope * x through points, and the share of the variance of y that it explains."""
+
+    intercept: float
+    slope: float
+    r_squared: float
+
+    def __call__(self, x):
+        return self.intercept + self.slope * x
+
+    def text(self, unit):
+        """The line in words, where x counts thousands of tokens and y has the unit."""
+        sign = "-" if self.slope < 0 else "+"
+        return f"{self.intercept:,.1f} {unit} {sign} {abs(self.slope):.3g} {unit} per 1,000 tokens"
+
+
+def linear_fit(xs, ys):
+    """Least squares through two points or more."""
+    slope, intercept = statistics.linear_regression(xs, ys)
+    constant = len(set(ys)) == 1  # no variance to explain
+    return Fit(intercept, slope, 1.0 if constant else statistics.correlation(xs, ys) ** 2)
+
+
+def scale_fits(summaries):
+    """(fit of seconds, fit of peak memory in MB), both against thousands of training tokens, over several budgets."""
+    thousands = [summary["train_tokens"] / 1000 for summary in summaries]
+    return tuple(linear_fit(thousands, [s[key] for s in summaries]) for key in ("seconds", "peak_memory_mb"))
+
+
+def scale_lines(summaries):
+    """How time and memory grow over budgets, which ascend, as lines."""
+    time, memory = scale_fits(summaries)
+    first, last = summaries[0], summaries[-1]
+    tokens, seconds, peak = (last[key] / first[key] for key in ("train_tokens", "seconds", "peak_memory_mb"))
+    return [
+        f"time = {time.text('s')}, R^2 {time.r_squared:.4f}",
+        f"peak memory = {memory.text('MB')}, R^2 {memory.r_squared:.4f}",
+        f"from the smallest budget to the largest: tokens x{tokens:.1f}, time x{seconds:.1f}, peak memory x{peak:.2f}",
+    ]
