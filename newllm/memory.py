@@ -8,13 +8,7 @@ import torch
 from accelerate.utils.memory import clear_device_cache
 
 # Drivers and libraries say it in words, of which accelerate's should_reduce_batch_size knows fewer.
-NO_MEMORY = (
-    "out of memory",
-    "_alloc_failed",
-    "not enough memory",
-    "defaultcpuallocator",
-    "memory allocation",
-)
+NO_MEMORY = "out of memory", "_alloc_failed", "not enough memory", "defaultcpuallocator", "memory allocation"
 
 
 def is_out_of_memory(error):

@@ -227,9 +227,9 @@ def print_memory(config, measuring):
     sums = {stage: sum(held.values()) for stage, held in table.items()}
     print(f"device: {describe_device(runtime)}; vocabulary {vocab_size:,}\n")
     print(f"{'MB':20}" + "".join(f"{stage:>12}" for stage in table))
-    for thing in memory_estimate.THINGS:
-        print(f"{thing:20}" + "".join(f"{held[thing]:12,.1f}" for held in table.values()))
-    print(f"{'sum':20}" + "".join(f"{total:12,.1f}" for total in sums.values()))
+    rows = {thing: [held[thing] for held in table.values()] for thing in memory_estimate.THINGS}
+    for name, sizes in (rows | {"sum": sums.values()}).items():
+        print(f"{name:20}" + "".join(f"{size:12,.1f}" for size in sizes))
     peak, usable = max(sums.values()), usable_memory(config, runtime.device)
     bound = "a lower bound" if config.compile or runtime.device.type == "cuda" else "give or take 15 %"
     print(f"\npredicted peak: {peak:,.0f} MB, {bound}")

@@ -1,4 +1,4 @@
-"""The doctor's verdicts: a machine that is ready, and each thing that can be wrong, in one line with what to do."""
+"""The doctor's verdicts: a machine that is ready, and each thing that can be wrong, with what to do."""
 
 import importlib.metadata
 import os
@@ -60,7 +60,7 @@ def test_a_machine_that_is_ready(examine):
     ids=str,
 )
 def test_what_settings_lead_to(examine, tmp_path, check, settings, verdict, says):
-    """The check that they concern says so: batches after min_batches, what has no effect, what cannot be used."""
+    """The check that they concern says so: batches in effect, what has none, what cannot be used."""
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to(tmp_path / "drive" / "cache")
     if check.endswith("_dir"):

@@ -18,8 +18,9 @@ from scripts import doctor
 
 V = 300
 SMALL = dict(
-    tokenizer="bpe", vocab_size=V, num_samples=12, val_samples=6, max_seq_length=24, context_dim=20, embed_dim=16, num_layers=2,
-    phase1_batch_size=4, phase2_batch_size=4, min_batches=3, precision="fp32", device="cpu", untrained_control=False,
+    tokenizer="bpe", vocab_size=V, num_samples=12, val_samples=6, max_seq_length=24, context_dim=20,
+    embed_dim=16, num_layers=2, phase1_batch_size=4, phase2_batch_size=4, min_batches=3, precision="fp32",
+    device="cpu", untrained_control=False,
 )  # fmt: skip
 TYPES = ("context", "window", "token", *BASELINES)
 FORMS = [*(dict(model_type=kind) for kind in TYPES), dict(tie_weights=False), dict(token_layers=0)]
@@ -39,7 +40,7 @@ def megabytes(tensors):
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_weights_and_moments_are_those_of_the_network_and_adamw(form):
-    """Of every kind of network, fine-tuned or frozen: its state dict, the optimizer after a step, what is saved."""
+    """Of every kind of network, fine-tuned or frozen: its state dict, the optimizer, what is saved."""
     for freeze in {form.get("model_type", "context") == "context", False}:
         config = settings(**form, freeze_context=freeze)
         model = build_model(config, V)
@@ -59,7 +60,7 @@ def test_weights_and_moments_are_those_of_the_network_and_adamw(form):
 
 @pytest.mark.parametrize(("precision", "width"), [("fp32", 4), ("bf16", 2)])
 def test_contexts_and_features_by_hand(precision, width):
-    """12 samples of 24 tokens of width 20, and for Phase 2 their streams of width 16 and 6 validation samples."""
+    """12 samples of 24 tokens of width 20; for Phase 2 streams of width 16 and 6 validation samples too."""
     config = settings(freeze_context=True, precision=precision)
     held = {stage: things["contexts"] * 1e6 for stage, things in table(config).items()}
     features = (12 + 6) * 24 * (20 + 16) * width
@@ -70,7 +71,7 @@ def test_contexts_and_features_by_hand(precision, width):
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_run_has_the_stages_of_its_kind_and_a_table_of_them(kind, capsys, monkeypatch):
-    """Only the context map has an untrained row and a Phase 1. The largest sum is the peak, and fits or not."""
+    """Only the context map has an untrained row and a Phase 1. The largest sum is the peak."""
     config = settings(model_type=kind, untrained_control=True)
     doctor.print_memory(config, measuring=False)
     text = capsys.readouterr().out
@@ -95,8 +96,8 @@ def test_more_of_anything_is_never_less_memory(kind, monkeypatch):
         return max(sum(held.values()) for held in table(config, vocab_size).values())
 
     for name in (
-        "num_samples", "val_samples", "max_seq_length", "context_dim", "embed_dim", "num_layers", "token_layers",
-        "phase1_batch_size", "phase2_batch_size", "gradient_sweeps",
+        "num_samples", "val_samples", "max_seq_length", "context_dim", "embed_dim", "num_layers",
+        "token_layers", "phase1_batch_size", "phase2_batch_size", "gradient_sweeps",
     ):  # fmt: skip
         doubled = [{name: getattr(config, name) * 2**power} for power in range(6)]
         peaks = [peak(dataclasses.replace(config, **change)) for change in doubled]

@@ -1,8 +1,8 @@
 """What a run holds in memory in each of its stages: arithmetic from the configuration, give or take 15 %.
 
-Weights, gradients, moments and stored contexts are exact. Beside them a step or a validation holds a number of
-floats a token, measured for each kind of network. What the process takes without any of it is measured
-at the start. Not counted: a GPU's libraries, torch.compile.
+Weights, gradients, moments and stored contexts are exact. Beside them a step or a validation holds a number
+of floats a token, measured for each kind of network. What the process takes without any of it is measured, at
+the start. Not counted: a GPU's libraries, torch.compile.
 """
 
 import math

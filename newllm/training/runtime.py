@@ -62,7 +62,7 @@ def open_runtime(config):
     precision = best_precision(on_cpu) if config.precision == "auto" else config.precision
     if precision == "fp16" and on_cpu:
         raise UserError(
-            "precision fp16 needs a CUDA device; a CPU would silently compute in fp32: use bf16 or fp32."
+            "precision fp16 needs a CUDA device, as a CPU would compute in fp32: use bf16 or fp32."
         )
     if on_cpu:
         keep_freed_memory()
@@ -96,7 +96,8 @@ def best_precision(on_cpu):
 
 @functools.cache
 def skip_loaded_code():
-    """Leave all that is imported by now out of garbage collections: each would look at it for half a second."""
+    """Leave what is imported by now out of garbage collections: it costs each of them half a second."""
+    gc.collect()
     gc.freeze()
 
 
@@ -109,10 +110,9 @@ def keep_freed_memory():
     m_trim_threshold, m_mmap_threshold = -1, -3  # names in malloc.h; values in mallopt(3)
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(
-            m_mmap_threshold, 32 << 20
-        )  # its upper limit: blocks up to this size come from the heap,
-        libc.mallopt(m_trim_threshold, 2**31 - 1)  # which is not trimmed
+        # Blocks up to this size, which is the most, come from the heap, and that is not trimmed.
+        libc.mallopt(m_mmap_threshold, 32 << 20)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def allocator_setting():
@@ -144,7 +144,7 @@ def memory_of(device):
 
 def memory_mb():
     """MB in use: the process's resident set; on CUDA what tensors hold and what the allocator reserved."""
-    if not _uses_cuda():
+    if not torch.cuda.is_initialized():
         return {"memory_mb": psutil.Process().memory_info().rss / 1e6}
     held, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
     return {"memory_mb": held / 1e6, "memory_reserved_mb": reserved / 1e6}
@@ -152,7 +152,7 @@ def memory_mb():
 
 def peak_memory_mb():
     """Largest memory so far in MB: of the device's allocator on CUDA, else resident memory of the process."""
-    if _uses_cuda():
+    if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e6
     if sys.platform == "darwin":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -161,18 +161,13 @@ def peak_memory_mb():
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e6
 
 
-def _uses_cuda():
-    return torch.cuda.is_available() and torch.cuda.is_initialized()
-
-
 def gpu_utilization():
     """Per cent of the last moments in which the GPU worked, by NVML; None where nobody can say."""
-    if not torch.cuda.is_available():
-        return None
-    try:
-        return torch.cuda.utilization()
-    except Exception:  # the package or the driver's library is not there, or refuses: no reason to stop a run
-        return None
+    with contextlib.suppress(
+        Exception
+    ):  # no package for that, or the driver refuses: no reason to stop a run
+        if torch.cuda.is_available():
+            return torch.cuda.utilization()
 
 
 @contextlib.contextmanager

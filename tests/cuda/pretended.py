@@ -1,9 +1,9 @@
 """A CUDA device that is not there: a T4 or an A100 for dispatch, autocast and device rules; a CPU computes.
 
-Import it before torch, in a process of its own; then `with pretended_cuda((7, 5)) as counts: ...`. Tensors that
-say "cuda:0" hold a CPU tensor each. Every operation on one is refused where CUDA refuses it (operands of two
-devices, a layer norm of two types, waiting while a graph is captured), counted as a launch, a wait or neither, and
-computed on what they hold. Graphs are replayed as CUDA does it: the same operations, on the same memory.
+Import it before torch, in a process of its own; then `with pretended_cuda((7, 5)) as counts: ...`. Tensors
+that say "cuda:0" hold a CPU tensor each. Every operation on one is refused where CUDA refuses it (operands of
+two devices, a layer norm of two types, waiting while a graph is captured), counted as a launch, a wait or
+neither, and computed on what they hold. Graphs are replayed as CUDA does it: the same operations again.
 
 It does not show the device's rounding, its speed, its memory, or races.
 """
@@ -306,15 +306,16 @@ def _recurrent(name):
     return call
 
 
-def nothing(*_):
-    pass
+def nothing():
+    """A function without effect, a new one each time: torch._dynamo takes none under two names."""
+    return lambda *_: None
 
 
 def _fakes(capability, memory):
     """torch.cuda's functions, as they answer on a machine with one device."""
     card = dict(major=capability[0], minor=capability[1], name="pretended", total_memory=memory)
     properties = SimpleNamespace(**card)
-    generator = SimpleNamespace(clone_state=nothing, graphsafe_set_state=nothing)
+    generator = SimpleNamespace(clone_state=nothing(), graphsafe_set_state=nothing())
 
     class Stream:  # a class: annotations of other libraries name it
         def wait_stream(self, other):
@@ -322,10 +323,11 @@ def _fakes(capability, memory):
 
     return dict(
         is_available=lambda: True, is_initialized=lambda: True, current_device=lambda: 0,
-        device_count=lambda: 1, set_device=nothing, get_device_properties=lambda *_: properties,
+        device_count=lambda: 1, set_device=nothing(), get_device_properties=lambda *_: properties,
         get_device_name=lambda *_: "pretended", get_device_capability=lambda *_: capability,
-        _check_bf16_tensor_supported=lambda *_: True, _initialized=True, _lazy_init=nothing, synchronize=nothing, empty_cache=nothing, manual_seed=nothing,
-        manual_seed_all=nothing, set_per_process_memory_fraction=nothing,
+        _check_bf16_tensor_supported=lambda *_: True, _initialized=True, _lazy_init=nothing(),
+        synchronize=nothing(), empty_cache=nothing(), manual_seed=nothing(), manual_seed_all=nothing(),
+        set_per_process_memory_fraction=nothing(),
         memory_allocated=lambda *_: 0, memory_reserved=lambda *_: 0, max_memory_allocated=lambda *_: 0,
         is_current_stream_capturing=lambda: _capturing.tape is not None, default_generators=(generator,),
         Stream=Stream, current_stream=lambda *_: Stream(), stream=lambda *_: contextlib.nullcontext(),

@@ -122,9 +122,10 @@ def test_the_graph_gives_the_bits_of_the_loop():
             for weight in each.model.context_map.parameters():
                 weight.add_(shift)
             tokens, start = each.tokens + shift, each.start + shift
-            expected = each.step._steps(tokens, start)
-            assert torch.equal(each.step.trajectory(tokens, start).cpu(), expected.cpu())
-    assert each.step._graphed.recorded and not each.notes
+            for inputs in ((tokens, start), (tokens[:2, :5], start[:2])):
+                expected = each.step._steps(*inputs)
+                assert torch.equal(each.step.trajectory(*inputs).cpu(), expected.cpu())
+    assert len(each.step._graphed.recorded) == 2 and not each.notes
 
 
 def test_what_cannot_be_captured_is_done_step_by_step():

@@ -1,4 +1,4 @@
-"""What is replayed is what would be computed, for every input, shape and state of the weights; recording needs CUDA."""
+"""What is replayed is what would be computed, for every input, shape and state of the weights."""
 
 import functools
 from types import SimpleNamespace
@@ -29,7 +29,7 @@ def recordings(monkeypatch):
 
 
 def test_a_replay_is_the_function_on_its_inputs(recordings):
-    """A record for each shape and type; weights that changed in place count; earlier results are left alone."""
+    """A record for each shape and type; weights that changed count; earlier results are left alone."""
     factor = torch.tensor(2)
     times = Graphed(lambda values: factor * values, lambda values: values, pytest.fail)
     first, second = times(torch.tensor([1.0, 2.0])), times(torch.tensor([5.0, 6.0]))
@@ -67,7 +67,7 @@ def test_a_trajectory_is_recorded_on_cuda_and_elsewhere_is_the_loop(
 
 
 def test_what_cannot_be_recorded_is_computed(monkeypatch):
-    """With one line and the function's own values, until what was tried is forgotten; its errors are its own."""
+    """With one line and the function's own values, until that is forgotten; its errors are its own."""
     lines, tries = [], []
 
     def refuses(work, warm_up):

@@ -78,13 +78,13 @@ def config(**changes):
         (dict(precision="fp16"), {}, "fp16 needs a CUDA device"),
         (dict(device="auto", precision="fp16"), {}, "fp16 needs a CUDA device"),
         (dict(device="cuda"), {}, "--device cpu"),
-        # Set by a cluster, and train.py started by hand: nobody to meet. OMP_NUM_THREADS, or accelerate sets it.
+        # Set by a cluster, and train.py started by hand: nobody to meet. Threads, or accelerate sets them.
         (dict(), dict(WORLD_SIZE="2", OMP_NUM_THREADS="1"), "cannot form a group"),
     ],
     ids=str,
 )
 def test_what_cannot_be_is_refused(monkeypatch, settings, environment, says):
-    """In a sentence: a CPU would silently compute fp16 in fp32, and CUDA asked for is not replaced by the CPU."""
+    """In a sentence: a CPU would compute fp16 in fp32, and CUDA asked for is not replaced by the CPU."""
     pretend(monkeypatch)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -122,7 +122,7 @@ def test_cuda_precision_is_what_the_hardware_computes_in(monkeypatch, capability
     ids=str,
 )
 def test_the_device_and_precision_in_effect(monkeypatch, opened, capability, cpu, settings, expected):
-    """ "auto" takes the GPU, and what the hardware computes in; what is asked for is taken, beside a GPU too."""
+    """By default the GPU, and what the hardware computes in; what is asked for is taken, beside a GPU too."""
     pretend(monkeypatch, capability, **cpu)
     runtime = open_runtime(config(**dict(device="auto", precision="auto") | settings))
     place, precision = expected
@@ -164,7 +164,7 @@ def test_a_step_function_is_compiled_until_it_falls_back(monkeypatch):
 
 
 def test_the_share_of_the_gpu_is_a_limit_set_before_it_is_used(monkeypatch):
-    """And the allocator is told to grow its segments, unless the user said otherwise, under the older name too."""
+    """And the allocator grows its segments, unless the user said otherwise, by the older name too."""
     pretend(monkeypatch, 8)
     limits = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)

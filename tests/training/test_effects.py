@@ -1,4 +1,4 @@
-"""Settings without effect: every one is judged, the judgement is held against whole runs, those given are named."""
+"""Settings without effect: each is judged, judgements are held against runs, those given are named."""
 
 import dataclasses
 
@@ -11,21 +11,24 @@ from newllm.training.effects import training_samples, unused_lines, without_effe
 
 # Nothing that another setting says takes their effect away.
 ALWAYS = {
-    "preset", "data_source", "data_split", "data_column", "tokenizer", "max_seq_length", "num_tokens", "tune_share",
-    "cache_dir", "model_type", "embed_dim", "tie_weights", "embeddings", "phase", "grad_clip", "min_batches", "device",
-    "precision", "seed", "save_checkpoint", "load_checkpoint", "checkpoint_dir", "max_minutes", "artifacts", "trackers",
+    "preset", "data_source", "data_split", "data_column", "tokenizer", "max_seq_length", "num_tokens",
+    "tune_share", "cache_dir", "model_type", "embed_dim", "tie_weights", "embeddings", "phase", "grad_clip",
+    "min_batches", "device", "precision", "seed", "save_checkpoint", "load_checkpoint", "checkpoint_dir",
+    "max_minutes", "artifacts", "trackers",
 }  # fmt: skip
 
 # Another value of each other setting.
 OTHER = dict(
-    vocab_size=290, val_samples=5, context_dim=20, num_layers=2, token_layers=3, init_scale=2.0, phase1_max_iterations=2,
-    phase1_shuffle=True, phase1_convergence_threshold=0.5, phase1_min_converged_ratio=0.1, phase1_learning_rate=0.1,
-    phase1_batch_size=8, dist_reg="covariance", dist_reg_weight=0.9, context_noise=0.5, phase2_epochs=3,
-    phase2_learning_rate=0.03, phase2_batch_size=9, untrained_control=True, freeze_context=True, whiten_context=True,
-    context_lr_scale=3.0, context_adapter="lora", adapter_rank=2, gradient_sweeps=1, dropout=0.7, token_dropout=0.6,
-    warmup_ratio=0.7, patience=1, val_quick_frac=0.9, val_quick_every_n_batches=7, weight_decay=5.0,
-    context_memory_mb=1, compile=True, attention="math", gpu_memory_fraction=0.3, save_every_n_batches=1,
-    save_min_seconds=1.5, save_every_minutes=0.001, keep_last=5, backup_dir="BACKUP", backup_every_minutes=0.001,
+    vocab_size=290, val_samples=5, context_dim=20, num_layers=2, token_layers=3, init_scale=2.0,
+    phase1_max_iterations=2, phase1_shuffle=True, phase1_convergence_threshold=0.5,
+    phase1_min_converged_ratio=0.1, phase1_learning_rate=0.1, phase1_batch_size=8,
+    dist_reg="covariance", dist_reg_weight=0.9, context_noise=0.5, phase2_epochs=3,
+    phase2_learning_rate=0.03, phase2_batch_size=9, untrained_control=True, freeze_context=True,
+    whiten_context=True, context_lr_scale=3.0, context_adapter="lora", adapter_rank=2,
+    gradient_sweeps=1, dropout=0.7, token_dropout=0.6, warmup_ratio=0.7, patience=1, val_quick_frac=0.9,
+    val_quick_every_n_batches=7, weight_decay=5.0, context_memory_mb=1, compile=True, attention="math",
+    gpu_memory_fraction=0.3, save_every_n_batches=1, save_min_seconds=1.5, save_every_minutes=0.001,
+    keep_last=5, backup_dir="BACKUP", backup_every_minutes=0.001,
 )  # fmt: skip
 
 SMALL = dict(min_batches=10, dist_reg_weight=0.0, tune_share=0.25, val_quick_every_n_batches=0)
@@ -76,7 +79,7 @@ def test_what_is_said_to_have_no_effect_has_none(case, base, tmp_path):
 
 
 def test_every_setting_is_judged(base):
-    """A setting is either one that nothing takes the effect of, or there are others beside which it has none."""
+    """A setting is one that nothing takes the effect of, or there are others beside which it has none."""
     judged = set()
     for case in (dict(num_tokens=240, num_samples=3), *CASES.values()):
         judged |= set(without_effect(ResidualConfig(**base | case), on_cpu=True, tokenizer="gpt2"))
@@ -129,7 +132,7 @@ def test_those_given_are_named_in_a_line_each(given, named):
 
 
 def test_what_differs_from_the_file_is_given():
-    """A copy by dataclasses.replace has every setting; num_tokens of the file counts more than a given num_samples."""
+    """dataclasses.replace gives every setting; the file's num_tokens counts more than num_samples."""
     copy = dataclasses.replace(ResidualConfig(), freeze_context=True, adapter_rank=4)
     assert [line.split()[1] for line in unused_lines(copy, True, "bpe")] == ["adapter_rank"]
 

@@ -1,4 +1,4 @@
-"""Live tracking: TensorBoard gets the figures of the record; a tracker that is absent or fails costs one line."""
+"""Live tracking: TensorBoard gets the record's figures; a tracker that is absent or fails costs a line."""
 
 import pytest
 from accelerate.tracking import GeneralTracker
@@ -35,7 +35,7 @@ def test_a_tracker_that_is_not_installed_costs_a_line(tiny_settings, capsys, mon
 
 
 def test_a_tracker_that_fails_later_is_left_out(tiny_settings, capsys, monkeypatch):
-    """The service goes away at the second row: one line, no further calls, and the run ends as it would have."""
+    """The service goes away at the second row: one line, no further calls, the run ends as it would."""
     calls = []
 
     class Flaky(GeneralTracker):
