@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from helpers import as_flags, write_dialogues
 
 from config import ResidualConfig
 from newllm.models.baselines import BASELINES, build_model
@@ -107,11 +108,11 @@ def test_more_of_anything_is_never_less_memory(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["context", "transformer"])
 def test_the_estimate_of_a_middle_sized_run_meets_its_measured_peak(kind, tmp_path):
-    """`doctor --measure` of a network 128 wide, 2 layers, 64 samples: within 20 %."""
-    sizes = dict(context_dim=128, embed_dim=128, num_layers=2, num_samples=64, val_samples=16, min_batches=3)
-    chosen = dict(model_type=kind, data_source="chitchat", tokenizer="bpe", device="cpu", cache_dir=tmp_path)
-    flags = [f"--{name}={value}" for name, value in (sizes | chosen).items()]
-    command = [sys.executable, "-m", "scripts.doctor", "--measure", *flags]
+    """`doctor --measure` of a network 256 wide, 2 layers, 64 samples: within 20 %."""
+    data = write_dialogues(tmp_path / "dialogues.jsonl", 400)
+    sizes = dict(context_dim=256, embed_dim=256, num_layers=2, num_samples=64, val_samples=32, vocab_size=300)
+    chosen = dict(model_type=kind, data_source=data, tokenizer="bpe", device="cpu", cache_dir=tmp_path)
+    command = [sys.executable, "-m", "scripts.doctor", "--measure", *as_flags(sizes | chosen)]
     text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert abs(float(re.search(r"the estimate is ([+-].*)% off", text)[1])) < 20
 

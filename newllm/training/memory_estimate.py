@@ -12,7 +12,8 @@ from torch.nn import functional
 
 from newllm.data.order import batch_count
 from newllm.data.vocabulary import GPT2_SIZE, WORDLLAMA_SIZE, tokenizer_choice
-from newllm.evaluate import SEQUENCES_AT_A_TIME
+from newllm.evaluate import RANK_TOKENS, SEQUENCES_AT_A_TIME
+from newllm.fixed_point.diagnostics import PROBE_DIMS, PROBE_LAGS
 from newllm.models.baselines import build_model
 from newllm.models.cross_entropy import CHUNK_ELEMENTS
 from newllm.training.effects import training_samples
@@ -33,7 +34,7 @@ KEPT = {"context": 5.6, "gru": 8.4, "lstm": 17.3, "transformer": 28.5, "window":
 FORWARD = {"context": 2.6, "gru": 3.6, "lstm": 3.6, "transformer": 17.0, "window": 2.6, "token": 2.6}
 HEAD, LOSS, SHARES = 4.3, 8.0, 3.0  # kept of a layer of the head, of Phase 1's loss, of attention's shares
 HALF = 0.7  # of what is kept, where products are made in half precision
-SCATTERED_MB = 90.0  # of the saving thread, and of freed memory between what is in use
+SCATTERED_MB = 70.0  # of the saving thread, and of freed memory between what is in use
 
 
 def memory_table(config, vocab_size, runtime):
@@ -68,6 +69,11 @@ def memory_table(config, vocab_size, runtime):
 
     chunks = -(-validated * vocab_size // CHUNK_ELEMENTS)
     validation = 4 * validated * read * FORWARD[kind], validated * vocab_size // chunks * (8 + itemsize)
+    probed = T * min(-(-RANK_TOKENS // T), samples, config.val_samples)
+    probes = (
+        4 * probed * (4 * read + 5.5 * min(PROBE_LAGS, T // 2) * min(PROBE_DIMS, E)),
+        0,
+    )  # of the contexts
     features = [count * T * (C + E) * itemsize for count in (samples, config.val_samples)]
     frozen = head, features, step(config.phase2_batch_size, in_head), validation
     in_layers, table = config.num_layers * in_layer, {}
@@ -75,13 +81,13 @@ def memory_table(config, vocab_size, runtime):
         table["untrained"] = stage(*frozen, copies=2)
     if context:
         work = step(config.phase1_batch_size, in_layers + LOSS * C, vocabulary=0)
-        table["phase1"] = stage(context, [samples * T * C * itemsize], work)
+        table["phase1"] = stage(context, [samples * T * C * itemsize], work, probes)
     if config.phase == "both" and (kind in ("window", "token") or (context and config.freeze_context)):
         table["phase2"] = stage(*frozen)
     elif config.phase == "both":
         passes = max(1, config.gradient_sweeps) if context else 1
         work = step(config.phase2_batch_size, passes * in_layers + in_head)
-        table["phase2"] = stage(head + context, [], work, validation)
+        table["phase2"] = stage(head + context, [], work, validation, probes if context else work)
     return table
 
 
