@@ -29,12 +29,9 @@ class Graphed:
             if reason:
                 self.forget()  # out here: inside `except` the traceback keeps what the attempt has made alive
                 self.failed = True
-                output = self.function(
-                    *inputs
-                )  # before the line: if this fails too, that is no matter of graphs
-                self.note(
-                    f"warning: the steps cannot be recorded as a CUDA graph ({reason}); going on without"
-                )
+                output = self.function(*inputs)  # before the line: if it fails too, it is no matter of graphs
+                line = f"warning: the steps cannot be recorded as a CUDA graph ({reason}); going on without"
+                self.note(line)
                 return output
         if self.failed:
             return self.function(*inputs)

@@ -7,9 +7,7 @@ PHASE1 = "phase1_shuffle phase1_learning_rate phase1_batch_size dist_reg dist_re
 CONTEXT = f"{PHASE1} phase1_max_iterations phase1_convergence_threshold phase1_min_converged_ratio init_scale"
 TUNING = "context_lr_scale gradient_sweeps"
 QUICK = "val_quick_every_n_batches val_quick_frac"
-HEAD = (
-    f"phase2_epochs phase2_learning_rate phase2_batch_size warmup_ratio patience weight_decay dropout {QUICK}"
-)
+PHASE2 = "phase2_epochs phase2_learning_rate phase2_batch_size warmup_ratio patience weight_decay dropout"
 SAVING = "save_every_n_batches save_min_seconds save_every_minutes keep_last backup_dir backup_every_minutes"
 
 
@@ -45,7 +43,7 @@ def without_effect(config, on_cpu, tokenizer):
         (PHASE1, no_phase1, "there is no Phase 1 (phase1_max_iterations 0)"),
         ("dist_reg", not c.dist_reg_weight, "the regularizer counts nothing (dist_reg_weight 0)"),
         (f"{TUNING} token_dropout freeze_context context_adapter adapter_rank", only1, later),
-        (f"{HEAD} whiten_context", only1 and not (context and c.untrained_control), later),
+        (f"{PHASE2} {QUICK} whiten_context", only1 and not (context and c.untrained_control), later),
         (f"{TUNING} token_dropout", c.freeze_context, "contexts are frozen (freeze_context)"),
         ("compile", c.freeze_context and no_phase1, "nothing trains the context map (freeze_context)"),
         ("phase1_batch_size", samples // c.phase1_batch_size < fewest, smaller),

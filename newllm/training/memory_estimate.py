@@ -20,15 +20,7 @@ from newllm.training.effects import training_samples
 from newllm.training.optim import make_optimizer
 from newllm.training.runtime import memory_mb, memory_of, peak_memory_mb, skip_loaded_code
 
-THINGS = (
-    "libraries",
-    "weights",
-    "gradients, moments",
-    "best, in saving",
-    "contexts",
-    "activations",
-    "logits",
-)
+THINGS = "libraries", "weights", "gradients, moments", "best, in saving", "contexts", "activations", "logits"
 # Floats of a token for each unit of width: of a layer, kept for the backward pass; of a pass without one.
 KEPT = {"context": 5.6, "gru": 8.4, "lstm": 17.3, "transformer": 28.5, "window": 0.0, "token": 0.0}
 FORWARD = {"context": 2.6, "gru": 3.6, "lstm": 3.6, "transformer": 17.0, "window": 2.6, "token": 2.6}
@@ -60,9 +52,7 @@ def memory_table(config, vocab_size, runtime):
 
     def stage(trained, stored, *works, copies=1):
         """What is held all the time, and the largest of the works."""
-        kept = sum(
-            size for size in stored if size <= 1e6 * config.context_memory_mb
-        )  # larger ones lie in files
+        kept = sum(size for size in stored if size <= 1e6 * config.context_memory_mb)  # larger: in files
         saving = 3 * trained if config.save_checkpoint and on_cpu else 0  # beside the best weights so far
         held = copies * weights, 3 * trained, trained + saving, kept, *max(works, key=sum)
         return dict(zip(THINGS, (libraries, *(size / 1e6 for size in held)), strict=True))
@@ -70,10 +60,7 @@ def memory_table(config, vocab_size, runtime):
     chunks = -(-validated * vocab_size // CHUNK_ELEMENTS)
     validation = 4 * validated * read * FORWARD[kind], validated * vocab_size // chunks * (8 + itemsize)
     probed = T * min(-(-RANK_TOKENS // T), samples, config.val_samples)
-    probes = (
-        4 * probed * (4 * read + 5.5 * min(PROBE_LAGS, T // 2) * min(PROBE_DIMS, E)),
-        0,
-    )  # of the contexts
+    probes = 4 * probed * (4 * read + 5.5 * min(PROBE_LAGS, T // 2) * min(PROBE_DIMS, E)), 0
     features = [count * T * (C + E) * itemsize for count in (samples, config.val_samples)]
     frozen = head, features, step(config.phase2_batch_size, in_head), validation
     in_layers, table = config.num_layers * in_layer, {}

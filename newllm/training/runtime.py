@@ -61,9 +61,7 @@ def open_runtime(config):
     on_cpu = config.device == "cpu" or not torch.cuda.is_available()
     precision = best_precision(on_cpu) if config.precision == "auto" else config.precision
     if precision == "fp16" and on_cpu:
-        raise UserError(
-            "precision fp16 needs a CUDA device, as a CPU would compute in fp32: use bf16 or fp32."
-        )
+        raise UserError("precision fp16 needs a CUDA device; a CPU would compute in fp32: use bf16 or fp32.")
     if on_cpu:
         keep_freed_memory()
     elif not allocator_setting():
@@ -117,10 +115,7 @@ def keep_freed_memory():
 
 def allocator_setting():
     """What the environment says to torch's allocator, e.g. "PYTORCH_ALLOC_CONF=backend:native", or ""."""
-    names = (
-        "PYTORCH_ALLOC_CONF",
-        "PYTORCH_CUDA_ALLOC_CONF",
-    )  # torch reads the older where the newer is not set
+    names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # torch takes the older where the newer is unset
     return next((f"{name}={os.environ[name]}" for name in names if os.environ.get(name)), "")
 
 
@@ -254,7 +249,7 @@ class Group:
         (differing,) = self.totals(self.decided(value) != value)
         if differing:
             raise UserError(
-                f"the processes have different {name}: start all with the same settings, code and files."
+                f"the processes have different {name}: start all with equal settings, code and files."
             )
 
     @contextlib.contextmanager
@@ -334,16 +329,15 @@ class StepFunction:
         Returns:
             A line that says so. A killed run leaves files in the shared cache that cannot be loaded.
         """
-        shared = leave_shared_cache()
+        shared, remedy = leave_shared_cache(), "going on without it"
         if shared:
             self._call = torch.compile(self.eager, dynamic=True)
             again = f"if this comes again, delete {shared}: a killed run leaves damaged files"
-            return (
-                f"warning: torch.compile failed at {where} ({reason}); once more in an empty cache ({again})"
-            )
-        self._call = self.eager
-        self.compiled = False
-        return f"warning: torch.compile failed at {where} ({reason}); going on without it"
+            remedy = f"once more in an empty cache ({again})"
+        else:
+            self._call = self.eager
+            self.compiled = False
+        return f"warning: torch.compile failed at {where} ({reason}); {remedy}"
 
     def forget(self):
         """Drop the recorded graphs, and the memory that they keep."""

@@ -26,9 +26,7 @@ def start_tracking(accelerator, name, folder, config, warn):
 
     def follow(stage, values):
         numbers = {f"{stage}/{key}": value for key, value in values.items() if type(value) in (int, float)}
-        step = values.get(
-            "steps", values.get("iteration", values.get("epoch"))
-        )  # the finest count of the row
+        step = values.get("steps", values.get("iteration", values.get("epoch")))  # the finest of its counts
         if step is not None:
             attempt("failed", accelerator.log, numbers, step)
 
