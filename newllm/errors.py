@@ -71,8 +71,8 @@ def open_streams():
     for name in ("stdin", "stdout", "stderr"):
         stream, errors = getattr(sys, name), "surrogateescape" if name == "stdin" else "backslashreplace"
         if stream is None:
-            nowhere = open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8")  # noqa: SIM115
-            setattr(sys, name, nowhere)
+            mode = "r" if name == "stdin" else "w"
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8", errors=errors))  # noqa: SIM115
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=errors)
 

@@ -46,6 +46,11 @@ class Runtime:
         """Type in which contexts are kept between steps: the one that a sweep computes in."""
         return STORAGE_DTYPE[self.precision]
 
+    @property
+    def memory(self):
+        """Bytes that the device has."""
+        return memory_of(self.device)
+
     def autocast(self):
         return self.accelerator.autocast()
 
@@ -126,8 +131,8 @@ def describe_device(runtime):
     else:
         name = f"CPU, {torch.get_num_threads()} threads"
     mode = "compiled" if runtime.compile else "eager"
-    memory = memory_of(runtime.device) / 2**30
-    return f"{name}, {memory:.1f} GiB memory, precision {runtime.precision}, {mode}"
+    memory = f"{runtime.memory / 2**30:.1f} GiB memory"
+    return f"{name}, {memory}, precision {runtime.precision}, {mode}"
 
 
 def memory_of(device):
