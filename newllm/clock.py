@@ -5,15 +5,14 @@ import time
 
 
 class Clock:
-    """Counts seconds from its making on; as a context manager it is the one that `timed` counts for.
-
-    Only for the thread that trains: what others do meanwhile costs it no time.
-    """
+    """Counts the seconds of the thread that trains. As a context manager it is the clock of `timed`."""
 
     current = None
 
     def __init__(self):
-        self._parts, self._open, self._since = {}, ["other"], time.monotonic()
+        self._parts = {}
+        self._open = ["other"]
+        self._since = time.monotonic()
 
     def __enter__(self):
         self._outer, Clock.current = Clock.current, self
@@ -45,11 +44,8 @@ class Clock:
 
 @contextlib.contextmanager
 def timed(part):
-    """Count the seconds of a block, or of a function's calls, for a part; what is timed within it counts for its own."""
-    clock = Clock.current
-    if clock is None:
-        yield
-        return
+    """Count a block's, or a function's, seconds for a part; what is timed within it counts for its own."""
+    clock = Clock.current or Clock()  # outside of a run one that nobody reads
     clock._turn()
     clock._open.append(part)
     try:

@@ -1,4 +1,4 @@
-"""The one exception whose message is meant for the person at the keyboard, and how every command ends and prints."""
+"""The one exception whose message is meant for the person at the keyboard, and how every command ends."""
 
 import contextlib
 import os
@@ -17,12 +17,26 @@ class UserError(Exception):
         return [f"error: {self}"]
 
 
+def _end(error):
+    """Say in one line why the command ends, and end it."""
+    line, status = f"error: {error}", 2
+    if isinstance(error, KeyboardInterrupt):
+        line, status = "interrupted before the run began", 130
+    if isinstance(error, Stopped):
+        advice = "run the same command again to continue" if error.goes_on else "nothing was to be saved"
+        line, status = f"stopped: {error}; {advice}", EXIT_STATUS
+    print(line, file=sys.stderr)
+    if isinstance(error, LeftBehind):
+        sys.stdout.flush()
+        os._exit(status)
+    raise SystemExit(status) from None
+
+
 def _say_user_error(kind, error, trace, otherwise=sys.excepthook):
-    """As exit_on_user_error, for what is raised outside of it: by config.py as it is imported, or in `python3 -c`."""
-    if not issubclass(kind, UserError):
-        return otherwise(kind, error, trace)
-    print(f"error: {error}", file=sys.stderr)
-    raise SystemExit(2)
+    """For what is raised outside of exit_on_user_error: by config.py as it is read, or in `python3 -c`."""
+    if issubclass(kind, UserError):
+        _end(error)
+    otherwise(kind, error, trace)
 
 
 sys.excepthook = _say_user_error
@@ -30,65 +44,45 @@ sys.excepthook = _say_user_error
 
 @contextlib.contextmanager
 def exit_on_user_error():
-    """Frame of every command: what it prints fits any terminal, and it ends in one line and a status, not a traceback.
+    """Frame of every command: it prints on any terminal, and ends in one line and a status, not a traceback.
 
-    A UserError is status 2, an orderly stop EXIT_STATUS, output that nobody reads BROKEN_PIPE. Other errors are faults
-    of the program and keep their traceback.
+    A UserError is status 2, an orderly stop EXIT_STATUS, output that nobody reads BROKEN_PIPE. Other errors
+    are faults of the program and keep their traceback.
     """
     open_streams()
     try:
         try:
             yield
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise SystemExit(2) from None
-        except KeyboardInterrupt:
-            print("interrupted before the run began", file=sys.stderr)
-            raise SystemExit(130) from None
-        except Stopped as stop:
-            advice = "run the same command again to continue" if stop.goes_on else "nothing was to be saved"
-            print(f"stopped: {stop}; {advice}", file=sys.stderr)
-            if isinstance(stop, LeftBehind):
-                sys.stdout.flush()
-                os._exit(EXIT_STATUS)
-            raise SystemExit(EXIT_STATUS) from None
+        except (UserError, Stopped, KeyboardInterrupt) as error:
+            _end(error)
         finally:
             sys.stdout.flush()  # here, as the end of Python only prints that it failed
     except OSError as error:
+        broken = silence_broken_streams()
         if isinstance(error, BrokenPipeError):
-            silence_broken_streams()
             raise SystemExit(BROKEN_PIPE) from None
-        if not silence_broken_streams("\n"):
+        if not broken:
             raise
-        print(
-            f"error: the output cannot be written ({error.strerror}): give it another place.", file=sys.stderr
-        )
-        raise SystemExit(2) from None
+        _end(UserError(f"the output cannot be written ({error.strerror}): give it another place."))
 
 
 def open_streams():
-    """Lead closed streams (`>&-`) to nowhere; let output show escaped what the terminal lacks, and input keep odd bytes."""
-    for name, mode, errors in (
-        ("stdin", "r", "surrogateescape"),
-        ("stdout", "w", "backslashreplace"),
-        ("stderr", "w", "backslashreplace"),
-    ):
-        if getattr(sys, name) is None:
+    """Lead closed streams (`>&-`) to nowhere; show escaped what a terminal lacks, keep odd input bytes."""
+    for name in ("stdin", "stdout", "stderr"):
+        stream, errors = getattr(sys, name), "surrogateescape" if name == "stdin" else "backslashreplace"
+        if stream is None:
+            mode = "r" if name == "stdin" else "w"
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8", errors=errors))  # noqa: SIM115
-        elif hasattr(getattr(sys, name), "reconfigure"):
-            getattr(sys, name).reconfigure(errors=errors)
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=errors)
 
 
-def silence_broken_streams(probe=""):
-    """Lead output that cannot be written to nowhere, so that nothing tries again; whether there was any.
-
-    Args:
-        probe: what to write to stdout to find out, beside what is still to be written.
-    """
+def silence_broken_streams():
+    """Lead output that cannot be written to nowhere, so that nothing tries again; whether there was any."""
     broken = False
-    for stream in (sys.stdout, sys.stderr):
+    for stream, probe in ((sys.stdout, "\n"), (sys.stderr, "")):
         try:
-            stream.write(probe if stream is sys.stdout else "")
+            stream.write(probe)  # what failed before is no longer in the stream
             stream.flush()
         except OSError:
             broken = True

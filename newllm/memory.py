@@ -2,36 +2,26 @@
 
 import contextlib
 import ctypes
-import gc
 import itertools
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 
-SAYING_SO = (
-    "out of memory",
-    "_alloc_failed",
-    "not enough memory",
-    "defaultcpuallocator",
-    "memory allocation",
-)
+# Drivers and libraries say it in words, of which accelerate's should_reduce_batch_size knows fewer.
+NO_MEMORY = "out of memory", "_alloc_failed", "not enough memory", "defaultcpuallocator", "memory allocation"
 
 
 def is_out_of_memory(error):
     """Whether an exception says that the device or the machine has no memory left."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    # The class that says so is the allocator's own: the CPU's, the driver's and the libraries' errors say it in words.
-    return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in SAYING_SO)
+    said = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in NO_MEMORY)
+    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
 
 
 def free_memory():
-    """Give unreferenced tensors and the allocator's cache back. Slow: for the time between phases and after failures."""
-    gc.collect()
+    """Give unreferenced tensors and the allocator's cache back. Slow: between phases, after failures."""
+    clear_device_cache(garbage_collection=True)
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # glibc keeps what is freed until it is told
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
 
 
 def split(count, parts):
@@ -47,7 +37,7 @@ def map_parts(work, count, size):
     Raises:
         the error itself, when a single row does not fit.
     """
-    results, start, size = [], 0, max(1, min(size, count))
+    results, start = [], 0
     while start < count:
         part = slice(start, min(start + size, count))
         try:

@@ -10,12 +10,6 @@ from tqdm import tqdm
 SECONDS_BETWEEN_LINES = 5.0
 
 
-def progress_line(done, total, speed, unit="tok"):
-    """`Progress: 10,000/100,000 (10.0%) | Speed: 1200 tok/s | ETA: 75s`; speed in tokens, or another unit, per second."""
-    eta = (total - done) / max(speed, 1e-9)
-    return f"Progress: {done:,}/{total:,} ({100 * done / total:.1f}%) | Speed: {speed:.0f} {unit}/s | ETA: {eta:.0f}s"
-
-
 def silent(label, total, unit="tok"):
     """What a function that reports its progress takes in place of Progress when nobody looks."""
     return contextlib.nullcontext(SimpleNamespace(update=lambda tokens: None))
@@ -25,22 +19,15 @@ class Progress:
     """Context manager around a loop over `total` tokens, `done` of which an earlier session has processed."""
 
     def __init__(self, label, total, done=0, unit="tok"):
-        self.label, self.total, self.unit, self.done, self.resumed_at = label, total, unit, done, done
+        self.label, self.unit = label, unit
+        self.total, self.done, self.resumed_at = total, done, done
+        self.bar = None
 
     def __enter__(self):
         self.started = self.last_line = time.monotonic()
-        self.bar = None
-        if sys.stdout and sys.stdout.isatty():
-            self.bar = tqdm(
-                desc=self.label,
-                total=self.total,
-                initial=self.done,
-                unit=self.unit,
-                unit_scale=True,
-                leave=False,
-                file=sys.stdout,
-                dynamic_ncols=True,
-            )
+        if sys.stdout.isatty():
+            counts = dict(total=self.total, initial=self.done, unit=self.unit, unit_scale=True)
+            self.bar = tqdm(desc=self.label, **counts, leave=False, file=sys.stdout, dynamic_ncols=True)
         return self
 
     def __exit__(self, *error):
@@ -53,7 +40,14 @@ class Progress:
             self.bar.update(tokens)
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
-            print(progress_line(self.done, self.total, self.speed, self.unit), flush=True)
+            print(self.line, flush=True)
+
+    @property
+    def line(self):
+        """`Progress: 10,000/100,000 (10.0%) | Speed: 1200 tok/s | ETA: 75s`."""
+        counts = f"{self.done:,}/{self.total:,} ({self.done / self.total:.1%})"
+        left = (self.total - self.done) / max(self.speed, 1e-9)
+        return f"Progress: {counts} | Speed: {self.speed:.0f} {self.unit}/s | ETA: {left:.0f}s"
 
     @property
     def seconds(self):

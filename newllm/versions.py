@@ -1,4 +1,4 @@
-"""Which installed versions lie outside the ranges that the project was tested with; these stand in pyproject.toml alone."""
+"""Which installed versions lie outside the ranges that the project was tested with."""
 
 import importlib.metadata
 
@@ -6,17 +6,16 @@ TESTED = None  # the copy in an exported folder holds the ranges of what that ne
 
 
 def outside(needed):
-    """Of requirements such as "numpy>=2.0,<3", a sentence on each whose installed version is another one: list of str."""
+    """A sentence on each requirement, such as "numpy>=2.0,<3", that the installed version does not meet."""
     from packaging.requirements import Requirement
 
-    found = []
+    sentences = []
     for requirement in map(Requirement, needed):
         try:
             version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
             continue
         if not requirement.specifier.contains(version, prereleases=True):
-            found.append(
-                f"{requirement.name} is {version}, newllm wants {requirement.name}{requirement.specifier}"
-            )
-    return found
+            wanted = f"{requirement.name}{requirement.specifier}"
+            sentences.append(f"{requirement.name} is {version}, newllm wants {wanted}")
+    return sentences

@@ -1,11 +1,15 @@
-"""Whether this machine is ready for a run with these settings: one line a check, OK or what to do; exit status 1 if it is not.
+"""Whether this machine is ready for a run: one line a check, OK or what to do; exit status 1 if it is not.
 
     python3 -m scripts.doctor                        # the values of config.py
     python3 -m scripts.doctor --num_samples 781      # every setting is a flag, as in train.py
+    python3 -m scripts.doctor --memory               # what that run holds in memory, by stage, and its peak
+    python3 -m scripts.doctor --measure              # runs two rounds of each stage too, and compares
 
 Needs no GPU and changes nothing; folders that a run would make are made.
 """
 
+import contextlib
+import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -18,7 +22,9 @@ from pathlib import Path
 
 import torch
 
+import train
 from config import ResidualConfig
+from newllm.apart import call_apart
 from newllm.data import hub
 from newllm.data.dialogues import ULTRACHAT, ULTRACHAT_REVISION, open_corpus
 from newllm.data.tokens import choose_tokenizer, tokenizer_choice
@@ -29,13 +35,18 @@ from newllm.models.pretrained import require_own_ids
 from newllm.report.summary import batches, cadence, trainable
 from newllm.saving.files import COLAB_DRIVE, usable_folder
 from newllm.saving.state import require_space
-from newllm.training.effects import unused_lines
-from newllm.training.memory_estimate import predicted_peak, sketch, vocabulary
+from newllm.saving.stop import Interrupt
+from newllm.training import memory_estimate
+from newllm.training.effects import training_samples, unused_lines
+from newllm.training.memory_estimate import sketch, usable_memory, vocabulary
 from newllm.training.plan import make_plan
-from newllm.training.runtime import allocator_setting, describe_device, memory_of, open_runtime
+from newllm.training.runtime import allocator_setting, describe_device, open_runtime
 from newllm.versions import outside
 
 MARGIN = 0.9  # share of the memory that a run may be predicted to take
+# Saves and best weights lie beside training from the second round on.
+ROUNDS = dict(phase1_max_iterations=2, phase2_epochs=2, load_checkpoint=False, artifacts=False, backup_dir="")
+INSTALL = "`pip install -q -e .`"
 
 
 class Note(Exception):
@@ -43,82 +54,68 @@ class Note(Exception):
 
 
 def check_packages(config):
-    """What newllm needs is installed, in versions that it takes."""
     try:
         needed = importlib.metadata.requires("newllm")
-    except importlib.metadata.PackageNotFoundError:
-        raise Note(
-            "newllm is not installed, so versions are not checked: run `pip install -q -e .` in its folder."
-        ) from None
-    own = [text for text in needed if "extra ==" not in text]
-    found = []
-    for name in (re.match(r"[\w.-]+", text)[0] for text in own):
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            raise UserError(f"{name} is not installed: run `pip install -q -e .`.") from None
+        own = [text for text in needed if "extra ==" not in text]
+        names = [re.match(r"[\w.-]+", text)[0] for text in own]
+        versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
+    except importlib.metadata.PackageNotFoundError as missing:
+        if missing.name == "newllm":
+            raise Note(f"newllm is not installed, so versions are not checked: run {INSTALL}.") from None
+        raise UserError(f"{missing.name} is not installed: run {INSTALL}.") from None
     if wrong := outside(own):
-        raise UserError(f"{'; '.join(wrong)}, the range it was tested with: `pip install -q -e .` again.")
+        raise UserError(f"{'; '.join(wrong)}, the range it was tested with: {INSTALL} again.")
     if wrong := outside(set(needed) - set(own)):
         raise Note(f"{'; '.join(sorted(set(wrong)))}, the range that optional parts were tested with.")
-    return f"python {platform.python_version()}, " + ", ".join(found)
+    return f"python {platform.python_version()}, " + ", ".join(versions)
 
 
 def check_device(config):
-    """The GPU, if there is one, and whether bf16 is native to it."""
     open_runtime(config)  # refuses a device or precision that there is not
     if not torch.cuda.is_available():
-        raise Note(
-            "GPU Available: False; training runs on the CPU. On Colab: Runtime, Change runtime type, T4 GPU."
-        )
-    properties = torch.cuda.get_device_properties(0)
+        colab = "On Colab: Runtime, Change runtime type, T4 GPU."
+        raise Note(f"GPU Available: False; training runs on the CPU. {colab}")
+    card = torch.cuda.get_device_properties(0)
     native = torch.cuda.is_bf16_supported(including_emulation=False)
-    return (
-        f"GPU Available: True, Device: {properties.name}, Memory: {properties.total_memory / 1e9:.2f} GB, capability "
-        f"{properties.major}.{properties.minor}, native bf16: {native}"
-    )
-
-
-def check_precision(config):
-    """What would be in effect: device, precision, batches, cadence."""
-    runtime, model = open_runtime(config), sketch(config, vocabulary(config))
-    plan = make_plan(
-        config, config.num_samples - round(config.tune_share * config.num_samples), model, runtime.device
-    )
-    baseline = isinstance(model, Baseline)
-    attention = model.attention_in_effect(runtime.device, runtime.storage_dtype) if baseline else None
-    return (
-        f"{describe_device(runtime)}; attention {attention or 'none'}; trainable parameters: {trainable(plan)}; "
-        f"batches: {batches(plan)}; {cadence(config)}; allocator {allocator_setting() or 'as torch has it'}"
-    )
+    size = f"Memory: {card.total_memory / 1e9:.2f} GB, capability {card.major}.{card.minor}"
+    return f"GPU Available: True, Device: {card.name}, {size}, native bf16: {native}"
 
 
 def check_settings(config):
-    """The settings fit each other, and each that was given has an effect."""
-    require_own_ids(config.embeddings, tokenizer_choice(config))
     choice = tokenizer_choice(config)
+    require_own_ids(config.embeddings, choice)
     on_cpu = open_runtime(config).device.type == "cpu"
-    if unused := unused_lines(config, on_cpu, "bpe" if choice in ("auto", "bpe") else choice):
+    unused = unused_lines(config, on_cpu, "bpe" if choice == "auto" else choice)
+    if unused:
         raise Note("; ".join(line.removeprefix("warning: ") for line in unused))
     return "each that was given has an effect"
 
 
+def check_in_effect(config):
+    runtime, model = open_runtime(config), sketch(config, vocabulary(config))
+    plan = make_plan(config, training_samples(config), model, runtime.device)
+    attention = "none"
+    if isinstance(model, Baseline):
+        attention = model.attention_in_effect(runtime.device, runtime.storage_dtype) or "none"
+    return (
+        f"{describe_device(runtime)}; attention {attention}; trainable parameters: {trainable(plan)}; "
+        f"batches: {batches(plan)}; {cadence(config)}; allocator {allocator_setting() or 'as torch has it'}"
+    )
+
+
 def check_memory(config):
-    """The predicted peak fits into what the device has."""
     runtime = open_runtime(config)
-    cuda = runtime.device.type == "cuda"
-    peak = predicted_peak(config, vocabulary(config), runtime)
-    total = memory_of(runtime.device) / 1e6 * (config.gpu_memory_fraction if cuda else 1)
-    said = f"predicted peak {peak:,.0f} MB of {total:,.0f} MB"
-    if peak > MARGIN * total:
-        raise UserError(
-            f"{said}: take smaller batches, a smaller vocabulary or fewer layers (scripts.estimate_memory says what is large)."
-        )
+    peak = memory_estimate.predicted_peak(config, vocabulary(config), runtime)
+    usable = usable_memory(config, runtime.device)
+    said = f"predicted peak {peak:,.0f} MB of {usable:,.0f} MB"
+    if peak > MARGIN * usable:
+        advice = "take smaller batches, a smaller vocabulary or fewer layers (--memory says what is large)"
+        raise UserError(f"{said}: {advice}.")
     return said
 
 
 def check_folders(config):
-    """`cache_dir` and `checkpoint_dir` can be written; where they are links, what they lead to is there."""
+    """They can be written; where they are links, what they lead to is there."""
     said = []
     for name in ("cache_dir", "checkpoint_dir"):
         path = Path(getattr(config, name))
@@ -127,20 +124,16 @@ def check_folders(config):
             with tempfile.TemporaryFile(dir=folder) as file:
                 file.write(b"newllm")
         except OSError as error:
-            raise UserError(
-                f"{folder} ({name}) cannot be written ({error.strerror}): choose another folder."
-            ) from error
+            reason = f"cannot be written ({error.strerror}): choose another folder."
+            raise UserError(f"{folder} ({name}) {reason}") from error
         for nested in (folder / folder.name, folder / path.name):
             if nested.is_symlink():
-                raise Note(
-                    f"{nested} is a link inside its own folder, as a repeated `ln -s` makes it: delete that link."
-                )
-        said.append(f"{path} is {'a link to ' if path.is_symlink() else ''}{folder}")
+                raise Note(f"{nested} is a link in its own folder, by a repeated `ln -s`: delete that link.")
+        said.append(f"{path} is a link to {folder}" if path.is_symlink() else f"{path} is {folder}")
     return ", ".join(said)
 
 
 def check_disk(config):
-    """There is room for the checkpoints of a run."""
     folder, runtime = usable_folder(config.checkpoint_dir, "checkpoint_dir"), open_runtime(config)
     require_space(folder, sketch(config, vocabulary(config)), config, runtime.storage_dtype)
     return f"{shutil.disk_usage(folder).free / 1e9:.1f} GB free in {folder}"
@@ -148,58 +141,45 @@ def check_disk(config):
 
 def check_drive(config):
     """On Colab: that Drive is mounted, and that what a run writes lies on it."""
-    try:
-        on_colab = importlib.util.find_spec("google.colab") is not None
-    except ModuleNotFoundError:
-        on_colab = False
-    if not on_colab:
+    if not (importlib.util.find_spec("google") and importlib.util.find_spec("google.colab")):
         return "not on Colab: what a run writes stays on this machine"
     if not os.path.ismount(COLAB_DRIVE):
-        raise Note(
-            "Drive is not mounted: run the notebook's first cell, or what this machine writes is lost with it."
-        )
+        raise Note("Drive is not mounted: run the notebook's first cell, or what is written here is lost.")
     here = Path(config.checkpoint_dir).resolve()
     if not (here.is_relative_to(COLAB_DRIVE) or config.backup_dir):
-        raise Note(
-            f"checkpoints go to {here}, which is lost with the machine: run scripts.link_drive, or give --backup_dir."
-        )
+        advice = "run scripts.link_drive, or give --backup_dir."
+        raise Note(f"checkpoints go to {here}, which is lost with the machine: {advice}")
     return f"mounted; checkpoints go to {here}"
 
 
 def check_hub(config):
-    """The Hugging Face hub answers."""
     try:
         hub.probe(f"api/datasets/{ULTRACHAT}/revision/{ULTRACHAT_REVISION}")
     except hub.Unreachable as reason:
-        raise Note(
-            f"cannot be reached ({reason}); data and tokenizer come from the cache or what is embedded."
-        ) from None
+        instead = "data and tokenizer come from the cache or what is embedded"
+        raise Note(f"cannot be reached ({reason}); {instead}.") from None
     return "reachable"
 
 
 def check_data(config):
-    """There are dialogues to train on."""
     corpus = open_corpus(config.data_source, config.data_split, config.data_column)
     next(corpus.train())
     return corpus.note.removeprefix("data: ")
 
 
 def check_tokenizer(config):
-    """There is a tokenizer, or there are texts to train one on."""
     tokenizer, reason = choose_tokenizer(tokenizer_choice(config))
     if tokenizer:
         return f"{tokenizer.name}, {tokenizer.vocab_size:,} ids"
-    return (
-        f"a byte-level BPE of {config.vocab_size:,} ids, trained on the training dialogues"
-        + f" ({reason})" * bool(reason)
-    )
+    trained = f"a byte-level BPE of {config.vocab_size:,} ids, trained on the training dialogues"
+    return f"{trained} ({reason})" if reason else trained
 
 
 CHECKS = {
     "packages": check_packages,
     "device": check_device,
     "settings": check_settings,
-    "in effect": check_precision,
+    "in effect": check_in_effect,
     "memory": check_memory,
     "folders": check_folders,
     "disk": check_disk,
@@ -211,7 +191,7 @@ CHECKS = {
 
 
 def main(config):
-    """Make all checks, a line each; returns whether a run could begin. What fails for a reason said before is a note."""
+    """Make all checks, a line each; whether a run could begin. A second failure of one cause is a note."""
     causes = {}
     for name, check in CHECKS.items():
         try:
@@ -220,13 +200,55 @@ def main(config):
             verdict, said = "NOTE", note
         except UserError as error:
             verdict, said = "FAIL", error
-            if (first := causes.setdefault(str(error), name)) != name:
+            first = causes.setdefault(str(error), name)
+            if first != name:
                 verdict, said = "NOTE", f"not checked, because of {first}"
         print(f"{verdict:4} {name}: {said}", flush=True)
     print("ready to train" if not causes else f"{len(causes)} of {len(CHECKS)} checks failed")
     return not causes
 
 
+def measure(config):
+    """Peak MB of this process after two rounds of each stage."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        contextlib.redirect_stdout(nowhere),
+    ):
+        config = dataclasses.replace(config, checkpoint_dir=folder, **ROUNDS)
+        return train.main(config)["peak_memory_mb"]
+
+
+def print_memory(config, measuring):
+    """What a run holds in each stage, its predicted and measured peak, and whether this machine has it."""
+    runtime, vocab_size = open_runtime(config), vocabulary(config)
+    table = memory_estimate.memory_table(config, vocab_size, runtime)
+    sums = {stage: sum(held.values()) for stage, held in table.items()}
+    print(f"device: {describe_device(runtime)}; vocabulary {vocab_size:,}\n")
+    print(f"{'MB':20}" + "".join(f"{stage:>12}" for stage in table))
+    rows = {thing: [held[thing] for held in table.values()] for thing in memory_estimate.THINGS}
+    for name, sizes in (rows | {"sum": sums.values()}).items():
+        print(f"{name:20}" + "".join(f"{size:12,.1f}" for size in sizes))
+    peak, usable = max(sums.values()), usable_memory(config, runtime.device)
+    bound = "a lower bound" if config.compile or runtime.device.type == "cuda" else "give or take 15 %"
+    print(f"\npredicted peak: {peak:,.0f} MB, {bound}")
+    if measuring:
+        with Interrupt():
+            measured = call_apart(measure, config)
+        print(f"measured peak: {measured:,.0f} MB, so the estimate is {peak / measured - 1:+.1%} off")
+    verdict = "fits" if peak <= usable else "does not fit"
+    print(f"memory of this machine: {usable:,.0f} MB, so the run {verdict}: margin {usable - peak:,.0f} MB")
+
+
+def flags(parser):
+    parser.add_argument("--memory", action="store_true", help="only what a run holds in memory, by stage")
+    parser.add_argument("--measure", action="store_true", help="the same, beside what two rounds really take")
+
+
 if __name__ == "__main__":
     with exit_on_user_error():
-        sys.exit(0 if main(parse_args(ResidualConfig, description=__doc__.splitlines()[0])[0]) else 1)
+        config, arguments = parse_args(ResidualConfig, description=__doc__.splitlines()[0], extra=flags)
+        if arguments.memory or arguments.measure:
+            print_memory(config, arguments.measure)
+        else:
+            sys.exit(0 if main(config) else 1)

@@ -18,25 +18,17 @@ def clock(monkeypatch):
 
 
 def test_each_moment_belongs_to_the_innermost_part(clock):
-    """Validation within training is no training; what has no name is counted under its own."""
+    """Validation within training is no training; what has no name is "other"; a part ends with an error."""
     clock.pass_time(1)
     with timed("training"):
         clock.pass_time(2)
-        with timed("validation"):
+        with pytest.raises(ValueError, match="x"), timed("validation"):
             clock.pass_time(4)
+            raise ValueError("x")
         clock.pass_time(8)
     clock.pass_time(16)
     clock.add({"training": 100.0})
     assert clock.parts == {"other": 17.0, "training": 110.0, "validation": 4.0} and clock.seconds == 131.0
-
-
-def test_a_part_ends_with_an_error(clock):
-    """What comes after it is not its time."""
-    with pytest.raises(ValueError, match="x"), timed("training"):
-        clock.pass_time(1)
-        raise ValueError("x")
-    clock.pass_time(2)
-    assert clock.parts == {"other": 2.0, "training": 1.0}
 
 
 def test_functions_are_timed_each_time_they_are_called(clock):
@@ -55,3 +47,4 @@ def test_without_a_clock_nothing_is_counted():
     assert Clock.current is None
     with timed("anything"):
         pass
+    assert Clock.current is None

@@ -1,6 +1,7 @@
-"""The doctor's verdicts: a machine that is ready, and each thing that can be wrong, in one line with what to do."""
+"""The doctor's verdicts: a machine that is ready, and each thing that can be wrong, with what to do."""
 
 import importlib.metadata
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -41,57 +42,48 @@ def test_a_machine_that_is_ready(examine):
     assert {verdict for name, (verdict, _) in found.items() if name not in notes} == {"OK"}
     assert f"torch {torch.__version__}" in found["packages"][1] and "ruff" not in found["packages"][1]
     assert "precision fp32" in found["in effect"][1] and "every 2 batches" in found["in effect"][1]
+    assert examine(model_type="gru")["memory"][0] == "OK"
 
 
 @pytest.mark.parametrize(
-    ("check", "settings", "says"),
+    ("check", "settings", "verdict", "says"),
     [
-        ("data", dict(data_source="nothing.txt"), "neither one of"),
-        ("memory", dict(context_dim=30_000), "predicted peak"),
+        ("data", dict(data_source="nothing.txt"), "FAIL", "neither one of"),
+        ("memory", dict(context_dim=30_000), "FAIL", "predicted peak"),
+        ("settings", dict(adapter_rank=4), "NOTE", "adapter_rank 4 has no effect"),
+        ("settings", dict(embeddings="wordllama", tokenizer="bpe"), "FAIL", "--tokenizer auto"),
+        ("in effect", dict(save_checkpoint=False), "OK", "no checkpoints"),
+        ("in effect", dict(phase1_batch_size=12), "OK", "4 samples in Phase 1"),
+        ("checkpoint_dir", "file", "FAIL", "is a file"),
+        ("cache_dir", "link", "FAIL", "mount Drive first"),
     ],
+    ids=str,
 )
-def test_settings_that_this_machine_cannot_serve(examine, check, settings, says):
-    """The check that they concern fails."""
-    verdict, text = examine(**settings)[check]
-    assert verdict == "FAIL" and says in text
+def test_what_settings_lead_to(examine, tmp_path, check, settings, verdict, says):
+    """The check that they concern says so: batches in effect, what has none, what cannot be used."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "drive" / "cache")
+    if check.endswith("_dir"):
+        check, settings = "folders", {check: str(tmp_path / settings)}
+    found = examine(**settings)[check]
+    assert found[0] == verdict and says in found[1]
 
 
 def test_one_cause_is_one_failure(examine, monkeypatch):
     """A GPU that is asked for and not there fails once; checks that need it say whom they wait for."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    found = examine(device="cuda")
-    assert [name for name, (verdict, _) in found.items() if verdict == "FAIL"] == ["device"]
-    for name in ("settings", "in effect", "memory", "disk"):
-        assert found[name] == ("NOTE", "not checked, because of device")
-    assert [name for name, (verdict, _) in examine(precision="fp16").items() if verdict == "FAIL"] == [
-        "device"
-    ]
+    for wrong in (dict(device="cuda"), dict(precision="fp16")):
+        found = examine(**wrong)
+        assert [name for name, (verdict, _) in found.items() if verdict == "FAIL"] == ["device"]
+        for name in ("settings", "in effect", "memory", "disk"):
+            assert found[name] == ("NOTE", "not checked, because of device")
 
 
-def test_what_is_in_effect(examine, monkeypatch):
-    """Batches after min_batches, and the user's own setting of the allocator under the older name too."""
+def test_the_allocator_as_the_user_set_it(examine, monkeypatch):
+    """Under the older name too."""
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
-    said = examine(phase1_batch_size=12, phase2_batch_size=2, min_batches=3)["in effect"][1]
-    assert (
-        "4 samples in Phase 1" in said
-        and "2 samples in Phase 2" in said
-        and "allocator PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:512" in said
-    )
-    assert "no checkpoints" in examine(save_checkpoint=False)["in effect"][1]
-
-
-def test_settings_are_judged(examine):
-    """Without effect: a note; vectors of other tokens: no run."""
-    verdict, said = examine(adapter_rank=4)["settings"]
-    assert verdict == "NOTE" and "adapter_rank 4 has no effect" in said
-    verdict, said = examine(embeddings="wordllama", tokenizer="bpe")["settings"]
-    assert verdict == "FAIL" and "--tokenizer auto" in said
-
-
-def test_a_baseline_has_a_line_for_each_check(examine):
-    """Whatever is not predicted for it is said, not raised."""
-    assert examine(model_type="gru")["memory"][0] != "FAIL"
+    assert "allocator PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:512" in examine()["in effect"][1]
 
 
 def test_a_link_that_a_repeated_ln_made_is_noticed(examine, tmp_path):
@@ -104,14 +96,6 @@ def test_a_link_that_a_repeated_ln_made_is_noticed(examine, tmp_path):
     assert verdict == "NOTE" and "delete that link" in said
 
 
-def test_folders_that_cannot_be_used(examine, tmp_path):
-    """A file in the way; a link to a Drive that is not mounted."""
-    (tmp_path / "file").write_text("")
-    (tmp_path / "link").symlink_to(tmp_path / "drive" / "cache")
-    assert "is a file" in examine(checkpoint_dir=str(tmp_path / "file"))["folders"][1]
-    assert "mount Drive first" in examine(cache_dir=str(tmp_path / "link"))["folders"][1]
-
-
 def test_a_disk_that_is_full(examine, monkeypatch):
     """The room that is missing, and what to do."""
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
@@ -119,28 +103,31 @@ def test_a_disk_that_is_full(examine, monkeypatch):
     assert verdict == "FAIL" and "make room" in text
 
 
-def test_packages_that_are_missing_or_old(examine, monkeypatch):
-    """Named, with the command that brings them; not installed at all, it is a note."""
-    for needs, says in (
-        ("no-such-package", "no-such-package is not installed"),
-        ("torch>=99", "newllm wants torch>=99"),
-    ):
-        monkeypatch.setattr(importlib.metadata, "requires", lambda name, needs=needs: [needs])
-        verdict, text = examine()["packages"]
-        assert verdict == "FAIL" and says in text and "pip install" in text
+@pytest.mark.parametrize(
+    ("needs", "verdict", "says"),
+    [
+        (["no-such-package"], "FAIL", "no-such-package is not installed: run `pip install"),
+        (["torch>=99", "numpy<1", "pytest<1; extra == 'dev'"], "FAIL", "newllm wants torch>=99; numpy is"),
+        (
+            ["torch>=2", "pytest<1; extra == 'dev'"],
+            "NOTE",
+            f"pytest is {pytest.__version__}, newllm wants pytest<1",
+        ),
+        (None, "NOTE", "newllm is not installed"),
+    ],
+    ids=str,
+)
+def test_packages_that_are_missing_or_of_other_versions(examine, monkeypatch, needs, verdict, says):
+    """All at once, with the command that brings them; optional ones, and newllm itself, are notes."""
 
-    needs = ["torch>=99", "numpy<1", "pytest<1; extra == 'dev'"]
-    monkeypatch.setattr(importlib.metadata, "requires", lambda name: needs)
-    assert "newllm wants torch>=99; numpy is" in examine()["packages"][1]  # all at once
-    monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["torch>=2", *needs[2:]])
-    verdict, text = examine()["packages"]
-    assert verdict == "NOTE" and f"pytest is {pytest.__version__}, newllm wants pytest<1" in text
+    def requires(name):
+        if needs is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return needs
 
-    def absent(name):
-        raise importlib.metadata.PackageNotFoundError
-
-    monkeypatch.setattr(importlib.metadata, "requires", absent)
-    assert examine()["packages"][0] == "NOTE"
+    monkeypatch.setattr(importlib.metadata, "requires", requires)
+    found = examine()["packages"]
+    assert found[0] == verdict and says in found[1]
 
 
 def test_a_gpu_is_described(monkeypatch):
@@ -157,8 +144,9 @@ def test_drive_on_colab(examine, monkeypatch, tmp_path):
     """Not mounted, mounted and not used, linked, mirrored."""
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: object())
     monkeypatch.setattr(doctor, "COLAB_DRIVE", tmp_path / "drive")
-    assert examine()["Drive"][0] == "NOTE" and "not mounted" in examine()["Drive"][1]
-    monkeypatch.setattr(doctor.os.path, "ismount", lambda path: path == tmp_path / "drive")
+    verdict, said = examine()["Drive"]
+    assert verdict == "NOTE" and "not mounted" in said
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "drive")
     assert "lost with the machine" in examine()["Drive"][1]
     assert examine(backup_dir=str(tmp_path / "drive" / "x"))["Drive"][0] == "OK"
     (tmp_path / "drive" / "checkpoints").mkdir(parents=True)

@@ -51,10 +51,7 @@ def test_every_package_that_is_imported_is_a_dependency_and_every_dependency_is_
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.split(".")[0])
     own = {path.stem for path in ROOT.glob("*.py")} | {"newllm", "scripts"}
-    known = {re.split(r"[-.]", each.name)[0] for each in EVERY} | {
-        "wandb",
-        "trackio",
-    }  # trackers of one's choice
+    known = {re.split(r"[-.]", each.name)[0] for each in EVERY}
     assert imported - set(sys.stdlib_module_names) - own <= known
     assert {each.name for each in NEEDED} - imported == {"chitchat-dataset"}
 

@@ -1,9 +1,10 @@
-"""Where a run computes and in which precision: what is in effect, not what was asked for."""
+"""Where a run computes: device, precision, memory, processes and compilation, as they are in effect."""
 
 import atexit
 import contextlib
 import ctypes
 import functools
+import gc
 import logging
 import os
 import re
@@ -12,18 +13,19 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list, gather_object
 
 from newllm.errors import UserError
 from newllm.fixed_point.solver import sequential
+from newllm.saving.stop import Stopped
 from newllm.training.cuda_graph import Graphed
-from newllm.training.group import Group
 
-MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 STORAGE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_own_cache = []  # of compiled code, once a process has left the shared one
+_own_cache = []  # of compiled code, once this process has left the shared one
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Runtime:
     """Device, precision and the accelerate layer that applies them."""
 
     accelerator: Accelerator
-    group: Group
+    group: "Group"
     precision: str
     compile: bool
 
@@ -41,15 +43,253 @@ class Runtime:
 
     @property
     def storage_dtype(self):
-        """Type in which contexts are kept between steps: what the sweep computes in."""
+        """Type in which contexts are kept between steps: the one that a sweep computes in."""
         return STORAGE_DTYPE[self.precision]
+
+    @property
+    def memory(self):
+        """Bytes that the device has."""
+        return memory_of(self.device)
 
     def autocast(self):
         return self.accelerator.autocast()
 
 
+def open_runtime(config):
+    """The Runtime of the settings `device`, `precision`, `compile` and `gpu_memory_fraction`.
+
+    Raises:
+        UserError: CUDA asked for and absent, fp16 without CUDA, or several processes that form no group.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is 'cuda' but torch finds no CUDA device; use --device cpu or auto.")
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    precision = best_precision(on_cpu) if config.precision == "auto" else config.precision
+    if precision == "fp16" and on_cpu:
+        raise UserError("precision fp16 needs a CUDA device; a CPU would compute in fp32: use bf16 or fp32.")
+    if on_cpu:
+        keep_freed_memory()
+    elif not allocator_setting():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read at the first use of the device
+    AcceleratorState._reset_state(True)  # a notebook may run main() twice with different precision
+    try:
+        mixed = "no" if precision == "fp32" else precision
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed)
+    except ValueError as error:  # WORLD_SIZE without the rest of what a launcher sets
+        raise UserError(f"the processes cannot form a group ({error}); start them with torchrun.") from error
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != accelerator.num_processes:
+        raise UserError(
+            f"{started} processes were started and each would train a model of its own; "
+            "on CPU start them with ACCELERATE_USE_CPU=true torchrun."
+        )
+    if not on_cpu and config.gpu_memory_fraction < 1:  # of this process's own device, which is chosen by now
+        torch.cuda.set_per_process_memory_fraction(config.gpu_memory_fraction)
+    return Runtime(accelerator, Group(accelerator), precision, config.compile)
+
+
+def best_precision(on_cpu):
+    """bf16 where the hardware computes in it, fp16 on older CUDA devices, else fp32."""
+    if on_cpu:
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bf16" if native else "fp32"
+    # Without the argument a T4 says yes, by slow emulation.
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+@functools.cache
+def skip_loaded_code():
+    """Leave what is imported by now out of garbage collections: it costs each of them half a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def keep_freed_memory():
+    """Let glibc keep the memory of freed tensors for the next ones instead of giving it back to the system.
+
+    Each step allocates the same large blocks again; given back, they come as new pages that the kernel clears
+    first, about a fifth of a step's time. On other systems nothing is done.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3  # names in malloc.h; values in mallopt(3)
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        # Blocks up to this size, which is the most, come from the heap, and that is not trimmed.
+        libc.mallopt(m_mmap_threshold, 32 << 20)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+def allocator_setting():
+    """What the environment says to torch's allocator, e.g. "PYTORCH_ALLOC_CONF=backend:native", or ""."""
+    names = "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"  # torch takes the older where the newer is unset
+    return next((f"{name}={os.environ[name]}" for name in names if os.environ.get(name)), "")
+
+
+def describe_device(runtime):
+    """One line: device name, its memory, precision in effect."""
+    if runtime.device.type == "cuda":
+        name = torch.cuda.get_device_name(runtime.device)
+    else:
+        name = f"CPU, {torch.get_num_threads()} threads"
+    mode = "compiled" if runtime.compile else "eager"
+    memory = f"{runtime.memory / 2**30:.1f} GiB memory"
+    return f"{name}, {memory}, precision {runtime.precision}, {mode}"
+
+
+def memory_of(device):
+    """Bytes that the device has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
+
+
+def memory_mb():
+    """MB in use: the process's resident set; on CUDA what tensors hold and what the allocator reserved."""
+    if not torch.cuda.is_initialized():
+        return {"memory_mb": psutil.Process().memory_info().rss / 1e6}
+    held, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+    return {"memory_mb": held / 1e6, "memory_reserved_mb": reserved / 1e6}
+
+
+def peak_memory_mb():
+    """Largest memory so far in MB: of the device's allocator on CUDA, else resident memory of the process."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e6
+    if sys.platform == "darwin":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    # Elsewhere getrusage begins with the peak of the process that started this one.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e6
+
+
+def gpu_utilization():
+    """Per cent of the last moments in which the GPU worked, by NVML; None where nobody can say."""
+    with contextlib.suppress(
+        Exception
+    ):  # no package for that, or the driver refuses: no reason to stop a run
+        if torch.cuda.is_available():
+            return torch.cuda.utilization()
+
+
+@contextlib.contextmanager
+def _together():
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(
+            f"another process of this run has ended ({str(error).splitlines()[0]}): see its message, then "
+            "start all of them again to continue from the last checkpoint."
+        ) from None
+
+
+class Group:
+    """Processes that train one model. Every one has to call the collective operations, in the same order.
+
+    A process owns the samples whose index leaves its rank as the remainder of the number of processes; their
+    contexts live there alone. What shapes what happens next is summed over all, or decided by the main one.
+
+    Raises:
+        UserError: by every method, when another process has ended.
+    """
+
+    def __init__(self, accelerator):
+        self._accelerator = accelerator
+        self.size = accelerator.num_processes
+        self.rank = accelerator.process_index
+        self.is_main = accelerator.is_main_process
+
+    def owned(self, samples):
+        """Which of the samples [B] are this process's own: positions, int64 [b]."""
+        return (samples % self.size == self.rank).nonzero().flatten()
+
+    def owned_of(self, count):
+        """This process's own of the samples 0 ... count - 1: int64 [b]."""
+        return torch.arange(self.rank, count, self.size)
+
+    @_together()
+    def total(self, tensor):
+        """The sum of the processes' tensors."""
+        if self.size == 1:
+            return tensor
+        on_device = tensor.to(self._accelerator.device)  # between GPUs only what lies on them can be summed
+        return self._accelerator.reduce(on_device, reduction="sum").to(tensor.device)
+
+    def totals(self, *numbers):
+        """The sums of the processes' numbers, each in double precision."""
+        if self.size == 1:
+            return numbers
+        return self.total(torch.tensor(numbers, dtype=torch.float64)).tolist()
+
+    def assemble(self, rows, positions, count):
+        """[count, ...] from the rows that each process has at its own positions."""
+        if self.size == 1:
+            return rows
+        wide = rows.float() if rows.dtype in (torch.bfloat16, torch.float16) else rows
+        whole = wide.new_zeros(count, *rows.shape[1:])  # zeros added to a value leave it as it is
+        whole[positions] = wide
+        return self.total(whole).to(rows.dtype)
+
+    def sum_gradients(self, parameters):
+        """Make each gradient the sum of the processes'; one without samples adds nothing."""
+        if self.size == 1:
+            return
+        counts = self.total(torch.tensor([float(p.grad is not None) for p in parameters])).tolist()
+        shared = [p for p, count in zip(parameters, counts, strict=True) if count]
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in shared]
+        summed = self.total(torch.cat([gradient.flatten() for gradient in own]))
+        for parameter, part in zip(shared, summed.split([p.numel() for p in shared]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+    @_together()
+    def decided(self, value):
+        """The main process's value."""
+        return broadcast_object_list([value])[0]
+
+    @_together()
+    def first_reason(self, reason):
+        """The reason of the first process that has one, None when none has."""
+        return next(filter(None, gather_object([reason])), None)
+
+    def require_same(self, name, value):
+        """Raises UserError, on all processes, unless every one has the value of the main one."""
+        (differing,) = self.totals(self.decided(value) != value)
+        if differing:
+            raise UserError(
+                f"the processes have different {name}: start all with equal settings, code and files."
+            )
+
+    @contextlib.contextmanager
+    def run(self):
+        """In the block only the main process prints; after an orderly end of it they part at once."""
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            contextlib.redirect_stdout(sys.stdout if self.is_main else nowhere),
+        ):
+            try:
+                yield
+                self._wait()
+            except Stopped:
+                self._wait()
+                raise
+            finally:
+                if self.size > 1:
+                    self._accelerator.end_training()
+
+    @contextlib.contextmanager
+    def main_first(self):
+        """The main process of each machine goes through the block before the others, e.g. to fill a cache."""
+        if not self._accelerator.is_local_main_process:
+            self._wait()
+        yield
+        if self._accelerator.is_local_main_process:
+            self._wait()
+
+    @_together()
+    def _wait(self):
+        self._accelerator.wait_for_everyone()
+
+
 class StepFunction:
-    """The model's step of F, or a baseline's pass over samples, compiled if asked for until a compiled call fails.
+    """The model's step of F, or a baseline's pass over samples, compiled if asked for until that fails.
 
     Args:
         cast: function that gives `function` for the many calls of one batch, with its weights cast once.
@@ -57,7 +297,8 @@ class StepFunction:
     """
 
     def __init__(self, function, compiled, cast=None, note=print):
-        self.eager, self.compiled = function, compiled
+        self.eager = function
+        self.compiled = compiled
         if compiled:  # a cached graph that cannot be read is made again, after a traceback as a warning
             torch._logging.set_logs(inductor=logging.ERROR)
         self._call = torch.compile(function, dynamic=True) if compiled else function
@@ -71,59 +312,41 @@ class StepFunction:
         """The step without its token stream."""
         return self._call(context, token, stream=False)
 
-    def trajectory(self, tokens_BTE, start_BC):
-        """Contexts [B, T, C] step by step from a start, without gradient: on CUDA replayed as one graph."""
-        with torch.no_grad():
-            if tokens_BTE.is_cuda:
-                return self._graphed(tokens_BTE, start_BC)
-            return sequential(self.contexts, tokens_BTE, start_BC.shape[-1], start_BC)[0]
-
-    def survive(self, where, reason):
-        """After a compiled call failed: compile anew in an empty cache, or compute as written where that was tried.
-
-        Returns:
-            A line that says so. A killed run leaves files in the shared cache that cannot be loaded.
-        """
-        remedy = "going on without it"
-        if shared := leave_shared_cache():
-            self._call = torch.compile(self.eager, dynamic=True)
-            remedy = f"once more in an empty cache (if this comes again, delete {shared}: a killed run leaves damaged files)"
-        else:
-            self.fall_back()
-        return f"warning: torch.compile failed at {where} ({reason}); {remedy}"
-
     def for_batch(self):
         """The step for all calls of one batch, under one autocast."""
         return self._call if self.compiled else self._cast()
 
-    def forget(self):
-        """Drop the recorded graphs, and the memory that they keep."""
-        self._graphed.forget()
+    @torch.no_grad()
+    def trajectory(self, tokens_BTE, start_BC):
+        """Contexts [B, T, C] step by step from a start, without gradient: on CUDA replayed as one graph."""
+        if tokens_BTE.is_cuda:
+            return self._graphed(tokens_BTE, start_BC)
+        return sequential(self.contexts, tokens_BTE, start_BC.shape[-1], start_BC)[0]
 
     def _steps(self, tokens_BTE, start_BC):
-        # Of the step as written: a compiled one would convert the weights to the compute type at every step, not once.
+        # Of the step as written: a compiled one would convert the weights at every step, not once.
         step = functools.partial(self._cast(), stream=False)
         return sequential(step, tokens_BTE, start_BC.shape[-1], start_BC)[0]
 
-    def fall_back(self):
-        """Compute as written from now on; the model itself was never changed."""
-        self._call, self.compiled = self.eager, False
-        self.forget()
+    def survive(self, where, reason):
+        """After a compiled call failed: compile in an empty cache, or compute as written if that was tried.
 
+        Returns:
+            A line that says so. A killed run leaves files in the shared cache that cannot be loaded.
+        """
+        shared, remedy = leave_shared_cache(), "going on without it"
+        if shared:
+            self._call = torch.compile(self.eager, dynamic=True)
+            again = f"if this comes again, delete {shared}: a killed run leaves damaged files"
+            remedy = f"once more in an empty cache ({again})"
+        else:
+            self._call = self.eager
+            self.compiled = False
+        return f"warning: torch.compile failed at {where} ({reason}); {remedy}"
 
-def keep_freed_memory():
-    """Let glibc keep the memory of freed tensors for the next ones instead of giving it back to the system.
-
-    Every step allocates the same large blocks again; given back, each comes as new pages that the kernel clears first,
-    about a fifth of a step's time. On other systems nothing is done.
-    """
-    m_trim_threshold, m_mmap_threshold = -1, -3  # names in malloc.h; values in mallopt(3)
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(
-            m_mmap_threshold, 32 << 20
-        )  # the most it takes: up to this size blocks come from the heap,
-        libc.mallopt(m_trim_threshold, 2**31 - 1)  # which is not trimmed
+    def forget(self):
+        """Drop the recorded graphs, and the memory that they keep."""
+        self._graphed.forget()
 
 
 def reason_of(error):
@@ -133,7 +356,7 @@ def reason_of(error):
 
 
 def leave_shared_cache():
-    """Give torch's compiler an empty cache until the process ends; returns the folder of the one before, at the first call."""
+    """Give torch's compiler an empty cache until the process ends; the folder before, None if done."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
     from torch._inductor.utils import fresh_cache  # private; the environment alone leaves loaded code in use
 
@@ -148,123 +371,8 @@ def leave_shared_cache():
 
 
 def compile_cost():
-    """What torch.compile has cost this process: graphs made (recompilations included) and seconds spent on them."""
-    from torch._dynamo import (
-        utils,
-    )  # private, the only place that tells; slow to import, so only where it was used
+    """What torch.compile has cost this process: graphs made, recompilations included, and seconds."""
+    from torch._dynamo import utils  # private, the only place that tells; slow to import
 
     seconds = utils.cumulative_time_spent_ns["entire_frame_compile"] / 1e9
     return {"compiled_graphs": utils.counters["stats"]["unique_graphs"], "compile_seconds": seconds}
-
-
-def open_runtime(config):
-    """Resolve `device`, `precision` and `compile` of the configuration.
-
-    Raises:
-        UserError: CUDA asked for and absent, fp16 without CUDA, or several processes started without a common group.
-    """
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is 'cuda' but torch finds no CUDA device; use --device cpu or auto.")
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    if not on_cpu and not allocator_setting():
-        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read at the first use of the device
-    precision = best_precision(on_cpu) if config.precision == "auto" else config.precision
-    if precision == "fp16" and on_cpu:
-        raise UserError(
-            "precision fp16 needs a CUDA device (a CPU would silently compute in fp32); use bf16 or fp32."
-        )
-    if on_cpu:
-        keep_freed_memory()
-    AcceleratorState._reset_state(True)  # a notebook may run main() twice with different precision
-    try:
-        accelerator = Accelerator(cpu=on_cpu, mixed_precision=MIXED_PRECISION[precision])
-    except ValueError as error:  # WORLD_SIZE without the rest of what a launcher sets
-        raise UserError(f"the processes cannot form a group ({error}); start them with torchrun.") from error
-    started = int(os.environ.get("WORLD_SIZE", 1))
-    if started != accelerator.num_processes:
-        raise UserError(
-            f"{started} processes were started but they form {accelerator.num_processes} group(s) of one and would train "
-            "independently; on CPU start them with ACCELERATE_USE_CPU=true torchrun."
-        )
-    if not on_cpu and config.gpu_memory_fraction < 1:
-        torch.cuda.set_per_process_memory_fraction(
-            config.gpu_memory_fraction
-        )  # of this process's own device, chosen by now
-    return Runtime(accelerator, Group(accelerator), precision, config.compile)
-
-
-def allocator_setting():
-    """What the environment says to torch's allocator of device memory, e.g. "PYTORCH_ALLOC_CONF=expandable_segments:True", or ""."""
-    names = (
-        "PYTORCH_ALLOC_CONF",
-        "PYTORCH_CUDA_ALLOC_CONF",
-    )  # torch takes the older name where the newer is not set
-    return next((f"{name}={os.environ[name]}" for name in names if os.environ.get(name)), "")
-
-
-def best_precision(on_cpu):
-    """bf16 where the hardware computes in it, fp16 on older CUDA devices, else fp32."""
-    if on_cpu:
-        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return "bf16" if native else "fp32"
-    # Without the argument a T4 says yes, by slow emulation.
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def describe_device(runtime):
-    """One line: device name, its memory, precision in effect."""
-    if runtime.device.type == "cuda":
-        properties = torch.cuda.get_device_properties(runtime.device)
-        name, memory = properties.name, properties.total_memory
-    else:
-        name = f"CPU, {torch.get_num_threads()} threads"
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    mode = "compiled" if runtime.compile else "eager"
-    return f"{name}, {memory / 2**30:.1f} GiB memory, precision {runtime.precision}, {mode}"
-
-
-def memory_of(device):
-    """Bytes that the device has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def memory_mb():
-    """Memory in use now, in MB: the process's resident set; on CUDA what tensors hold and what the allocator reserved."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return {
-            "memory_mb": torch.cuda.memory_allocated() / 1e6,
-            "memory_reserved_mb": torch.cuda.memory_reserved() / 1e6,
-        }
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
-    except OSError:
-        return {"memory_mb": None}
-    return {"memory_mb": pages * os.sysconf("SC_PAGE_SIZE") / 1e6}
-
-
-def gpu_utilization():
-    """Per cent of the last moments in which the GPU worked, as NVML tells; None without a GPU or the package for that."""
-    if not torch.cuda.is_available():
-        return None
-    try:
-        return torch.cuda.utilization()
-    except Exception:  # the package or the driver's library is not there, or refuses: no reason to stop a run
-        return None
-
-
-def peak_memory_mb():
-    """Largest memory so far in MB: of the device's allocator on CUDA, else resident memory of the process."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated() / 1e6
-    with contextlib.suppress(
-        OSError
-    ):  # getrusage would begin with the peak of the process that started this one
-        return (
-            int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))[1])
-            * 1024
-            / 1e6
-        )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6

@@ -1,31 +1,20 @@
-"""Live figures in TensorBoard, Trackio or Weights & Biases, through accelerate: optional, and never able to stop a run."""
+"""Live figures in TensorBoard, Trackio or Weights & Biases, through accelerate. They cannot stop a run."""
 
 from accelerate.tracking import filter_trackers
 
-COUNTERS = "steps", "iteration", "epoch"  # what a row counts, the finest first
-
 
 def start_tracking(accelerator, name, folder, config, warn):
-    """Begin to send the rows of a run's record to a tracker.
-
-    Args:
-        name: "tensorboard", "trackio" or "wandb".
-        folder: where a tracker that writes files may do so, e.g. `<checkpoint_dir>/<data>/tracking/<run>`.
-        config: settings, a dict of plain values. warn: function of a line, called at the first failure, which is the last.
+    """Begin to send the rows of a run's record to a tracker, which writes its files into `folder`.
 
     Returns:
-        Function of (stage, values) for newllm.report.record.RunLog.
+        Function of (stage, values) for RunLog. At the first failure, also the last, `warn` gets a line.
     """
-    working = True
 
-    def attempt(what, function):
-        nonlocal working
-        if not working:
-            return
+    def attempt(what, function, *arguments):
         try:
-            function()
-        except Exception as error:  # whatever a service or its client raises; KeyboardInterrupt and Stopped are none of these
-            working = False
+            function(*arguments)
+        except Exception as error:  # whatever a service or its client raises
+            accelerator.trackers.clear()
             warn(f"warning: {name} {what} ({type(error).__name__}: {error}); the run goes on without it")
 
     def begin():
@@ -36,14 +25,10 @@ def start_tracking(accelerator, name, folder, config, warn):
         accelerator.init_trackers("newllm", config)
 
     def follow(stage, values):
-        numbers = {
-            f"{stage}/{key}": value
-            for key, value in values.items()
-            if isinstance(value, int | float) and not isinstance(value, bool)
-        }
-        step = next((values[counter] for counter in COUNTERS if counter in values), None)
-        if numbers and step is not None:
-            attempt("failed", lambda: accelerator.log(numbers, step=step))
+        numbers = {f"{stage}/{key}": value for key, value in values.items() if type(value) in (int, float)}
+        step = values.get("steps", values.get("iteration", values.get("epoch")))  # the finest of its counts
+        if step is not None:
+            attempt("failed", accelerator.log, numbers, step)
 
     attempt("cannot begin", begin)
     return follow

@@ -1,9 +1,9 @@
-"""A CUDA device that is not there: a T4 or an A100 for dispatch, autocast and device rules, while a CPU computes the values.
+"""A CUDA device that is not there: a T4 or an A100 for dispatch, autocast and device rules; a CPU computes.
 
-Import it before torch, in a process of its own; then `with pretended_cuda((7, 5)) as counts: ...`. Tensors that say "cuda:0" hold
-a CPU tensor each. Every operation on one is refused where CUDA refuses it (operands of two devices, a layer norm of two types,
-waiting while a graph is captured), counted as a launch, a wait or neither, and computed on what they hold. Graphs are captured
-and replayed as CUDA does it: the same operations again, on the same memory.
+Import it before torch, in a process of its own; then `with pretended_cuda((7, 5)) as counts: ...`. Tensors
+that say "cuda:0" hold a CPU tensor each. Every operation on one is refused where CUDA refuses it (operands of
+two devices, a layer norm of two types, waiting while a graph is captured), counted as a launch, a wait or
+neither, and computed on what they hold. Graphs are replayed as CUDA does it: the same operations again.
 
 It does not show the device's rounding, its speed, its memory, or races.
 """
@@ -18,7 +18,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 
-# What torch asks about CUDA devices from C++, autograd's threads above all. A build for CPUs answers that there are none.
+# What torch asks about CUDA devices from C++, autograd's threads above all. A build for CPUs knows of none.
 SOURCE = """
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/FakeGuardImpl.h>
@@ -68,11 +68,13 @@ GATHERING = {aten.index, aten._unsafe_index}  # take their indices from the host
 SCATTERING = {aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsafe_index_put}
 # The host cannot go on before the device is done: it wants a value, or a size that depends on values.
 WAITING = {
-    aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero, aten.unique_dim, aten._unique2,
-    aten._linalg_check_errors, aten.bincount, aten._linalg_eigh,
+    aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero, aten.unique_dim,
+    aten._unique2, aten._linalg_check_errors, aten.bincount, aten._linalg_eigh,
 }  # fmt: skip
-WITHOUT_KERNEL = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided, aten.detach,
-                  aten.alias, aten.lift_fresh, aten._local_scalar_dense, aten._has_compatible_shallow_copy_type}  # fmt: skip
+WITHOUT_KERNEL = {
+    aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided, aten.detach,
+    aten.alias, aten.lift_fresh, aten._local_scalar_dense, aten._has_compatible_shallow_copy_type,
+}  # fmt: skip
 SOFTMAX = {aten._softmax, aten._log_softmax}
 
 
@@ -166,10 +168,10 @@ class Watching(TorchDispatchMode):
                 made = operation.decompose(*args, **kwargs)
             if made is not NotImplemented:
                 return made
-        touches = _is_cuda(kwargs.get("device")) or any(
-            isinstance(x, OnDevice) for x in tree_flatten((args, kwargs))[0]
-        )
-        return compute(operation, args, kwargs) if touches else operation(*args, **kwargs)
+        ours = any(isinstance(x, OnDevice) for x in tree_flatten((args, kwargs))[0])
+        if ours or _is_cuda(kwargs.get("device")):
+            return compute(operation, args, kwargs)
+        return operation(*args, **kwargs)
 
 
 def _is_cuda(device):
@@ -185,9 +187,8 @@ def compute(operation, args, kwargs):
     if packet is aten.copy_:
         lands = isinstance(args[0], OnDevice)
     else:
-        lands = packet is not aten._local_scalar_dense and (
-            _is_cuda(wanted) or (bool(ours) and wanted is None)
-        )
+        stays = bool(ours) and wanted is None
+        lands = packet is not aten._local_scalar_dense and (_is_cuda(wanted) or stays)
     _count(operation, args, kwargs, ours, wanted)
     if wanted is not None:
         kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"} | {"device": HOST}
@@ -222,11 +223,8 @@ def _refuse(operation, args, kwargs, tensors, ours):
         return
     if packet in GATHERING | SCATTERING and isinstance(args[0], OnDevice):
         others = [args[2]] if packet in SCATTERING and not isinstance(args[2], OnDevice) else []
-    if (
-        torch.Tag.pointwise in operation.tags
-        or packet in SCATTERING | {aten.fill_}
-        or "_fused_adam" in str(operation)
-    ):
+    pointwise = torch.Tag.pointwise in operation.tags or "_fused_adam" in str(operation)
+    if pointwise or packet in SCATTERING | {aten.fill_}:
         others = [x for x in others if x.dim()]  # a single number may come from the host
     if others:
         where = [(str(x.device), tuple(x.shape)) for x in tensors]
@@ -246,12 +244,10 @@ def _count(operation, args, kwargs, ours, wanted):
     if packet is aten._to_copy:
         crosses, to_host = wanted is not None and bool(ours) != _is_cuda(wanted), bool(ours)
     elif packet is aten.copy_:
-        crosses, to_host = (
-            isinstance(args[0], OnDevice) != isinstance(args[1], OnDevice),
-            isinstance(args[1], OnDevice),
-        )
+        to_host = isinstance(args[1], OnDevice)
+        crosses = isinstance(args[0], OnDevice) != to_host
         unhurried = args[2] if len(args) > 2 else unhurried
-    # Towards the device the driver takes the values along at once, if it may; towards the host they have to be there.
+    # Towards the device the driver takes the values along, if it may; towards the host they have to be there.
     if crosses and (to_host or not unhurried):
         _counts.wait(f"copy to {'host' if to_host else 'device'}")
     if not operation.is_view and packet not in WITHOUT_KERNEL:
@@ -291,7 +287,7 @@ def _capture(graph, capture_error_mode="global", **_):
 
 
 def _recurrent(name):
-    """cuDNN's GRU and LSTM are one operation each: here the CPU's, in the type that autocast gives them on CUDA."""
+    """cuDNN's GRU and LSTM are one operation each: here the CPU's, in autocast's type on CUDA."""
     own = getattr(torch._VF, name)
 
     def call(x, state, weights, *rest):
@@ -310,24 +306,28 @@ def _recurrent(name):
     return call
 
 
+def nothing():
+    """A function without effect, a new one each time: torch._dynamo takes none under two names."""
+    return lambda *_: None
+
+
 def _fakes(capability, memory):
     """torch.cuda's functions, as they answer on a machine with one device."""
-    properties = SimpleNamespace(
-        major=capability[0], minor=capability[1], name="pretended", total_memory=memory
-    )
-
-    generator = SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda state: None)
+    card = dict(major=capability[0], minor=capability[1], name="pretended", total_memory=memory)
+    properties = SimpleNamespace(**card)
+    generator = SimpleNamespace(clone_state=nothing(), graphsafe_set_state=nothing())
 
     class Stream:  # a class: annotations of other libraries name it
         def wait_stream(self, other):
             pass
 
     return dict(
-        is_available=lambda: True, is_initialized=lambda: True, current_device=lambda: 0, device_count=lambda: 1,
-        set_device=lambda device: None, get_device_properties=lambda *_: properties, get_device_name=lambda *_: "pretended",
-        get_device_capability=lambda *_: capability, _check_bf16_tensor_supported=lambda *_: True, _initialized=True,
-        _lazy_init=lambda: None, synchronize=lambda *_: None, empty_cache=lambda: None, manual_seed=lambda seed: None,
-        manual_seed_all=lambda seed: None, set_per_process_memory_fraction=lambda *_: None,
+        is_available=lambda: True, is_initialized=lambda: True, current_device=lambda: 0,
+        device_count=lambda: 1, set_device=nothing(), get_device_properties=lambda *_: properties,
+        get_device_name=lambda *_: "pretended", get_device_capability=lambda *_: capability,
+        _check_bf16_tensor_supported=lambda *_: True, _initialized=True, _lazy_init=nothing(),
+        synchronize=nothing(), empty_cache=nothing(), manual_seed=nothing(), manual_seed_all=nothing(),
+        set_per_process_memory_fraction=nothing(),
         memory_allocated=lambda *_: 0, memory_reserved=lambda *_: 0, max_memory_allocated=lambda *_: 0,
         is_current_stream_capturing=lambda: _capturing.tape is not None, default_generators=(generator,),
         Stream=Stream, current_stream=lambda *_: Stream(), stream=lambda *_: contextlib.nullcontext(),
@@ -347,12 +347,10 @@ def pretended_cuda(capability, memory=16 * 2**30):
             setattr(module, name, value)
         overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
         stack.callback(torch.__future__.set_overwrite_module_params_on_conversion, overwrites)
-        torch.__future__.set_overwrite_module_params_on_conversion(
-            True
-        )  # to(device) cannot swap what a tensor holds
+        # to(device) cannot swap what a tensor holds.
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
-        torch._C._set_only_lift_cpu_tensors(
-            True
-        )  # torch.tensor(..., device="cuda") then copies where Watching sees it
+        # torch.tensor(..., device="cuda") then copies where Watching sees it.
+        torch._C._set_only_lift_cpu_tensors(True)
         stack.enter_context(Watching())
         yield _counts

@@ -1,7 +1,7 @@
-"""What only a real GPU shows. On a machine with one, in one command: `python3 -m pytest -m gpu`; elsewhere skipped.
+"""What only a real GPU shows: `python3 -m pytest -m gpu` on a machine with one; elsewhere skipped.
 
-Figures (tokens a second, share of the card's matrix rate, prefill against the loop) are printed with `-s`. Of these tests cases.py
-runs on a pretended device what needs no device's own rounding, so that they are known to run at all.
+Figures (tokens a second, share of the card's matrix rate, prefill against the loop) are printed with `-s`.
+cases.py runs on a pretended device what needs no device's own rounding: these tests are known to run at all.
 """
 
 import dataclasses
@@ -39,9 +39,7 @@ def device():
 @pytest.fixture
 def settings(tiny_settings):
     """A small run as a user of a GPU starts it."""
-    small = dict(
-        num_layers=2, context_dim=64, embed_dim=64, num_samples=48, max_seq_length=32, save_min_seconds=0.0
-    )
+    small = dict(num_layers=2, context_dim=64, embed_dim=64, num_samples=48, max_seq_length=32)
     return tiny_settings | dict(device="auto", precision="auto") | small
 
 
@@ -50,21 +48,15 @@ def weights(config):
 
 
 def network(**sizes):
-    """A step function on a random network in the precision of this device, its runtime, inputs and the lines it says."""
+    """A step function on a random network in this device's precision, its runtime, inputs and lines."""
     config, notes = ResidualConfig(**dict(context_dim=96, embed_dim=64, num_layers=3) | sizes), []
     runtime = open_runtime(config)
     model = LanguageModel(config, 50).to(runtime.device)
     step = StepFunction(model.step, False, model.cast_step, notes.append)
     tokens = torch.randn(4, 40, config.embed_dim, generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(runtime.device).to(runtime.storage_dtype)
-    return SimpleNamespace(
-        runtime=runtime,
-        model=model,
-        step=step,
-        tokens=tokens,
-        start=tokens.new_zeros(4, config.context_dim),
-        notes=notes,
-    )
+    start = tokens.new_zeros(4, config.context_dim)
+    return SimpleNamespace(runtime=runtime, model=model, step=step, tokens=tokens, start=start, notes=notes)
 
 
 # Runs
@@ -95,26 +87,15 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(settings, monkeypatch, s
 
 
 def test_memory_that_runs_out_costs_no_effective_batch(settings, capsys):
-    """With less memory than a batch takes: smaller parts, the same number of steps, the same loss within rounding."""
-    large = dict(
-        context_dim=512,
-        embed_dim=512,
-        phase2_batch_size=24,
-        phase1_batch_size=24,
-        min_batches=1,
-        max_seq_length=64,
-    )
-    config = ResidualConfig(
-        **settings | large | dict(untrained_control=False, dropout=0.0, token_dropout=0.0)
-    )
+    """With less memory than a batch takes: smaller parts, as many steps, the same loss within rounding."""
+    large = dict(context_dim=512, embed_dim=512, phase2_batch_size=24, phase1_batch_size=24, min_batches=1)
+    plain = dict(max_seq_length=64, untrained_control=False, dropout=0.0, token_dropout=0.0)
+    config = ResidualConfig(**settings | large | plain)
     expected = main(config)
     share = 0.75 * expected["peak_memory_mb"] * 1e6 / torch.cuda.get_device_properties(0).total_memory
     capsys.readouterr()
-    found = main(
-        dataclasses.replace(
-            config, gpu_memory_fraction=share, checkpoint_dir=f"{config.checkpoint_dir}_small"
-        )
-    )
+    elsewhere = dict(checkpoint_dir=f"{config.checkpoint_dir}_small")
+    found = main(dataclasses.replace(config, gpu_memory_fraction=share, **elsewhere))
     assert "out of memory at" in capsys.readouterr().out
     assert found["phase2_steps"] == expected["phase2_steps"]
     assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=0.02)
@@ -124,7 +105,7 @@ def test_memory_that_runs_out_costs_no_effective_batch(settings, capsys):
 
 
 def test_the_precision_is_what_the_card_computes_in():
-    """bf16 from compute capability 8 on, fp16 before; the map gives that type, and its layer norms stay in it."""
+    """bf16 from compute capability 8 on, fp16 before; the map gives that type, and stays in it."""
     each = network()
     capable = torch.cuda.get_device_capability()[0] >= 8
     assert each.runtime.precision == ("bf16" if capable else "fp16")
@@ -141,9 +122,10 @@ def test_the_graph_gives_the_bits_of_the_loop():
             for weight in each.model.context_map.parameters():
                 weight.add_(shift)
             tokens, start = each.tokens + shift, each.start + shift
-            expected = each.step._steps(tokens, start)
-            assert torch.equal(each.step.trajectory(tokens, start).cpu(), expected.cpu())
-    assert each.step._graphed.recorded and not each.notes
+            for inputs in ((tokens, start), (tokens[:2, :5], start[:2])):
+                expected = each.step._steps(*inputs)
+                assert torch.equal(each.step.trajectory(*inputs).cpu(), expected.cpu())
+    assert len(each.step._graphed.recorded) == 2 and not each.notes
 
 
 def test_what_cannot_be_captured_is_done_step_by_step():
@@ -172,9 +154,8 @@ def test_sweeps_reach_the_loops_contexts():
     each = network(init_scale=0.5)
     with torch.no_grad():
         expected, _ = sequential(each.model.step, each.tokens.float(), each.start.shape[-1])
-        found, _, stats = prefill(
-            each.model.step, each.tokens.float(), each.start.shape[-1], 1e-4, 64, piece=16
-        )
+        width = each.start.shape[-1]
+        found, _, stats = prefill(each.model.step, each.tokens.float(), width, 1e-4, 64, piece=16)
     assert all(stats.converged)
     assert (found - expected).norm().item() < 1e-2 * expected.norm().item()
 
@@ -194,16 +175,13 @@ def figures(config, lengths):
         config.phase1_batch_size * config.max_seq_length, width, width, bench.runtime.precision
     )
     work = {"phase1": bench.flops.phase1, "phase2": bench.flops.fine_tuned}
-    lines = [
-        f"{config.train_tokens:,} tokens in {whole:.0f} s; products {rate / 1e12:.1f} TFLOP/s {bench.runtime.precision}"
-    ]
+    products = f"{rate / 1e12:.1f} TFLOP/s {bench.runtime.precision}"
+    lines = [f"{config.train_tokens:,} tokens in {whole:.0f} s; products {products}"]
     for stage, flops in work.items():
         speed = summary[f"tok_per_s_{stage}"]
         lines.append(f"{stage}: {speed:,.0f} tok/s, {speed * flops / rate:.1%} of the matrix rate")
-    options = SimpleNamespace(
-        lengths=lengths, tolerance=[1e-2, 1e-3], max_sweeps=64, piece=4096, trained=True
-    )
-    rows = prefill_command.report(config, options, lambda line: None)["rows"]
+    options = dict(lengths=lengths, tolerance=[1e-2, 1e-3], max_sweeps=64, piece=4096, trained=True)
+    rows = prefill_command.report(config, SimpleNamespace(**options), lambda line: None)["rows"]
     lines += [" | ".join(prefill_command.shown(row)) for row in rows]
     return [
         *lines,
@@ -213,13 +191,10 @@ def figures(config, lengths):
 
 @pytest.mark.slow
 def test_a_hundred_thousand_tokens_whole(tmp_path, capsys):
-    """The default network on the embedded corpus, with times: prefill beside the loop, shares of the card's matrix rate."""
-    folders = dict(
-        checkpoint_dir=str(tmp_path / "checkpoints"), cache_dir=str(tmp_path / "cache"), artifacts=False
-    )
-    config = ResidualConfig(
-        data_source="chitchat", tokenizer="bpe", num_samples=781, untrained_control=False, **folders
-    )
+    """The default network on the embedded corpus: times, prefill beside the loop, matrix rates."""
+    folders = dict(checkpoint_dir=str(tmp_path / "checkpoints"), cache_dir=str(tmp_path / "cache"))
+    sizes = dict(num_samples=781, untrained_control=False, artifacts=False)
+    config = ResidualConfig(data_source="chitchat", tokenizer="bpe", **sizes, **folders)
     lines = figures(config, [1000, 10_000, 100_000])
     with capsys.disabled():
         print("\n" + "\n".join(lines))

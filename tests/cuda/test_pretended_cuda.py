@@ -1,6 +1,6 @@
 """The whole project on a CUDA device that is pretended: the tests of cases.py, in one process of their own.
 
-`python3 -m pytest tests/cuda -s` prints launches and waits of a training step. See pretended.py for what this cannot show.
+`python3 -m pytest tests/cuda -s` prints launches and waits of a step; pretended.py says what it cannot show.
 """
 
 import ast
@@ -26,7 +26,7 @@ def unable():
     if not shutil.which("g++"):
         return "pretending a CUDA device needs the compiler g++, which is not here"
     if torch.version.cuda or torch.version.hip:
-        return "this torch is built for GPUs and cannot have a pretended one beside them: python3 -m pytest -m gpu"
+        return "this torch is built for GPUs and can pretend none beside them: python3 -m pytest -m gpu"
     return ""
 
 

@@ -1,4 +1,4 @@
-"""Live tracking: TensorBoard gets the figures of the record; a tracker that is absent or fails costs one line."""
+"""Live tracking: TensorBoard gets the record's figures; a tracker that is absent or fails costs a line."""
 
 import pytest
 from accelerate.tracking import GeneralTracker
@@ -18,10 +18,8 @@ def test_tensorboard_has_what_the_record_has(tiny_settings, tmp_path):
     record = read_record(find_records(tiny_settings["checkpoint_dir"])[0])
     events = EventAccumulator(str(record.folder / "tracking" / record.run / "newllm"))
     events.Reload()
-    for tag, column in (
-        ("phase1/cvfp", record.phase1["cvfp"]),
-        ("phase2/val_loss", record.phase2["val_loss"]),
-    ):
+    columns = {"phase1/cvfp": record.phase1["cvfp"], "phase2/val_loss": record.phase2["val_loss"]}
+    for tag, column in columns.items():
         found = events.Scalars(tag)
         assert [event.step for event in found] == [1, 2, 3][: len(column)]
         assert [event.value for event in found] == pytest.approx(column, rel=1e-6)
@@ -32,13 +30,12 @@ def test_a_tracker_that_is_not_installed_costs_a_line(tiny_settings, capsys, mon
     monkeypatch.setattr(tracking, "filter_trackers", lambda name, folder: [])
     train(ResidualConfig(**tiny_settings | dict(trackers="wandb")))
     text = capsys.readouterr().out
-    assert (
-        text.count("warning: wandb cannot begin") == 1 and "pip install wandb" in text and "\n---\n" in text
-    )
+    assert text.count("warning: wandb cannot begin") == 1 and "pip install wandb" in text
+    assert "\n---\n" in text
 
 
 def test_a_tracker_that_fails_later_is_left_out(tiny_settings, capsys, monkeypatch):
-    """The service goes away at the second row: one line, no further calls, and the run ends as it would have."""
+    """The service goes away at the second row: one line, no further calls, the run ends as it would."""
     calls = []
 
     class Flaky(GeneralTracker):
@@ -53,9 +50,8 @@ def test_a_tracker_that_fails_later_is_left_out(tiny_settings, capsys, monkeypat
             if len(calls) == 2:
                 raise ConnectionError("service gone")
 
-    expected = train(
-        ResidualConfig(**tiny_settings | dict(checkpoint_dir=tiny_settings["checkpoint_dir"] + "_other"))
-    )
+    elsewhere = dict(checkpoint_dir=tiny_settings["checkpoint_dir"] + "_other")
+    expected = train(ResidualConfig(**tiny_settings | elsewhere))
     capsys.readouterr()
     monkeypatch.setattr(tracking, "filter_trackers", lambda name, folder: [Flaky()])
     summary = train(ResidualConfig(**tiny_settings | dict(trackers="trackio")))
