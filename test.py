@@ -34,9 +34,9 @@ from newllm.report.plots import scale_ladder
 from newllm.report.runlog import new_run_id
 from newllm.report.summary import plain
 from newllm.report.sweep import Sweep
-from newllm.saving.compatibility import shaping
 from newllm.saving.files import usable_folder
 from newllm.saving.guard import FolderLock
+from newllm.saving.runs import shaping
 from newllm.saving.stop import Interrupt
 
 LADDER = (50, 78, 195, 390, 781)  # samples

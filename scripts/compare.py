@@ -25,9 +25,9 @@ from newllm.report.comparison import Comparison, markdown, read_json, read_resul
 from newllm.report.plots import comparison_points, context_curves
 from newllm.report.summary import plain
 from newllm.report.sweep import Sweep
-from newllm.saving.compatibility import shaping
 from newllm.saving.files import usable_folder, write_text
 from newllm.saving.guard import FolderLock
+from newllm.saving.runs import shaping
 from newllm.saving.stop import Interrupt
 
 UNTRAINED = dict(phase1_max_iterations=0)

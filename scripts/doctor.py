@@ -27,9 +27,9 @@ from newllm.errors import UserError, exit_on_user_error
 from newllm.models.baselines import Baseline
 from newllm.models.pretrained import require_own_ids
 from newllm.report.banner import batches, cadence, trainable
+from newllm.saving.checkpoint import require_space
 from newllm.saving.drive import COLAB_DRIVE
 from newllm.saving.files import usable_folder
-from newllm.saving.state import require_space
 from newllm.training.effects import unused_lines
 from newllm.training.memory_estimate import predicted_peak, sketch, vocabulary
 from newllm.training.plan import make_plan

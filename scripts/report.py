@@ -4,8 +4,9 @@
     python3 -m scripts.report RUN                    # another one: its id, its metrics_*.jsonl, or another folder of runs
     python3 -m scripts.report RUN OTHER              # two side by side, also of two folders
     python3 -m scripts.report --remake               # tables, pictures and page once more, from the record
+    python3 -m scripts.report --runs                 # the runs whose checkpoints lie in the folder; --remove RUN_ID: without one
 
-All of it comes from the records that runs write; no model is loaded.
+All but the list of checkpoints comes from the records that runs write; no model is loaded.
 """
 
 from pathlib import Path
@@ -26,6 +27,7 @@ from newllm.report.criteria import table
 from newllm.report.runlog import format_value
 from newllm.report.status import read_status
 from newllm.saving.files import Corrupt, verify_seal
+from newllm.saving.runs import remove, run_rows
 
 PATTERNS = {
     "model checkpoints": "models/*.pth",
@@ -43,7 +45,16 @@ def main(arguments=None):
         "--checkpoint_dir", type=expanded, default=ResidualConfig().checkpoint_dir, help="folder of the runs"
     )
     parser.add_argument("--remake", action="store_true", help="make the artefacts of the run again")
+    parser.add_argument(
+        "--runs", dest="list", action="store_true", help="list the runs whose checkpoints lie in the folder"
+    )
+    parser.add_argument(
+        "--remove", metavar="RUN_ID", help="delete the checkpoints of a run beside the one in use"
+    )
     options = parser.parse_args(arguments)
+    if options.list or options.remove:
+        list_runs(options.checkpoint_dir, options.remove)
+        return
     if len(options.runs) > 2:
         raise UserError("name one run, or two to compare.")
     folder = options.checkpoint_dir
@@ -68,6 +79,14 @@ def main(arguments=None):
         blocks += [summary_lines(record), speed_lines(record)]
     for lines in (*blocks, listing(folder, records)):
         print("\n".join(lines) + "\n")
+
+
+def list_runs(folder, removed):
+    """The runs of a folder in a table, after one of them has been deleted."""
+    if removed:
+        print(f"run {removed} is deleted, its record is kept: {remove(folder, removed) / 1e6:.1f} MB freed")
+    columns = "run", "state", "val ppl", "size", "last save", "settings that differ from the run at the top"
+    print("\n".join(table(columns, run_rows(folder))))
 
 
 def so_far(record, folder, complete_runs):

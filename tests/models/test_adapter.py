@@ -123,9 +123,9 @@ def test_a_run_continues_exactly_amid_an_adapters_training(config, tmp_path):
         for kept in [*folder.glob("model_frozen_*.pt"), folder / "model_best.pt"]:
             shutil.copy(kept, other)
         shutil.copy(path, other / "model_latest.pt")
-        files, found = open_saved(other)
+        folder, found = open_saved(other)
         reader = LanguageModel(by_memory, found["model_state_dict"]["embedding.weight"].shape[0])
-        load_weights(files, reader, found)
+        load_weights(folder, reader, found)
         assert has_adapter(reader.state_dict())
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(adapter, "RANKS", ((float("inf"), 3),))
