@@ -85,7 +85,7 @@ def list_runs(folder, removed):
     """The runs of a folder in a table, after one of them has been deleted."""
     if removed:
         print(f"run {removed} is deleted, its record is kept: {remove(folder, removed) / 1e6:.1f} MB freed")
-    columns = "run", "state", "val ppl", "size", "last save", "settings that differ from the run at the top"
+    columns = "run", "state", "val ppl", "MB", "last save", "settings that differ from the run at the top"
     print("\n".join(table(columns, run_rows(folder))))
 
 

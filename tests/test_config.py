@@ -468,7 +468,7 @@ def test_paths_of_the_commands_are_expanded_too(monkeypatch, tmp_path, script, a
 
 
 @pytest.mark.parametrize(
-    "script", ["status", "report", "export", "evaluate", "generate", "draw_docs", "verify_resume"]
+    "script", ["status", "report", "export", "evaluate", "generate", "draw_docs"]
 )
 def test_an_unknown_flag_of_a_command_is_one_sentence(script):
     """Written out, as in train.py: no beginning of a flag stands for it."""

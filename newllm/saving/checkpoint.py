@@ -24,26 +24,21 @@ from newllm import __version__
 from newllm.clock import Clock, timed
 from newllm.data.order import batches_done
 from newllm.errors import UserError
-from newllm.saving import runs
+from newllm.saving import files, runs
 from newllm.saving.backup import Mirror
 from newllm.saving.drive import copy_verified
-from newllm.saving.files import (
-    Corrupt,
-    duplicate,
-    load_sealed,
-    save_sealed,
-    usable_folder,
-    write_text,
-)
+from newllm.saving.files import Corrupt, duplicate, load_sealed, save_sealed, write_text
 from newllm.saving.guard import FolderLock, LockLost
-from newllm.saving.runs import FORMAT, LATEST, MANIFEST, PREVIOUS, STAGE_NAMES
+from newllm.saving.runs import FORMAT, LATEST, MANIFEST, PREVIOUS
 from newllm.saving.save_thread import SaveThread
 from newllm.saving.stop import Stopped, agree, save_requested, stop_reason
 from newllm.saving.trained import frozen_digest, frozen_path, load_weights
 from newllm.training.contexts import FILES, contexts_in_files
 
 STAGES = ("untrained", "phase1", "phase2", "complete")
+STAGE_NAMES = {"untrained": "the untrained row", "phase1": "Phase 1", "phase2": "Phase 2"}
 ATTEMPTS, WAIT = 3, 0.5  # tries of a write, seconds before the second: a network folder may fail for a moment
+WARNING = "warning: settings changed since the checkpoint was written, what is done stays as it is: "
 STATES_ON_DISK = 5  # latest, previous, end of an epoch, end of Phase 1, and the one being written
 
 
@@ -69,7 +64,7 @@ class Checkpointer:
     def __init__(self, config, fingerprint, run_id, group, say=print):
         self.config, self.fingerprint, self.group, self.say = config, fingerprint, group, say
         self.run_id, self.writes = run_id, config.save_checkpoint and group.is_main
-        self.folder = usable_folder(config.checkpoint_dir, "checkpoint_dir")
+        self.folder = files.usable_folder(config.checkpoint_dir, "checkpoint_dir")
         self.stage, self.results, self.made, self.reused = STAGES[0], {}, {}, {}
         self.history = {"phase1_history": {}, "phase2_history": {}}
         self.notes, self.record, self.saved_at = [], [], None
@@ -115,36 +110,39 @@ class Checkpointer:
         """
         top = mended(self.folder, self.notes) if self.writes else runs.newest(self.folder)[0]
         choice = runs.choose(self.folder, top, self.config, self.fingerprint)
+        home, found, record = choice.home, None, []
         self.notes += choice.lines
-        reused, phase1, record = self._parts(choice.taken)
-        home, found = choice.home, None
-        try:
-            if self.writes and home != self.folder:
-                if home:
-                    mended(home, self.notes)
-                if top:
-                    runs.park(self.folder, top["run_id"])
-                if home:
-                    runs.bring_up(self.folder, home.name)
-                    home = self.folder
-        except OSError as error:
-            raise UserError(
-                f"{self.folder} cannot change its run ({error.strerror or error}): mend that and start again; "
-                "nothing is lost."
-            ) from error
+        reused, phase1, rows = self._parts(choice.taken)
+        moves = self.writes and home != self.folder
+        if moves:
+            self._change(top, home)
+            home = self.folder if home else None
         if home:
-            found = load_sealed(runs.newest(home)[1])
+            place = runs.newest(home)[1]
+            found = load_sealed(place)
+            record = found["record"]
+            if moves:
+                announce(home, found, files.verify_seal(place))
         if self.mirror:
             self._to_copy = uncopied(self.folder, self.mirror.target)
         run_id = found["run_id"] if found else runs.unused_id(self.folder, self.run_id)
-        return (
-            run_id,
-            home or self.folder,
-            found,
-            reused,
-            phase1,
-            found["record"] + record if found else record,
-        )
+        record += [row for row in rows if row not in record]
+        return run_id, home or self.folder, found, reused, phase1, record
+
+    def _change(self, top, home):
+        """Park the run at the top, if there is one, and bring up the one in `home`, if it is one."""
+        try:
+            if home:
+                mended(home, self.notes)
+            if top:
+                runs.park(self.folder, top["run_id"])
+            if home:
+                runs.bring_up(self.folder, home.name)
+        except OSError as error:
+            raise UserError(
+                f"the run in {self.folder} cannot be changed ({error.strerror or error}): mend that and start again; "
+                "nothing is lost."
+            ) from error
 
     def _parts(self, taken):
         """(parts of the untrained row, the state with Phase 1 or None, rows of the record) that other runs have."""
@@ -166,8 +164,8 @@ class Checkpointer:
 
     def _continue(self, found):
         """Take over the state of a file, which is of this very run."""
-        warning = runs.warning_of(found, self.config)
-        self.notes += [warning] if warning else []
+        if changes := runs.changed(found["config"], self.config.to_dict()):
+            self.notes.append(WARNING + runs.listed(changes))
         self.stage, self.results = found["stage"], found["results"]
         self._save_number = found["save_number"]
         self.saved_at = datetime.fromisoformat(found["saved_at"]).timestamp()
@@ -177,7 +175,10 @@ class Checkpointer:
         self._earlier_saves = {name: times.get(name, none) for name, none in self._earlier_saves.items()}
         self.history = {name: found[name] for name in self.history}
         self._step, self._stage_begun = found["step"], found["stage_begun"]
-        self.made = runs.made_so_far(found, self.config)
+        self.made = dict(found.get("made", {}))
+        marks = {mark for stage, shaped, _ in runs.PARTS.values() if stage == self.stage for mark in shaped}
+        if found["position"] and not runs.same_bits(self.made, self.stage, self.config, marks):
+            self.made[self.stage] = {}  # made with several settings: for no other run to take
         self._found = found
         self.notes.append(
             f"continuing run {self.run_id} {found['restart']} (save {self._save_number}, {found['saved_at']})"
@@ -351,9 +352,9 @@ class Checkpointer:
             stage = "phase1"
             self._pass(stage, self._phase1["results"][stage])
         self.save(f"{stage}_complete", model, None, names=["model_phase1.pt"] if stage == "phase1" else [])
-        if self.writes and (files := list(self.folder.glob(FILES))):
+        if self.writes and (of_contexts := list(self.folder.glob(FILES))):
             self.wait()
-            for path in files:
+            for path in of_contexts:
                 path.unlink()
 
     def _pass(self, stage, results):
@@ -440,9 +441,16 @@ def write_state(folder, content, keep_last=0, names=()):
             path.unlink()
     for name in names:
         duplicate(latest, folder / name)
+    announce(folder, content, digest)
+
+
+def announce(folder, content, digest):
+    """Write the manifest, which says what the latest state is; what else stands in it stays."""
     told = "run_id", "epoch", "stage", "step", "restart", "save_number", "saved_at"
     entry = {key: content[key] for key in told}
-    entry |= {"file": LATEST, "sha256": digest, "bytes": latest.stat().st_size}
+    entry |= {"file": LATEST, "sha256": digest, "bytes": (folder / LATEST).stat().st_size}
+    with suppress(OSError, ValueError, TypeError):  # none yet, or damaged
+        entry = json.loads((folder / MANIFEST).read_text(encoding="utf-8")) | entry
     write_text(folder / MANIFEST, json.dumps(entry, indent=1) + "\n")
 
 
@@ -542,14 +550,7 @@ def snapshot(value):
 def position_of(rounds_done, rounds, done, count, batches):
     """A place within a stage, for its state and its status: rounds over the samples, samples of the round in hand, batches."""
     batch = int(batches_done(count, batches, done))
-    return {
-        "epoch": rounds_done,
-        "epochs": rounds,
-        "batch": batch,
-        "batches": batches,
-        "sample": done,
-        "samples": count,
-    }
+    return dict(epoch=rounds_done, epochs=rounds, batch=batch, batches=batches, sample=done, samples=count)
 
 
 def place(content):
@@ -584,8 +585,8 @@ def require_space(folder, model, config, context_dtype):
     contexts = config.train_tokens * config.context_dim * context_dtype.itemsize
     in_files = contexts_in_files(config, context_dtype)
     needed = STATES_ON_DISK * 3 * weights + (2 if in_files else STATES_ON_DISK) * contexts
-    files = map(Path.stat, Path(folder).glob("model_*.pt"))
-    present = {(stat.st_dev, stat.st_ino): stat.st_size for stat in files}  # hard links count once
+    stats = map(Path.stat, Path(folder).glob("model_*.pt"))
+    present = {(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}  # hard links count once
     needed, free = needed - sum(present.values()), shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(

@@ -5,6 +5,7 @@ same names, in `runs/RUN_ID/`. Changing runs renames files; `model_latest.pt` at
 every instant. As each state carries its run's id, the files themselves tell a change that was cut off, and `settle` ends it.
 """
 
+import itertools
 import os
 import shutil
 from contextlib import suppress
@@ -20,7 +21,7 @@ from newllm.saving.files import Corrupt, duplicate, load_sealed
 FORMAT = 4  # of a state; 3, whose weights can still be read, counts the place inside an epoch in batches
 RUNS, LATEST, PREVIOUS, MANIFEST = "runs", "model_latest.pt", "model_prev.pt", "manifest.json"
 MOVED = "model_*.pt", "model_*.pt.corrupt*", "contexts_*.bin", "status.json"  # of a run, besides its manifest
-STAGE_NAMES = {"untrained": "the untrained row", "phase1": "Phase 1", "phase2": "Phase 2"}
+MACHINE = "torch", "device", "precision", "compile"  # what else the bits of a figure depend on
 
 # What each setting shapes. "data", "model", "budget": the whole run. A stage, or several: its figures; "control" is the head on
 # untrained contexts, trained as in Phase 2, and "row" whether there is one. "": no figure, only where and how they are made.
@@ -66,84 +67,53 @@ def shaping(settings, *others):
     return {name: value for name, value in settings.items() if marks[name] and not marks[name] & set(others)}
 
 
-def changed(saved, now):
-    """{name: (saved value, value now)} of the settings that shape a figure and differ."""
-    before = EARLIER | saved
-    return {
-        name: (before.get(name), value) for name, value in shaping(now).items() if before.get(name) != value
-    }
-
-
-def with_marks(changes, marks):
-    return {name: change for name, change in changes.items() if marks & set(SHAPES[name])}
+def changed(saved, now, marks=None):
+    """{name: (saved value, value now)} of the settings that shape a figure and differ, with `marks` of one of these."""
+    old = EARLIER | saved
+    changes = {name: (old.get(name), new) for name, new in shaping(now).items() if old.get(name) != new}
+    return {name: change for name, change in changes.items() if not marks or marks & set(SHAPES[name])}
 
 
 def listed(changes):
     return ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items())
 
 
-def made(found):
-    """{mark: what a person calls it} of all whose figures a state holds, or has begun to make."""
-    results, begun = found["results"], found["stage"] if found["position"] else ""
-    row, marks = results.get("untrained", {}), {}
-    if "contexts" in row:
-        marks |= {"untrained": STAGE_NAMES["untrained"], "row": STAGE_NAMES["untrained"]}
-    if "head" in row or begun == "untrained":
-        marks["control"] = STAGE_NAMES["untrained"]
-    for stage in ("phase1", "phase2"):
-        if results.get(stage) or begun == stage:  # a model without contexts passes Phase 1 with none
-            marks[stage] = STAGE_NAMES[stage]
-    return marks
-
-
 def distinction(found, config, fingerprint):
-    """In words what makes these settings and data another run than that of a state; "" when it is the same one."""
-    changes = changed(found["config"], config.to_dict())
-    ahead = {"phase1", "phase2"} - {stage for stage in found["results"] if found["results"][stage]}
-    ahead -= {"phase2"} if config.phase == "1" else set()
-    still_open = {name for name in BATCHES if SHAPES[name][-1] in ahead}
-    fixed = with_marks(changes, WHOLE | made(found).keys())
-    if others := {name: change for name, change in fixed.items() if name not in still_open}:
-        return listed(others)
-    return "other data: the source or its text" if found["data_fingerprint"] != fingerprint else ""
+    """In words what makes these settings and data another run than that of a state; "" when it is the same one.
 
-
-def warning_of(found, config):
-    """A line on settings that differ from those a run was saved with and do not make it another one, or None."""
-    changes = changed(found["config"], config.to_dict())
-    kept = dict.fromkeys(name for mark, name in made(found).items() if with_marks(changes, {mark}))
-    figures = f"; the figures of {' and '.join(kept)} stay those of the old ones" if kept else ""
-    return (
-        f"warning: settings changed since the checkpoint was written: {listed(changes)}{figures}"
-        if changes
-        else None
-    )
+    That is what shaped a figure which the run has made, or has begun to make. What is ahead of it may change.
+    """
+    results, begun = found["results"], found["stage"] if found["position"] else ""
+    done = {
+        stage for stage in ("phase1", "phase2") if results.get(stage)
+    }  # without contexts Phase 1 leaves {}
+    made = WHOLE | done | {"control" if begun == "untrained" else begun}
+    if "contexts" in results.get("untrained", {}):
+        made |= {"untrained", "row"}
+    if "head" in results.get("untrained", {}):
+        made |= {"control"}
+    ahead = {"phase1", "phase2"} - done - ({"phase2"} if config.phase == "1" else set())
+    changes = changed(found["config"], config.to_dict(), made)
+    for name in BATCHES & changes.keys():
+        if SHAPES[name][-1] in ahead:
+            del changes[name]
+    other_data = found["data_fingerprint"] != fingerprint
+    return listed(changes) or ("other data: the source or its text" if other_data else "")
 
 
 def bits_of(config):
-    """The settings with what else the bits of a figure depend on, as a state's `made` keeps them for each stage."""
+    """All that the bits of a figure depend on, as a state's `made` keeps it for each stage."""
     return config.to_dict() | {"torch": str(torch.__version__)}
 
 
-def same_bits(saved, config, marks):
-    """Whether a part made with the settings `saved` (those of `bits_of`) would be made with the same bits today."""
-    now = bits_of(config)
-    machine = all(saved.get(name) == now[name] for name in ("torch", "device", "precision", "compile"))
-    return machine and not with_marks(changed(saved, now), marks)
-
-
-def made_so_far(found, config):
-    """The settings by which the stages of a state were made, by stage; {} of one that is made by several."""
-    stages, stage = dict(found.get("made", {})), found["stage"]
-    marks = WHOLE | {"untrained", "control"} if stage == "untrained" else WHOLE | {stage}
-    if found["position"] and not same_bits(stages.get(stage, {}), config, marks):
-        stages[stage] = {}
-    return stages
+def same_bits(made, stage, config, marks):
+    """Whether what some marks shape in a stage would be made with the same bits today."""
+    saved, now = made.get(stage, {}), bits_of(config)
+    return all(saved.get(name) == now[name] for name in MACHINE) and not changed(saved, now, marks)
 
 
 def states(folder):
     """Every file of a folder that may hold a state to continue from, likely newest first."""
-    folder = Path(folder)
     kept = ("model_epoch.pt", "model_phase1.pt", "model_backup.pt")
     return [folder / LATEST, folder / PREVIOUS, *step_files(folder), *(folder / name for name in kept)]
 
@@ -166,51 +136,47 @@ def newest(folder):
         UserError: there are files, and none is whole; or one cannot be looked at.
     """
     found, place, damaged = None, None, {}
-    for path in states(folder):
+    for path in states(Path(folder)):
         try:
             content = load_sealed(path, mmap=True)
-        except FileNotFoundError:
-            if path.is_symlink():
-                raise UserError(
-                    f"{path} is a link to nowhere: mount what it leads to, or remove the link."
-                ) from None
-            continue
         except Corrupt as error:
             damaged[path] = error
             continue
         except OSError as error:
-            raise UserError(
-                f"{path} cannot be read ({error.strerror or error}): mend that or move it away."
-            ) from error
+            if isinstance(error, FileNotFoundError) and not path.is_symlink():
+                continue
+            reason = "it is a link to nowhere" if path.is_symlink() else error.strerror or error
+            raise UserError(f"{path} cannot be read ({reason}): mend that or move it away.") from error
         if found is None or content["save_number"] > found["save_number"]:
             found, place = content, path
         if path.name == LATEST:
             break  # the usual case needs no other file
     if damaged and found is None:
         raise UserError(
-            f"no checkpoint in {folder} can be read ({next(iter(damaged.values()))}): put a whole copy in its place, or "
-            "move the files away to start a new run."
+            f"no checkpoint in {folder} can be read ({next(iter(damaged.values()))}): put a whole copy in its place, "
+            "or move the files away to start a new run."
         )
     return found, place, damaged
 
 
-def parked(folder):
-    """[(its folder, its newest state or None)] of the runs beside the one at the top, the latest id first.
+def runs_in(folder, top):
+    """[(its folder, its newest state or None)] of the run at the top and of those beside it, the latest id first.
 
-    The checksum of a state is looked at only where the latest file cannot be opened: who uses a state reads it again.
+    The checksum of a state beside it is looked at only if the latest file cannot be opened: who uses one reads it again.
     """
-    found = []
-    for home in sorted(path for path in Path(folder).glob(f"{RUNS}/[!.]*") if path.is_dir()):
+    found = [(folder, top)] if top else []
+    for home in sorted(folder.glob(f"{RUNS}/[!.]*"), reverse=True):
+        if not home.is_dir() or (top and home.name == top["run_id"]):
+            continue
         try:
             state = torch.load(home / LATEST, map_location="cpu", weights_only=True, mmap=True)
-            state["save_number"]
+            found.append((home, state if state["save_number"] else None))
         except Exception:  # what is no state fails in every way
             try:
-                state = newest(home)[0]
+                found.append((home, newest(home)[0]))
             except UserError:
-                state = None
-        found.append((home, state))
-    return found[::-1]
+                found.append((home, None))
+    return found
 
 
 @dataclass
@@ -218,11 +184,10 @@ class Choice:
     """What a run with some settings and data finds in its folder.
 
     Attributes:
-        top: state at the top, or None. home: folder of the run to continue, None for a new one.
-        lines: what to say of it. taken: {part: (folder, state)} of the runs from which a new one takes a part.
+        home: folder of the run to continue, None for a new one. lines: what to say of it.
+        taken: {part: (folder, state)} of the runs from which it may take a part that it has not begun.
     """
 
-    top: dict | None
     home: Path | None = None
     lines: list = field(default_factory=list)
     taken: dict = field(default_factory=dict)
@@ -237,61 +202,58 @@ def choose(folder, top, config, fingerprint):
     Raises:
         UserError: the top is of a version whose runs cannot be continued.
     """
-    folder, choice = Path(folder), Choice(top)
+    folder, choice, known = Path(folder), Choice(), []
     if top and top.get("format") != FORMAT:
         raise UserError(
-            f"{folder / LATEST} has format {top.get('format')}, this version continues {FORMAT}: finish that run with the "
-            "version that wrote it, move it away, or choose another --checkpoint_dir."
+            f"{folder / LATEST} has format {top.get('format')}, this version continues {FORMAT}: finish that run with "
+            "the version that wrote it, move it away, or choose another --checkpoint_dir."
         )
-    beside = [(home, state) for home, state in parked(folder) if not top or home.name != top["run_id"]]
-    for home, state in beside:
-        if state is None or state.get("format") != FORMAT:
+    for home, state in runs_in(folder, top):
+        if state and state.get("format") == FORMAT:
+            known.append((home, state, distinction(state, config, fingerprint)))
+        else:
             choice.lines.append(f"warning: {home} holds no run that this version can read; it stays as it is")
-    runs = [(folder, top)] if top else []
-    runs += [(home, state) for home, state in beside if state and state.get("format") == FORMAT]
     kept = f"; run {top['run_id']} is kept whole in {RUNS}/{top['run_id']}" if top else ""
-    if not runs:
-        return choice
-    if not config.load_checkpoint:
+    if known and not config.load_checkpoint:
         choice.lines.append(f"load_checkpoint is off: a new run{kept}")
+    if not known or not config.load_checkpoint:
         return choice
-    reasons = [distinction(state, config, fingerprint) for _, state in runs]
-    mine = [run for run, reason in zip(runs, reasons, strict=True) if not reason]
-    exact = [run for run in mine if not changed(run[1]["config"], config.to_dict())]
-    line = ""
+    mine = [(home, state) for home, state, difference in known if not difference]
+    mine.sort(key=lambda run: bool(changed(run[1]["config"], config.to_dict())))
     if mine:
-        choice.home, state = (exact or mine)[0]
-        if choice.home != folder:
-            line = f"back to run {state['run_id']}, the one of these settings{kept}"
+        choice.home, state = mine[0]
+        line = (
+            "" if choice.home == folder else f"back to run {state['run_id']}, the one of these settings{kept}"
+        )
     else:
-        nearest = 0 if top else min(range(len(runs)), key=lambda at: len(reasons[at]))
-        line = f"another run than {runs[nearest][1]['run_id']} ({reasons[nearest]}){kept}"
+        _, nearest, difference = known[0] if top else min(known, key=lambda run: len(run[2]))
+        line = f"another run than {nearest['run_id']} ({difference}){kept}"
     if not mine or state["stage"] == "untrained":
-        choice.taken = takings([run for run in runs if run[0] != choice.home], config, fingerprint)
+        choice.taken = _takings(known, choice.home, config, fingerprint)
         names = [f"{PARTS[part][2]} (of run {run[1]['run_id']})" for part, run in choice.taken.items()]
         line += f"; taken over: {', '.join(names) or 'nothing'}; all else is trained"
     choice.lines += [line.removeprefix("; ")] if line else []
     return choice
 
 
-def takings(runs, config, fingerprint):
-    """{part: (folder, state)} of the runs, in their order, that have a part with the bits it would have today."""
+def _takings(known, own, config, fingerprint):
+    """{part: (folder, state)} of the other runs, in their order, that have a part with the bits it would have today."""
     found = {}
-    for home, state in runs:
-        row = state["results"].get("untrained", {})
-        for part, (stage, marks, _) in PARTS.items():
-            wanted = part != "head" or config.untrained_control
-            has = part in row or (part == "phase1" and state["results"].get("phase1"))
-            settings = state.get("made", {}).get(stage, {})
-            alike = state["data_fingerprint"] == fingerprint and same_bits(settings, config, marks)
-            if wanted and has and alike and part not in found:
-                found[part] = home, state
+    for (home, state, _), part in itertools.product(known, PARTS):
+        stage, marks, _ = PARTS[part]
+        has = part in state["results"].get("untrained", {}) or (
+            part == "phase1" and state["results"].get(part)
+        )
+        wanted = home != own and (part != "head" or config.untrained_control)
+        same_data = state["data_fingerprint"] == fingerprint
+        if wanted and has and same_data and same_bits(state.get("made", {}), stage, config, marks):
+            found.setdefault(part, (home, state))
     return found
 
 
 def unused_id(folder, run_id):
     """The id, or with the first number that makes it one which no run and no record of the folder has."""
-    folder, number, candidate = Path(folder), 1, run_id
+    number, candidate = 1, run_id
     while (folder / RUNS / candidate).exists() or any(folder.glob(f"*/logs/metrics_{candidate}.jsonl")):
         number += 1
         candidate = f"{run_id}_{number}"
@@ -299,28 +261,30 @@ def unused_id(folder, run_id):
 
 
 def _files(folder):
-    return [path for pattern in MOVED for path in Path(folder).glob(pattern)]
+    return [path for pattern in MOVED for path in folder.glob(pattern)]
 
 
 def park(folder, run_id):
     """Move the run at the top aside, all but `model_latest.pt`, which gets a second name: the next save replaces it."""
-    home = Path(folder) / RUNS / run_id
+    home = folder / RUNS / run_id
     home.mkdir(parents=True, exist_ok=True)
     for name in (LATEST, MANIFEST):
-        if (Path(folder) / name).exists():
-            duplicate(Path(folder) / name, home / name)
+        if (folder / name).exists():
+            duplicate(folder / name, home / name)
     for path in _files(folder):
         if path.name != LATEST:
             os.replace(path, home / path.name)
 
 
 def bring_up(folder, run_id):
-    """Move a run to the top, its latest first: whenever this is cut off, the id at the top says that it has to go on."""
-    home = Path(folder) / RUNS / run_id
+    """Move a run to the top, its latest first: whenever this is cut off, the id at the top says that it has to go on.
+
+    The manifest there, which also says who writes, stays for its writer to renew.
+    """
+    home = folder / RUNS / run_id
     for path in sorted(_files(home), key=lambda path: path.name != LATEST):
-        os.replace(path, Path(folder) / path.name)
-    if (home / MANIFEST).exists():
-        os.replace(home / MANIFEST, Path(folder) / MANIFEST)
+        os.replace(path, folder / path.name)
+    (home / MANIFEST).unlink(missing_ok=True)
     with suppress(OSError):  # somebody's own files stay
         home.rmdir()
 
@@ -328,56 +292,53 @@ def bring_up(folder, run_id):
 def settle(folder):
     """The newest whole state at the top, as `newest` gives it, after a change of runs that was cut off has been ended."""
     top = newest(folder)
-    if top[0] and (Path(folder) / RUNS / top[0]["run_id"]).is_dir():
+    if top[0] and (folder / RUNS / top[0]["run_id"]).is_dir():
         bring_up(folder, top[0]["run_id"])
         return newest(folder)
     return top
 
 
 def run_rows(folder):
-    """(id, state, val ppl, size on disk, last save, settings that differ from the run at the top) of each run, as text.
+    """(id, state, val ppl, MB on disk, last save, settings that differ from the run at the top) of each run, for people.
 
     Raises:
         UserError: the files at the top cannot be read.
     """
     folder, rows = Path(folder), []
     top = newest(folder)[0]
-    runs = [(folder, top)] if top else []
-    for home, state in runs + [run for run in parked(folder) if not top or run[0].name != top["run_id"]]:
-        size = f"{bytes_of(home) / 1e6:.1f} MB"
+    for home, state in runs_in(folder, top):
+        size = f"{_bytes_of(home) / 1e6:.1f}"
         if state is None:
             rows.append((home.name, "cannot be read", "", size, "", ""))
             continue
+        stage = "complete" if state["stage"] == "complete" else state["restart"]
         head = state["results"].get("phase2", {}).get("head") or (state["stage_state"] or {}).get("best")
-        differs = listed(changed(top["config"], state["config"])) if top else ""
-        where = "complete" if state["stage"] == "complete" else state["restart"]
         ppl = f"{head['ppl']:.1f}" if head and state["stage"] != "untrained" else ""
-        at_top = "at the top" if home == folder else differs
-        rows.append((state["run_id"], where, ppl, size, state["saved_at"], at_top))
+        differs = listed(changed(top["config"], state["config"])) if top else ""
+        differs = "(at the top)" if home == folder else differs
+        rows.append((state["run_id"], stage, ppl, size, state["saved_at"], differs))
     return rows
 
 
-def bytes_of(home):
+def _bytes_of(home):
     """What the files of a run take on disk; several names of one count once."""
     stats = map(os.stat, _files(home))
     return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())
 
 
 def remove(folder, run_id):
-    """Delete the checkpoints of a run; its record and artefacts stay.
-
-    Returns:
-        Bytes that were freed.
+    """Delete the checkpoints of a run beside the one at the top; its record and artefacts stay. Returns bytes freed.
 
     Raises:
-        UserError: it is the one at the top, or there is none of this id.
+        UserError: there is none of this id.
     """
-    home = Path(folder) / RUNS / run_id
-    if not run_id or home.parent != Path(folder) / RUNS or not home.is_dir():
+    beside = Path(folder) / RUNS
+    home = beside / run_id
+    if not run_id or home.parent != beside or not home.is_dir():
         raise UserError(
-            f"no run {run_id} lies in {home.parent}: the one at the top of {folder} is in use and stays."
+            f"no run {run_id} lies in {beside}, and the one at the top of {folder} is in use: it stays."
         )
-    freed = bytes_of(home)
-    aside = home.rename(home.with_name(f".{run_id}.removed"))  # whole or gone, also where this is cut off
+    freed, aside = _bytes_of(home), home.with_name(f".{run_id}.removed")
+    home.rename(aside)  # whole or gone, also where this is cut off
     shutil.rmtree(aside)
     return freed

@@ -5,11 +5,11 @@ from pathlib import Path
 from newllm.errors import UserError
 from newllm.models.baselines import Baseline
 from newllm.report.banner import banner
-from newllm.saving.checkpoint import require_space
+from newllm.saving.checkpoint import WARNING, require_space
 from newllm.saving.drive import check_target, refuse_overlap
 from newllm.saving.files import usable_folder
 from newllm.saving.guard import holder
-from newllm.saving.runs import choose, newest, warning_of
+from newllm.saving.runs import changed, choose, listed, newest
 from newllm.training.effects import unused_lines
 from newllm.training.plan import make_plan
 from newllm.training.runtime import describe_device, memory_of
@@ -73,9 +73,6 @@ def checkpoint_lines(config, fingerprint, folder):
     state = newest(choice.home)[0]
     then = "reports once more, as it is complete" if state["stage"] == "complete" else "continues"
     held = f"checkpoint: {choice.home} holds run {state['run_id']}, saved {state['saved_at']}, to go on"
-    warning = warning_of(state, config)
-    return [
-        *choice.lines,
-        f"{held} {state['restart']}, which the run {then}",
-        *([warning] if warning else []),
-    ]
+    changes = changed(state["config"], config.to_dict())
+    warning = [WARNING + listed(changes)] if changes else []
+    return [*choice.lines, f"{held} {state['restart']}, which the run {then}", *warning]
