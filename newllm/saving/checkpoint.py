@@ -10,6 +10,7 @@ has been read back; the manifest, written last, is only for people and `scripts.
 """
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -150,16 +151,19 @@ class Checkpointer:
         for part, (home, state) in taken.items():
             try:
                 if part == "phase1":
-                    phase1 = load_sealed(home / "model_phase1.pt")
+                    found = load_sealed(home / "model_phase1.pt")
+                    if found["run_id"] != state["run_id"]:
+                        raise Corrupt(f"{home / 'model_phase1.pt'} is of another run")
+                    phase1 = found
                 else:
-                    state = runs.newest(home)[0]
-                    reused[part] = state["results"]["untrained"][part]
+                    found = runs.newest(home)[0]
+                    reused[part] = found["results"]["untrained"][part]
             except (Corrupt, OSError, UserError) as error:
                 self.notes.append(f"warning: {error}; {runs.PARTS[part][2]} is made anew")
                 continue
             if part in ("phase1", "head"):
                 stage = runs.PARTS[part][0]
-                record += [line for line in state["record"] if json.loads(line)["stage"] == stage]
+                record += [line for line in found["record"] if json.loads(line)["stage"] == stage]
         return reused, phase1, record
 
     def _continue(self, found):
@@ -351,6 +355,7 @@ class Checkpointer:
             self.history["phase1_history"] = self._phase1["phase1_history"]
             stage = "phase1"
             self._pass(stage, self._phase1["results"][stage])
+            self._phase1 = None
         self.save(f"{stage}_complete", model, None, names=["model_phase1.pt"] if stage == "phase1" else [])
         if self.writes and (of_contexts := list(self.folder.glob(FILES))):
             self.wait()
@@ -424,12 +429,10 @@ def write_state(folder, content, keep_last=0, names=()):
         OSError: it could not be written in ATTEMPTS tries; the files that were there are untouched.
     """
     latest = folder / LATEST
-    previous = (
-        folder / PREVIOUS if content["save_number"] > 1 else None
-    )  # before the first it is another run's
+    begins = content["save_number"] == 1  # what has the name is then a run that is kept elsewhere
     for attempt in range(ATTEMPTS):
         try:
-            digest = save_sealed(content, latest, previous)
+            digest = save_sealed(content, latest, None if begins else folder / PREVIOUS)
             break
         except OSError:
             if attempt + 1 == ATTEMPTS:
@@ -497,11 +500,11 @@ def recover(folder, mirror, notes):
         for run_id, source in homes.items():
             is_top = source == mirror and (ours is None or ours["run_id"] == run_id)
             home = folder if is_top else folder / runs.RUNS / run_id
-            here = ours if is_top else runs.newest(home)[0]
-            if source == mirror and here and here["save_number"] >= theirs["save_number"]:
+            here, there = ours if is_top else runs.newest(home)[0], runs.newest(source)[0]
+            if there is None or (here and here["save_number"] >= there["save_number"]):
                 continue
             home.mkdir(parents=True, exist_ok=True)
-            for path in sorted(source.glob("model_*.pt")):
+            for path in sorted(source.glob("model_*.pt"), key=lambda path: path.name == LATEST):
                 with suppress(Corrupt, FileNotFoundError):
                     if load_sealed(path, mmap=True).get("run_id", run_id) == run_id:
                         with open(path, "rb") as file:
@@ -514,12 +517,18 @@ def recover(folder, mirror, notes):
 
 
 def uncopied(folder, mirror):
-    """Names of the files of the runs beside the one at the top that a mirror lacks."""
+    """Names of the states of the runs beside the one at the top that a mirror lacks."""
+
+    def seal(path):
+        with open(path, "rb") as file:
+            file.seek(-64, os.SEEK_END)
+            return path.stat().st_size, file.read()
+
     names = []
-    for path in sorted(folder.glob(f"{runs.RUNS}/*/*")):
+    for path in sorted(folder.glob(f"{runs.RUNS}/*/model_*.pt")):
         name = path.relative_to(folder)
         with suppress(OSError):
-            if (mirror / name).stat().st_size == path.stat().st_size:
+            if seal(mirror / name) == seal(path):
                 continue
         names.append(name)
     return names

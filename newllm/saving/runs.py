@@ -120,8 +120,7 @@ def states(folder):
 
 def step_files(folder):
     """`model_step_{n}.pt`, the newest first."""
-    found = folder.glob("model_step_*.pt")
-    return sorted(found, key=lambda path: int(path.stem.rpartition("_")[2]), reverse=True)
+    return sorted(folder.glob("model_step_*.pt"), key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def newest(folder):
