@@ -157,7 +157,9 @@ def open_saved(path):
             f"{path} cannot be read ({error}): give a checkpoint, or the folder that holds them."
         ) from error
     if found is None:
-        raise UserError(f"there is no checkpoint in {path}: run train.py first, or give another folder.")
+        raise UserError(
+            f"there is no whole checkpoint in {path}: run train.py first, or give another folder."
+        )
     if found.get("format") not in (FORMAT - 1, FORMAT):
         raise UserError(f"{path} has format {found.get('format')}, this version reads {FORMAT}.")
     return path if path.is_dir() else path.parent, found

@@ -250,15 +250,6 @@ def test_a_parked_run_whose_latest_is_damaged_comes_back_from_the_one_before(fol
     assert (second / "model_latest.pt").read_bytes() == b"torn"
 
 
-def test_a_state_of_the_earlier_format_is_refused_with_what_to_do(folder):
-    """It counts the place inside an epoch in batches."""
-    save_sealed(latest(folder) | {"format": 3}, Path(folder.checkpoint_dir) / "model_latest.pt")
-    with pytest.raises(
-        UserError, match="has format 3, this version continues 4: finish that run with the version"
-    ):
-        train.main(folder)
-
-
 class Killed(BaseException):
     """Stands for a kill."""
 
