@@ -5,8 +5,8 @@ A run is a chain of stages (STAGES). The file holds the trained weights of the s
 exactly: all else (data order, dropout, learning rate) is a function of seed, stage and step.
 
 A save copies the state and leaves hashing, writing, syncing and reading back to one background thread, so a slow folder
-costs training no time. There is at most one save under way: the next one waits for it. The new state takes its name when it
-has been read back; the manifest, written last, is only for people and `scripts.status`: each file proves itself by its seal.
+costs training no time; the next one waits for it. The new state takes its name when it has been read back. The manifest,
+written last, is only for people and `scripts.status`: each file proves itself by its seal.
 """
 
 import json
@@ -390,8 +390,7 @@ class Checkpointer:
             frozen = frozen_path(self.folder, content["frozen"]).name
             bests = [self.best(name).name for name in ("untrained", "phase2")]
             names = [*self._to_copy, frozen, *bests, "model_phase1.pt", LATEST, MANIFEST]
-            self.mirror.request(names, content["save_number"])
-            self._to_copy = []
+            self.mirror.request(names, content["save_number"])  # which copies none twice
 
     def _content(self, label, model, stage_state, position):
         self._save_number += 1
@@ -607,11 +606,9 @@ def require_space(folder, model, config, context_dtype):
 def provenance():
     """Versions and the commit of the code that runs (None outside a checkout)."""
     versions = {"newllm": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
-    command = ["git", "rev-parse", "HEAD"]
+    settings = dict(cwd=Path(__file__).parent, capture_output=True, text=True, encoding="utf-8", timeout=5)
     try:
-        found = subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, text=True, encoding="utf-8", timeout=5
-        )
+        found = subprocess.run(["git", "rev-parse", "HEAD"], **settings).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        return {"versions": versions, "git_commit": None}
-    return {"versions": versions, "git_commit": found.stdout.strip() or None}
+        found = ""
+    return {"versions": versions, "git_commit": found or None}
