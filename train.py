@@ -27,8 +27,7 @@ from newllm.progress import Progress
 from newllm.report.page import artifact_paths, write_artifacts
 from newllm.report.record import RunLog, new_run_id, read_record
 from newllm.report.summary import banner, context_line, curves, plain, summarize
-from newllm.saving.checkpoint import Checkpointer
-from newllm.saving.state import provenance, require_space
+from newllm.saving.checkpoint import Checkpointer, provenance, require_space
 from newllm.saving.stop import Interrupt
 from newllm.saving.trained import save_model
 from newllm.training.dry_run import preview
@@ -143,12 +142,14 @@ def run_stages(config, runtime, data, model, checkpointer, log, predicted_peak_m
 
     learns_context = bool(model.context_parameters())
     if not checkpointer.is_done("untrained"):
-        log.say("counting n-grams")
-        with timed("n-grams"):
-            results = {"ngrams": ngram_rows(data.train.numpy(), data.val.numpy(), data.vocab_size)}
-        if learns_context:
+        results = dict(checkpointer.reused)  # what another run of the folder has, to the bit
+        if "ngrams" not in results:
+            log.say("counting n-grams")
+            with timed("n-grams"):
+                results["ngrams"] = ngram_rows(data.train.numpy(), data.val.numpy(), data.vocab_size)
+        if learns_context and "contexts" not in results:
             results["contexts"] = measure_contexts()
-        if learns_context and config.untrained_control:
+        if learns_context and config.untrained_control and "head" not in results:
             log.say("\n== Untrained network: the same head on contexts that nothing has trained ==")
             control = copy.deepcopy(model)
             control.keep_context_embedding()

@@ -38,8 +38,8 @@ class Setting:
 
     Args:
         shapes: "data", "model" or "budget": the whole run. "phase1", "phase2", "untrained" (contexts of the
-            untrained network) or "control" (the head on them): the figures of these stages. "": no figure,
-            only where and how they are made.
+            untrained network) or "control" (the head on them): the figures of these stages. "row": whether there
+            is such a head. "": no figure, only where and how they are made.
         kind: a type, or a tuple of choices. bounds: of a number.
         path: `~` and `$NAME` in it are expanded.
         until_done: may change while the last stage that it shapes is not complete.
@@ -159,7 +159,7 @@ class ModelSettings(SharedSettings):
 @group
 class Phase1Settings(SharedSettings):
     phase1_max_iterations: whole("phase1", 0)
-    phase1_shuffle: switch("model")
+    phase1_shuffle: switch("phase1")
     phase1_convergence_threshold: real("untrained phase1", 0, above=True)
     phase1_min_converged_ratio: real("untrained phase1", 0, 1, above=True)
     phase1_learning_rate: real("phase1", 0, above=True)
@@ -174,12 +174,12 @@ class Phase2Settings(SharedSettings):
     phase2_epochs: whole("control phase2", 1)
     phase2_learning_rate: real("control phase2", 0, above=True)
     phase2_batch_size: whole("control phase2", 1, until_done=True)
-    untrained_control: switch("untrained")
-    freeze_context: switch("model")
-    whiten_context: switch("model")
+    untrained_control: switch("row")
+    freeze_context: switch("phase2")
+    whiten_context: switch("control phase2")
     context_lr_scale: real("phase2", 0)
-    context_adapter: choice("model", "none", "lora")
-    adapter_rank: whole("model", 0)
+    context_adapter: choice("phase2", "none", "lora")
+    adapter_rank: whole("phase2", 0)
     gradient_sweeps: whole("phase2", 0)
     warmup_ratio: real("control phase2", 0, 1)
     patience: whole("control phase2", 1)

@@ -27,8 +27,8 @@ from newllm.report import compare as tables
 from newllm.report.compare import Comparison, append_row, markdown, read_results
 from newllm.report.pictures import comparison_points, context_curves
 from newllm.report.series import make_series, whole_numbers
-from newllm.saving.compatibility import shaping
 from newllm.saving.files import usable_folder, write_text
+from newllm.saving.runs import shaping
 from newllm.saving.stop import Interrupt
 
 UNTRAINED = dict(phase1_max_iterations=0)

@@ -33,8 +33,8 @@ from newllm.flags import parse_args
 from newllm.models.baselines import Baseline
 from newllm.models.pretrained import require_own_ids
 from newllm.report.summary import batches, cadence, trainable
+from newllm.saving.checkpoint import require_space
 from newllm.saving.files import COLAB_DRIVE, usable_folder
-from newllm.saving.state import require_space
 from newllm.saving.stop import Interrupt
 from newllm.training import memory_estimate
 from newllm.training.effects import training_samples, unused_lines

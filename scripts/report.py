@@ -1,12 +1,14 @@
 """What a folder of runs holds, how a run went, how fast, and how two runs differ.
 
-    python3 -m scripts.report                # the latest run, so far or complete, and what lies in the folder
-    python3 -m scripts.report RUN            # another one: its id, its metrics_*.jsonl, or a folder of runs
-    python3 -m scripts.report RUN OTHER      # two side by side, also of two folders
-    python3 -m scripts.report --remake       # tables, pictures and page once more, from the record
-    python3 -m scripts.report --draw_docs    # the drawings of the documents: idea.png and architecture.png
+    python3 -m scripts.report                    # the latest run, so far or complete, and what lies in the folder
+    python3 -m scripts.report RUN                # another one: its id, its metrics_*.jsonl, or a folder of runs
+    python3 -m scripts.report RUN OTHER          # two side by side, also of two folders
+    python3 -m scripts.report --remake           # tables, pictures and page once more, from the record
+    python3 -m scripts.report --runs             # the runs whose checkpoints the folder holds
+    python3 -m scripts.report --remove RUN_ID    # delete the checkpoints of one of them
+    python3 -m scripts.report --draw_docs        # the drawings of the documents: idea.png and architecture.png
 
-All of it comes from the records that runs write; no model is loaded.
+All but the list of checkpoints comes from the records that runs write; no model is loaded.
 """
 
 from pathlib import Path
@@ -21,6 +23,7 @@ from newllm.report.pictures import COUNTED, REFERENCE, TRAINED, TRAINING_DATA, U
 from newllm.report.record import complete, find_run, format_value, read_status, runs_in
 from newllm.report.summary import so_far_lines, speed_lines, summary_lines
 from newllm.saving.files import Corrupt, verify_seal
+from newllm.saving.runs import remove, run_rows
 
 PATTERNS = {
     "model checkpoints": "models/*.pth",
@@ -37,10 +40,14 @@ def main(arguments=None):
     add("runs", nargs="*", metavar="RUN", help="id of a run, or of two; none: the latest")
     add("--checkpoint_dir", type=expanded, default=ResidualConfig().checkpoint_dir, help="folder of the runs")
     add("--remake", action="store_true", help="make the artefacts of the run again")
+    add("--runs", dest="list", action="store_true", help="list the runs whose checkpoints the folder holds")
+    add("--remove", metavar="RUN_ID", help="delete the checkpoints of a run beside the one at the top")
     add("--draw_docs", nargs="?", const="docs", type=expanded, help="draw the pictures of the documents")
     options = parser.parse_args(arguments)
     if options.draw_docs:
         return draw_docs(Path(options.draw_docs))
+    if options.list or options.remove:
+        return list_runs(options.checkpoint_dir, options.remove)
     if len(options.runs) > 2:
         raise UserError("name one run, or two to compare.")
     folder = options.checkpoint_dir
@@ -52,6 +59,15 @@ def main(arguments=None):
         remake(chosen[0])
     else:
         show(chosen[0], latest=not options.runs)
+
+
+def list_runs(folder, removed):
+    """The runs of a folder in a table, after one of them has been deleted."""
+    if removed:
+        freed = remove(folder, removed) / 1e6
+        print(f"run {removed} is deleted, its record is kept: {freed:.1f} MB freed")
+    columns = "run", "state", "val ppl", "MB", "last save", "settings that differ from the run at the top"
+    print("\n".join(table(columns, run_rows(folder))))
 
 
 def show(record, latest):

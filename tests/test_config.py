@@ -417,7 +417,7 @@ def test_paths_of_the_commands_are_expanded_too(monkeypatch, tmp_path, script, a
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("script", ["status", "report", "export", "evaluate", "generate", "verify_resume"])
+@pytest.mark.parametrize("script", ["status", "report", "export", "evaluate", "generate"])
 def test_an_unknown_flag_of_a_command_is_one_sentence(script):
     """Written out, as in train.py: no beginning of a flag stands for it."""
     for flag in ("--nonsense", "--hel", "--checkpoint_di=x"):

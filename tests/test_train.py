@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run, write_dialogues
+from helpers import run
 
 import train
 from config import ResidualConfig
 from newllm.errors import UserError
 from newllm.report.record import read_rows
-from newllm.saving.files import load_sealed
 
 KEYS = {
     "phase1_steps", "phase1_param_change", "phase1_iterations", "converged_ratio", "er_train", "er_val",
@@ -84,7 +83,7 @@ def test_a_run_cut_at_any_save_continues_to_the_same_bits(tiny_settings, monkeyp
     class Cut(Exception):
         pass
 
-    from newllm.saving import checkpoint, checkpoint_files
+    from newllm.saving import checkpoint
 
     real = checkpoint.save_sealed
 
@@ -105,13 +104,11 @@ def test_a_run_cut_at_any_save_continues_to_the_same_bits(tiny_settings, monkeyp
         cut = dataclasses.replace(config, checkpoint_dir=f"{config.checkpoint_dir}_{number}")
         cutting = cut_after(number)
         monkeypatch.setattr(checkpoint, "save_sealed", cutting)
-        monkeypatch.setattr(checkpoint_files, "save_sealed", cutting)
         try:
             train.main(cut)
             uncut = True
         except Cut:
             monkeypatch.setattr(checkpoint, "save_sealed", real)
-            monkeypatch.setattr(checkpoint_files, "save_sealed", real)
             resumed = train.main(cut)
             assert same(weights(cut.checkpoint_dir), expected), f"cut at save {number}"
             assert not {k for k in whole if whole[k] != resumed[k]} - set(TIMES), f"cut at save {number}"
@@ -155,50 +152,6 @@ def test_frozen_contexts_do_not_move_in_phase_2(tiny_settings):
         in_context = {name for name in before if name.startswith(("context_map", "embed_norm"))}
         assert "embedding.weight" in moved and "context_embedding" not in moved
         assert bool(moved & in_context) != freeze
-
-
-def test_a_larger_budget_starts_its_own_run_and_keeps_the_old(tiny_settings):
-    """Another num_samples neither reuses nor overwrites the earlier run's files."""
-    config = ResidualConfig(**tiny_settings)
-    train.main(config)
-    old = weights(config.checkpoint_dir)
-    larger = train.main(dataclasses.replace(config, num_samples=20))
-    assert larger["phase1_steps"] == 3 * 5
-    (kept,) = Path(config.checkpoint_dir).glob("model_latest_*.pt")
-    assert same(load_sealed(kept)["model_state_dict"], old)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        dict(context_dim=8),
-        dict(vocab_size=280),
-        dict(seed=5),
-        dict(freeze_context=True),
-        dict(max_seq_length=20),
-    ],
-    ids=str,
-)
-def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tiny_settings, change):
-    """The sentence names the setting and both values; the file is untouched."""
-    config = ResidualConfig(**tiny_settings, phase="1")
-    train.main(config)
-    before = (Path(config.checkpoint_dir) / "model_latest.pt").read_bytes()
-    with pytest.raises(UserError, match=f"{next(iter(change))}.*{next(iter(change.values()))}"):
-        train.main(dataclasses.replace(config, **change))
-    assert (Path(config.checkpoint_dir) / "model_latest.pt").read_bytes() == before
-
-
-def test_a_checkpoint_trained_on_other_text_is_refused(tiny_settings, tmp_path):
-    """The same settings with another content of the file are another experiment."""
-    source = write_dialogues(tmp_path / "own.jsonl", 30)
-    config = ResidualConfig(**tiny_settings | {"data_source": str(source)}, phase="1")
-    train.main(config)
-    before = (Path(config.checkpoint_dir) / "model_latest.pt").read_bytes()
-    write_dialogues(source, 30, seed=1)
-    with pytest.raises(UserError, match="other data"):
-        train.main(config)
-    assert (Path(config.checkpoint_dir) / "model_latest.pt").read_bytes() == before
 
 
 def test_a_changed_schedule_warns_and_continues(tiny_settings, capsys):

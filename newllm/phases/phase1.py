@@ -16,7 +16,7 @@ from newllm.fixed_point.diagnostics import effective_rank
 from newllm.fixed_point.losses import phase1_loss
 from newllm.fixed_point.solver import sequential, sweep
 from newllm.progress import Progress
-from newllm.saving.state import position_of
+from newllm.saving.checkpoint import position_of
 from newllm.seeding import derived_generator, derived_seed
 from newllm.training.contexts import StoredContexts
 from newllm.training.optim import copy_of, distance, make_optimizer, optimizer_state, prepare_optimizer

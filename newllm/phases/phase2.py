@@ -22,7 +22,7 @@ from newllm.models.baselines import Baseline
 from newllm.models.cross_entropy import linear_cross_entropy
 from newllm.models.pretrained import adapter_rank, add_adapter, has_adapter, merge_adapter
 from newllm.progress import Progress
-from newllm.saving.state import position_of
+from newllm.saving.checkpoint import position_of
 from newllm.saving.stop import Stopped
 from newllm.seeding import derived_generator, derived_seed
 from newllm.training.features import FrozenFeatures

@@ -102,7 +102,7 @@ class Backup:
         self._thread, self._next_round = None, 0.0
 
     def request(self, names, save):
-        """Say which files the target shall hold, as they are when their round begins; returns at once."""
+        """Say which files, relative to the folder, the target shall hold as their round finds them; returns at once."""
         self._asked = names, save
         if not self._busy and time.monotonic() >= self._next_round:
             self._begin()
@@ -151,6 +151,8 @@ class Backup:
                     with contextlib.suppress(FileNotFoundError):
                         opened[name] = stack.enter_context(open(self.source / name, "rb"))
                 for name, file in opened.items():
+                    for folder in reversed(Path(name).parents[:-1]):
+                        (self.target / folder).mkdir(exist_ok=True)
                     self._copy(file, self.target / name)
         except Exception as error:  # whatever it is, it is no matter of the training
             line = (str(error) or repr(error)).splitlines()[0].rstrip(".")

@@ -1,5 +1,6 @@
 """The weights of a saved run: for the run that continues it, and for who only reads them."""
 
+import hashlib
 from pathlib import Path
 
 from newllm.config import EARLIER, Config
@@ -8,18 +9,54 @@ from newllm.data.tokens import Tokenizer
 from newllm.errors import UserError
 from newllm.models.baselines import build_model
 from newllm.models.pretrained import add_adapter, has_adapter, load_embedding, require_peft, saved_rank
-from newllm.saving.checkpoint_files import CheckpointFiles, newest
-from newllm.saving.compatibility import FORMAT, READABLE, compare
 from newllm.saving.files import Corrupt, load_sealed, save_sealed
-from newllm.saving.frozen import load_frozen
-from newllm.saving.state import snapshot
+from newllm.saving.runs import FORMAT, RUNS, choose, newest
 
 
-def load_weights(files, model, found):
+def frozen_digest(tensors):
+    """SHA-256 (hex) over names, types, shapes and bytes of a dict of CPU tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy())
+    return digest.hexdigest()
+
+
+def frozen_path(folder, digest):
+    return Path(folder) / f"model_frozen_{digest[:12]}.pt"
+
+
+def frozen_of(folder, model, found):
+    """The frozen tensors that a state refers to: the model's own if they are the same, else those of the file.
+
+    Raises:
+        UserError: they are not the model's and the file is missing, damaged or another.
+    """
+    own = {name: tensor.cpu() for name, tensor in model.frozen_state().items()}
+    if found["frozen"] in (frozen_digest(own), frozen_digest({})):
+        return own
+    path = frozen_path(folder, found["frozen"])
+    if not path.exists():  # the run has been moved aside, and the latest at the top is its other name
+        path = frozen_path(Path(folder) / RUNS / found["run_id"], found["frozen"])
+    try:
+        tensors = load_sealed(path)
+        if frozen_digest(tensors) != found["frozen"]:
+            raise Corrupt(f"{path} holds other tensors")
+    except (Corrupt, FileNotFoundError) as error:
+        raise UserError(
+            f"the checkpoint's frozen embeddings cannot be read ({error}): put {path.name} back beside it, or start "
+            "afresh with --no-load_checkpoint."
+        ) from error
+    return own | tensors
+
+
+def load_weights(folder, model, found):
     """Give the model the weights of a state, trained and frozen.
 
+    Between the phases contexts may be frozen or not other than before: what Phase 1 leaves alone is then the model's own.
+
     Args:
-        files: the CheckpointFiles of the folder it lies in. found: its content.
+        folder: where it lies. found: its content.
 
     Raises:
         UserError: tensors that the state refers to are not there, it does not fit the model, or its adapter needs peft.
@@ -28,12 +65,15 @@ def load_weights(files, model, found):
     if has_adapter(state) and not has_adapter(model.state_dict()):
         require_peft()
         add_adapter(model, saved_rank(state))
+    weights = frozen_of(folder, model, found) | state
+    if "context_embedding" not in model.state_dict():
+        weights.pop("context_embedding", None)
     try:
-        model.load_state_dict(load_frozen(files.folder, model, found["frozen"]) | state)
+        model.load_state_dict(weights)
     except RuntimeError as error:  # the settings agree, so the file or the code is of another version
         reason = "; ".join(line.strip() for line in str(error).splitlines()[1:])
         raise UserError(
-            f"{files.latest} does not fit the model ({reason}): start afresh with --no-load_checkpoint."
+            f"the checkpoint in {folder} does not fit the model ({reason}): start afresh with --no-load_checkpoint."
         ) from error
 
 
@@ -48,7 +88,7 @@ def save_model(path, model, config, tokenizer, about):
     """
     content = {
         "format": FORMAT,
-        "model_state_dict": snapshot(model.state_dict()),
+        "model_state_dict": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
         "config": config.to_dict(),
         "tokenizer": {"name": tokenizer.name, "text": tokenizer.to_json()},
         **about,
@@ -81,7 +121,7 @@ def open_model(path, cache_dir=""):
     Raises:
         UserError: as open_saved; the run has trained nothing yet, its contexts are whitened, or its data are not what they were.
     """
-    files, found = open_saved(path)
+    folder, found = open_saved(path)
     if found.get("stage") == "untrained":
         raise UserError(f"the run in {path} has trained nothing yet: go on with train.py first.")
     if found["config"]["whiten_context"]:
@@ -92,10 +132,9 @@ def open_model(path, cache_dir=""):
     data = load_data(config)
     if data.fingerprint != found["data_fingerprint"]:
         raise UserError(f"{path} was trained on other data than {config.data_source} holds now: restore it.")
-    model = build_model(
-        config, data.vocab_size, load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
-    )
-    load_weights(files, model, found)
+    vectors = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
+    model = build_model(config, data.vocab_size, vectors)
+    load_weights(folder, model, found)
     model.eval()
     return model, data.tokenizer, found
 
@@ -104,15 +143,14 @@ def open_saved(path):
     """The newest whole state of a folder, or that of one file; nothing is touched.
 
     Returns:
-        (CheckpointFiles of its folder, content).
+        (its folder, content).
 
     Raises:
         UserError: there is none that can be read, or it is of another version.
     """
     path = Path(path).resolve()
-    files = CheckpointFiles(path if path.is_dir() else path.parent, 0)
     try:
-        found = newest(files) if path.is_dir() else load_sealed(path)
+        found = newest(path)[0] if path.is_dir() else load_sealed(path)
     except (Corrupt, OSError) as error:
         raise UserError(
             f"{path} cannot be read ({error}): give a checkpoint, or the folder that holds them."
@@ -121,9 +159,9 @@ def open_saved(path):
         raise UserError(
             f"there is no whole checkpoint in {path}: run train.py first, or give another folder."
         )
-    if found.get("format") not in READABLE:
+    if found.get("format") not in (FORMAT - 1, FORMAT):
         raise UserError(f"{path} has format {found.get('format')}, this version reads {FORMAT}.")
-    return files, found
+    return path if path.is_dir() else path.parent, found
 
 
 def load_trained(config, model, fingerprint):
@@ -138,24 +176,17 @@ def load_trained(config, model, fingerprint):
         A line about the weights; None, with the model untouched, where no such run has trained anything.
 
     Raises:
-        UserError: there are checkpoints, and none can be read or the newest is of another run.
+        UserError: the folder holds other runs alone, or what cannot be read.
     """
-    files = CheckpointFiles(Path(config.checkpoint_dir).resolve(), 0)
-    if not config.load_checkpoint or not files.folder.is_dir():
+    folder = Path(config.checkpoint_dir).resolve()
+    top = newest(folder)[0]
+    choice = choose(folder, top, config, fingerprint)
+    if not config.load_checkpoint or not (choice.home or choice.lines):
         return None
-    found = newest(files)
-    if found is None:
-        if any(path.exists() for path in files.states()):
-            raise UserError(f"no checkpoint in {files.folder} can be read: put a whole copy in its place.")
-        return None
-    verdict, reason = compare(found, config, fingerprint, reading=True)
-    if verdict == "refuse":
-        raise UserError(f"{files.latest} {reason}")
-    if verdict == "begin":
-        raise UserError(
-            f"{files.latest} is of another run ({reason}): give the settings that it was trained with."
-        )
+    if choice.home is None:
+        raise UserError(f"{folder} holds other runs: {choice.lines[-1]}.")
+    found = newest(choice.home)[0]
     if found["stage"] == "untrained":
         return None
-    load_weights(files, model, found)
+    load_weights(choice.home, model, found)
     return f"{found['epoch']} of run {found['run_id']}, saved {found['saved_at']}"

@@ -1,16 +1,14 @@
 """What a run would do, up to its first step: nothing is trained, and nothing is written but the data's cache."""
 
-import os
 from pathlib import Path
 
 from newllm.errors import UserError
 from newllm.models.baselines import Baseline
 from newllm.report.summary import banner
-from newllm.saving.checkpoint_files import CheckpointFiles, newest
-from newllm.saving.compatibility import compare
+from newllm.saving.checkpoint import WARNING, require_space
 from newllm.saving.files import second_folder, usable_folder
 from newllm.saving.guard import holder
-from newllm.saving.state import require_space
+from newllm.saving.runs import changed, choose, listed, newest
 from newllm.training.effects import unused_lines
 from newllm.training.plan import make_plan
 from newllm.training.runtime import describe_device, memory_of
@@ -36,9 +34,8 @@ def preview(config, runtime, data, model, peak):
     notes = [f"attention: {kernel or 'none'}", *found]
     unused = unused_lines(config, runtime.device.type == "cpu", data.tokenizer.name)
     print(*banner(config, device, data, model, plan, notes), *unused, sep="\n")
-    memory = (
-        memory_of(runtime.device) / 1e6 * (1 if runtime.device.type == "cpu" else config.gpu_memory_fraction)
-    )
+    share = 1 if runtime.device.type == "cpu" else config.gpu_memory_fraction
+    memory = share * memory_of(runtime.device) / 1e6
     verdict = "fits" if peak <= memory else "does not fit"
     margin = f"margin {memory - peak:,.0f} MB"
     print(f"memory: predicted peak {peak:,.0f} MB of {memory:,.0f} MB, so the run {verdict}: {margin}")
@@ -46,8 +43,6 @@ def preview(config, runtime, data, model, peak):
         existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
         require_space(existing, model, config, runtime.storage_dtype)
         print(f"disk: the checkpoints of the run fit into {folder}")
-    if not found:
-        print(f"checkpoint: none in {folder}, so the run begins from the start")
     print(f"dry run: nothing was trained, and nothing was written outside of {config.cache_dir}")
 
 
@@ -55,38 +50,26 @@ def checkpoint_lines(config, fingerprint, folder):
     """What the run would find in its folder, or in the second copies where they are newer; touches nothing.
 
     Raises:
-        UserError: the folder is in use, damaged as a whole, or of another run.
+        UserError: the folder is in use, or damaged as a whole.
     """
-    exists, found, where = os.path.lexists(folder), None, folder
-    if exists:
+    found, where = None, folder
+    if folder.is_symlink() or folder.exists():
         usable_folder(folder, "checkpoint_dir")
         if config.save_checkpoint and (in_use := holder(folder)):
             raise UserError(in_use)
-        found = newest(CheckpointFiles(folder, config.keep_last))
+        found = newest(folder)[0]
     if config.save_checkpoint and config.backup_dir:
         copies = second_folder(config.backup_dir, folder.resolve(), "backup_dir", make=False)
-        second = newest(CheckpointFiles(copies, 0)) if copies.is_dir() else None
-        if second and found and second["run_id"] != found["run_id"]:
-            if not list(
-                folder.glob(f"model_latest_{second['run_id']}.pt*")
-            ):  # this folder's earlier run, kept in it
-                raise UserError(f"{copies} holds second copies of another run: choose another --backup_dir.")
-        elif second and (not found or second["save_number"] > found["save_number"]):
+        second = newest(copies)[0] if copies.is_dir() else None
+        if second and (not found or second["save_number"] > found["save_number"]):
             found, where = second, copies
-    if found is None:
-        if exists and any(path.exists() for path in CheckpointFiles(folder, config.keep_last).states()):
-            raise UserError(
-                f"no checkpoint in {folder} can be read: put a whole copy in its place, or move the files away."
-            )
-        return []
-    verdict, reason = compare(found, config, fingerprint)
-    if verdict == "refuse":
-        raise UserError(f"{Path(where) / 'model_latest.pt'} {reason}")
-    continued = f"checkpoint: {where} holds run {found['run_id']}, saved {found['saved_at']}, to go on {found['restart']}"
-    if verdict == "begin":
-        return [f"{continued}, which is not continued but kept beside: {reason}"]
-    complete = found["stage"] == "complete"
-    return [
-        f"{continued}, which the run {'reports once more, as it is complete' if complete else 'continues'}",
-        *[reason] * bool(reason),
-    ]
+    choice = choose(where, found, config, fingerprint)
+    if choice.home is None:
+        beside = choice.lines or [f"none in {folder}"]
+        return [*(f"checkpoint: {line}" for line in beside), "checkpoint: the run begins from the start"]
+    state = newest(choice.home)[0]
+    then = "reports once more, as it is complete" if state["stage"] == "complete" else "continues"
+    held = f"checkpoint: {choice.home} holds run {state['run_id']}, saved {state['saved_at']}, to go on"
+    changes = changed(state["config"], config.to_dict())
+    warning = [WARNING + listed(changes)] if changes else []
+    return [*choice.lines, f"{held} {state['restart']}, which the run {then}", *warning]

@@ -55,14 +55,13 @@ def test_a_first_run(dry, tiny_settings):
 
 
 def test_what_would_be_continued(dry, tiny_settings):
-    """A run cut off, one that is complete, another budget beside it, another run, which is refused."""
+    """A run cut off, one that is complete, another run beside it, second copies."""
     train.main(ResidualConfig(**tiny_settings, phase="1", untrained_control=False))
     same = dict(untrained_control=False)
     assert any("which the run continues" in line for line in dry(**same))
-    assert any("not continued but kept beside" in line for line in dry(num_samples=13))
-    assert any("not continued but kept beside" in line for line in dry(load_checkpoint=False))
-    with pytest.raises(UserError, match="is of another run"):
-        dry(seed=7)
+    assert any("another run than" in line and "num_samples 12 -> 13" in line for line in dry(num_samples=13))
+    assert any("load_checkpoint is off" in line for line in dry(load_checkpoint=False))
+    assert "taken over: the n-gram counts" in "".join(dry(**same, phase1_learning_rate=0.01))
     latest = Path(tiny_settings["checkpoint_dir"]) / "model_latest.pt"
     shutil.copytree(tiny_settings["checkpoint_dir"], f"{tiny_settings['checkpoint_dir']}_2")
     for path in latest.parent.glob("model_*.pt"):

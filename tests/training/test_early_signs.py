@@ -15,8 +15,8 @@ from newllm.data.order import quick_subset
 from newllm.data.samples import load_data
 from newllm.report import record
 from newllm.report.record import find_records, read_rows
+from newllm.saving.checkpoint import place
 from newllm.saving.files import load_sealed
-from newllm.saving.state import place
 from scripts import status
 
 
@@ -115,7 +115,7 @@ def test_the_status_has_the_step_of_the_run_and_where_a_restart_goes_on(config, 
 )
 def test_a_place_in_words(stage, position, words):
     """Between stages, within an epoch, in its validation, behind the last one, and at the end."""
-    from newllm.saving.state import position_of
+    from newllm.saving.checkpoint import position_of
 
     assert place({"stage": stage, "position": position and position_of(*position, 3), "step": 7}) == words
 

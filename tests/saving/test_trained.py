@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers import stop_after
 
 import train
 from config import ResidualConfig
@@ -53,22 +54,17 @@ def test_nothing_trained_is_no_error(run, tmp_path):
     assert not (tmp_path / "missing").exists()
 
 
-@pytest.mark.parametrize(
-    ("changes", "sentence"),
-    [
-        (dict(context_dim=12), "is of another run (context_dim 16 -> 12)"),
-        (
-            dict(num_samples=10),
-            "is of another run (another token budget starts its own run (num_samples 12 -> 10))",
-        ),
-    ],
-)
-def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(run, changes, sentence):
-    """The budget shapes the tokenizer and so the ids: not even that may differ."""
+def test_weights_of_other_settings_are_not_read(run, tmp_path):
+    """Not those of the stage in hand either; a run that is parked is read where it lies."""
     config, data, _ = run
-    with pytest.raises(UserError) as caught:
-        read(replace(config, **changes), data)
-    assert sentence in str(caught.value)
+    with pytest.raises(UserError, match=r"holds other runs: another run than \S+ \(context_dim 16 -> 12\)"):
+        read(replace(config, context_dim=12), data)
+    other = replace(config, phase1_learning_rate=0.01, untrained_control=False)
+    stop_after(other, 2)
+    assert read(other, data)[1].startswith("phase1_iteration_1 of run ")
+    with pytest.raises(UserError, match=r"phase1_learning_rate 0\.01 -> 0\.02"):
+        read(replace(other, phase1_learning_rate=0.02), data)
+    assert read(config, data)[1].startswith("phase2_complete of run ")
 
 
 def test_a_damaged_newest_state_gives_the_one_before_and_all_damaged_ones_a_sentence(run, tmp_path):
