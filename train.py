@@ -5,6 +5,7 @@ python3 train.py --num_samples 781    # every value is also a flag; --help lists
 python3 train.py --dry_run            # everything up to the first step, and what it would take; trains and changes nothing
 """
 
+import contextlib
 import copy
 import time
 from datetime import UTC, datetime
@@ -19,14 +20,12 @@ from newllm.evaluate import bpb_by_context, evaluate_contexts
 from newllm.memory import free_memory
 from newllm.models.adapter import require_peft
 from newllm.models.baselines import Baseline, build_model
-from newllm.models.network import LanguageModel
 from newllm.models.ngram import ngram_rows
 from newllm.models.pretrained import load_embedding, require_own_ids
-from newllm.phases.phase1 import train_phase1
-from newllm.phases.phase2 import train_phase2
+from newllm.phases.phase1 import Phase1
+from newllm.phases.phase2 import Phase2
 from newllm.progress import Progress
 from newllm.report.artifacts import artifact_paths, write_artifacts
-from newllm.report.banner import banner
 from newllm.report.record import read_record
 from newllm.report.runlog import RunLog, new_run_id
 from newllm.report.summary import context_line, curves, plain, summarize
@@ -35,9 +34,9 @@ from newllm.saving.state import provenance, require_space
 from newllm.saving.stop import Interrupt
 from newllm.saving.trained import save_model
 from newllm.training.dry_run import preview
-from newllm.training.effects import unused_lines
+from newllm.training.loop import EpochLoop
 from newllm.training.memory_estimate import predicted_peak
-from newllm.training.plan import make_plan
+from newllm.training.plan import announce
 from newllm.training.runtime import (
     compile_cost,
     describe_device,
@@ -45,7 +44,6 @@ from newllm.training.runtime import (
     open_runtime,
     peak_memory_mb,
 )
-from newllm.training.tracking import start_tracking
 
 
 def main(config, dry_run=False, sources=(load_data, load_embedding)):
@@ -62,12 +60,6 @@ def main(config, dry_run=False, sources=(load_data, load_embedding)):
         UserError: bad settings, data, checkpoint or a training that diverged.
         Stopped: a signal or max_minutes ended the run early; everything is saved.
     """
-    if config.whiten_context and config.model_type == "context" and not config.freeze_context:
-        raise UserError(
-            "whiten_context whitens contexts that no longer change: use --freeze_context with it."
-        )
-    if config.context_adapter != "none":
-        require_peft()
     with Interrupt(config.max_minutes, config.save_checkpoint) as interrupt, Clock():
         with timed("loading"):
             runtime = open_runtime(config)
@@ -80,9 +72,21 @@ def main(config, dry_run=False, sources=(load_data, load_embedding)):
             with Checkpointer(config, data.fingerprint, new_run_id(), runtime.group) as checkpointer:
                 if checkpointer.writes:
                     require_space(checkpointer.folder, model, config, runtime.storage_dtype)
-                how = runtime.group.is_main, lambda: checkpointer.owns, gpu_utilization
-                with RunLog(config.checkpoint_dir, data.source, checkpointer.run_id, *how) as log:
-                    return run_stages(config, runtime, data, model, checkpointer, log, peak)
+                with RunLog(
+                    config.checkpoint_dir,
+                    data.source,
+                    checkpointer.run_id,
+                    writes=runtime.group.is_main,
+                    owns=lambda: checkpointer.owns,
+                    gauge=gpu_utilization,
+                ) as log:
+                    log.mend(checkpointer.record)
+                    announce(config, runtime, data, model, log, checkpointer.notes)
+                    run = Run(config, runtime, data, model, checkpointer, log)
+                    run.untrained_row()
+                    run.phase1()
+                    run.phase2()
+                    return run.report(peak)
 
 
 def load(config, runtime, load_data, load_embedding):
@@ -91,200 +95,192 @@ def load(config, runtime, load_data, load_embedding):
     Raises:
         UserError: they cannot be had, or do not fit each other or the other processes.
     """
+    if config.whiten_context and config.model_type == "context" and not config.freeze_context:
+        raise UserError(
+            "whiten_context whitens contexts that no longer change: use --freeze_context with it."
+        )
+    if config.whiten_context and runtime.group.size > 1:
+        raise UserError("whiten_context is fitted by one process on all samples: start it without torchrun.")
+    if config.context_adapter != "none":
+        require_peft()
     with runtime.group.main_first():
         data = load_data(config, Progress)
         pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
         require_own_ids(config.embeddings, tokenizer_choice(config))
     runtime.group.require_same("data", data.fingerprint)
-    if config.whiten_context and runtime.group.size > 1:
-        raise UserError("whiten_context is fitted by one process on all samples: start it without torchrun.")
     peak = predicted_peak(config, data.vocab_size, runtime)
     model = build_model(config, data.vocab_size, pretrained).to(runtime.device)
     model.start_at_frequencies(data.train[:, 1:])
     return data, model, peak
 
 
-def begin_record(config, runtime, data, model, checkpointer, log):
-    """Say and write down what is in effect; returns the line about the device."""
-    log.mend(checkpointer.record)
-    if config.trackers != "none" and log.writes:
-        folder = log.folder.parent / "tracking" / log.run_id
-        log.follow = start_tracking(runtime.accelerator, config.trackers, folder, config.to_dict(), log.warn)
-    kernel = (
-        model.attention_in_effect(runtime.device, runtime.storage_dtype)
-        if isinstance(model, Baseline)
-        else None
-    )
-    device, plan = describe_device(runtime), make_plan(config, len(data.train), model, runtime.device)
-    for line in banner(
-        config, device, data, model, plan, [f"attention: {kernel or 'none'}", *checkpointer.notes]
-    ):
-        log.say(line)
-    about = dict(
-        device=device, attention=kernel or "none", data=data.notes, fingerprint=data.fingerprint, plan=plan
-    )
-    log.log("start", config=config.to_dict(), **about, **provenance())
-    log.plan(plan)
-    for line in unused_lines(config, runtime.device.type == "cpu", data.tokenizer.name):
-        log.warn(line)
-    for line in checkpointer.notes:
-        if line.startswith("warning"):
-            log.log("warning", message=line)
-    return device
+class Run:
+    """The stages of a run, in the order of the methods. One that an earlier session has completed is left out."""
 
+    def __init__(self, config, runtime, data, model, checkpointer, log):
+        self.config = config
+        self.runtime = runtime
+        self.data = data
+        self.model = model
+        self.checkpointer = checkpointer
+        self.log = log
+        self.device = describe_device(runtime)
+        self.learns_context = bool(model.context_parameters())
+        self.has_steps = not isinstance(model, Baseline)
 
-def run_stages(config, runtime, data, model, checkpointer, log, predicted_peak_mb):
-    """The story: untrained row, Phase 1, Phase 2, report."""
-    device = begin_record(config, runtime, data, model, checkpointer, log)
-
-    @timed("contexts")
-    def measure_contexts():
-        log.say("measuring contexts: rank, convergence, memory")
-        found = evaluate_contexts(model, data, config, runtime.device, Progress)
-        free_memory()  # its probes hold more than training does at small sizes
-        return found
-
-    learns_context = bool(model.context_parameters())
-    if not checkpointer.is_done("untrained"):
+    def untrained_row(self):
+        """What every later figure stands beside: counting, and the same network and head without Phase 1."""
+        config, data, log = self.config, self.data, self.log
+        if self.checkpointer.is_done("untrained"):
+            return
         log.say("counting n-grams")
         with timed("n-grams"):
             results = {"ngrams": ngram_rows(data.train.numpy(), data.val.numpy(), data.vocab_size)}
-        if learns_context:
-            results["contexts"] = measure_contexts()
-        if learns_context and config.untrained_control:
+        if self.learns_context:
+            results["contexts"] = self.measure_contexts()
+        if self.learns_context and config.untrained_control:
             log.say("\n== Untrained network: the same head on contexts that nothing has trained ==")
-            control = copy.deepcopy(model)
+            control = copy.deepcopy(self.model)
             control.keep_context_embedding()
             log.say(context_line("untrained", results["contexts"]))
             with timed("untrained control"):
-                results["head"] = train_phase2(
-                    control, data, config, runtime, log, checkpointer, "untrained", True
-                )
+                results["head"] = self.train_head(control, "untrained", freeze_context=True)
             del control
-        checkpointer.complete("untrained", model, results)
-        runtime.accelerator.free_memory()  # of the optimizers it has prepared
-        free_memory()
+        self.checkpointer.complete("untrained", self.model, results)
+        self.free_memory()
 
-    if not learns_context and not checkpointer.is_done("phase1"):
-        checkpointer.complete("phase1", model, {})
-    if not checkpointer.is_done("phase1"):
-        log.say("\n== Phase 1: contexts ==")
+    def phase1(self):
+        """The context map by sweeps, without labels."""
+        if self.checkpointer.is_done("phase1"):
+            return
+        if not self.learns_context:
+            self.checkpointer.complete("phase1", self.model, {})
+            return
+        self.log.say("\n== Phase 1: contexts ==")
         with timed("Phase 1"):
-            training = train_phase1(model, data, config, runtime, log, checkpointer)
-        contexts = measure_contexts()
-        log.say(context_line("untrained", checkpointer.results["untrained"]["contexts"]))
-        log.say(context_line("phase 1", contexts))
-        checkpointer.complete("phase1", model, {"training": training, "contexts": contexts, "device": device})
-        model.zero_grad()
-        runtime.accelerator.free_memory()
+            phase = Phase1(self.model, self.data.train, self.config, self.runtime, self.checkpointer.folder)
+            training = self.train(phase)
+        del phase  # and with it the contexts of all samples
+        contexts = self.measure_contexts()
+        self.log.say(context_line("untrained", self.checkpointer.results["untrained"]["contexts"]))
+        self.log.say(context_line("phase 1", contexts))
+        results = {"training": training, "contexts": contexts, "device": self.device}
+        self.checkpointer.complete("phase1", self.model, results)
+        self.model.zero_grad()
+        self.free_memory()
+
+    def phase2(self):
+        """The language model on these contexts; the best of its epochs is kept."""
+        config, runtime, data, model, log = self.config, self.runtime, self.data, self.model, self.log
+        if config.phase != "both" or self.checkpointer.is_done("phase2"):
+            return
+        frozen = self.has_steps and (config.freeze_context or not self.learns_context)
+        kind = f"model type {config.model_type}"
+        if self.learns_context:
+            kind += f", contexts {'frozen' if frozen else 'fine-tuned'}"
+        log.say(f"\n== Phase 2: next-token prediction, {kind} ==")
+        with timed("Phase 2"):
+            head = self.train_head(model, "phase2", frozen)
+        results = {"head": head, "device": self.device}
+        if self.learns_context and not frozen:
+            results["contexts"] = self.measure_contexts()
+            log.say(context_line("phase 2", results["contexts"]))
+        if self.has_steps and not config.whiten_context:
+            log.say("measuring what the model uses of its context")
+            with timed("contexts"):
+                results["bpb_by_context"] = bpb_by_context(
+                    model, data.val, data.token_bytes, runtime.autocast, runtime.device, Progress
+                )
+        if config.artifacts and config.save_checkpoint and log.writes:
+            about = dict(run_id=log.run_id, data_source=data.source, data_fingerprint=data.fingerprint)
+            about |= {"metrics": plain(head)} | provenance()
+            path = artifact_paths(log.folder.parent, config.model_type, log.run_id)["model"]
+            with timed("saving"), spared(log):
+                save_model(path, model, config, data.tokenizer, about)
+        self.checkpointer.complete("phase2", model, results)
+
+    def report(self, predicted_peak_mb):
+        """Figures of the run, each beside its untrained value: block, record, page. Returns them."""
+        config, checkpointer, log = self.config, self.checkpointer, self.log
+        results, unsaved = checkpointer.results, checkpointer.unsaved
+        last = results.get("phase2") or results["phase1"]
+        saved_at = datetime.fromtimestamp(checkpointer.saved_at or time.time(), UTC)
+        waited, written = checkpointer.saving_share
+        summary = {
+            "run_id": log.run_id,
+            "date": saved_at.isoformat(timespec="seconds"),
+            "device": last.get("device", self.device),  # that the figures were made on
+            "commit": provenance()["git_commit"],
+            **summarize(config, self.data, results),
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            "peak_memory_mb": peak_memory_mb(),
+            "peak_memory_mb_predicted": predicted_peak_mb,
+            "seconds": checkpointer.seconds,
+            "saving_share": waited,
+            "saving_share_background": written,
+        }
+        if self.runtime.compile:
+            summary |= compile_cost()
+        log.log("curves", **curves(results))
+        log.log("summary", **summary)
+        if config.artifacts and log.writes:
+            with timed("report"), spared(log):
+                log.say(f"report: {write_artifacts(read_record(log.path))['report']}")
+        log.log("times", seconds=checkpointer.seconds, **checkpointer.times)
+        log.finish(summary, saved_at=checkpointer.saved_at, **last_place(results, config))
+        if unsaved:
+            raise UserError(
+                f"the last checkpoint could not be written ({unsaved}): free the disk and run again."
+            )
+        return summary | curves(results)
+
+    def train_head(self, model, stage, freeze_context):
+        folder = self.checkpointer.folder
+        return self.train(Phase2(model, self.data, self.config, self.runtime, folder, stage, freeze_context))
+
+    def train(self, phase):
+        return EpochLoop(phase, self.config, self.runtime, self.log, self.checkpointer).run()
+
+    @timed("contexts")
+    def measure_contexts(self):
+        self.log.say("measuring contexts: rank, convergence, memory")
+        measured = evaluate_contexts(self.model, self.data, self.config, self.runtime.device, Progress)
+        free_memory()  # its probes hold more than training does at small sizes
+        return measured
+
+    def free_memory(self):
+        self.runtime.accelerator.free_memory()  # of the optimizers it has prepared
         free_memory()
 
-    if config.phase == "both" and not checkpointer.is_done("phase2"):
-        frozen = isinstance(model, LanguageModel) and (config.freeze_context or not learns_context)
-        how = (
-            f"model type {config.model_type}"
-            + f", contexts {'frozen' if frozen else 'fine-tuned'}" * learns_context
-        )
-        log.say(f"\n== Phase 2: next-token prediction, {how} ==")
-        with timed("Phase 2"):
-            head = train_phase2(model, data, config, runtime, log, checkpointer, "phase2", frozen)
-        results = {"head": head, "device": device}
-        if learns_context and not frozen:
-            results["contexts"] = measure_contexts()
-            log.say(context_line("phase 2", results["contexts"]))
-        if isinstance(model, LanguageModel) and not config.whiten_context:
-            log.say("measuring what the model uses of its context")
-            how = data.token_bytes, runtime.autocast, runtime.device, Progress
-            with timed("contexts"):
-                results["bpb_by_context"] = bpb_by_context(model, data.val, *how)
-        if config.artifacts and config.save_checkpoint and log.writes:
-            about = {
-                "run_id": log.run_id,
-                "data_source": data.source,
-                "metrics": plain(head),
-                "data_fingerprint": data.fingerprint,
-                **provenance(),
-            }
-            path = artifact_paths(log.folder.parent, config.model_type, log.run_id)["model"]
-            with timed("saving"):
-                attempt(log, lambda: save_model(path, model, config, data.tokenizer, about))
-        checkpointer.complete("phase2", model, results)
 
-    unsaved = checkpointer.unsaved
-    waited, written = checkpointer.saving_share
-    summary = {
-        **identity(log.run_id, device, checkpointer),
-        **summarize(config, data, checkpointer.results),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "peak_memory_mb": peak_memory_mb(),
-        "peak_memory_mb_predicted": predicted_peak_mb,
-        "seconds": checkpointer.seconds,
-        "saving_share": waited,
-        "saving_share_background": written,
-        **(compile_cost() if runtime.compile else {}),
-    }
-    log.log("curves", **curves(checkpointer.results))
-    log.log("summary", **summary)
-    if config.artifacts and log.writes:
-        with timed("report"):
-            attempt(log, lambda: log.say(f"report: {write_artifacts(read_record(log.path))['report']}"))
-    log.log("times", seconds=checkpointer.seconds, **checkpointer.times)
-    log.finish(summary, **end_of(config, checkpointer))
-    if unsaved:
-        raise UserError(f"the last checkpoint could not be written ({unsaved}): free the disk and run again.")
-    return summary | curves(checkpointer.results)
-
-
-def identity(run_id, device, checkpointer):
-    """Which run made the figures, when, on what, by which commit; of one that was complete already, as it was then."""
-    results = checkpointer.results.get("phase2") or checkpointer.results["phase1"]
-    when = datetime.fromtimestamp(checkpointer.saved_at or time.time(), UTC)
-    return {
-        "run_id": run_id,
-        "date": when.isoformat(timespec="seconds"),
-        "device": results.get("device", device),
-        "commit": provenance()["git_commit"],
-    }
-
-
-def end_of(config, checkpointer):
+def last_place(results, config):
     """Where a complete run is, for its status: also where nothing was left to do, on a machine that did not train it."""
-    end = {"saved_at": checkpointer.saved_at}
-    if head := checkpointer.results.get("phase2", {}).get("head"):
-        end |= {
-            "stage": "phase2",
-            "epoch": head["epochs"],
-            "epochs": config.phase2_epochs,
-            "best_val_loss": head["loss"],
-        }
-    elif training := checkpointer.results["phase1"]["training"]:
-        end |= {
-            "stage": "phase1",
-            "epoch": training["phase1_iterations"],
-            "epochs": config.phase1_max_iterations,
-        }
-    return end
+    if "phase2" in results:
+        head = results["phase2"]["head"]
+        place = dict(stage="phase2", epoch=head["epochs"], epochs=config.phase2_epochs)
+        return place | {"best_val_loss": head["loss"]}
+    done = results["phase1"]["training"]["phase1_iterations"]
+    return dict(stage="phase1", epoch=done, epochs=config.phase1_max_iterations)
 
 
-def attempt(log, write):
-    """Call a function that writes what the run could do without: a disk that refuses costs that, not the run."""
+@contextlib.contextmanager
+def spared(log):
+    """Around what the run could do without: a disk that refuses costs that, not the run."""
     try:
-        write()
+        yield
     except OSError as error:
-        log.warn(
-            f"warning: {error.filename or 'an artefact'} cannot be written ({error.strerror or error}); the run goes on"
-        )
+        name = error.filename or "an artefact"
+        log.warn(f"warning: {name} cannot be written ({error.strerror or error}); the run goes on")
     except UserError as error:  # the record has gaps, for the same reason
         log.warn(f"warning: no report: {error}")
 
 
+def flags(parser):
+    help_text = "everything up to the first step: what is in effect, memory, disk, checkpoint; only the data's cache is written"
+    parser.add_argument("--dry_run", action="store_true", help=help_text)
+
+
 if __name__ == "__main__":
     with exit_on_user_error():
-        help_text = "everything up to the first step: what is in effect, memory, disk, checkpoint; only the data's cache is written"
-        flag = dict(action="store_true", help=help_text)
-        settings, arguments = parse_args(
-            ResidualConfig,
-            description=__doc__.splitlines()[0],
-            extra=lambda parser: parser.add_argument("--dry_run", **flag),
-        )
+        settings, arguments = parse_args(ResidualConfig, description=__doc__.splitlines()[0], extra=flags)
         main(settings, arguments.dry_run)

@@ -18,7 +18,7 @@ from newllm.models.baselines import BASELINES, build_model
 from newllm.models.cross_entropy import linear_cross_entropy
 from newllm.training import memory_estimate
 from newllm.training.memory_estimate import moments, predicted_peak
-from newllm.training.optim import make_optimizer
+from newllm.training.step import make_optimizer
 from scripts import estimate_memory
 
 V = 300

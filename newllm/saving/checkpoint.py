@@ -165,7 +165,7 @@ class Checkpointer:
         """Take note of where training is.
 
         Args:
-            position: of newllm.saving.state. steps: of the stage.
+            position: of newllm.training.loop. steps: of the stage.
 
         Returns:
             What the status says of it: the position, the step of the run, the time of the last save.
@@ -199,7 +199,7 @@ class Checkpointer:
             names: further names to keep it by, of checkpoint_files.KEPT.
             optional: leave it out while the save before is still being written; the next one holds the same and more.
             before: called before anything is written, in the thread that writes.
-            position: of newllm.saving.state, of a stage that has begun.
+            position: of newllm.training.loop, of a stage that has begun.
 
         Raises:
             Stopped: when a signal or the time limit asks for it, and the state is on disk.

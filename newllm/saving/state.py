@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 
 from newllm import __version__
-from newllm.data.order import batches_done
 from newllm.errors import UserError
 from newllm.training.contexts import contexts_in_files
 
@@ -23,19 +22,6 @@ def snapshot(value):
     if isinstance(value, dict):
         return {key: snapshot(part) for key, part in value.items()}
     return [snapshot(part) for part in value] if isinstance(value, list | tuple) else value
-
-
-def position_of(rounds_done, rounds, done, count, batches):
-    """A place within a stage, for its state and its status: rounds over the samples, samples of the round in hand, batches."""
-    batch = int(batches_done(count, batches, done))
-    return {
-        "epoch": rounds_done,
-        "epochs": rounds,
-        "batch": batch,
-        "batches": batches,
-        "sample": done,
-        "samples": count,
-    }
 
 
 def place(content):

@@ -16,8 +16,8 @@ from newllm.evaluate import RANK_TOKENS, SEQUENCES_AT_A_TIME
 from newllm.fixed_point.diagnostics import PROBE_DIMS, PROBE_LAGS
 from newllm.models.baselines import BASELINES, build_model
 from newllm.models.cross_entropy import CHUNK_ELEMENTS
-from newllm.training.optim import make_optimizer
 from newllm.training.runtime import STORAGE_DTYPE, memory_mb, peak_memory_mb
+from newllm.training.step import make_optimizer
 
 # Floats of a token that autograd keeps, in fp32 and where products are made in half precision: for each layer and unit of its
 # width (of the context map: and sweep), for each layer of the head and unit of C + E, and of Phase 1's loss for each of C.

@@ -44,6 +44,11 @@ class Runtime:
         """Type in which contexts are kept between steps: what the sweep computes in."""
         return STORAGE_DTYPE[self.precision]
 
+    @property
+    def memory(self):
+        """Bytes that the device has."""
+        return memory_of(self.device)
+
     def autocast(self):
         return self.accelerator.autocast()
 

@@ -51,21 +51,21 @@ def settings(tmp_path_factory, corpus_file):
     )  # fmt: skip
 
 
+class Killed(train.EpochLoop):
+    """A loop that ends without a word behind the second row of Phase 1."""
+
+    def _say(self, line):
+        if line.startswith("phase 1 | iteration  2"):
+            raise KeyboardInterrupt
+        super()._say(line)
+
+
 @pytest.fixture(scope="module")
 def cut_off(settings):
     """(folder, bytes of its status file) of a run that ended in Phase 1 without a word, as one that was killed."""
     patch = pytest.MonkeyPatch()
     patch.setattr("train.new_run_id", lambda: "20260101_000000")
-    real, calls = train.train_phase1, []
-
-    def killed(*arguments):
-        log = arguments[4]
-        log_row = log.log
-        log.log = lambda stage, **values: log_row(stage, **values) or (stage == "phase1" and calls.append(1))
-        log.say = lambda line="": (_ for _ in ()).throw(KeyboardInterrupt) if len(calls) == 2 else None
-        return real(*arguments)
-
-    patch.setattr(train, "train_phase1", killed)
+    patch.setattr(train, "EpochLoop", Killed)
     patch.setattr(train.RunLog, "__exit__", lambda *_: None)
     with pytest.raises(KeyboardInterrupt):
         train.main(ResidualConfig(**settings))
@@ -172,7 +172,7 @@ def test_the_last_validation_counts(tiny_settings, capsys, epochs):
 def test_a_run_that_ended_early_is_no_running_run(tiny_settings, monkeypatch, error):
     """In a notebook the process lives on after the end of a run: the reason stands in the status."""
     config = ResidualConfig(**tiny_settings | dict(untrained_control=False))
-    monkeypatch.setattr(train, "train_phase1", lambda *_: (_ for _ in ()).throw(error))
+    monkeypatch.setattr(train.Phase1, "begin", lambda self: (_ for _ in ()).throw(error))
     with pytest.raises(type(error)):
         train.main(config)
     reason = str(error).replace("\n", " ")

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from steps import stop_after
+from helpers import stop_after
 from torch._dynamo.exc import BackendCompilerFailed
 
 from config import ResidualConfig
 from newllm.saving.files import load_sealed
-from newllm.saving.stop import Stopped
 from newllm.training import runtime as device
 from newllm.training.runtime import StepFunction
 from train import main
@@ -84,21 +83,14 @@ def test_a_failing_compiler_changes_no_bit(tiny_settings, monkeypatch, capsys, w
 
 
 @pytest.mark.slow
-def test_precision_and_compilation_may_change_between_sessions(tiny_settings, monkeypatch, capsys):
+def test_precision_and_compilation_may_change_between_sessions(tiny_settings, capsys):
     """fp32, then bf16, then compiled: each session takes over where the one before stopped, within a phase."""
     config = ResidualConfig(**tiny_settings | dict(phase1_max_iterations=6, phase2_epochs=6))
     plain = main(dataclasses.replace(config, checkpoint_dir=config.checkpoint_dir + "_plain"))
-    plans = [
-        dict(precision="bf16"),
-        dict(compile=True),
-        dict(precision="fp32"),
-        dict(precision="bf16", compile=True),
-    ]
+    half, fp32, compiled = dict(precision="bf16"), dict(precision="fp32"), dict(compile=True)
     stages = []
-    for number in range(8):
-        with monkeypatch.context() as patch, pytest.raises(Stopped):
-            stop_after(patch, 5)
-            main(dataclasses.replace(config, **plans[number % len(plans)]))
+    for plan in [half, compiled, fp32, half | compiled] * 2:
+        stop_after(dataclasses.replace(config, **plan), 5)
         stages.append(load_sealed(Path(config.checkpoint_dir) / "model_latest.pt")["stage"])
     assert set(stages) == {"untrained", "phase1", "phase2"}
     assert "warning: torch.compile failed" not in capsys.readouterr().out
@@ -142,8 +134,8 @@ STEP = """
 import torch
 from config import ResidualConfig
 from newllm.training.runtime import StepFunction, open_runtime
-from newllm.training.optim import make_optimizer, prepare_optimizer
-from newllm.training.step import OptimizerStep
+from newllm.training.loop import State
+from newllm.training.step import OptimizerStep, make_optimizer, prepare_optimizer
 
 weight, runtime = torch.nn.Parameter(torch.ones(4)), open_runtime(ResidualConfig(device="cpu", compile=True))
 step = StepFunction(lambda values: (values * weight).relu(), True)
@@ -154,9 +146,9 @@ def gradients(parts):
     loss.backward()
     return (loss.item(),)
 
-state = {"parts": 1, "skipped": 0}
+state = State()
 (loss,) = OptimizerStep(runtime, optimizer, step, 1.0, print)(gradients, 3, state, 0, "here")
-print(loss, state["grad_norm"], step.compiled)
+print(loss, state.grad_norm, step.compiled)
 """
 
 
