@@ -1,14 +1,11 @@
-"""Train a model: data, untrained row, Phase 1, Phase 2, report. Run it again and it continues where it was cut off.
+"""Train a model: data, untrained row, Phase 1, Phase 2, report. Run it again and it continues.
 
 python3 train.py                      # values of config.py
 python3 train.py --num_samples 781    # every value is also a flag; --help lists them
-python3 train.py --dry_run            # everything up to the first step, and what it would take; trains and changes nothing
+python3 train.py --dry_run            # what a run would do and take; trains and changes nothing
 """
 
-import contextlib
 import copy
-import time
-from datetime import UTC, datetime
 
 from config import ResidualConfig
 from newllm.clock import Clock, timed
@@ -25,25 +22,16 @@ from newllm.models.pretrained import load_embedding, require_own_ids
 from newllm.phases.phase1 import Phase1
 from newllm.phases.phase2 import Phase2
 from newllm.progress import Progress
-from newllm.report.artifacts import artifact_paths, write_artifacts
-from newllm.report.record import read_record
 from newllm.report.runlog import RunLog, new_run_id
-from newllm.report.summary import context_line, curves, plain, summarize
+from newllm.report.summary import context_line
 from newllm.saving.checkpoint import Checkpointer
-from newllm.saving.state import provenance, require_space
+from newllm.saving.state import require_space
 from newllm.saving.stop import Interrupt
-from newllm.saving.trained import save_model
+from newllm.training.account import announce, leave_model, report
 from newllm.training.dry_run import preview
 from newllm.training.loop import EpochLoop
 from newllm.training.memory_estimate import predicted_peak
-from newllm.training.plan import announce
-from newllm.training.runtime import (
-    compile_cost,
-    describe_device,
-    gpu_utilization,
-    open_runtime,
-    peak_memory_mb,
-)
+from newllm.training.runtime import describe_device, gpu_utilization, open_runtime
 
 
 def main(config, dry_run=False, sources=(load_data, load_embedding)):
@@ -63,30 +51,25 @@ def main(config, dry_run=False, sources=(load_data, load_embedding)):
     with Interrupt(config.max_minutes, config.save_checkpoint) as interrupt, Clock():
         with timed("loading"):
             runtime = open_runtime(config)
-        interrupt.alone = runtime.group.size == 1
-        with runtime.group.run():
+        group = runtime.group
+        interrupt.alone = group.size == 1
+        with group.run():
             with timed("loading"):
                 data, model, peak = load(config, runtime, *sources)
             if dry_run:
                 return preview(config, runtime, data, model, peak)
-            with Checkpointer(config, data.fingerprint, new_run_id(), runtime.group) as checkpointer:
+            with Checkpointer(config, data.fingerprint, new_run_id(), group) as checkpointer:
                 if checkpointer.writes:
                     require_space(checkpointer.folder, model, config, runtime.storage_dtype)
-                with RunLog(
-                    config.checkpoint_dir,
-                    data.source,
-                    checkpointer.run_id,
-                    writes=runtime.group.is_main,
-                    owns=lambda: checkpointer.owns,
-                    gauge=gpu_utilization,
-                ) as log:
+                whose = dict(writes=group.is_main, owns=lambda: checkpointer.owns, gauge=gpu_utilization)
+                with RunLog(config.checkpoint_dir, data.source, checkpointer.run_id, **whose) as log:
                     log.mend(checkpointer.record)
                     announce(config, runtime, data, model, log, checkpointer.notes)
                     run = Run(config, runtime, data, model, checkpointer, log)
                     run.untrained_row()
                     run.phase1()
                     run.phase2()
-                    return run.report(peak)
+                    return report(config, runtime, data, model, checkpointer, log, peak)
 
 
 def load(config, runtime, load_data, load_embedding):
@@ -96,9 +79,7 @@ def load(config, runtime, load_data, load_embedding):
         UserError: they cannot be had, or do not fit each other or the other processes.
     """
     if config.whiten_context and config.model_type == "context" and not config.freeze_context:
-        raise UserError(
-            "whiten_context whitens contexts that no longer change: use --freeze_context with it."
-        )
+        raise UserError("whiten_context whitens contexts that no longer change: use --freeze_context too.")
     if config.whiten_context and runtime.group.size > 1:
         raise UserError("whiten_context is fitted by one process on all samples: start it without torchrun.")
     if config.context_adapter != "none":
@@ -115,7 +96,7 @@ def load(config, runtime, load_data, load_embedding):
 
 
 class Run:
-    """The stages of a run, in the order of the methods. One that an earlier session has completed is left out."""
+    """The stages of a run. One that an earlier session has completed is left out."""
 
     def __init__(self, config, runtime, data, model, checkpointer, log):
         self.config = config
@@ -130,7 +111,7 @@ class Run:
 
     def untrained_row(self):
         """What every later figure stands beside: counting, and the same network and head without Phase 1."""
-        config, data, log = self.config, self.data, self.log
+        data, log = self.data, self.log
         if self.checkpointer.is_done("untrained"):
             return
         log.say("counting n-grams")
@@ -138,7 +119,7 @@ class Run:
             results = {"ngrams": ngram_rows(data.train.numpy(), data.val.numpy(), data.vocab_size)}
         if self.learns_context:
             results["contexts"] = self.measure_contexts()
-        if self.learns_context and config.untrained_control:
+        if self.learns_context and self.config.untrained_control:
             log.say("\n== Untrained network: the same head on contexts that nothing has trained ==")
             control = copy.deepcopy(self.model)
             control.keep_context_embedding()
@@ -146,28 +127,24 @@ class Run:
             with timed("untrained control"):
                 results["head"] = self.train_head(control, "untrained", freeze_context=True)
             del control
-        self.checkpointer.complete("untrained", self.model, results)
-        self.free_memory()
+        self.complete("untrained", results)
 
     def phase1(self):
         """The context map by sweeps, without labels."""
+        config, log = self.config, self.log
         if self.checkpointer.is_done("phase1"):
             return
         if not self.learns_context:
-            self.checkpointer.complete("phase1", self.model, {})
+            self.complete("phase1", {})
             return
-        self.log.say("\n== Phase 1: contexts ==")
+        log.say("\n== Phase 1: contexts ==")
         with timed("Phase 1"):
-            phase = Phase1(self.model, self.data.train, self.config, self.runtime, self.checkpointer.folder)
-            training = self.train(phase)
-        del phase  # and with it the contexts of all samples
+            folder = self.checkpointer.folder
+            training = self.train(Phase1(self.model, self.data.train, config, self.runtime, folder))
         contexts = self.measure_contexts()
-        self.log.say(context_line("untrained", self.checkpointer.results["untrained"]["contexts"]))
-        self.log.say(context_line("phase 1", contexts))
-        results = {"training": training, "contexts": contexts, "device": self.device}
-        self.checkpointer.complete("phase1", self.model, results)
-        self.model.zero_grad()
-        self.free_memory()
+        log.say(context_line("untrained", self.checkpointer.results["untrained"]["contexts"]))
+        log.say(context_line("phase 1", contexts))
+        self.complete("phase1", {"training": training, "contexts": contexts, "device": self.device})
 
     def phase2(self):
         """The language model on these contexts; the best of its epochs is kept."""
@@ -192,51 +169,13 @@ class Run:
                     model, data.val, data.token_bytes, runtime.autocast, runtime.device, Progress
                 )
         if config.artifacts and config.save_checkpoint and log.writes:
-            about = dict(run_id=log.run_id, data_source=data.source, data_fingerprint=data.fingerprint)
-            about |= {"metrics": plain(head)} | provenance()
-            path = artifact_paths(log.folder.parent, config.model_type, log.run_id)["model"]
-            with timed("saving"), spared(log):
-                save_model(path, model, config, data.tokenizer, about)
-        self.checkpointer.complete("phase2", model, results)
-
-    def report(self, predicted_peak_mb):
-        """Figures of the run, each beside its untrained value: block, record, page. Returns them."""
-        config, checkpointer, log = self.config, self.checkpointer, self.log
-        results, unsaved = checkpointer.results, checkpointer.unsaved
-        last = results.get("phase2") or results["phase1"]
-        saved_at = datetime.fromtimestamp(checkpointer.saved_at or time.time(), UTC)
-        waited, written = checkpointer.saving_share
-        summary = {
-            "run_id": log.run_id,
-            "date": saved_at.isoformat(timespec="seconds"),
-            "device": last.get("device", self.device),  # that the figures were made on
-            "commit": provenance()["git_commit"],
-            **summarize(config, self.data, results),
-            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
-            "peak_memory_mb": peak_memory_mb(),
-            "peak_memory_mb_predicted": predicted_peak_mb,
-            "seconds": checkpointer.seconds,
-            "saving_share": waited,
-            "saving_share_background": written,
-        }
-        if self.runtime.compile:
-            summary |= compile_cost()
-        log.log("curves", **curves(results))
-        log.log("summary", **summary)
-        if config.artifacts and log.writes:
-            with timed("report"), spared(log):
-                log.say(f"report: {write_artifacts(read_record(log.path))['report']}")
-        log.log("times", seconds=checkpointer.seconds, **checkpointer.times)
-        log.finish(summary, saved_at=checkpointer.saved_at, **last_place(results, config))
-        if unsaved:
-            raise UserError(
-                f"the last checkpoint could not be written ({unsaved}): free the disk and run again."
-            )
-        return summary | curves(results)
+            leave_model(config, data, model, head, log)
+        self.complete("phase2", results)
 
     def train_head(self, model, stage, freeze_context):
         folder = self.checkpointer.folder
-        return self.train(Phase2(model, self.data, self.config, self.runtime, folder, stage, freeze_context))
+        phase = Phase2(model, self.data, self.config, self.runtime, folder, stage, freeze_context)
+        return self.train(phase)
 
     def train(self, phase):
         return EpochLoop(phase, self.config, self.runtime, self.log, self.checkpointer).run()
@@ -248,35 +187,19 @@ class Run:
         free_memory()  # its probes hold more than training does at small sizes
         return measured
 
-    def free_memory(self):
+    def complete(self, stage, results):
+        """Make the results of a stage part of the checkpoint, and give back what training it took."""
+        self.checkpointer.complete(stage, self.model, results)
+        self.model.zero_grad()
         self.runtime.accelerator.free_memory()  # of the optimizers it has prepared
         free_memory()
 
 
-def last_place(results, config):
-    """Where a complete run is, for its status: also where nothing was left to do, on a machine that did not train it."""
-    if "phase2" in results:
-        head = results["phase2"]["head"]
-        place = dict(stage="phase2", epoch=head["epochs"], epochs=config.phase2_epochs)
-        return place | {"best_val_loss": head["loss"]}
-    done = results["phase1"]["training"]["phase1_iterations"]
-    return dict(stage="phase1", epoch=done, epochs=config.phase1_max_iterations)
-
-
-@contextlib.contextmanager
-def spared(log):
-    """Around what the run could do without: a disk that refuses costs that, not the run."""
-    try:
-        yield
-    except OSError as error:
-        name = error.filename or "an artefact"
-        log.warn(f"warning: {name} cannot be written ({error.strerror or error}); the run goes on")
-    except UserError as error:  # the record has gaps, for the same reason
-        log.warn(f"warning: no report: {error}")
-
-
 def flags(parser):
-    help_text = "everything up to the first step: what is in effect, memory, disk, checkpoint; only the data's cache is written"
+    help_text = (
+        "everything up to the first step: what is in effect, memory, disk, checkpoint; only the data's cache "
+        "is written"
+    )
     parser.add_argument("--dry_run", action="store_true", help=help_text)
 
 

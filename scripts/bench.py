@@ -1,13 +1,14 @@
-"""How fast this machine does each part: tokens per second, share of its own matrix rate, ratio to a per-token loop.
+"""How fast this machine does each part: tokens per second, share of its matrix rate, ratio to a plain loop.
 
     python3 -m scripts.bench                  # the network of config.py; every setting is a flag
     python3 -m scripts.bench --json
 
-Parts are timed one after the other in one process, on random ids. The matrix rates are those of the same process at the
-shapes used (forward and both gradients), so a share says what is left to gain on this machine, whatever machine it is. Only
-matrix products count as arithmetic. Switches are compared before that, each in a process of its own, whose peak memory is
-then its own too; the last two are the baseline Transformer, end to end, with either backend of its attention.
-A speed is the median of a few steps, with the slowest and the fastest.
+Parts are timed one after the other in one process, on random ids. The matrix rates are those of the same
+process at the shapes used (forward and both gradients), so a share says what is left to gain on this machine,
+whatever machine it is. Only matrix products count as arithmetic. Switches are compared before that, each in a
+process of its own, whose peak memory is then its own too; the last two are the baseline Transformer, end to
+end, with either backend of its attention. A speed is the median of a few steps, with the slowest and the
+fastest.
 """
 
 import contextlib
@@ -61,8 +62,9 @@ TRANSFORMER = dict(model_type="transformer", freeze_context=False, whiten_contex
 PART_COLUMNS = ("part", "tok/s", "GFLOP/s", "of matrix rate", "x per-token loop")
 SWITCH_COLUMNS = ("one switch at a time", "Phase 1 tok/s", "Phase 2 tok/s", "loss", "peak MB")
 LOSS_NOTE = (
-    "loss: of the second epoch over the same random ids; rows of equal batches differ in it by rounding alone, or compute "
-    "something else.\nIt does not show which switch is the first to a given validation loss: scripts.compare does."
+    "loss: of the second epoch over the same random ids; rows of equal batches differ in it by rounding "
+    "alone, or compute something else.\nIt does not show which switch is the first to a given validation "
+    "loss: scripts.compare does."
 )
 
 
@@ -77,7 +79,8 @@ class Samples(NamedTuple):
 class Bench:
     """A configuration's network, random ids and runtime, and how long each of its parts takes.
 
-    Each part is a list of tokens per second. A baseline has no Phase 1 and no steps: of its parts there is `phase2` alone.
+    Each part is a list of tokens per second. A baseline has no Phase 1 and no steps: of its parts there is
+    `phase2` alone.
 
     Attributes:
         loss: training loss of the last epoch of Phase 2 that was timed; None before.
@@ -107,10 +110,10 @@ class Bench:
         return [amount / (end - start) for start, end in itertools.pairwise(ends[1:])]
 
     def matrix_rate(self, rows, inputs, outputs, precision):
-        """FLOP/s of the three products of a layer inputs -> outputs on so many rows: forward, input and weight gradient."""
+        """FLOP/s of the three products of a layer inputs -> outputs on so many rows."""
         shapes, dtype = ((rows, inputs), (outputs, inputs), (rows, outputs)), STORAGE_DTYPE[precision]
         x, weight, gradient = (torch.randn(*shape, device=self.device).to(dtype) for shape in shapes)
-        # Into memory that is there already: new pages for large results, cleared first, would count as arithmetic.
+        # Into memory that is there: new pages for large results, cleared first, would count as arithmetic.
         x_gradient, weight_gradient, y = (torch.empty_like(operand) for operand in (x, weight, gradient))
 
         def products():
@@ -158,7 +161,7 @@ class Bench:
         return self.rates(sequences * self.config.max_seq_length, once)
 
     def generation(self):
-        """Greedy generation of one sequence, in fp32: for a single token, converting the weights costs more than using them."""
+        """Greedy, one sequence, in fp32: for one token, converting the weights costs more than using them."""
 
         def once():
             list(generate(self.model, [0], LOOP_TOKENS, seed=0, temperature=0))
@@ -184,7 +187,7 @@ class Bench:
         return config, Samples(ids, ids[:1], self.token_bytes)
 
     def _train(self, phase, config):
-        """Two epochs of full batches: speeds from one batch's end to the next one's, both in the second epoch."""
+        """Two epochs of full batches: speeds from one batch's end to the next one's, within the second."""
         ends = []
 
         def watch(epoch, tokens):
@@ -203,9 +206,9 @@ def bench(config, say):
     """Time all parts; `say` takes a line of progress.
 
     Returns:
-        List of rows: part, tok_per_s [median, lowest, highest], gflops, share (of its time, that its products take at the
-        rates measured for their shapes, in the precision in effect), ratio (to the per-token loop; None where that has no
-        counterpart).
+        List of rows: part, tok_per_s [median, lowest, highest], gflops, share (of its time, that its products
+        take at the rates measured for their shapes, in the precision in effect), ratio (to the per-token
+        loop; None where that has no counterpart).
     """
     main, rows = Bench(config, VOCABULARIES[0]), []
     rates = _matrix_rates(main, rows, say)
@@ -257,7 +260,7 @@ def _matrix_rates(main, rows, say):
 
 
 def time_switch(config):
-    """Phase 1 and fine-tuned Phase 2 of one configuration, its loss, and the peak memory of the process that trained both."""
+    """Both phases of one configuration, its loss, and the peak memory of the process that trained them."""
     timed = Bench(config, VOCABULARIES[0])
     return _timed(timed, spread(timed.phase1()))
 
@@ -275,7 +278,7 @@ def _timed(timed, phase1_speed):
 
 
 def bench_switches(config, say):
-    """Training with one setting changed at a time, as a list of rows: the switch, and what its process measured."""
+    """Training with one setting changed at a time: rows of the switch, and what its process measured."""
     runs = {name: (time_switch, dataclasses.replace(config, **changes)) for name, changes in SWITCHES.items()}
     transformer = dataclasses.replace(config, **TRANSFORMER)
     for backend in ATTENTION:

@@ -1,7 +1,7 @@
-"""Phase 1: train the context map so that parallel sweeps reach its trajectory and its contexts stay spread out.
+"""Phase 1: train the context map so that sweeps reach its trajectory and its contexts stay spread out.
 
-Contexts K of all training samples are stored. One iteration is one sweep over all samples in random mini-batches:
-K_new = G(K), loss, one optimizer step, K <- K_new. No label is used.
+Contexts K of all training samples are stored. One iteration is one sweep over all samples in random
+mini-batches: K_new = G(K), loss, one optimizer step, K <- K_new. No label is used.
 Shapes: N samples, B of them in a batch (b of these on this process), T tokens, C context width.
 """
 
@@ -25,7 +25,7 @@ RANK_TOKENS = 10_000
 
 
 class Phase1:
-    """What an iteration of Phase 1 is, for newllm.training.loop, which trains the model's context parameters by it.
+    """What an iteration of Phase 1 is: newllm.training.loop trains the context parameters by it.
 
     Args:
         model: the untrained LanguageModel, from which the parameters' change is measured.
@@ -65,9 +65,10 @@ class Phase1:
     def gradients(self, step, batch, parts):
         """Gradients of the loss of one sweep over a batch, a part of it at a time.
 
-        The regularizer needs all contexts of the batch at once. So where it is cut into parts, or shared by processes, there
-        are two passes (gradient caching, Gao et al. 2021, arXiv 2101.06983): contexts without a graph, the loss's gradient in
-        them, then each part once more, with a graph, to lead that gradient on to the parameters.
+        The regularizer needs all contexts of the batch at once. So where it is cut into parts, or shared by
+        processes, there are two passes (gradient caching, Gao et al. 2021, arXiv 2101.06983): contexts
+        without a graph, the loss's gradient in them, then each part once more, with a graph, to lead that
+        gradient on to the parameters.
 
         Returns:
             (loss, (its parts {name: scalar}, new contexts [b, T, C])).
@@ -125,12 +126,13 @@ class Phase1:
         return {name: share * amount for name, amount in zip(values, amounts, strict=True)}
 
     def end_epoch(self, means, metrics, figures):
-        """The row of an iteration: means of the loss's parts, rank of the contexts, and how far the last step went."""
+        """The row of an iteration: parts of the loss, rank of the contexts, how far the last step went."""
         self.contexts.turn()
         length = self.train.shape[1] - 1
         ranked = self.contexts.first(min(len(self.train), math.ceil(RANK_TOKENS / length)))
         rank = effective_rank(ranked.flatten(0, 1)[:RANK_TOKENS])
         moved = distance(self.parameters, self.before)
+        self.before = None
         return means | {"er": rank / self.model.context_dim, "update_norm": moved} | figures
 
     def opening(self, loss):
@@ -140,9 +142,9 @@ class Phase1:
         """One line about an iteration."""
         return (
             f"phase 1 | iteration {epoch:2d}/{self.epochs} | cvfp {row['cvfp']:.4f} | "
-            f"{self.config.dist_reg} {row['dist_reg']:.4f} | converged {row['converged']:.1%} | ER {row['er']:.1%} | "
-            f"grad {row['grad_norm']:.2g} | update {row['update_norm']:.2g} | steps {row['optimizer_steps']} | "
-            f"{row['tok_per_s']:,.0f} tok/s"
+            f"{self.config.dist_reg} {row['dist_reg']:.4f} | converged {row['converged']:.1%} | "
+            f"ER {row['er']:.1%} | grad {row['grad_norm']:.2g} | update {row['update_norm']:.2g} | "
+            f"steps {row['optimizer_steps']} | {row['tok_per_s']:,.0f} tok/s"
         )
 
     def enough(self, state, history):
@@ -168,8 +170,8 @@ class Phase1:
         """Sweep stored contexts of the first samples on with the final weights until they are settled.
 
         Returns:
-            {"settle_sweeps": sweeps needed to come within SETTLE_ERROR of the sequential reference, "settle_error":
-            relative error then}.
+            {"settle_sweeps": sweeps needed to come within SETTLE_ERROR of the sequential reference,
+            "settle_error": relative error then}.
         """
         contexts = self.contexts.first(min(len(self.train), VERIFIED_SEQUENCES)).float()
         tokens = self.model.embed(self.train[: len(contexts), :-1].to(self.runtime.device).long())
@@ -182,6 +184,6 @@ class Phase1:
 
 
 def shuffled(ids, seed):
-    """Samples [N, T+1] with the tokens of each in random order: what a context can learn without any order."""
+    """Samples [N, T+1] with the tokens of each in random order: what can a context learn without any?"""
     keys = torch.rand(ids.shape, generator=derived_generator(seed, "shuffled tokens"))
     return ids.gather(1, keys.argsort(1))

@@ -16,12 +16,13 @@ from newllm.training.contexts import FrozenFeatures
 
 
 class Phase2:
-    """What an epoch of Phase 2 is, for newllm.training.loop, which trains the head by it, and F too unless frozen.
+    """What an epoch of Phase 2 is: newllm.training.loop trains the head by it, and F too unless frozen.
 
     Args:
         model: LanguageModel, or Baseline, which trains end to end.
         data: samples `train` [N, T+1] and `val` [M, T+1], and the UTF-8 bytes of each id, `token_bytes` [V].
-        config, runtime: of the run. folder: where frozen features lie that take more than `context_memory_mb`.
+        config, runtime: of the run. folder: where frozen features lie that take more than
+            `context_memory_mb`.
         stage: "phase2", or "untrained" for the control: the same head on the untrained context map.
         freeze_context: whether the contexts stay as they are.
     """
@@ -68,7 +69,7 @@ class Phase2:
         return groups
 
     def gradients(self, step, batch, parts):
-        """Gradients of the cross-entropy of a batch, a part of it at a time; (its mean over all tokens of the batch, None)."""
+        """Gradients of the cross-entropy, a part of the batch at a time; (mean over all tokens, None)."""
         loss = sum(self._part_gradients(step, batch, part) for part in parts)
         (loss,) = self.runtime.group.totals(loss)
         return loss, None
@@ -83,7 +84,7 @@ class Phase2:
         return loss.detach().double()
 
     def _encoded(self, step, batch, part):
-        """What the head reads: (contexts [b, T, C], token streams [b, T, E]), with gradient where the context trains."""
+        """What the head reads: (contexts [b, T, C], streams [b, T, E]), with gradient where F trains."""
         if self.features:
             return self.features("train", batch.own_samples[part])
         model, sweeps, ids = self.model, self.config.gradient_sweeps, batch.ids[part, :-1]
@@ -115,7 +116,7 @@ class Phase2:
         )
 
     def _features_of(self, own):
-        """Function of a slice of own validation samples that gives what the head reads, where it is at hand."""
+        """Function of a slice of own validation samples that gives what the head reads; None: not at hand."""
         if self.features is None:
             return None
         return lambda part: self.features("val", own[part])
@@ -135,9 +136,10 @@ class Phase2:
     def line(self, epoch, row, figures):
         """One line about an epoch."""
         return (
-            f"{self.stage} | epoch {epoch:2d}/{self.epochs} | train loss {row['train_loss']:.4f} | val loss "
-            f"{row['val_loss']:.4f} ppl {row['val_ppl']:.1f} acc {row['val_acc']:.1%} bpb {row['val_bpb']:.3f} | "
-            f"grad {figures['grad_norm']:.2g} | steps {figures['optimizer_steps']} | {figures['tok_per_s']:,.0f} tok/s"
+            f"{self.stage} | epoch {epoch:2d}/{self.epochs} | train loss {row['train_loss']:.4f} | "
+            f"val loss {row['val_loss']:.4f} ppl {row['val_ppl']:.1f} acc {row['val_acc']:.1%} "
+            f"bpb {row['val_bpb']:.3f} | grad {figures['grad_norm']:.2g} | "
+            f"steps {figures['optimizer_steps']} | {figures['tok_per_s']:,.0f} tok/s"
         )
 
     def enough(self, state, history):
@@ -145,7 +147,7 @@ class Phase2:
         return state.best is not None and state.epoch - state.best["epoch"] >= self.config.patience
 
     def results(self, state):
-        """Metrics of the best epoch on all validation samples, the nats of each of them, and of the training itself."""
+        """Metrics of the best epoch on all validation samples, the nats of each, and what training took."""
         if self.adapted:
             merge_adapter(self.model)
         data, runtime = self.data, self.runtime

@@ -1,7 +1,7 @@
-"""One row of numbers for each sample, kept between steps: the contexts of Phase 1, and what the head reads of a frozen map.
+"""What is kept for each sample between steps: contexts of Phase 1, and what the head reads of a frozen map.
 
-Rows lie in memory, or in files where they would take more of it than `context_memory_mb`. A file is read and written, not
-mapped: the pages of a mapping would count as memory of this process.
+Rows lie in memory, or in files where they would take more of it than `context_memory_mb`. A file is read and
+written, not mapped: the pages of a mapping would count as memory of this process.
 Shapes: N samples, B sequences, T tokens, C context width, E embedding width.
 """
 
@@ -21,8 +21,8 @@ from newllm.training.runtime import STORAGE_DTYPE
 
 FILES = "contexts_*.bin"  # only Phase 1 needs them
 LOST = (
-    "warning: the files with the stored contexts are gone, damaged or of another number of processes: contexts are computed "
-    "again, and this run no longer ends with the bits of one that never stopped"
+    "warning: the files with the stored contexts are gone, damaged or of another number of processes: "
+    "contexts are computed again, and this run no longer ends with the bits of one that never stopped"
 )
 SAMPLES_AT_A_TIME = 32  # that are copied from one place to another
 WHITENING_FLOOR = 1e-3  # of the mean variance: directions with less are left as small as they are
@@ -33,8 +33,8 @@ class SampleStore:
     """[count, *shape] on `device`, all zeros at first. Reading and writing take an int64 tensor of indices.
 
     Args:
-        path: a file that may already hold rows; a folder for a file without a name, which ends with the process; None for
-            memory.
+        path: a file that may already hold rows; a folder for a file without a name, which ends with the
+            process; None for memory.
 
     Attributes:
         rows: the tensor itself, in memory.
@@ -120,13 +120,13 @@ class SampleStore:
             yield
         except OSError as error:
             raise UserError(
-                f"contexts cannot be kept in files at {self.path} ({error.strerror or error}): mend that, or raise "
-                "--context_memory_mb, and run again to continue from the last checkpoint."
+                f"contexts cannot be kept in files at {self.path} ({error.strerror or error}): mend that, or "
+                "raise --context_memory_mb, and run again to continue from the last checkpoint."
             ) from error
 
 
 def _bytes_of(rows):
-    """Rows [n, ...] of a CPU tensor as n arrays of their bytes, which share its memory where it is contiguous."""
+    """Rows [n, ...] of a CPU tensor as n arrays of their bytes, sharing its memory where it is contiguous."""
     return rows.contiguous().flatten(1).view(torch.uint8).numpy()
 
 
@@ -136,11 +136,11 @@ def contexts_in_files(config, dtype):
 
 
 class StoredContexts:
-    """Contexts between the batches of Phase 1, of the samples that this process owns: what a sweep reads, and what it makes.
+    """Contexts of the samples that this process owns: what a sweep of Phase 1 reads, and what it makes.
 
-    An iteration touches each sample once, so in memory the new contexts take the place of the old ones. In files they do
-    not: an iteration reads one file and writes the other. So what the last saved state needs is still there when a process
-    is killed, and a checkpoint carries only the rows' checksums.
+    An iteration touches each sample once, so in memory the new contexts take the place of the old ones. In files
+    they do not: an iteration reads one file and writes the other. So what the last saved state needs is still
+    there when a process is killed, and a checkpoint carries only the rows' checksums.
 
     Args:
         num_samples: N. config, runtime: of the run. folder: where files lie if contexts are in files.
@@ -163,7 +163,7 @@ class StoredContexts:
         return SampleStore(len(self.own), self.shape, STORAGE_DTYPE[precision], self.runtime.device, path)
 
     def _named_stores(self, precision):
-        """Both files, of FILES. Named by their type: contexts in another must not overwrite those of the last saved state."""
+        """Both files. Named by their type: contexts in another must not overwrite those of the last state."""
         names = [f"contexts_{self.group.rank}_{number}_{precision}.bin" for number in range(2)]
         return [self._store(precision, self.folder / name) for name in names]
 
@@ -193,7 +193,7 @@ class StoredContexts:
         return self._of_all(torch.arange(count), self.__getitem__)
 
     def state(self):
-        """For a checkpoint: all contexts [N, T, C], or the checksums of their rows in both files [2, N] and which is which."""
+        """For a checkpoint: all contexts [N, T, C], or the checksums of their rows in both files [2, N]."""
         samples = torch.arange(self.num_samples)
         if not self.in_files:
             return self._old.rows if self.group.size == 1 else self._of_all(samples, self.__getitem__)
@@ -205,7 +205,7 @@ class StoredContexts:
         return {"digests": torch.stack(digests), **written}
 
     def restore(self, saved, recomputed, note):
-        """Continue from what `state` returned: contexts in memory or in files, then and now, and of any type then.
+        """Continue from what `state` returned, with contexts in memory or in files, then and now.
 
         Args:
             recomputed: function of samples [b] that gives their contexts, by the model's weights as they are.
@@ -231,7 +231,7 @@ class StoredContexts:
         self._fill(recomputed)
 
     def _newest(self, stores, samples):
-        """Of two files: a row that the iteration in hand has made already, else the one that it starts from."""
+        """Of two files: the row that the iteration in hand has made, else the one that it starts from."""
         old, new = stores[self.turns % 2], stores[(self.turns + 1) % 2]
         rows = samples // self.group.size
         made = (new.digests[rows] >= 0).view(-1, 1, 1).to(self.runtime.device)
@@ -259,10 +259,11 @@ class StoredContexts:
 
 
 class FrozenFeatures:
-    """Contexts and token streams of this process's own training and validation samples, by a map that no longer changes.
+    """Contexts and token streams of this process's own samples, by a map that no longer changes.
 
     Args:
-        model: the LanguageModel. samples: ids [N, T+1] by name, "train" among them. config, runtime: of the run.
+        model: the LanguageModel. samples: ids [N, T+1] by name, "train" among them.
+        config, runtime: of the run.
         folder: where files lie if features take more than `context_memory_mb`.
     """
 

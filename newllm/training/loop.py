@@ -1,14 +1,15 @@
-"""The one epoch loop: both phases train by it. It owns batches, progress, history, saving, stopping; a phase says what is learned.
+"""The one epoch loop: it owns batches, progress, history, saving and stopping; a phase says what is learned.
 
 A phase (newllm.phases) is asked for
     stage, title, counter: its name in checkpoints and in messages, and the name of a pass over its samples;
     model, train: the network, and the ids of the samples [N, T+1];
-    epochs, batch_size, learning_rate, weight_decay, warmup_ratio: of its training; no ratio: the rate is constant;
+    epochs, batch_size, learning_rate, weight_decay, warmup_ratio (None: the rate is constant);
     num_validation: samples that `validate` takes; 0: it has nothing to validate;
     contexts: StoredContexts that are part of its state, or None;
-    function, cast: what StepFunction takes; begin(): the weights are those to go on from, make what training needs;
+    function, cast: what StepFunction takes;
+    begin(): make what training needs, now that the weights are those to go on from;
     parameter_groups(): list of (parameters, learning-rate scale);
-    gradients(step, batch, parts): adds up the gradients of a Batch, cut into parts; (loss, whatever after_step takes);
+    gradients(step, batch, parts): adds up the gradients of a Batch, cut into parts; (loss, what was made);
     after_step(batch, loss, made): what the batch adds to the means of the epoch, {name: amount};
     validate(samples): metrics, `loss` among them; end_epoch(means, metrics, figures): the epoch's row;
     opening(loss), line(epoch, row, figures): what a person reads after the first batch and each epoch;
@@ -68,7 +69,7 @@ class State:
 
     @classmethod
     def of(cls, saved, counter):
-        """From the plain dict of a checkpoint; a fresh one from None. Some have other names for the epoch and its means."""
+        """From the plain dict of a checkpoint, of earlier versions too; a fresh one from None."""
         if not saved:
             return cls()
         means = {"train_loss": saved.get("train_loss", 0.0)}
@@ -77,7 +78,7 @@ class State:
 
 
 def position_of(epoch, epochs, done, count, batches):
-    """A place within a stage, for its state and its status: complete passes, samples of the pass in hand, its batches."""
+    """A place within a stage: complete passes, samples of the pass in hand and its batches."""
     return {
         "epoch": epoch,
         "epochs": epochs,
@@ -195,7 +196,7 @@ class EpochLoop:
         ends_epoch = state.samples + len(samples) == self.count
         batch = Batch(samples, own, ids, state.epoch, ends_epoch)
         if phase.warmup_ratio is not None:
-            # Steps as batches of this size would have taken them: the schedule ends with the run, whatever sizes there were.
+            # In batches of the size in effect: the schedule ends with the run, whatever sizes were before.
             at = state.epoch * self.batches + batches_done(self.count, self.batches, state.samples)
             total = self.batches * phase.epochs
             set_learning_rate(self.optimizer, warmup_cosine(at, total, phase.warmup_ratio))

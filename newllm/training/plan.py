@@ -1,13 +1,9 @@
-"""What a run will do, stage by stage, as its settings come out for this model and so many samples; its arithmetic."""
+"""What a run will do, stage by stage, as its settings come out for this model and its samples."""
 
 from newllm.data.order import batch_count
 from newllm.models.adapter import adapter_rank
 from newllm.models.baselines import Baseline
-from newllm.report.banner import banner
-from newllm.saving.state import provenance
-from newllm.training.effects import unused_lines
-from newllm.training.runtime import describe_device, memory_of
-from newllm.training.tracking import start_tracking
+from newllm.training.runtime import memory_of
 
 
 class Flops:
@@ -22,7 +18,7 @@ class Flops:
         self.head_rest = 2 * (config.token_layers * width * config.embed_dim + config.embed_dim * vocab_size)
         self.phase1 = 3 * (self.contexts + self.covariance)
         self.frozen = 2 * self.head_first + 3 * self.head_rest  # the gradient stops at the contexts
-        # Fine-tuned: the trajectory once, then sweeps with gradient; the first sweep's gradient stops at its contexts.
+        # The trajectory once, then sweeps with gradient; the first sweep's gradient stops at its contexts.
         sweeps = config.gradient_sweeps
         through_time = (3 * sweeps - 2) * self.contexts + 3 * self.map if sweeps else 3 * self.map
         self.fine_tuned = through_time + 3 * (self.head_first + self.head_rest)
@@ -36,8 +32,8 @@ def make_plan(config, num_samples, model, device):
         num_samples: to train on. model: as it is before any training.
 
     Returns:
-        {stage: {"passes" over the samples and "tokens" at most, "batches" of a pass, "samples" of the largest one,
-        "asked" by the setting, "trainable" parameters, "work": operations a token}}.
+        {stage: {"passes" over the samples and "tokens" at most, "batches" of a pass, "samples" of the largest
+        one, "asked" by the setting, "trainable" parameters, "work": operations a token}}.
     """
     context, head = _count(model.context_parameters()), _count(model.head_parameters())
     flops = None if isinstance(model, Baseline) else Flops(config, model.embedding.num_embeddings)
@@ -76,37 +72,6 @@ def make_plan(config, num_samples, model, device):
             work = flops.frozen if frozen else flops.fine_tuned
         add("phase2", config.phase2_epochs, config.phase2_batch_size, trainable, work)
     return plan
-
-
-def announce(config, runtime, data, model, log, notes):
-    """Say and write down what is in effect, before anything trains.
-
-    Args:
-        log: RunLog. notes: lines about the checkpoint.
-    """
-    if config.trackers != "none" and log.writes:
-        folder = log.folder.parent / "tracking" / log.run_id
-        log.follow = start_tracking(runtime.accelerator, config.trackers, folder, config.to_dict(), log.warn)
-    kernel = None
-    if isinstance(model, Baseline):
-        kernel = model.attention_in_effect(runtime.device, runtime.storage_dtype)
-    about = {
-        "device": describe_device(runtime),
-        "attention": kernel or "none",
-        "data": data.notes,
-        "fingerprint": data.fingerprint,
-        "plan": make_plan(config, len(data.train), model, runtime.device),
-    }
-    attention = f"attention: {about['attention']}"
-    for line in banner(config, about["device"], data, model, about["plan"], [attention, *notes]):
-        log.say(line)
-    log.log("start", config=config.to_dict(), **about, **provenance())
-    log.plan(about["plan"])
-    for line in unused_lines(config, runtime.device.type == "cpu", data.tokenizer.name):
-        log.warn(line)
-    for line in notes:
-        if line.startswith("warning"):
-            log.log("warning", message=line)
 
 
 def _count(parameters):

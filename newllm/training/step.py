@@ -1,4 +1,4 @@
-"""One optimizer step that survives a lack of memory and a failing compiler, and is never taken on a NaN; and its AdamW."""
+"""AdamW, and one step of it that survives a lack of memory and a failing compiler, and none on a NaN."""
 
 import math
 from dataclasses import dataclass
@@ -34,9 +34,9 @@ class Batch:
 class OptimizerStep:
     """Gradients, clipping and step of one batch after the other.
 
-    A batch that does not fit into memory is done again in twice as many parts (micro-batches) whose gradients add up to
-    those of the whole batch; a compiled step that fails is done again uncompiled. Both begin anew from the same random
-    state, before any parameter has changed.
+    A batch that does not fit into memory is done again in twice as many parts (micro-batches) whose gradients
+    add up to those of the whole batch; a compiled step that fails is done again uncompiled. Both begin anew
+    from the same random state, before any parameter has changed.
 
     Args:
         runtime: device, precision and accelerate layer. optimizer: as accelerate prepared it.
@@ -55,8 +55,8 @@ class OptimizerStep:
         """Take the step.
 
         Args:
-            gradients: function of a list of slices of the batch that adds up the gradients and returns (loss of the whole
-                batch, a number or a scalar on the device, anything).
+            gradients: function of a list of slices of the batch that adds up the gradients and returns (loss
+                of the whole batch, a number or a scalar on the device, anything).
             count: samples of the batch that this process owns.
             state: the stage's: `parts` is read and may grow, `skipped` and `grad_norm` are written.
             seed: of everything random within the step. where: for messages.
@@ -65,7 +65,7 @@ class OptimizerStep:
             What `gradients` returned, the loss as a number.
 
         Raises:
-            UserError: loss or gradient is not finite, with no parameter touched; or a single sample does not fit.
+            UserError: loss or gradient is not finite, or a single sample does not fit; no parameter is touched.
         """
         done = None
         while done is None:
@@ -87,7 +87,7 @@ class OptimizerStep:
         return self._update(done[0], state, where), *done[1:]
 
     def _change_plan(self, memory, reason, count, state, where):
-        """Halve the parts after a lack of memory, else go on without what the compiler made; the batch begins anew."""
+        """After a lack of memory smaller parts, else nothing of the compiler; the batch begins anew."""
         self.optimizer.zero_grad()
         self.step.forget()
         free_memory()
@@ -102,7 +102,8 @@ class OptimizerStep:
             state.parts *= 2
             size = math.ceil(count / state.parts)
             self.note(
-                f"warning: out of memory at {where}: {size} samples at a time from now on, {count} a step as before"
+                f"warning: out of memory at {where}: {size} samples at a time from now on, "
+                f"{count} a step as before"
             )
         else:
             raise UserError(
@@ -138,8 +139,8 @@ class OptimizerStep:
             if not is_out_of_memory(error):
                 raise
             raise UserError(
-                f"out of memory while the parameters were updated at {where}, so their state is not whole: run again to "
-                "continue from the last checkpoint, with a smaller model if it happens again."
+                f"out of memory while the parameters were updated at {where}, so their state is not whole: "
+                "run again to continue from the last checkpoint, with a smaller model if it happens again."
             ) from None
         if not math.isfinite(norm):
             state.skipped += 1
@@ -164,7 +165,7 @@ def make_optimizer(parts, learning_rate, weight_decay):
 
 
 def prepare_optimizer(runtime, optimizer, saved):
-    """Give the optimizer to accelerate, with its moments and the fp16 scaler as they were saved; its settings are today's.
+    """Give the optimizer to accelerate, with its moments and the fp16 scaler as saved, and today's settings.
 
     Args:
         saved: what `optimizer_state` returned in an earlier session; None or {} at the start of a stage.
@@ -183,7 +184,7 @@ def prepare_optimizer(runtime, optimizer, saved):
 
 
 def optimizer_state(runtime, optimizer):
-    """State dicts of the optimizer and of the fp16 scaler (None in other precisions, and then begun anew by fp16)."""
+    """State dicts of the optimizer and of the fp16 scaler (None in other precisions)."""
     scaler = runtime.accelerator.scaler
     return {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict() if scaler else None}
 
