@@ -259,22 +259,21 @@ def _matrix_rates(main, rows, say):
     return rates
 
 
-def time_switch(config):
-    """Both phases of one configuration, its loss, and the peak memory of the process that trained them."""
+def time_switch(config, attention=None):
+    """Both phases of one configuration, its loss, and the peak memory of the process that trained them.
+
+    Args:
+        attention: backend of a Transformer, which has no Phase 1.
+    """
     timed = Bench(config, VOCABULARIES[0])
-    return _timed(timed, spread(timed.phase1()))
-
-
-def time_attention(config, backend):
-    """The same of a Transformer, which has no Phase 1, with this attention backend."""
-    timed = Bench(config, VOCABULARIES[0])
-    timed.model.body.set_attn_implementation(backend)
-    return _timed(timed, None)
-
-
-def _timed(timed, phase1_speed):
-    speeds = {"phase1_tok_per_s": phase1_speed, "phase2_tok_per_s": spread(timed.phase2(False))}
-    return speeds | {"loss": timed.loss, "peak_memory_mb": peak_memory_mb()}
+    if attention:
+        timed.model.body.set_attn_implementation(attention)
+    return {
+        "phase1_tok_per_s": None if attention else spread(timed.phase1()),
+        "phase2_tok_per_s": spread(timed.phase2(False)),
+        "loss": timed.loss,
+        "peak_memory_mb": peak_memory_mb(),
+    }
 
 
 def bench_switches(config, say):
@@ -282,7 +281,7 @@ def bench_switches(config, say):
     runs = {name: (time_switch, dataclasses.replace(config, **changes)) for name, changes in SWITCHES.items()}
     transformer = dataclasses.replace(config, **TRANSFORMER)
     for backend in ATTENTION:
-        runs[f"Transformer, attention {backend}"] = time_attention, transformer, backend
+        runs[f"Transformer, attention {backend}"] = time_switch, transformer, backend
     rows = []
     for name, run in runs.items():
         rows.append({"switch": name} | call_apart(*run))

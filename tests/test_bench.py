@@ -1,4 +1,4 @@
-"""The bench times steps, not what happens between epochs, and a share is a share of the products' own rates."""
+"""The bench times steps, not what lies between epochs; a share is one of the products' own rates."""
 
 import dataclasses
 import itertools
@@ -24,7 +24,7 @@ def config(tiny_settings):
 
 
 def test_a_step_is_what_lies_between_two_batches_of_the_second_epoch(config, monkeypatch):
-    """At a second a batch each step has the speed of one, and effective rank that takes a while changes no figure."""
+    """At a second a batch that is the speed; an effective rank that takes a while changes no figure."""
     rank, now = phase1.effective_rank, itertools.count()
     monkeypatch.setattr(phase1, "effective_rank", lambda contexts: time.sleep(MONITORING) or rank(contexts))
     tokens = config.phase1_batch_size * config.max_seq_length
@@ -41,7 +41,7 @@ def test_the_matrix_rate_counts_three_products(config, monkeypatch):
 
 
 def test_shares_are_of_the_rates_at_the_shapes_used(config, monkeypatch):
-    """The head's products at the rate of its own shape, all others at the map's: the time at those rates over the time taken."""
+    """The head's products at the rate of its shape, all others at the map's; over the time taken."""
     map_rate, head_rate, speeds = 1e9, 4e9, [1300.0, 900.0, 1000.0]
     monkeypatch.setattr(bench, "VOCABULARIES", (300,))
     monkeypatch.setattr(Bench, "matrix_rate", lambda _, rows, x, y, kind: head_rate if y == 300 else map_rate)
@@ -61,7 +61,7 @@ def test_shares_are_of_the_rates_at_the_shapes_used(config, monkeypatch):
 
 
 def test_json_is_one_object_with_every_part_and_switch(config, monkeypatch, capsys):
-    """Nothing that the phases print is on stdout; every figure is positive; a switch has its speeds, loss and memory."""
+    """Nothing that the phases print is on stdout; a switch has its speeds, loss and memory."""
     monkeypatch.setattr(bench, "VOCABULARIES", (300, 500))
     monkeypatch.setattr(bench, "SWITCHES", {"batches of 2": {"phase1_batch_size": 2, "phase2_batch_size": 2}})
     monkeypatch.setattr(bench, "ATTENTION", ("eager",))
@@ -82,7 +82,7 @@ def test_json_is_one_object_with_every_part_and_switch(config, monkeypatch, caps
 
 @pytest.mark.parametrize("backend", bench.ATTENTION)
 def test_attention_is_that_of_the_row(config, monkeypatch, backend):
-    """While training runs, the backend's own function is called and the other's is not; frozen contexts are no hindrance."""
+    """Training calls the backend's own function and not the other's; frozen contexts are no hindrance."""
     called = []
     eager, sdpa = modeling_gpt2.eager_attention_forward, ALL_ATTENTION_FUNCTIONS["sdpa"]
 
@@ -92,12 +92,12 @@ def test_attention_is_that_of_the_row(config, monkeypatch, backend):
     monkeypatch.setattr(modeling_gpt2, "eager_attention_forward", watched("eager", eager))
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", watched("sdpa", sdpa))
     frozen = dataclasses.replace(config, freeze_context=True)
-    row = bench.time_attention(dataclasses.replace(frozen, **bench.TRANSFORMER), backend)
+    row = bench.time_switch(dataclasses.replace(frozen, **bench.TRANSFORMER), backend)
     assert set(called) == {backend} and min(row["phase2_tok_per_s"]) > 0
 
 
 def test_switches_are_timed_alone_and_all_together(config):
-    """The last of training's rows sets what several others set each alone; equal batches give equal losses but for rounding."""
+    """One row sets what several set alone; equal batches give equal losses but for rounding."""
     together = bench.SWITCHES["all together"]
     alone = [changes for name, changes in bench.SWITCHES.items() if name != "all together"]
     assert sum(changes.items() <= together.items() for changes in alone if changes) >= 3

@@ -21,7 +21,7 @@ def live_bytes():
 
 
 def test_live_bytes_sees_a_tensor_and_its_end():
-    """The measure itself: 4 MB more while a tensor lives, a view costs nothing, and as before when it is gone."""
+    """4 MB more while a tensor lives, nothing for a view, and as before when it is gone."""
     before = live_bytes()
     kept = [torch.zeros(1_000_000)]
     kept.append(kept[0][5:])

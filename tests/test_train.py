@@ -16,13 +16,15 @@ from newllm.saving.files import load_sealed
 
 KEYS = {
     "phase1_steps", "phase1_param_change", "phase1_iterations", "converged_ratio", "er_train", "er_val",
-    "er_val_untrained", "er_ceiling", "cold_start_error_10", "contraction", "memory_horizon", "val_loss", "val_ppl",
-    "val_bpb", "val_acc", "val_ppl_untrained_context", "val_ppl_bigram", "val_ppl_kn", "tok_per_s_phase1",
+    "er_val_untrained", "er_ceiling", "cold_start_error_10", "contraction", "memory_horizon", "val_loss",
+    "val_ppl", "val_bpb", "val_acc", "val_ppl_untrained_context", "val_ppl_bigram", "val_ppl_kn",
+    "tok_per_s_phase1",
     "peak_memory_mb", "peak_memory_mb_predicted", "seconds",
 }  # fmt: skip
 TIMES = {
-    "run_id", "date", "seconds", "tok_per_s_phase1", "tok_per_s_phase2", "peak_memory_mb", "peak_memory_mb_predicted",
-    "seconds_phase1", "seconds_phase2", "seconds_training", "saving_share", "saving_share_background",
+    "run_id", "date", "seconds", "tok_per_s_phase1", "tok_per_s_phase2", "peak_memory_mb",
+    "peak_memory_mb_predicted", "seconds_phase1", "seconds_phase2", "seconds_training",
+    "saving_share", "saving_share_background",
 }  # fmt: skip
 
 
@@ -40,7 +42,7 @@ def same(one, other):
 
 
 def test_train_as_a_command_ends_with_the_block_and_leaves_a_checkpoint(tiny_settings):
-    """`python3 train.py` exits 0, prints every key of the block, and the guide's inspection snippet works on its file."""
+    """It exits 0 and prints every key of the block; the guide's snippet works on its file."""
     done = run("train.py", tiny_settings)
     assert done.returncode == 0, done.stderr
     block = dict(line.split(": ", 1) for line in done.stdout.split("\n---\n")[1].splitlines())
@@ -57,7 +59,7 @@ def test_train_as_a_command_ends_with_the_block_and_leaves_a_checkpoint(tiny_set
 
 
 def test_runs_of_one_seed_are_identical_and_a_complete_one_is_reported_again(tiny_settings):
-    """Every metric and every weight agree exactly; the same command after the end changes nothing; another seed gives others."""
+    """Every metric and weight agrees; the same command after the end changes nothing; other seeds differ."""
     summaries, states = [], []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         folder = tiny_settings["checkpoint_dir"] + name
@@ -73,7 +75,7 @@ def test_runs_of_one_seed_are_identical_and_a_complete_one_is_reported_again(tin
 
 @pytest.mark.parametrize("freeze", [True, False])
 def test_a_run_cut_at_any_save_continues_to_the_same_bits(tiny_settings, monkeypatch, freeze):
-    """Whatever save was the last, the resumed run ends with the weights and metrics of an uninterrupted one."""
+    """Whatever save was the last, the run ends with the weights and metrics of an uninterrupted one."""
     config = ResidualConfig(**tiny_settings, freeze_context=freeze)
     whole = train.main(config)
     expected = weights(config.checkpoint_dir)
@@ -116,7 +118,7 @@ def test_a_run_cut_at_any_save_continues_to_the_same_bits(tiny_settings, monkeyp
 
 @pytest.mark.parametrize("freeze", [True, False])
 def test_phase_1_alone_then_both_equals_both_and_frozen_contexts_do_not_move(tiny_settings, freeze):
-    """With freeze_context the context map after Phase 2 is, bit for bit, that of Phase 1; without it is not."""
+    """With freeze_context the context map after Phase 2 is that of Phase 1; without it is not."""
     both = train.main(ResidualConfig(**tiny_settings, freeze_context=freeze))
     folder = tiny_settings["checkpoint_dir"] + "_apart"
     apart = ResidualConfig(**tiny_settings | {"checkpoint_dir": folder}, freeze_context=freeze, phase="1")
@@ -142,7 +144,7 @@ def test_a_larger_budget_starts_its_own_run_and_keeps_the_old(tiny_settings):
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_difference(tiny_settings, tmp_path, capsys):
-    """The sentence names the setting and both values, or the data; the file is untouched. A new schedule is a warning."""
+    """The sentence names the setting or the data; the file is untouched. A new schedule is a warning."""
     source = write_dialogues(tmp_path / "own.jsonl", 30)
     settings = tiny_settings | dict(data_source=str(source), untrained_control=False, phase="1")
     config = ResidualConfig(**settings)
@@ -208,7 +210,7 @@ def test_bad_input_of_the_command_is_exit_status_2(tiny_settings):
 
 @pytest.mark.parametrize("name", ["cache_dir", "checkpoint_dir"])
 def test_folders_may_be_links_to_folders_and_nothing_else(tiny_settings, tmp_path, name):
-    """The sentence says what is in the way; for a dangling link, that Drive is not mounted. A link stays a link."""
+    """The sentence says what is in the way; for a dangling link, that Drive is not mounted."""
     in_the_way, link = tmp_path / "file", tmp_path / "link"
     in_the_way.write_text("keep me")
     with pytest.raises(UserError, match="is a file"):

@@ -155,9 +155,8 @@ class EpochLoop:
             self.quick_every = self.config.val_quick_every_n_batches
             self.quick = quick_subset(phase.num_validation, self.config.val_quick_frac, self.config.seed)
             self.state.quick_subset = order_digest("", self.quick)[:12]
-        if (
-            self.state.best
-        ):  # a run killed between the two files has a newer best than its state, which is as true
+        if self.state.best:
+            # A run killed between the two files has a newer best than its state, which is as true.
             self.best = self.saver.load_best(phase.stage)
             self.state.best = self.best["metrics"]
         phase.model.train()

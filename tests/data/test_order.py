@@ -27,7 +27,7 @@ def test_epoch_order_is_a_function_of_its_arguments():
 
 
 def test_a_batch_is_found_by_arithmetic():
-    """The same samples as cutting the whole order into batches, for every batch of many shapes; and which batch it is."""
+    """The same samples as cutting the whole order, for every batch of many shapes; and its number."""
     for samples in (1, 2, 3, 7, 12, 50, 97):
         order = epoch_order(samples, 42, "phase1", 0)
         for batches in range(1, samples + 1):
@@ -40,7 +40,7 @@ def test_a_batch_is_found_by_arithmetic():
 
 
 def test_whatever_sizes_follow_each_other_each_sample_comes_once():
-    """Batches of another size before every batch: the epoch in its order, none larger than the largest of its own cutting."""
+    """Another size before every batch: the epoch in its order, none larger than of its own cutting."""
     source = random.Random(0)
     for _ in range(300):
         samples, done = source.randint(1, 60), 0
@@ -56,7 +56,7 @@ def test_whatever_sizes_follow_each_other_each_sample_comes_once():
 
 
 def test_quick_checks_divide_an_epoch():
-    """Half-way where an epoch has few batches, else about so many batches apart; never at the end, and none where none is due."""
+    """Half-way where an epoch has few batches, else about so many apart; never at the end."""
 
     def at(samples, batches, every):
         order, done, found = torch.arange(samples), 0, []

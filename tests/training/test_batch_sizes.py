@@ -1,4 +1,4 @@
-"""Any batch size may follow any other, at any moment: each sample once an epoch, sums over one pass, the schedule to its end."""
+"""Any batch size may follow any other: each sample once an epoch, means of it, the schedule to its end."""
 
 import dataclasses
 import itertools
@@ -25,7 +25,8 @@ SAMPLES, EPOCHS = 13, 3
 def config(tiny_settings):
     own = dict(
         num_samples=SAMPLES, phase1_max_iterations=EPOCHS, phase2_epochs=EPOCHS, patience=EPOCHS,
-        phase1_convergence_threshold=1e-9, untrained_control=False, min_batches=1, val_quick_every_n_batches=2,
+        phase1_convergence_threshold=1e-9, untrained_control=False, min_batches=1,
+        val_quick_every_n_batches=2,
     )  # fmt: skip
     return ResidualConfig(**tiny_settings | own)
 
@@ -71,7 +72,7 @@ def check_passes(seen, state):
 
 
 def journey(config, places, source):
-    """Stop again and again, each time after a few batches, and go on with other batches, contexts now here and now there."""
+    """Stop every few batches, and go on with other sizes, contexts now here and now there."""
     latest = Path(config.checkpoint_dir) / "model_latest.pt"
     while True:
         sizes = dict(phase1_batch_size=source.randint(1, 8), min_batches=source.randint(1, 9))
@@ -107,7 +108,7 @@ def test_each_sample_comes_once_an_epoch_whatever_the_batches(config, seen, seed
 
 @pytest.mark.parametrize("memory", [0, 512])
 def test_fewer_batches_than_are_done(config, seen, memory, capsys):
-    """Stopped behind batch 8 of 10 and continued with 2: what is left is one batch, in both phases. The place is said in words."""
+    """Stopped behind batch 8 of 10, continued with 2: what is left is one batch. The place is said."""
     config = dataclasses.replace(config, min_batches=10, context_memory_mb=memory)
     stop_after(config, 8)
     config = dataclasses.replace(config, min_batches=2)

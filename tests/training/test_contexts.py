@@ -1,4 +1,4 @@
-"""Contexts and features in files: the same run to the bit, however it was cut off, and no silent use of what was damaged."""
+"""Contexts and features in files: the same run to the bit, and no silent use of what was damaged."""
 
 import dataclasses
 from pathlib import Path
@@ -117,7 +117,7 @@ def test_cut_off_in_any_batch_it_goes_on_to_the_same_bits(whole):
 
 @pytest.mark.parametrize("harm", ["lost", "damaged"])
 def test_without_its_files_a_run_says_so_and_goes_on(tiny_settings, capsys, harm):
-    """Contexts are computed again from the weights; the run is complete, and nobody believes it is the same one."""
+    """Contexts are computed again from the weights; nobody believes that it is the same run."""
     config = ResidualConfig(**tiny_settings, **SPILLED, untrained_control=False)
     stop_after(config, 5)
     for path in Path(config.checkpoint_dir).glob(FILES):

@@ -1,4 +1,4 @@
-"""The epoch loop: its state in checkpoints, what it says of itself before an epoch is over, and who it needs."""
+"""The epoch loop: its state in checkpoints, what it says within an epoch, and whom it needs."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def quick_rows(config):
 
 
 def test_what_a_run_says_within_an_epoch(config, capsys, monkeypatch):
-    """First loss and quick checks, the place where a restart goes on: the same before and after one, without a changed bit."""
+    """First loss, quick checks, the place where a restart goes on: the same after one, to the bit."""
     without = dataclasses.replace(
         config, val_quick_every_n_batches=0, checkpoint_dir=config.checkpoint_dir + "_without"
     )
@@ -98,7 +98,7 @@ def test_a_place_in_words(stage, position, words):
 
 
 def test_a_state_is_read_from_what_checkpoints_carry():
-    """Its own dict with whatever lies beside it, and the names that earlier checkpoints had for the epoch and its means."""
+    """Its own dict with what lies beside it, and the names in earlier checkpoints."""
     state = State(epoch=2, samples=3, sums={"cvfp": 0.5}, best={"loss": 1.0}, parts=4)
     own = dataclasses.asdict(state) | {"iteration": 2, "optimizer": {}, "contexts": None}
     assert State.of(own, "iteration") == State.of(own, "epoch") == state
@@ -111,7 +111,7 @@ def test_a_state_is_read_from_what_checkpoints_carry():
 
 
 def test_a_phase_trains_without_record_and_disk(config, tmp_path, capsys):
-    """The loop alone gives the losses of the run, prints nothing, writes nothing, and tells who watches of each step."""
+    """The loop alone gives the run's losses, prints and writes nothing, and tells who watches."""
     config = dataclasses.replace(config, phase1_max_iterations=0)
     train.main(config)
     history = state_of(config)["phase2_history"]

@@ -1,4 +1,4 @@
-"""What a run will do is what it then does: parameters, batches and tokens of each stage, in banner, doctor and record."""
+"""What a run will do is what it then does: parameters and batches, in banner, doctor and record."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_plan_is_what_trains(tiny_settings, monkeypatch, capsys, name):
-    """Against what the optimizers got and how many steps they took; banner, record and doctor say the same."""
+    """Against what the optimizers got and how many steps they took; banner and doctor say the same."""
     if name == "adapter":
         pytest.importorskip("peft")
     trained, real = [], loop.make_optimizer

@@ -23,7 +23,7 @@ def model():
 
 @pytest.fixture
 def taker(runtime):
-    """Function of an optimizer: takes steps on a loss that is given as a function, and returns the gradient's norm."""
+    """Function of an optimizer: steps on a loss that is given as a function; returns the gradient's norm."""
 
     def make(optimizer, max_norm=1.0, runtime=runtime):
         eager = SimpleNamespace(compiled=False, forget=lambda: None)

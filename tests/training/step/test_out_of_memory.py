@@ -1,4 +1,4 @@
-"""A batch that does not fit into memory is computed in parts, to the same steps, in training and evaluation."""
+"""A batch that does not fit into memory is computed in parts, to the same steps and figures."""
 
 import dataclasses
 import functools
@@ -69,7 +69,7 @@ def taking(runtime):
 
 @pytest.mark.parametrize("kind", NO_MEMORY)
 def test_a_batch_that_does_not_fit_is_done_again_in_parts(taking, kind):
-    """Half-accumulated gradients are dropped, random numbers are those of a first attempt, and the plan is kept."""
+    """Half-made gradients are dropped, random numbers are those of a first attempt, the plan is kept."""
     (take, parameter, notes), drawn, state = taking, [], State()
 
     def gradients(parts):
@@ -123,7 +123,7 @@ def test_no_memory_for_the_update_stops_with_a_sentence(taking, monkeypatch):
 
 @pytest.mark.parametrize("freeze", [True, False])
 def test_a_run_short_of_memory_keeps_its_effective_batch(tiny_settings, monkeypatch, capsys, freeze):
-    """Two samples at a time where four are a batch, also after a restart: same steps and order, and the same losses to rounding."""
+    """Two samples at a time where four are a batch, also after a restart: same steps, same losses."""
     settings = tiny_settings | dict(dropout=0.0, freeze_context=freeze, context_noise=0.1)
     whole = main(ResidualConfig(**settings))
     monkeypatch.setattr(phase1, "sweep", sweep_of_two)

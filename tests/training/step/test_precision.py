@@ -9,17 +9,17 @@ from newllm.training.step import OptimizerStep
 from train import main
 
 STEPS = 200
-# Twice what was seen. Of the largest too: Phase 1 ends at a fortieth of it, where rounding no longer shrinks with the loss.
+# Twice what was seen. Of the largest too: where Phase 1 ends, rounding no longer shrinks with the loss.
 TOLERANCE, TOLERANCE_OF_LARGEST = 0.05, 0.02
 SETTINGS = dict(
-    phase1_max_iterations=40, phase1_min_converged_ratio=1.0, phase1_convergence_threshold=1e-9, phase2_epochs=40,
-    patience=40, min_batches=5, num_samples=15, context_dim=32, embed_dim=32, num_layers=2, dropout=0.0,
+    phase1_max_iterations=40, phase1_min_converged_ratio=1.0, phase1_convergence_threshold=1e-9,
+    phase2_epochs=40, patience=40, min_batches=5, num_samples=15, context_dim=32, embed_dim=32, num_layers=2, dropout=0.0,
     untrained_control=False, save_checkpoint=False,
 )  # fmt: skip
 
 
 def test_the_loss_curve_of_bf16_is_that_of_fp32(tiny_settings, monkeypatch):
-    """Over 200 steps of either phase, at each of them; and the curves fall, so that there is something to follow."""
+    """At each of 200 steps of either phase; and the curves fall, so that there is something to follow."""
     config, taken, take = ResidualConfig(**tiny_settings | SETTINGS), [], OptimizerStep.__call__
 
     def noted(self, *arguments):
