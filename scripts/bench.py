@@ -313,9 +313,8 @@ def main(config, as_json=False, switches=True):
     device = describe_device(open_runtime(config))
     say(f"device: {device}; samples of {config.max_seq_length} tokens\n")
     changed = []
-    if (
-        switches
-    ):  # before the parts: a process begins with the peak of the one that started it, still small here
+    if switches:
+        # Before the parts: a process begins with the peak of the one that started it, still small here.
         with Interrupt():
             changed = bench_switches(config, say)
     parts = bench(config, say)

@@ -54,9 +54,8 @@ def make_plan(config, num_samples, model, device):
 
     if context and config.untrained_control:
         trainable = head
-        if (
-            model.output is not None and model.embedding.weight.requires_grad
-        ):  # which only the map reads there
+        if model.output is not None and model.embedding.weight.requires_grad:
+            # Untied, only the map reads the embedding, and there it is kept as it is.
             trainable -= model.embedding.weight.numel()
         add("untrained", config.phase2_epochs, config.phase2_batch_size, trainable, flops.frozen)
     if context and config.phase1_max_iterations:

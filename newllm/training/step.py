@@ -80,9 +80,8 @@ class OptimizerStep:
                 if not memory and not self.step.compiled:
                     raise
                 reason = reason_of(error)
-            if (
-                done is None
-            ):  # out here: inside `except` the traceback keeps the failed attempt's tensors alive
+            if done is None:
+                # Out here: inside `except` the traceback keeps the failed attempt's tensors alive.
                 self._change_plan(memory, reason, count, state, where)
         return self._update(done[0], state, where), *done[1:]
 
