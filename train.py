@@ -196,11 +196,8 @@ class Run:
 
 
 def flags(parser):
-    help_text = (
-        "everything up to the first step: what is in effect, memory, disk, checkpoint; only the data's cache "
-        "is written"
-    )
-    parser.add_argument("--dry_run", action="store_true", help=help_text)
+    what = "say what is in effect, memory, disk and checkpoint, and end before the first step"
+    parser.add_argument("--dry_run", action="store_true", help=what)
 
 
 if __name__ == "__main__":

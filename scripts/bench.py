@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from statistics import median
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import torch
 
@@ -62,18 +62,9 @@ TRANSFORMER = dict(model_type="transformer", freeze_context=False, whiten_contex
 PART_COLUMNS = ("part", "tok/s", "GFLOP/s", "of matrix rate", "x per-token loop")
 SWITCH_COLUMNS = ("one switch at a time", "Phase 1 tok/s", "Phase 2 tok/s", "loss", "peak MB")
 LOSS_NOTE = (
-    "loss: of the second epoch over the same random ids; rows of equal batches differ in it by rounding "
-    "alone, or compute something else.\nIt does not show which switch is the first to a given validation "
-    "loss: scripts.compare does."
+    "loss: of the second epoch over the same random ids; rows of equal batches differ in it by rounding.\n"
+    "Which switch is the first to a given validation loss is for scripts.compare."
 )
-
-
-class Samples(NamedTuple):
-    """What Phase 2 reads of its data."""
-
-    train: torch.Tensor
-    val: torch.Tensor
-    token_bytes: torch.Tensor
 
 
 class Bench:
@@ -184,7 +175,7 @@ class Bench:
     def _training(self, batch_size):
         ids = self.ids[: (ROUNDS + 1) * batch_size]
         config = dataclasses.replace(self.config, num_samples=len(ids), **TWO_EPOCHS)
-        return config, Samples(ids, ids[:1], self.token_bytes)
+        return config, SimpleNamespace(train=ids, val=ids[:1], token_bytes=self.token_bytes)
 
     def _train(self, phase, config):
         """Two epochs of full batches: speeds from one batch's end to the next one's, within the second."""

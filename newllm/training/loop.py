@@ -76,17 +76,11 @@ class State:
         whole = {"epoch": saved[counter], "sums": means} | saved
         return cls(**{name.name: whole[name.name] for name in fields(cls) if name.name in whole})
 
-
-def position_of(epoch, epochs, done, count, batches):
-    """A place within a stage: complete passes, samples of the pass in hand and its batches."""
-    return {
-        "epoch": epoch,
-        "epochs": epochs,
-        "batch": int(batches_done(count, batches, done)),
-        "batches": batches,
-        "sample": done,
-        "samples": count,
-    }
+    def position(self, epochs, count, batches):
+        """The place within a stage of so many epochs, samples an epoch and batches an epoch."""
+        batch = int(batches_done(count, batches, self.samples))
+        place = {"epoch": self.epoch, "epochs": epochs, "batch": batch, "batches": batches}
+        return place | {"sample": self.samples, "samples": count}
 
 
 class EpochLoop:
@@ -221,9 +215,7 @@ class EpochLoop:
         phase, state = self.phase, self.state
         metrics, timing = {}, {}
         if phase.num_validation:
-            started = time.monotonic()
-            metrics = self._validate(torch.arange(phase.num_validation))
-            state.seconds_validation = time.monotonic() - started
+            metrics, state.seconds_validation = self._validate(torch.arange(phase.num_validation))
             timing = {"seconds_validation": state.seconds_validation}
         figures = {
             "grad_norm": state.grad_norm,
@@ -242,11 +234,9 @@ class EpochLoop:
         self._say(phase.line(state.epoch, row, figures))
         if metrics and (not state.best or metrics["loss"] < state.best["loss"]):
             state.best = metrics | {"epoch": state.epoch}
-            weights = phase.model.trained_state().items()
-            self.best = {
-                "metrics": state.best,
-                "weights": {name: tensor.detach().clone() for name, tensor in weights},
-            }
+            trained = phase.model.trained_state().items()
+            weights = {name: tensor.detach().clone() for name, tensor in trained}
+            self.best = {"metrics": state.best, "weights": weights}
         in_files = phase.contexts is not None and phase.contexts.in_files
         needed = due or in_files or self._finished()
         self._save(names=["model_epoch.pt"], optional=not needed)
@@ -255,8 +245,10 @@ class EpochLoop:
 
     @timed("validation")
     def _validate(self, samples):
+        """(metrics, seconds) of validation samples."""
+        started = time.monotonic()
         try:
-            return self.phase.validate(samples)
+            return self.phase.validate(samples), time.monotonic() - started
         except Stopped:
             self._save()
             raise
@@ -266,16 +258,15 @@ class EpochLoop:
     def _quick_check(self):
         """The fixed subset alone, within an epoch: an early sign, of no consequence for the training."""
         phase, state, full = self.phase, self.state, self.state.seconds_validation
-        started = time.monotonic()
-        metrics = self._validate(self.quick)
-        seconds, size = time.monotonic() - started, len(self.quick)
+        metrics, seconds = self._validate(self.quick)
+        size, subset = len(self.quick), state.quick_subset
         if self.log:
-            about = dict(steps=state.steps, samples=size, subset=state.quick_subset, seconds=seconds)
-            self.log.log(f"{phase.stage}_quick", **about, seconds_full=full, **metrics)
+            about = dict(steps=state.steps, samples=size, subset=subset, seconds=seconds, seconds_full=full)
+            self.log.log(f"{phase.stage}_quick", **about, **metrics)
         whole = "the full one ends the epoch" if full is None else f"the last full one {full:.1f}s"
         self._say(
             f"{phase.stage} | batch {self._position()['batch']}/{self.batches} | quick validation ({size}/"
-            f"{phase.num_validation} samples, subset {state.quick_subset}, {seconds:.1f}s; {whole}): "
+            f"{phase.num_validation} samples, subset {subset}, {seconds:.1f}s; {whole}): "
             f"loss {metrics['loss']:.4f}"
         )
 
@@ -286,15 +277,15 @@ class EpochLoop:
             return
         whole = asdict(state) | {phase.counter: state.epoch} | optimizer_state(self.runtime, self.optimizer)
         begun = state.epoch + 1 if state.samples else state.epoch
-        how = dict(names=names, optional=optional, position=self._position())
+        label, before = f"{phase.stage}_{phase.counter}_{begun}", None
         if phase.contexts:
-            whole["contexts"] = phase.contexts.state()
-            how["before"] = phase.contexts.sync
-        self.saver.save(f"{phase.stage}_{phase.counter}_{begun}", phase.model, whole, self.best, **how)
+            whole["contexts"], before = phase.contexts.state(), phase.contexts.sync
+        self.saver.save(
+            label, phase.model, whole, self.best, names, optional, before, position=self._position()
+        )
 
     def _position(self):
-        state = self.state
-        return position_of(state.epoch, self.phase.epochs, state.samples, self.count, self.batches)
+        return self.state.position(self.phase.epochs, self.count, self.batches)
 
     def _say(self, line):
         if self.log and line:

@@ -20,7 +20,7 @@ from newllm.report.record import find_records
 from newllm.report.runlog import read_rows
 from newllm.saving.files import load_sealed
 from newllm.saving.state import place
-from newllm.training.loop import EpochLoop, State, position_of
+from newllm.training.loop import EpochLoop, State
 from newllm.training.runtime import open_runtime
 from scripts import status
 
@@ -93,7 +93,9 @@ def test_another_subset_has_another_digest():
 )
 def test_a_place_in_words(stage, position, words):
     """Between stages, within an epoch, in its validation, behind the last one, and at the end."""
-    position = position_of(*position, 3) if position else None
+    if position:
+        epoch, epochs, done, count = position
+        position = State(epoch=epoch, samples=done).position(epochs, count, batches=3)
     assert place({"stage": stage, "position": position, "step": 7}) == words
 
 
