@@ -1,13 +1,11 @@
-"""Train a model: data, untrained row, Phase 1, Phase 2, report. Run it again and it continues where it was cut off.
+"""Train a model: data, untrained row, Phase 1, Phase 2, report. Run it again and it continues.
 
 python3 train.py                      # values of config.py
 python3 train.py --num_samples 781    # every value is also a flag; --help lists them
-python3 train.py --dry_run            # everything up to the first step, and what it would take; trains and changes nothing
+python3 train.py --dry_run            # what a run would do and take; trains and changes nothing
 """
 
 import copy
-import time
-from datetime import UTC, datetime
 
 from config import ResidualConfig
 from newllm.clock import Clock, timed
@@ -18,30 +16,20 @@ from newllm.evaluate import bpb_by_context, evaluate_contexts
 from newllm.flags import parse_args
 from newllm.memory import free_memory
 from newllm.models.baselines import Baseline, build_model
-from newllm.models.network import LanguageModel
 from newllm.models.ngram import ngram_rows
 from newllm.models.pretrained import load_embedding, require_own_ids, require_peft
-from newllm.phases.phase1 import train_phase1
-from newllm.phases.phase2 import train_phase2
+from newllm.phases.phase1 import Phase1
+from newllm.phases.phase2 import Phase2
 from newllm.progress import Progress
-from newllm.report.page import artifact_paths, write_artifacts
-from newllm.report.record import RunLog, new_run_id, read_record
-from newllm.report.summary import banner, context_line, curves, plain, summarize
-from newllm.saving.checkpoint import Checkpointer, provenance, require_space
+from newllm.report.record import RunLog, new_run_id
+from newllm.report.summary import context_line
+from newllm.saving.checkpoint import Checkpointer, require_space
 from newllm.saving.stop import Interrupt
-from newllm.saving.trained import save_model
+from newllm.training.account import announce, leave_model, report
 from newllm.training.dry_run import preview
-from newllm.training.effects import unused_lines
+from newllm.training.loop import EpochLoop
 from newllm.training.memory_estimate import predicted_peak
-from newllm.training.plan import make_plan
-from newllm.training.runtime import (
-    compile_cost,
-    describe_device,
-    gpu_utilization,
-    open_runtime,
-    peak_memory_mb,
-)
-from newllm.training.tracking import start_tracking
+from newllm.training.runtime import describe_device, gpu_utilization, open_runtime, peak_memory_mb
 
 
 def main(config, dry_run=False, sources=(load_data, load_embedding)):
@@ -58,27 +46,28 @@ def main(config, dry_run=False, sources=(load_data, load_embedding)):
         UserError: bad settings, data, checkpoint or a training that diverged.
         Stopped: a signal or max_minutes ended the run early; everything is saved.
     """
-    if config.whiten_context and config.model_type == "context" and not config.freeze_context:
-        raise UserError(
-            "whiten_context whitens contexts that no longer change: use --freeze_context with it."
-        )
-    if config.context_adapter != "none":
-        require_peft()
     with Interrupt(config.max_minutes, config.save_checkpoint) as interrupt, Clock():
         with timed("loading"):
             runtime = open_runtime(config)
-        interrupt.alone = runtime.group.size == 1
-        with runtime.group.run():
+        group = runtime.group
+        interrupt.alone = group.size == 1
+        with group.run():
             with timed("loading"):
                 data, model, peak = load(config, runtime, *sources)
             if dry_run:
                 return preview(config, runtime, data, model, peak)
-            with Checkpointer(config, data.fingerprint, new_run_id(), runtime.group) as checkpointer:
+            with Checkpointer(config, data.fingerprint, new_run_id(), group) as checkpointer:
                 if checkpointer.writes:
                     require_space(checkpointer.folder, model, config, runtime.storage_dtype)
-                how = runtime.group.is_main, lambda: checkpointer.owns, gpu_utilization
-                with RunLog(config.checkpoint_dir, data.source, checkpointer.run_id, *how) as log:
-                    return run_stages(config, runtime, data, model, checkpointer, log, peak)
+                whose = dict(writes=group.is_main, owns=lambda: checkpointer.owns, gauge=gpu_utilization)
+                with RunLog(config.checkpoint_dir, data.source, checkpointer.run_id, **whose) as log:
+                    log.mend(checkpointer.record)
+                    announce(config, runtime, data, model, log, checkpointer.notes)
+                    run = Run(config, runtime, data, model, checkpointer, log)
+                    run.untrained_row()
+                    run.phase1()
+                    run.phase2()
+                    return report(config, runtime, data, model, checkpointer, log, peak)
 
 
 def load(config, runtime, load_data, load_embedding):
@@ -87,208 +76,131 @@ def load(config, runtime, load_data, load_embedding):
     Raises:
         UserError: they cannot be had, or do not fit each other or the other processes.
     """
+    if config.whiten_context and config.model_type == "context" and not config.freeze_context:
+        raise UserError("whiten_context whitens contexts that no longer change: use --freeze_context too.")
+    if config.whiten_context and runtime.group.size > 1:
+        raise UserError("whiten_context is fitted by one process on all samples: start it without torchrun.")
+    if config.context_adapter != "none":
+        require_peft()
     with runtime.group.main_first():
         data = load_data(config, Progress)
         pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
         require_own_ids(config.embeddings, tokenizer_choice(config))
     runtime.group.require_same("data", data.fingerprint)
-    if config.whiten_context and runtime.group.size > 1:
-        raise UserError("whiten_context is fitted by one process on all samples: start it without torchrun.")
     peak = predicted_peak(config, data.vocab_size, runtime)
     model = build_model(config, data.vocab_size, pretrained).to(runtime.device)
     model.start_at_frequencies(data.train[:, 1:])
     return data, model, peak
 
 
-def begin_record(config, runtime, data, model, checkpointer, log):
-    """Say and write down what is in effect; returns the line about the device."""
-    log.mend(checkpointer.record)
-    if config.trackers != "none" and log.writes:
-        folder = log.folder.parent / "tracking" / log.run_id
-        log.follow = start_tracking(runtime.accelerator, config.trackers, folder, config.to_dict(), log.warn)
-    kernel = (
-        model.attention_in_effect(runtime.device, runtime.storage_dtype)
-        if isinstance(model, Baseline)
-        else None
-    )
-    device, plan = describe_device(runtime), make_plan(config, len(data.train), model, runtime.device)
-    for line in banner(
-        config, device, data, model, plan, [f"attention: {kernel or 'none'}", *checkpointer.notes]
-    ):
-        log.say(line)
-    about = dict(
-        device=device, attention=kernel or "none", data=data.notes, fingerprint=data.fingerprint, plan=plan
-    )
-    log.log("start", config=config.to_dict(), **about, **provenance())
-    log.plan(plan)
-    for line in unused_lines(config, runtime.device.type == "cpu", data.tokenizer.name):
-        log.warn(line)
-    for line in checkpointer.notes:
-        if line.startswith("warning"):
-            log.log("warning", message=line)
-    return device
+class Run:
+    """The stages of a run. One that an earlier session has completed is left out."""
 
+    def __init__(self, config, runtime, data, model, checkpointer, log):
+        self.config = config
+        self.runtime = runtime
+        self.data = data
+        self.model = model
+        self.checkpointer = checkpointer
+        self.log = log
+        self.device = describe_device(runtime)
+        self.learns_context = bool(model.context_parameters())
+        self.has_steps = not isinstance(model, Baseline)
 
-def run_stages(config, runtime, data, model, checkpointer, log, predicted_peak_mb):
-    """The story: untrained row, Phase 1, Phase 2, report."""
-    device = begin_record(config, runtime, data, model, checkpointer, log)
-
-    @timed("contexts")
-    def measure_contexts():
-        log.say("measuring contexts: rank, convergence, memory")
-        found = evaluate_contexts(model, data, config, runtime.device, Progress)
-        free_memory()  # its probes hold more than training does at small sizes
-        return found
-
-    learns_context = bool(model.context_parameters())
-    if not checkpointer.is_done("untrained"):
-        results = dict(checkpointer.reused)  # what another run of the folder has, to the bit
+    def untrained_row(self):
+        """What every later figure stands beside: counting, and the same network and head without Phase 1."""
+        data, log = self.data, self.log
+        if self.checkpointer.is_done("untrained"):
+            return
+        results = dict(self.checkpointer.reused)  # what another run of the folder has, to the bit
         if "ngrams" not in results:
             log.say("counting n-grams")
             with timed("n-grams"):
                 results["ngrams"] = ngram_rows(data.train.numpy(), data.val.numpy(), data.vocab_size)
-        if learns_context and "contexts" not in results:
-            results["contexts"] = measure_contexts()
-        if learns_context and config.untrained_control and "head" not in results:
+        if self.learns_context and "contexts" not in results:
+            results["contexts"] = self.measure_contexts()
+        if self.learns_context and self.config.untrained_control and "head" not in results:
             log.say("\n== Untrained network: the same head on contexts that nothing has trained ==")
-            control = copy.deepcopy(model)
+            control = copy.deepcopy(self.model)
             control.keep_context_embedding()
             log.say(context_line("untrained", results["contexts"]))
             with timed("untrained control"):
-                results["head"] = train_phase2(
-                    control, data, config, runtime, log, checkpointer, "untrained", True
-                )
+                results["head"] = self.train_head(control, "untrained", freeze_context=True)
             del control
-        checkpointer.complete("untrained", model, results)
-        runtime.accelerator.free_memory()  # of the optimizers it has prepared
-        free_memory()
+        self.complete("untrained", results)
 
-    if not learns_context and not checkpointer.is_done("phase1"):
-        checkpointer.complete("phase1", model, {})
-    if not checkpointer.is_done("phase1"):
+    def phase1(self):
+        """The context map by sweeps, without labels."""
+        config, log = self.config, self.log
+        if self.checkpointer.is_done("phase1"):
+            return
+        if not self.learns_context:
+            self.complete("phase1", {})
+            return
         log.say("\n== Phase 1: contexts ==")
         with timed("Phase 1"):
-            training = train_phase1(model, data, config, runtime, log, checkpointer)
-        contexts = measure_contexts()
-        log.say(context_line("untrained", checkpointer.results["untrained"]["contexts"]))
+            folder = self.checkpointer.folder
+            training = self.train(Phase1(self.model, self.data.train, config, self.runtime, folder))
+        contexts = self.measure_contexts()
+        log.say(context_line("untrained", self.checkpointer.results["untrained"]["contexts"]))
         log.say(context_line("phase 1", contexts))
-        results = {"training": training, "contexts": contexts, "device": device}
-        checkpointer.complete("phase1", model, results | {"peak_memory_mb": peak_memory_mb()})
-        model.zero_grad()
-        runtime.accelerator.free_memory()
+        self.complete("phase1", {"training": training, "contexts": contexts, "device": self.device})
+
+    def phase2(self):
+        """The language model on these contexts; the best of its epochs is kept."""
+        config, runtime, data, model, log = self.config, self.runtime, self.data, self.model, self.log
+        if config.phase != "both" or self.checkpointer.is_done("phase2"):
+            return
+        frozen = self.has_steps and (config.freeze_context or not self.learns_context)
+        kind = f"model type {config.model_type}"
+        if self.learns_context:
+            kind += f", contexts {'frozen' if frozen else 'fine-tuned'}"
+        log.say(f"\n== Phase 2: next-token prediction, {kind} ==")
+        with timed("Phase 2"):
+            head = self.train_head(model, "phase2", frozen)
+        results = {"head": head, "device": self.device}
+        if self.learns_context and not frozen:
+            results["contexts"] = self.measure_contexts()
+            log.say(context_line("phase 2", results["contexts"]))
+        if self.has_steps and not config.whiten_context:
+            log.say("measuring what the model uses of its context")
+            with timed("contexts"):
+                results["bpb_by_context"] = bpb_by_context(
+                    model, data.val, data.token_bytes, runtime.autocast, runtime.device, Progress
+                )
+        if config.artifacts and config.save_checkpoint and log.writes:
+            leave_model(config, data, model, head, log)
+        self.complete("phase2", results)
+
+    def train_head(self, model, stage, freeze_context):
+        folder = self.checkpointer.folder
+        phase = Phase2(model, self.data, self.config, self.runtime, folder, stage, freeze_context)
+        return self.train(phase)
+
+    def train(self, phase):
+        return EpochLoop(phase, self.config, self.runtime, self.log, self.checkpointer).run()
+
+    @timed("contexts")
+    def measure_contexts(self):
+        self.log.say("measuring contexts: rank, convergence, memory")
+        measured = evaluate_contexts(self.model, self.data, self.config, self.runtime.device, Progress)
+        free_memory()  # its probes hold more than training does at small sizes
+        return measured
+
+    def complete(self, stage, results):
+        """Make the results of a stage part of the checkpoint, and give back what training it took."""
+        self.checkpointer.complete(stage, self.model, results | {"peak_memory_mb": peak_memory_mb()})
+        self.model.zero_grad()
+        self.runtime.accelerator.free_memory()  # of the optimizers it has prepared
         free_memory()
 
-    if config.phase == "both" and not checkpointer.is_done("phase2"):
-        frozen = isinstance(model, LanguageModel) and (config.freeze_context or not learns_context)
-        how = (
-            f"model type {config.model_type}"
-            + f", contexts {'frozen' if frozen else 'fine-tuned'}" * learns_context
-        )
-        log.say(f"\n== Phase 2: next-token prediction, {how} ==")
-        with timed("Phase 2"):
-            head = train_phase2(model, data, config, runtime, log, checkpointer, "phase2", frozen)
-        results = {"head": head, "device": device}
-        if learns_context and not frozen:
-            results["contexts"] = measure_contexts()
-            log.say(context_line("phase 2", results["contexts"]))
-        if isinstance(model, LanguageModel) and not config.whiten_context:
-            log.say("measuring what the model uses of its context")
-            how = data.token_bytes, runtime.autocast, runtime.device, Progress
-            with timed("contexts"):
-                results["bpb_by_context"] = bpb_by_context(model, data.val, *how)
-        if config.artifacts and config.save_checkpoint and log.writes:
-            about = {
-                "run_id": log.run_id,
-                "data_source": data.source,
-                "metrics": plain(head),
-                "data_fingerprint": data.fingerprint,
-                **provenance(),
-            }
-            path = artifact_paths(log.folder.parent, config.model_type, log.run_id)["model"]
-            with timed("saving"):
-                attempt(log, lambda: save_model(path, model, config, data.tokenizer, about))
-        checkpointer.complete("phase2", model, results | {"peak_memory_mb": peak_memory_mb()})
 
-    unsaved = checkpointer.unsaved
-    waited, written = checkpointer.saving_share
-    summary = {
-        **identity(log.run_id, device, checkpointer),
-        **summarize(config, data, checkpointer.results),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "peak_memory_mb": highest_peak(checkpointer.results),
-        "peak_memory_mb_predicted": predicted_peak_mb,
-        "seconds": checkpointer.seconds,
-        "saving_share": waited,
-        "saving_share_background": written,
-        **(compile_cost() if runtime.compile else {}),
-    }
-    log.log("curves", **curves(checkpointer.results))
-    log.log("summary", **summary)
-    if config.artifacts and log.writes:
-        with timed("report"):
-            attempt(log, lambda: log.say(f"report: {write_artifacts(read_record(log.path))['report']}"))
-    log.log("times", seconds=checkpointer.seconds, **checkpointer.times)
-    log.finish(summary, **end_of(config, checkpointer))
-    if unsaved:
-        raise UserError(f"the last checkpoint could not be written ({unsaved}): free the disk and run again.")
-    return summary | curves(checkpointer.results)
-
-
-def identity(run_id, device, checkpointer):
-    """Which run made the figures, when, on what, by which commit; of one that was complete already, as it was then."""
-    results = checkpointer.results.get("phase2") or checkpointer.results["phase1"]
-    when = datetime.fromtimestamp(checkpointer.saved_at or time.time(), UTC)
-    return {
-        "run_id": run_id,
-        "date": when.isoformat(timespec="seconds"),
-        "device": results.get("device", device),
-        "commit": provenance()["git_commit"],
-    }
-
-
-def highest_peak(results):
-    """Peak memory in MB over the sessions that completed a stage and this one, which may have trained nothing."""
-    return max(peak_memory_mb(), *(stage.get("peak_memory_mb", 0.0) for stage in results.values()))
-
-
-def end_of(config, checkpointer):
-    """Where a complete run is, for its status: also where nothing was left to do, on a machine that did not train it."""
-    end = {"saved_at": checkpointer.saved_at}
-    if head := checkpointer.results.get("phase2", {}).get("head"):
-        end |= {
-            "stage": "phase2",
-            "epoch": head["epochs"],
-            "epochs": config.phase2_epochs,
-            "best_val_loss": head["loss"],
-        }
-    elif training := checkpointer.results["phase1"]["training"]:
-        end |= {
-            "stage": "phase1",
-            "epoch": training["phase1_iterations"],
-            "epochs": config.phase1_max_iterations,
-        }
-    return end
-
-
-def attempt(log, write):
-    """Call a function that writes what the run could do without: a disk that refuses costs that, not the run."""
-    try:
-        write()
-    except OSError as error:
-        log.warn(
-            f"warning: {error.filename or 'an artefact'} cannot be written ({error.strerror or error}); the run goes on"
-        )
-    except UserError as error:  # the record has gaps, for the same reason
-        log.warn(f"warning: no report: {error}")
+def flags(parser):
+    what = "say what is in effect, memory, disk and checkpoint, and end before the first step"
+    parser.add_argument("--dry_run", action="store_true", help=what)
 
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        help_text = "everything up to the first step: what is in effect, memory, disk, checkpoint; only the data's cache is written"
-        flag = dict(action="store_true", help=help_text)
-        settings, arguments = parse_args(
-            ResidualConfig,
-            description=__doc__.splitlines()[0],
-            extra=lambda parser: parser.add_argument("--dry_run", **flag),
-        )
+        settings, arguments = parse_args(ResidualConfig, description=__doc__.splitlines()[0], extra=flags)
         main(settings, arguments.dry_run)

@@ -1,4 +1,4 @@
-"""Every random number of a run is a function of the seed, the purpose and the step, so no generator state is ever saved."""
+"""Every random number is a function of seed, purpose and step, so that no generator state is ever saved."""
 
 import hashlib
 import json

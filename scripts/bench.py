@@ -1,94 +1,52 @@
-"""How fast this machine does each part: tokens per second, share of its own matrix rate, ratio to a per-token loop.
+"""How fast this machine does each part: tokens per second, share of its matrix rate, ratio to a plain loop.
 
     python3 -m scripts.bench                  # the network of config.py; every setting is a flag
     python3 -m scripts.bench --json
 
-Parts are timed one after the other in one process (newllm/training/timing.py). The matrix rates are those of the same process
-at the shapes used (forward and both gradients), so a share says what is left to gain on this machine, whatever machine it
-is. Only matrix products count as arithmetic. Switches are compared before that, each in a process of its own, whose peak
-memory is then its own too; the last two are the baseline Transformer, end to end, with either backend of its attention.
-A speed is the median of a few steps, with the slowest and the fastest.
+Parts are timed one after the other in one process, on random ids. The matrix rates are those of the same
+process at the shapes used (forward and both gradients), so a share says what is left to gain on this machine,
+whatever machine it is. Only matrix products count as arithmetic. Switches are compared before that, each in a
+process of its own, whose peak memory is then its own too; the last two are the baseline Transformer, end to
+end, with either backend of its attention. A speed is the median of a few steps, with the slowest and the
+fastest.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import json
-import statistics
+import sys
+import tempfile
+import time
+from statistics import median
+from types import SimpleNamespace
+
+import torch
 
 from config import ResidualConfig
 from newllm.apart import call_apart
 from newllm.errors import exit_on_user_error
+from newllm.evaluate import trajectories
+from newllm.fixed_point.solver import sweep
 from newllm.flags import parse_args
+from newllm.generate import generate
+from newllm.models.baselines import build_model
 from newllm.models.cross_entropy import CHUNK_ELEMENTS
+from newllm.phases.phase1 import Phase1
+from newllm.phases.phase2 import Phase2
 from newllm.report.compare import table
 from newllm.saving.stop import Interrupt
-from newllm.training.runtime import describe_device, open_runtime, peak_memory_mb
-from newllm.training.timing import Bench
+from newllm.training.loop import EpochLoop
+from newllm.training.plan import Flops
+from newllm.training.runtime import STORAGE_DTYPE, describe_device, open_runtime, peak_memory_mb
 
-PART_COLUMNS = ("part", "tok/s", "GFLOP/s", "of matrix rate", "x per-token loop")
-SWITCH_COLUMNS = ("one switch at a time", "Phase 1 tok/s", "Phase 2 tok/s", "loss", "peak MB")
-LOSS_NOTE = (
-    "loss: of the second epoch over the same random ids; rows of equal batches differ in it by rounding alone, or compute "
-    "something else.\nIt does not show which switch is the first to a given validation loss: scripts.compare does."
-)
+ROUNDS = 3  # timed repetitions of a part (calls, or steps of an epoch), after one that is not
+LOOP_TOKENS = 32  # tokens of the per-token loop, which takes a while for each
 VOCABULARIES = (4096, 50257)
-
-
-def bench(config, say):
-    """Time all parts; `say` takes a line of progress.
-
-    Returns:
-        List of rows: part, tok_per_s [median, lowest, highest], gflops, share (of its time, that its products take at the rates measured for their
-        shapes, in the precision in effect), ratio (to the per-token loop; None where that has no counterpart).
-    """
-    main, result, rates = Bench(config, VOCABULARIES[0]), [], {}
-    used, width = main.runtime.precision, config.context_dim + config.embed_dim
-    shapes = {"map": (config.phase1_batch_size * config.max_seq_length, width, width)}
-    for vocab_size in VOCABULARIES:
-        rows = min(config.phase2_batch_size * config.max_seq_length, CHUNK_ELEMENTS // vocab_size)
-        shapes[vocab_size] = rows, config.embed_dim, vocab_size
-    for precision in dict.fromkeys(("fp32", used)):
-        for name, (rows, inputs, outputs) in shapes.items():
-            rate = rates[precision, name] = main.matrix_rate(rows, inputs, outputs, precision)
-            part = f"products {precision}, {rows} x {inputs} x {outputs}"
-            result.append(dict(part=part, tok_per_s=None, gflops=rate / 1e9, share=1.0, ratio=None))
-            say(f"{part}: {rate / 1e9:,.0f} GFLOP/s")
-
-    def add(part, speeds, *work, base=None):
-        """A row; work: (FLOP a token, FLOP/s of products of that shape), one pair a shape."""
-        tok_per_s = statistics.median(speeds)
-        gflops, share = (
-            tok_per_s * sum(n for n, _ in work) / 1e9,
-            tok_per_s * sum(n / rate for n, rate in work),
-        )
-        ratio = base and tok_per_s / statistics.median(base)
-        result.append(dict(part=part, tok_per_s=spread(speeds), gflops=gflops, share=share, ratio=ratio))
-        say(f"{part}: {tok_per_s:,.0f} tok/s, {share:.0%} of the matrix rate")
-
-    flops, single, rate = main.flops, rates["fp32", "map"], rates[used, "map"]
-    loop, training_loop = main.per_token_loop(False), main.per_token_loop(True)
-    add("per-token loop, forward", loop, (flops.map, single), base=loop)
-    add("per-token loop, forward + backward", training_loop, (3 * flops.map, single), base=training_loop)
-    add("Phase 1 sweep, forward", main.sweep_forward(), (flops.map, rate), base=loop)
-    add("Phase 1, loss + backward + step", main.phase1(), (flops.phase1, rate), base=training_loop)
-    for sequences in (1, config.num_samples):
-        add(
-            f"step by step, {sequences} sequences at once",
-            main.sequential(sequences),
-            (flops.map, rate),
-            base=loop,
-        )
-    for vocab_size in VOCABULARIES:
-        each, logits = Bench(config, vocab_size), 3 * 2 * config.embed_dim * vocab_size
-        for name, freeze, total in (
-            ("frozen", True, each.flops.frozen),
-            ("fine-tuned", False, each.flops.fine_tuned),
-        ):
-            work = (total - logits, rate), (logits, rates[used, vocab_size])
-            add(f"Phase 2 {name}, V = {vocab_size:,}", each.phase2(freeze), *work)
-        add(f"generation, V = {vocab_size:,}", each.generation(), (each.flops.generation, single))
-    return result
-
-
+TWO_EPOCHS = dict(
+    min_batches=1, phase1_max_iterations=2, phase2_epochs=2, patience=2, save_checkpoint=False,
+    phase1_convergence_threshold=1e-9, val_quick_every_n_batches=0,
+)  # fmt: skip
 SWITCHES = {  # name: settings that differ
     "as configured": {},
     "precision fp32": {"precision": "fp32"},
@@ -99,36 +57,222 @@ SWITCHES = {  # name: settings that differ
     "gradient through 1 sweep": {"gradient_sweeps": 1},
     "all together": {"compile": True, "phase1_batch_size": 48, "phase2_batch_size": 48, "gradient_sweeps": 1},
 }
-
-
 ATTENTION = ("sdpa", "eager")  # names of transformers; training always takes the first
 TRANSFORMER = dict(model_type="transformer", freeze_context=False, whiten_context=False)
+PART_COLUMNS = ("part", "tok/s", "GFLOP/s", "of matrix rate", "x per-token loop")
+SWITCH_COLUMNS = ("one switch at a time", "Phase 1 tok/s", "Phase 2 tok/s", "loss", "peak MB")
+LOSS_NOTE = (
+    "loss: of the second epoch over the same random ids; rows of equal batches differ in it by rounding.\n"
+    "Which switch is the first to a given validation loss is for scripts.compare."
+)
 
 
-def time_switch(config):
-    """Phase 1 and fine-tuned Phase 2 of one configuration, its loss, and the peak memory of the process that trained both."""
-    return _timed(Bench(config, VOCABULARIES[0]), lambda each: each.phase1())
+class Bench:
+    """A configuration's network, random ids and runtime, and how long each of its parts takes.
+
+    Each part is a list of tokens per second. A baseline has no Phase 1 and no steps: of its parts there is
+    `phase2` alone.
+
+    Attributes:
+        loss: training loss of the last epoch of Phase 2 that was timed; None before.
+    """
+
+    def __init__(self, config, vocab_size):
+        self.config, self.runtime, self.flops = config, open_runtime(config), Flops(config, vocab_size)
+        self.device, self.loss = self.runtime.device, None
+        samples = (ROUNDS + 1) * max(config.phase1_batch_size, config.phase2_batch_size)
+        generator = torch.Generator().manual_seed(0)
+        shape = samples, config.max_seq_length + 1
+        self.ids = torch.randint(vocab_size, shape, generator=generator).int()
+        self.token_bytes = torch.ones(vocab_size)
+        self.model = build_model(config, vocab_size).to(self.device)
+
+    def now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def rates(self, amount, function):
+        """Amount a second of each of ROUNDS calls, after one that is not timed."""
+        ends = [self.now()]
+        for _ in range(ROUNDS + 1):
+            function()
+            ends.append(self.now())
+        return [amount / (end - start) for start, end in itertools.pairwise(ends[1:])]
+
+    def matrix_rate(self, rows, inputs, outputs, precision):
+        """FLOP/s of the three products of a layer inputs -> outputs on so many rows."""
+        shapes, dtype = ((rows, inputs), (outputs, inputs), (rows, outputs)), STORAGE_DTYPE[precision]
+        x, weight, gradient = (torch.randn(*shape, device=self.device).to(dtype) for shape in shapes)
+        # Into memory that is there: new pages for large results, cleared first, would count as arithmetic.
+        x_gradient, weight_gradient, y = (torch.empty_like(operand) for operand in (x, weight, gradient))
+
+        def products():
+            torch.mm(x, weight.T, out=y)
+            torch.mm(gradient, weight, out=x_gradient)
+            torch.mm(gradient.T, x, out=weight_gradient)
+
+        return median(self.rates(3 * 2 * rows * inputs * outputs, products))
+
+    def per_token_loop(self, training):
+        """One token at a time, each with its own call and, in training, its own backward pass."""
+        ids = self.ids.flatten()[:LOOP_TOKENS].long().to(self.device)
+        tokens = self.model.embed(ids).detach()
+        old = torch.zeros(len(ids), self.config.context_dim, device=self.device)
+
+        def loop():
+            context = old[0]
+            for token, before in zip(tokens, old, strict=True):
+                with torch.set_grad_enabled(training):
+                    context, _ = self.model.step(context.detach(), token)
+                    if training:
+                        (context - before).square().mean().backward()
+
+        return self.rates(LOOP_TOKENS, loop)
+
+    def sweep_forward(self):
+        """One sweep over a batch, without gradient."""
+        ids = self.ids[: self.config.phase1_batch_size, :-1].long().to(self.device)
+        contexts = torch.randn(*ids.shape, self.config.context_dim, device=self.device)
+        contexts = contexts.to(self.runtime.storage_dtype)
+
+        def once():
+            with torch.no_grad(), self.runtime.autocast():
+                sweep(self.model.step, contexts, self.model.embed(ids))
+
+        return self.rates(ids.numel(), once)
+
+    def sequential(self, sequences):
+        """Step by step, with so many sequences at once."""
+        ids, runtime = self.ids[:1].expand(sequences, -1), self.runtime
+
+        def once():
+            trajectories(self.model, ids, runtime.autocast, runtime.device, runtime.storage_dtype)
+
+        return self.rates(sequences * self.config.max_seq_length, once)
+
+    def generation(self):
+        """Greedy, one sequence, in fp32: for one token, converting the weights costs more than using them."""
+
+        def once():
+            list(generate(self.model, [0], LOOP_TOKENS, seed=0, temperature=0))
+
+        return self.rates(LOOP_TOKENS, once)
+
+    def phase1(self):
+        """Phase 1's steps as train.py runs them."""
+        config, samples = self._training(self.config.phase1_batch_size)
+        phase = Phase1(self.model, samples.train, config, self.runtime, tempfile.gettempdir())
+        return self._train(phase, config)
+
+    def phase2(self, freeze_context):
+        """Phase 2's steps as train.py runs them."""
+        config, samples = self._training(self.config.phase2_batch_size)
+        folder = tempfile.gettempdir()
+        phase = Phase2(self.model, samples, config, self.runtime, folder, "phase2", freeze_context)
+        return self._train(phase, config)
+
+    def _training(self, batch_size):
+        ids = self.ids[: (ROUNDS + 1) * batch_size]
+        config = dataclasses.replace(self.config, num_samples=len(ids), **TWO_EPOCHS)
+        return config, SimpleNamespace(train=ids, val=ids[:1], token_bytes=self.token_bytes)
+
+    def _train(self, phase, config):
+        """Two epochs of full batches: speeds from one batch's end to the next one's, within the second."""
+        ends = []
+
+        def watch(epoch, tokens):
+            ends.append((epoch, tokens, self.now()))
+
+        loop = EpochLoop(phase, config, self.runtime, watch=watch)
+        with contextlib.redirect_stdout(sys.stderr):  # progress is no result, and would spoil the JSON
+            loop.run()
+        self.loss = loop.history.get("train_loss", [None])[-1]
+        second = [(tokens, end) for epoch, tokens, end in ends if epoch == 1]
+        pairs = itertools.pairwise(second)
+        return [(tokens - before) / (end - start) for (before, start), (tokens, end) in pairs]
 
 
-def time_attention(config, backend):
-    """The same of a Transformer, which has no Phase 1, with this attention backend."""
-    each = Bench(config, VOCABULARIES[0])
-    each.model.body.set_attn_implementation(backend)
-    return _timed(each, lambda each: None)
+def bench(config, say):
+    """Time all parts; `say` takes a line of progress.
+
+    Returns:
+        List of rows: part, tok_per_s [median, lowest, highest], gflops, share (of its time, that its products
+        take at the rates measured for their shapes, in the precision in effect), ratio (to the per-token
+        loop; None where that has no counterpart).
+    """
+    main, rows = Bench(config, VOCABULARIES[0]), []
+    rates = _matrix_rates(main, rows, say)
+
+    def add(part, speeds, *work, base=None):
+        """A row; work: (FLOP a token, FLOP/s of products of that shape), one pair a shape."""
+        tok_per_s = median(speeds)
+        row = {"part": part, "tok_per_s": spread(speeds)}
+        row["gflops"] = tok_per_s * sum(flops for flops, _ in work) / 1e9
+        row["share"] = tok_per_s * sum(flops / rate for flops, rate in work)
+        row["ratio"] = tok_per_s / median(base) if base else None
+        rows.append(row)
+        say(f"{part}: {tok_per_s:,.0f} tok/s, {row['share']:.0%} of the matrix rate")
+
+    used, flops = main.runtime.precision, main.flops
+    single, rate = rates["fp32", "map"], rates[used, "map"]
+    loop, training_loop = main.per_token_loop(False), main.per_token_loop(True)
+    add("per-token loop, forward", loop, (flops.map, single), base=loop)
+    add("per-token loop, forward + backward", training_loop, (3 * flops.map, single), base=training_loop)
+    add("Phase 1 sweep, forward", main.sweep_forward(), (flops.map, rate), base=loop)
+    add("Phase 1, loss + backward + step", main.phase1(), (flops.phase1, rate), base=training_loop)
+    for sequences in (1, config.num_samples):
+        part = f"step by step, {sequences} sequences at once"
+        add(part, main.sequential(sequences), (flops.map, rate), base=loop)
+    for vocab_size in VOCABULARIES:
+        other, logits = Bench(config, vocab_size), 3 * 2 * config.embed_dim * vocab_size
+        head = logits, rates[used, vocab_size]
+        frozen, fine_tuned = other.flops.frozen - logits, other.flops.fine_tuned - logits
+        add(f"Phase 2 frozen, V = {vocab_size:,}", other.phase2(True), (frozen, rate), head)
+        add(f"Phase 2 fine-tuned, V = {vocab_size:,}", other.phase2(False), (fine_tuned, rate), head)
+        add(f"generation, V = {vocab_size:,}", other.generation(), (other.flops.generation, single))
+    return rows
 
 
-def _timed(each, phase1):
-    speeds = {"phase1_tok_per_s": spread(phase1(each)), "phase2_tok_per_s": spread(each.phase2(False))}
-    return speeds | {"loss": each.loss, "peak_memory_mb": peak_memory_mb()}
+def _matrix_rates(main, rows, say):
+    """{(precision, "map" or a size of the vocabulary): FLOP/s of products of that shape}, each also a row."""
+    config, rates = main.config, {}
+    width, batch = config.context_dim + config.embed_dim, config.phase2_batch_size * config.max_seq_length
+    shapes = {"map": (config.phase1_batch_size * config.max_seq_length, width, width)}
+    for vocab_size in VOCABULARIES:
+        shapes[vocab_size] = min(batch, CHUNK_ELEMENTS // vocab_size), config.embed_dim, vocab_size
+    for precision in dict.fromkeys(("fp32", main.runtime.precision)):
+        for name, (tokens, inputs, outputs) in shapes.items():
+            rate = rates[precision, name] = main.matrix_rate(tokens, inputs, outputs, precision)
+            part = f"products {precision}, {tokens} x {inputs} x {outputs}"
+            rows.append(dict(part=part, tok_per_s=None, gflops=rate / 1e9, share=1.0, ratio=None))
+            say(f"{part}: {rate / 1e9:,.0f} GFLOP/s")
+    return rates
+
+
+def time_switch(config, attention=None):
+    """Both phases of one configuration, its loss, and the peak memory of the process that trained them.
+
+    Args:
+        attention: backend of a Transformer, which has no Phase 1.
+    """
+    timed = Bench(config, VOCABULARIES[0])
+    if attention:
+        timed.model.body.set_attn_implementation(attention)
+    return {
+        "phase1_tok_per_s": None if attention else spread(timed.phase1()),
+        "phase2_tok_per_s": spread(timed.phase2(False)),
+        "loss": timed.loss,
+        "peak_memory_mb": peak_memory_mb(),
+    }
 
 
 def bench_switches(config, say):
-    """Training with one setting changed at a time, as a list of rows: the switch, and what its process measured."""
+    """Training with one setting changed at a time: rows of the switch, and what its process measured."""
     runs = {name: (time_switch, dataclasses.replace(config, **changes)) for name, changes in SWITCHES.items()}
     transformer = dataclasses.replace(config, **TRANSFORMER)
-    runs |= {
-        f"Transformer, attention {backend}": (time_attention, transformer, backend) for backend in ATTENTION
-    }
+    for backend in ATTENTION:
+        runs[f"Transformer, attention {backend}"] = time_switch, transformer, backend
     rows = []
     for name, run in runs.items():
         rows.append({"switch": name} | call_apart(*run))
@@ -137,8 +281,7 @@ def bench_switches(config, say):
 
 
 def spread(speeds):
-    """[median, lowest, highest] of a list; None of None."""
-    return speeds and [statistics.median(speeds), min(speeds), max(speeds)]
+    return [median(speeds), min(speeds), max(speeds)]
 
 
 def shown_speed(speed):
@@ -151,7 +294,7 @@ def shown_part(row):
 
 
 def shown_switch(row):
-    speeds = (shown_speed(row[phase]) for phase in ("phase1_tok_per_s", "phase2_tok_per_s"))
+    speeds = shown_speed(row["phase1_tok_per_s"]), shown_speed(row["phase2_tok_per_s"])
     return row["switch"], *speeds, f"{row['loss']:.4f}", f"{row['peak_memory_mb']:,.0f}"
 
 
@@ -160,10 +303,11 @@ def main(config, as_json=False, switches=True):
     say = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
     device = describe_device(open_runtime(config))
     say(f"device: {device}; samples of {config.max_seq_length} tokens\n")
-    with (
-        Interrupt()
-    ):  # before the parts: a process begins with the peak of the one that started it, still small here
-        changed = bench_switches(config, say) if switches else []
+    changed = []
+    if switches:
+        # Before the parts: a process begins with the peak of the one that started it, still small here.
+        with Interrupt():
+            changed = bench_switches(config, say)
     parts = bench(config, say)
     if as_json:
         print(json.dumps({"device": device, "config": config.to_dict(), "parts": parts, "switches": changed}))
@@ -173,14 +317,12 @@ def main(config, as_json=False, switches=True):
         print("\n" + "\n".join([*table(SWITCH_COLUMNS, map(shown_switch, changed)), LOSS_NOTE]))
 
 
+def flags(parser):
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument("--no_switches", action="store_true", help="leave out the second table")
+
+
 if __name__ == "__main__":
     with exit_on_user_error():
-        config, arguments = parse_args(
-            ResidualConfig,
-            description=__doc__.splitlines()[0],
-            extra=lambda parser: (
-                parser.add_argument("--json", action="store_true", help="one JSON object instead of tables"),
-                parser.add_argument("--no_switches", action="store_true", help="leave out the second table"),
-            ),
-        )
+        config, arguments = parse_args(ResidualConfig, description=__doc__.splitlines()[0], extra=flags)
         main(config, arguments.json, not arguments.no_switches)

@@ -13,8 +13,8 @@ from config import ResidualConfig
 from newllm.models.baselines import BASELINES, build_model
 from newllm.training import memory_estimate
 from newllm.training.memory_estimate import memory_table, predicted_peak
-from newllm.training.optim import make_optimizer
 from newllm.training.runtime import open_runtime
+from newllm.training.step import make_optimizer
 from scripts import doctor
 
 V = 300

@@ -1,4 +1,4 @@
-"""Which samples come when: a function of seed, stage and epoch, so that resuming costs nothing and changes nothing."""
+"""Which samples come when: a function of seed, stage and epoch, so resuming costs and changes nothing."""
 
 import hashlib
 
@@ -8,27 +8,29 @@ from newllm.seeding import derived_generator
 
 
 def epoch_order(num_samples, seed, stage, epoch):
-    """Order of the samples in an epoch: int64 [num_samples], a permutation that depends on the arguments alone.
+    """Order of the samples in an epoch: int64 [num_samples], a permutation.
 
-    So resuming at any batch costs nothing for the batches before it, and no global random state is involved.
+    It depends on the arguments alone, so resuming at any batch costs nothing for the batches before it, and no
+    global random state is involved.
     """
     return torch.randperm(num_samples, generator=derived_generator(num_samples, seed, stage, epoch))
 
 
 def order_digest(digest, samples):
-    """The digest (hex, "" at first) of all sample ids so far, extended by those of one more batch: equal orders, equal digests."""
+    """The digest (hex, "" at first) of all sample ids so far, extended by those of one more batch."""
     return hashlib.sha256(digest.encode() + samples.long().numpy().tobytes()).hexdigest()
 
 
 def batch_count(num_samples, batch_size, min_batches):
-    """Batches of an epoch: of about batch_size samples, of fewer where a small budget would give under min_batches."""
+    """Batches of an epoch: of about batch_size samples, of fewer where that would give under min_batches."""
     return max(num_samples // batch_size, min(min_batches, num_samples))
 
 
 def batches_done(num_samples, batches, done):
-    """How many batches of an epoch its first `done` samples are, when it is cut into `batches` nearly equal parts, the larger first.
+    """How many batches of an epoch its first `done` samples are, a float.
 
-    A float: a whole number between two batches, a broken one where the epoch was begun with another batch size.
+    The epoch is cut into `batches` nearly equal parts, the larger first. The number is whole between two of
+    them, and broken where the epoch was begun with another batch size.
     """
     size, larger = divmod(num_samples, batches)
     edge = larger * (size + 1)
@@ -36,10 +38,10 @@ def batches_done(num_samples, batches, done):
 
 
 def next_batch(order, batches, done):
-    """The samples that follow the first `done` of an epoch's order: the next of its `batches` nearly equal parts.
+    """The samples that follow the first `done` of an epoch's order: the next of its nearly equal parts.
 
-    Where `done` lies between two of their bounds, as after a change of the batch size, what is left of the epoch is cut anew,
-    into parts that are no larger.
+    Where `done` lies between two of their bounds, as after a change of the batch size, what is left of the
+    epoch is cut anew, into parts that are no larger.
     """
     left, at = len(order) - done, batches_done(len(order), batches, done)
     parts = batches - int(at) if at.is_integer() else -(-left // -(-len(order) // batches))
@@ -49,8 +51,8 @@ def next_batch(order, batches, done):
 def quick_check_due(num_samples, batches, every, before, done):
     """Whether a quick check belongs after a batch that took an epoch from `before` to `done` samples.
 
-    They divide an epoch evenly, with one half-way at least and about `every` batches between two at most; 0: none. None at
-    the epoch's end, where all is checked.
+    They divide an epoch evenly, with one half-way at least and about `every` batches between two at most;
+    0: none. None at the epoch's end, where all is checked.
     """
     if not every or done == num_samples:
         return False

@@ -23,7 +23,6 @@ import torch
 
 from newllm import __version__
 from newllm.clock import Clock, timed
-from newllm.data.order import batches_done
 from newllm.errors import UserError
 from newllm.saving import files, runs
 from newllm.saving.backup import Backup, SaveThread
@@ -270,7 +269,7 @@ class Checkpointer:
         """Take note of where training is.
 
         Args:
-            position: of `position_of`. steps: of the stage.
+            position: of newllm.training.loop.State. steps: of the stage.
 
         Returns:
             What the status says of it: the position, the step of the run, the time of the last save.
@@ -300,7 +299,7 @@ class Checkpointer:
             names: further names to keep it by, which `runs.states` knows.
             optional: leave it out while the save before is still being written; the next one holds the same and more.
             before: called before anything is written, in the thread that writes.
-            position: of `position_of`, of a stage that has begun.
+            position: of newllm.training.loop.State, of a stage that has begun.
 
         Raises:
             Stopped: when a signal or the time limit asks for it, and the state is on disk.
@@ -551,12 +550,6 @@ def snapshot(value):
     if isinstance(value, dict):
         return {key: snapshot(part) for key, part in value.items()}
     return [snapshot(part) for part in value] if isinstance(value, list | tuple) else value
-
-
-def position_of(rounds_done, rounds, done, count, batches):
-    """A place within a stage, for its state and its status: rounds over the samples, samples of the round in hand, batches."""
-    batch = int(batches_done(count, batches, done))
-    return dict(epoch=rounds_done, epochs=rounds, batch=batch, batches=batches, sample=done, samples=count)
 
 
 def place(content):

@@ -1,23 +1,133 @@
-"""The contexts of all training samples between the batches of Phase 1: what a sweep starts from, and what it makes.
+"""What is kept for each sample between steps: contexts of Phase 1, and what the head reads of a frozen map.
 
-An iteration touches each sample once, so in memory the new contexts take the place of the old ones. In files they do not: an
-iteration reads one file and writes the other. So what the last saved state needs is still there when a process is killed,
-and a checkpoint carries only the rows' checksums.
+Rows lie in memory, or in files where they would take more of it than `context_memory_mb`. A file is read and
+written, not mapped: the pages of a mapping would count as memory of this process.
+Shapes: N samples, B sequences, T tokens, C context width, E embedding width.
 """
 
+import contextlib
+import os
+import tempfile
+import zlib
 from pathlib import Path
 
 import torch
 
-from newllm.evaluate import trajectories
+from newllm.clock import timed
+from newllm.errors import UserError
+from newllm.evaluate import SEQUENCES_AT_A_TIME, trajectories
+from newllm.fixed_point.losses import covariance
 from newllm.training.runtime import STORAGE_DTYPE
-from newllm.training.sample_store import SampleStore
 
 FILES = "contexts_*.bin"  # only Phase 1 needs them
 LOST = (
-    "warning: the files with the stored contexts are gone, damaged or of another number of processes: contexts are computed "
-    "again, and this run no longer ends with the bits of one that never stopped"
+    "warning: the files with the stored contexts are gone, damaged or of another number of processes: "
+    "contexts are computed again, and this run no longer ends with the bits of one that never stopped"
 )
+SAMPLES_AT_A_TIME = 32  # that are copied from one place to another
+WHITENING_FLOOR = 1e-3  # of the mean variance: directions with less are left as small as they are
+WHITENING_TOKENS = 100_000
+
+
+class SampleStore:
+    """[count, *shape] on `device`, all zeros at first. Reading and writing take an int64 tensor of indices.
+
+    Args:
+        path: a file that may already hold rows; a folder for a file without a name, which ends with the
+            process; None for memory.
+
+    Attributes:
+        rows: the tensor itself, in memory.
+        digests: CRC-32 of each row in a file, -1 where none has been written (int64 [count]); None in memory.
+
+    Raises:
+        UserError: by reading and writing too, when the file refuses.
+    """
+
+    def __init__(self, count, shape, dtype, device, path=None):
+        self.shape, self.dtype, self.device = tuple(shape), dtype, device
+        self.path, self.digests = path, None
+        if path is None:
+            self.rows = torch.zeros(count, *self.shape, dtype=dtype, device=device)
+            return
+        self.digests = torch.full((count,), -1)
+        with self._said():
+            if Path(path).is_dir():
+                self._file = tempfile.TemporaryFile(dir=path)  # noqa: SIM115, open as long as the store
+            else:
+                self._file = open(path, "r+b" if os.path.exists(path) else "w+b")  # noqa: SIM115
+
+    def __len__(self):
+        return len(self.rows if self.digests is None else self.digests)
+
+    @timed("fetching rows")
+    def __getitem__(self, samples):
+        if self.digests is None:
+            return self.rows[samples.to(self.device, non_blocking=True)]
+        rows = torch.zeros(len(samples), *self.shape, dtype=self.dtype)
+        with self._said():
+            for sample, row in zip(samples.tolist(), _bytes_of(rows), strict=True):
+                if self.digests[sample] >= 0:
+                    self._file.seek(sample * len(row))
+                    self._file.readinto(row)
+        return rows.to(self.device, non_blocking=True)
+
+    @timed("fetching rows")
+    def __setitem__(self, samples, rows):
+        if self.digests is None:
+            self.rows[samples.to(self.device, non_blocking=True)] = rows.to(self.device, self.dtype)
+            return
+        written = {}
+        with self._said():
+            for sample, row in zip(samples.tolist(), _bytes_of(rows.to("cpu", self.dtype)), strict=True):
+                self._file.seek(sample * len(row))
+                self._file.write(row)
+                written[sample] = zlib.crc32(row)
+            self._file.flush()
+        for sample, digest in written.items():
+            self.digests[sample] = digest
+
+    def adopt(self, digests):
+        """Take over the rows that the file holds already.
+
+        Returns:
+            Whether every row that has a digest is there and is the one it was made for.
+        """
+        self.digests.copy_(digests)
+        (row,) = _bytes_of(torch.zeros(1, *self.shape, dtype=self.dtype))
+        for sample in (digests >= 0).nonzero().flatten().tolist():
+            self._file.seek(sample * len(row))
+            if self._file.readinto(row) < len(row) or zlib.crc32(row) != digests[sample]:
+                return False
+        return True
+
+    def forget(self):
+        """As if nothing had been written."""
+        self.digests.fill_(-1)
+
+    def sync(self):
+        """Onto the disk, so that a state saved afterwards can rely on it."""
+        if self.digests is not None:
+            os.fsync(self._file.fileno())
+
+    def close(self):
+        if self.digests is not None:
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _said(self):
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"contexts cannot be kept in files at {self.path} ({error.strerror or error}): mend that, or "
+                "raise --context_memory_mb, and run again to continue from the last checkpoint."
+            ) from error
+
+
+def _bytes_of(rows):
+    """Rows [n, ...] of a CPU tensor as n arrays of their bytes, sharing its memory where it is contiguous."""
+    return rows.contiguous().flatten(1).view(torch.uint8).numpy()
 
 
 def contexts_in_files(config, dtype):
@@ -26,31 +136,36 @@ def contexts_in_files(config, dtype):
 
 
 class StoredContexts:
-    """Contexts of the samples that this process owns; zeros at first.
+    """Contexts of the samples that this process owns: what a sweep of Phase 1 reads, and what it makes.
+
+    An iteration touches each sample once, so in memory the new contexts take the place of the old ones. In files
+    they do not: an iteration reads one file and writes the other. So what the last saved state needs is still
+    there when a process is killed, and a checkpoint carries only the rows' checksums.
 
     Args:
-        data, config, runtime: of the run. folder: where files lie if contexts are in files.
+        num_samples: N. config, runtime: of the run. folder: where files lie if contexts are in files.
     """
 
-    def __init__(self, data, config, runtime, folder):
-        self.group, self.num_samples = runtime.group, len(data.train)
-        self.own, self.turns = self.group.owned_of(self.num_samples), 0
-        self.folder, self.precision = Path(folder), runtime.precision
-        self.paths = self._paths(self.precision)
-        shape = config.max_seq_length, config.context_dim
-        self._described = len(self.own), shape, runtime.storage_dtype, runtime.device
+    def __init__(self, num_samples, config, runtime, folder):
+        self.runtime, self.group, self.num_samples = runtime, runtime.group, num_samples
+        self.own, self.turns = self.group.owned_of(num_samples), 0
+        self.folder, self.shape = Path(folder), (config.max_seq_length, config.context_dim)
         self.in_files = contexts_in_files(config, runtime.storage_dtype)
-        if self.in_files:
-            places = (
-                self.paths if config.save_checkpoint else (folder, folder)
-            )  # unsaved, they are nobody's but ours
-            self._stores = [SampleStore(*self._described, place) for place in places]
+        self._kept = self.in_files and config.save_checkpoint  # else nobody comes back for the files
+        if self._kept:
+            self._stores = self._named_stores(runtime.precision)
+        elif self.in_files:
+            self._stores = [self._store(runtime.precision, folder) for _ in range(2)]
         else:
-            self._stores = [SampleStore(*self._described)] * 2
+            self._stores = [self._store(runtime.precision, None)] * 2
 
-    def _paths(self, precision):
-        """Of both files, of FILES. Named by their type: contexts in another must not overwrite those of the last saved state."""
-        return [self.folder / f"contexts_{self.group.rank}_{number}_{precision}.bin" for number in range(2)]
+    def _store(self, precision, path):
+        return SampleStore(len(self.own), self.shape, STORAGE_DTYPE[precision], self.runtime.device, path)
+
+    def _named_stores(self, precision):
+        """Both files. Named by their type: contexts in another must not overwrite those of the last state."""
+        names = [f"contexts_{self.group.rank}_{number}_{precision}.bin" for number in range(2)]
+        return [self._store(precision, self.folder / name) for name in names]
 
     @property
     def _old(self):
@@ -64,8 +179,8 @@ class StoredContexts:
         """What a sweep over samples [b] of this process starts from: [b, T, C]."""
         return self._old[samples // self.group.size]
 
-    def __setitem__(self, samples, contexts_BTC):
-        self._new[samples // self.group.size] = contexts_BTC
+    def __setitem__(self, samples, contexts_bTC):
+        self._new[samples // self.group.size] = contexts_bTC
 
     def turn(self):
         """The iteration is complete: what it made is what the next one starts from."""
@@ -78,51 +193,49 @@ class StoredContexts:
         return self._of_all(torch.arange(count), self.__getitem__)
 
     def state(self):
-        """For a checkpoint: all contexts [N, T, C], or the checksums of their rows in both files [2, N] and which is which."""
+        """For a checkpoint: all contexts [N, T, C], or the checksums of their rows in both files [2, N]."""
         samples = torch.arange(self.num_samples)
         if not self.in_files:
             return self._old.rows if self.group.size == 1 else self._of_all(samples, self.__getitem__)
         digests = [
-            self._of_all(samples, lambda own, s=s: s.digests[own // self.group.size]) for s in self._stores
+            self._of_all(samples, lambda own, store=store: store.digests[own // self.group.size])
+            for store in self._stores
         ]
-        written = {"turns": self.turns, "processes": self.group.size, "precision": self.precision}
+        written = {"turns": self.turns, "processes": self.group.size, "precision": self.runtime.precision}
         return {"digests": torch.stack(digests), **written}
 
-    def restore(self, saved, model, data, runtime, note):
-        """Continue from what `state` returned: contexts in memory or in files, then and now, and of any type then.
+    def restore(self, saved, recomputed, note):
+        """Continue from what `state` returned, with contexts in memory or in files, then and now.
 
         Args:
-            note: takes a line when files are not what they were and contexts have to be computed again, step by step with
-                the model's weights as they are.
+            recomputed: function of samples [b] that gives their contexts, by the model's weights as they are.
+            note: takes a line when files are not what they were, so that contexts are computed again.
         """
         if isinstance(saved, torch.Tensor):
             self._fill(lambda samples: saved[samples])
             return
         self.turns = saved["turns"]
-        precision = saved.get("precision", self.precision)
-        paths = self._paths(precision)
-        shared = self.in_files and self._stores[0].path == paths[0]
-        described = *self._described[:2], STORAGE_DTYPE[precision], runtime.device
-        stores = self._stores if shared else [SampleStore(*described, path) for path in paths]
-        known = (
-            "precision" in saved and saved["processes"] == self.group.size
-        )  # else nobody knows what the bytes mean
-        digests = saved["digests"][:, self.own] if known else None
-        if digests is None or not all(store.adopt(each) for store, each in zip(stores, digests, strict=True)):
-            note(LOST)
-            for store in stores:
-                store.forget()
-            how = runtime.autocast, runtime.device, runtime.storage_dtype
-            self._fill(lambda samples: trajectories(model, data.train[samples], *how)[0])
-        elif not shared:
-            old, new = stores[self.turns % 2], stores[(self.turns + 1) % 2]
-            made = (new.digests >= 0).view(-1, 1, 1)
+        precision = saved.get("precision", self.runtime.precision)
+        own_files = self._kept and precision == self.runtime.precision
+        stores = self._stores if own_files else self._named_stores(precision)
+        digests = saved["digests"][:, self.own]
+        # Of an unknown type, or cut up for another number of processes, nobody knows what the bytes mean.
+        readable = "precision" in saved and saved["processes"] == self.group.size
+        if readable and all(store.adopt(own) for store, own in zip(stores, digests, strict=True)):
+            if not own_files:
+                self._fill(lambda samples: self._newest(stores, samples))
+            return
+        note(LOST)
+        for store in stores:
+            store.forget()
+        self._fill(recomputed)
 
-            def newest(samples):
-                rows = samples // self.group.size
-                return torch.where(made[rows].to(runtime.device), new[rows], old[rows])
-
-            self._fill(newest)
+    def _newest(self, stores, samples):
+        """Of two files: the row that the iteration in hand has made, else the one that it starts from."""
+        old, new = stores[self.turns % 2], stores[(self.turns + 1) % 2]
+        rows = samples // self.group.size
+        made = (new.digests[rows] >= 0).view(-1, 1, 1).to(self.runtime.device)
+        return torch.where(made, new[rows], old[rows])
 
     def sync(self):
         """Files onto the disk, so that a state saved afterwards can rely on them."""
@@ -134,12 +247,61 @@ class StoredContexts:
             store.close()
 
     def _fill(self, contexts_of):
-        """All own rows of both stores, 32 samples at a time."""
-        for samples in self.own.split(32):
+        """All own rows of both stores."""
+        for samples in self.own.split(SAMPLES_AT_A_TIME):
             contexts = contexts_of(samples)
             for store in self._stores:
                 store[samples // self.group.size] = contexts
 
     def _of_all(self, samples, rows_of):
-        mine = self.group.owned(samples)
-        return self.group.assemble(rows_of(samples[mine]), mine, len(samples))
+        own = self.group.owned(samples)
+        return self.group.assemble(rows_of(samples[own]), own, len(samples))
+
+
+class FrozenFeatures:
+    """Contexts and token streams of this process's own samples, by a map that no longer changes.
+
+    Args:
+        model: the LanguageModel. samples: ids [N, T+1] by name, "train" among them.
+        config, runtime: of the run.
+        folder: where files lie if features take more than `context_memory_mb`.
+    """
+
+    def __init__(self, model, samples, config, runtime, folder):
+        self.widths = [model.context_dim, model.embed_dim]
+        self.size = runtime.group.size
+        self._stores = {}
+        for name, ids in samples.items():
+            own = ids[runtime.group.owned_of(len(ids))]
+            shape = own.shape[1] - 1, sum(self.widths)
+            size = len(own) * shape[0] * shape[1] * runtime.storage_dtype.itemsize
+            place = folder if size > config.context_memory_mb * 1e6 else None
+            store = SampleStore(len(own), shape, runtime.storage_dtype, runtime.device, place)
+            for part in torch.arange(len(own)).split(SEQUENCES_AT_A_TIME):
+                made = trajectories(model, own[part], runtime.autocast, runtime.device, runtime.storage_dtype)
+                store[part] = torch.cat(made, -1)
+            self._stores[name] = store
+        if config.whiten_context:
+            self._whiten(config.max_seq_length)
+
+    def __call__(self, name, samples):
+        """(contexts [B, T, C], streams [B, T, E]) of own samples of "train" or "val" [B]."""
+        return self._stores[name][samples // self.size].split(self.widths, dim=-1)
+
+    def _whiten(self, length):
+        """Contexts of covariance I, by the symmetric root of their covariance over training tokens (ZCA)."""
+        train = self._stores["train"]
+        first = torch.arange(min(len(train), -(-WHITENING_TOKENS // length)))
+        contexts, _ = train[first].split(self.widths, dim=-1)
+        contexts = contexts.flatten(0, 1).double()
+        variances, directions = torch.linalg.eigh(
+            covariance(contexts).cpu()
+        )  # small GPUs have next to no fp64
+        variances, directions = variances.to(contexts.device), directions.to(contexts.device)
+        scale = (variances + WHITENING_FLOOR * variances.mean()).rsqrt()
+        mean, whiten = contexts.mean(0), directions * scale @ directions.T
+        for store in self._stores.values():
+            for part in torch.arange(len(store)).split(SEQUENCES_AT_A_TIME):
+                old, streams = store[part].split(self.widths, dim=-1)
+                new = ((old.double() - mean) @ whiten).to(old.dtype)
+                store[part] = torch.cat([new, streams], -1)

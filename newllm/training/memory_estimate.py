@@ -17,8 +17,8 @@ from newllm.fixed_point.diagnostics import PROBE_DIMS, PROBE_LAGS
 from newllm.models.baselines import build_model
 from newllm.models.cross_entropy import CHUNK_ELEMENTS
 from newllm.training.effects import training_samples
-from newllm.training.optim import make_optimizer
 from newllm.training.runtime import memory_mb, memory_of, peak_memory_mb, skip_loaded_code
+from newllm.training.step import make_optimizer
 
 THINGS = "libraries", "weights", "gradients, moments", "best, in saving", "contexts", "activations", "logits"
 # Floats of a token for each unit of width: of a layer, kept for the backward pass; of a pass without one.

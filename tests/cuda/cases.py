@@ -29,9 +29,8 @@ from newllm.saving.stop import Interrupt, Stopped
 from newllm.saving.trained import load_model, open_saved
 from newllm.training import cuda_graph
 from newllm.training import runtime as device
-from newllm.training.contexts import LOST, StoredContexts
+from newllm.training.contexts import LOST, SampleStore, StoredContexts
 from newllm.training.runtime import Group, StepFunction, open_runtime
-from newllm.training.sample_store import SampleStore
 from scripts import export
 from scripts import prefill as prefill_command
 from train import main
@@ -145,10 +144,8 @@ def _restored(config, card):
     runtime = open_runtime(config)
     assert runtime.storage_dtype == HALF[card]
     saved = load_sealed(Path(config.checkpoint_dir) / "model_latest.pt")["stage_state"]["contexts"]
-    ids = torch.zeros(config.num_samples, config.max_seq_length + 1, dtype=torch.int32)
-    data = SimpleNamespace(train=ids)
-    contexts = StoredContexts(data, config, runtime, Path(config.checkpoint_dir))
-    contexts.restore(saved, None, data, runtime, lambda line: pytest.fail(line))
+    contexts = StoredContexts(config.num_samples, config, runtime, config.checkpoint_dir)
+    contexts.restore(saved, None, lambda line: pytest.fail(line))
     found = contexts.first(config.num_samples).cpu()
     contexts.close()
     return found

@@ -20,8 +20,8 @@ from newllm.saving.checkpoint import Checkpointer
 from newllm.saving.files import load_sealed
 from newllm.saving.stop import Interrupt, Stopped
 from newllm.training.runtime import StepFunction, open_runtime
-from newllm.training.timing import Bench
 from scripts import prefill as prefill_command
+from scripts.bench import Bench
 from train import main
 
 pytestmark = pytest.mark.gpu

@@ -18,7 +18,6 @@ from newllm.data.order import (
 
 def test_epoch_order_is_a_function_of_its_arguments():
     """A permutation; the same again, another for another argument; global random state untouched."""
-    torch.manual_seed(0)
     state = torch.get_rng_state()
     order = epoch_order(50, 42, "phase2", 3)
     assert order.dtype == torch.int64 and order.sort().values.tolist() == list(range(50))
@@ -28,7 +27,7 @@ def test_epoch_order_is_a_function_of_its_arguments():
 
 
 def test_a_batch_is_found_by_arithmetic():
-    """The same samples as cutting the whole order into batches, for every batch of many shapes; and which batch it is."""
+    """The same samples as cutting the whole order, for every batch of many shapes; and its number."""
     for samples in (1, 2, 3, 7, 12, 50, 97):
         order = epoch_order(samples, 42, "phase1", 0)
         for batches in range(1, samples + 1):
@@ -38,34 +37,26 @@ def test_a_batch_is_found_by_arithmetic():
                 assert torch.equal(next_batch(order, batches, done), part), (samples, batches, index)
                 done += len(part)
             assert batches_done(samples, batches, done) == batches
-    order = epoch_order(100_003, 42, "phase1", 0)
-    for batches in (1, 2, 999, 33_334, 100_003):
-        parts = order.tensor_split(batches)
-        for index in {0, 1, batches // 2, 100_003 % batches, batches - 1} & set(range(batches)):
-            done = sum(map(len, parts[:index]))
-            assert torch.equal(next_batch(order, batches, done), parts[index]), (batches, index)
 
 
 def test_whatever_sizes_follow_each_other_each_sample_comes_once():
-    """Batches of another size before every batch: the epoch in its order, none larger than the largest of its own cutting."""
+    """Another size before every batch: the epoch in its order, none larger than of its own cutting."""
     source = random.Random(0)
     for _ in range(300):
-        samples, done, places = source.randint(1, 60), 0, []
+        samples, done = source.randint(1, 60), 0
         order = epoch_order(samples, 42, "phase2", 0)
         while done < samples:
             batches = source.randint(1, samples)
             batch = next_batch(order, batches, done)
-            assert torch.equal(batch, order[done : done + len(batch)]) and 0 < len(batch) <= -(
-                -samples // batches
-            )
+            assert torch.equal(batch, order[done : done + len(batch)])
+            assert 0 < len(batch) <= -(-samples // batches)
             assert 0 <= batches_done(samples, batches, done) < batches
             done += len(batch)
-            places.append(done)
         assert done == samples
 
 
 def test_quick_checks_divide_an_epoch():
-    """Half-way where an epoch has few batches, else about so many batches apart; never at the end, and none where none is due."""
+    """Half-way where an epoch has few batches, else about so many apart; never at the end."""
 
     def at(samples, batches, every):
         order, done, found = torch.arange(samples), 0, []
@@ -76,28 +67,20 @@ def test_quick_checks_divide_an_epoch():
         return found
 
     assert at(50, 10, 50) == [5] and at(781, 24, 50) == [12] and at(7, 2, 50) == [1] and at(7, 1, 50) == []
-    assert at(150, 150, 50) == [50, 100] and at(30, 30, 2) == list(range(2, 30, 2))
-    assert at(50, 10, 0) == []
-    assert all(
-        0 < len(at(samples, batches, 50)) <= 2
-        for samples, batches in ((78, 10), (195, 10), (390, 16), (781, 32))
-    )
+    assert at(150, 150, 50) == [50, 100] and at(30, 30, 2) == list(range(2, 30, 2)) and at(50, 10, 0) == []
 
 
 def test_a_late_batch_of_a_large_epoch_is_reached_at_once():
     """4,000,000 samples in 1,333,333 batches: the order and its batch 1,000,000 take less than a second."""
-    batches = batch_count(4_000_000, 3, 10)
-    assert batches > 1_000_000
-    seconds = []
+    batches, seconds = batch_count(4_000_000, 3, 10), []
     for _ in range(3):  # the best of three: what else the machine does is no property of the code
         started = time.perf_counter()
         order = epoch_order(4_000_000, 42, "phase2", 0)
         batch = next_batch(order, batches, 3_000_001)
         seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 1
-    assert (
-        batch.tolist() == order[3_000_001:3_000_004].tolist()
-    )  # 4,000,000 = 3 * 1,333,333 + 1: batch 0 has four
+    assert batches > 1_000_000 and min(seconds) < 1
+    # 4,000,000 = 3 * 1,333,333 + 1: batch 0 has four.
+    assert batch.tolist() == order[3_000_001:3_000_004].tolist()
 
 
 @pytest.mark.parametrize("count, fraction, size", [(160, 0.1, 16), (3, 0.1, 1), (1, 0.001, 1), (7, 1.0, 7)])

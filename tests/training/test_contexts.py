@@ -1,19 +1,17 @@
-"""Contexts and features in files: the same run to the bit, however it was cut off, and no silent use of what was damaged."""
+"""Contexts and features in files: the same run to the bit, and no silent use of what was damaged."""
 
 import dataclasses
-import signal
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import stop_after
 
 from config import ResidualConfig
 from newllm.errors import UserError
 from newllm.saving.checkpoint import Checkpointer
 from newllm.saving.files import load_sealed
-from newllm.saving.stop import Interrupt, Stopped
-from newllm.training.contexts import FILES
-from newllm.training.sample_store import SampleStore
+from newllm.training.contexts import FILES, SampleStore
 from train import main
 
 SPILLED = dict(context_memory_mb=0)
@@ -35,22 +33,6 @@ def elsewhere(config, name, **changes):
     return dataclasses.replace(config, checkpoint_dir=f"{config.checkpoint_dir}_{name}", **changes)
 
 
-def stopped(monkeypatch, config, saves):
-    """Run until so many saves have been due, then stop in order."""
-    asked, real = [], Checkpointer.due
-
-    def due(self, batch):
-        asked.append(batch)
-        if len(asked) == saves:
-            Interrupt.current.signal = signal.SIGTERM
-        return real(self, batch)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpointer, "due", due)
-        with pytest.raises(Stopped):
-            main(config)
-
-
 # The store
 
 
@@ -66,7 +48,7 @@ def test_a_file_holds_what_memory_would(tmp_path, dtype, named):
     everything = torch.tensor([3, 6, 0, 1, 2, 5, 4])
     assert torch.equal(memory[everything], file[everything]) and file[everything].dtype == dtype
     assert len(memory) == len(file) == 7
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.bin"] * named
+    assert [path.name for path in tmp_path.iterdir()] == (["rows.bin"] if named else [])
 
 
 def test_rows_are_adopted_only_if_they_are_those_that_were_written(tmp_path):
@@ -77,28 +59,23 @@ def test_rows_are_adopted_only_if_they_are_those_that_were_written(tmp_path):
     store.sync()
     digests, content = store.digests.clone(), path.read_bytes()
 
-    def adopted():
-        return SampleStore(4, (2, 3), torch.float32, "cpu", path).adopt(digests)
+    def adopted(content=None):
+        path.unlink() if content is None else path.write_bytes(content)
+        again = SampleStore(4, (2, 3), torch.float32, "cpu", path)
+        return again.adopt(digests) and torch.equal(again[torch.arange(4)], store[torch.arange(4)])
 
-    again = SampleStore(4, (2, 3), torch.float32, "cpu", path)
-    assert again.adopt(digests) and torch.equal(again[torch.arange(4)], store[torch.arange(4)])
-    size = len(content) // 4
-    path.write_bytes(content[: size + 3] + bytes([content[size + 3] ^ 1]) + content[size + 4 :])
-    assert adopted()  # row 1 was never written
-    path.write_bytes(content[:3] + bytes([content[3] ^ 1]) + content[4:])
-    assert not adopted()
-    path.write_bytes(content[:-1])
-    assert not adopted()
-    path.unlink()
-    assert not adopted()
+    def flipped(at):
+        return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+    assert adopted(content) and adopted(flipped(len(content) // 4 + 3))  # row 1 was never written
+    assert not adopted(flipped(3)) and not adopted(content[:-1]) and not adopted()
 
 
 def test_a_full_disk_is_a_sentence():
     """Nothing is half kept: the row has no checksum, and the run ends with what to do."""
     store = SampleStore(2, (3,), torch.float32, "cpu", "/dev/full")
-    with pytest.raises(
-        UserError, match=r"/dev/full \(No space left on device\): mend that, or raise --context_memory_mb"
-    ):
+    sentence = r"/dev/full \(No space left on device\): mend that, or raise --context_memory_mb"
+    with pytest.raises(UserError, match=sentence):
         store[torch.tensor([1])] = torch.ones(1, 3)
     assert (store.digests == -1).all()
 
@@ -117,25 +94,32 @@ def test_a_run_on_files_ends_with_the_bits_of_one_in_memory(tiny_settings, freez
         assert found[name] == expected[name], name
 
 
-@pytest.mark.parametrize("saves", [1, 2, 3, 4, 5, 6])
-def test_cut_off_in_any_batch_it_goes_on_to_the_same_bits(tiny_settings, monkeypatch, saves):
-    """In the first, a middle and the last iteration; also from files to memory and from memory to files."""
-    config = ResidualConfig(**tiny_settings, phase="1")
+@pytest.fixture
+def whole(tiny_settings):
+    """Settings of a Phase 1, and the weights it ends with when nothing happens to it."""
+    config = ResidualConfig(**tiny_settings, phase="1", untrained_control=False)
     main(config)
-    expected = weights(config)
-    for before, after in ((0, 0), (0, 512), (512, 0)):
-        cut = elsewhere(config, f"{before}_{after}_{saves}", context_memory_mb=before)
-        stopped(monkeypatch, cut, 3 * 3 + saves)  # behind the untrained stage
-        assert len(files(cut)) == (2 if before == 0 else 0)
+    return config, weights(config)
+
+
+def test_cut_off_in_any_batch_it_goes_on_to_the_same_bits(whole):
+    """In the first, a middle and the last iteration; also from files to memory and from memory to files."""
+    config, expected = whole
+    in_files, in_memory = 0, 512
+    places = [(batches, in_files, in_files) for batches in (1, 4, 6, 8)]
+    for batches, before, after in [*places, (5, in_files, in_memory), (5, in_memory, in_files)]:
+        cut = elsewhere(config, f"{before}_{after}_{batches}", context_memory_mb=before)
+        stop_after(cut, batches)
+        assert len(files(cut)) == (2 if before == in_files else 0)
         main(dataclasses.replace(cut, context_memory_mb=after))
         assert same(weights(cut), expected) and not files(cut)
 
 
 @pytest.mark.parametrize("harm", ["lost", "damaged"])
-def test_without_its_files_a_run_says_so_and_goes_on(tiny_settings, monkeypatch, capsys, harm):
-    """Contexts are computed again from the weights; the run is complete, and nobody believes it is the same one."""
-    config = ResidualConfig(**tiny_settings, **SPILLED)
-    stopped(monkeypatch, config, 3 * 3 + 5)
+def test_without_its_files_a_run_says_so_and_goes_on(tiny_settings, capsys, harm):
+    """Contexts are computed again from the weights; nobody believes that it is the same run."""
+    config = ResidualConfig(**tiny_settings, **SPILLED, untrained_control=False)
+    stop_after(config, 5)
     for path in Path(config.checkpoint_dir).glob(FILES):
         path.unlink() if harm == "lost" else path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
     capsys.readouterr()
@@ -144,12 +128,10 @@ def test_without_its_files_a_run_says_so_and_goes_on(tiny_settings, monkeypatch,
     assert summary["phase1_steps"] == 9 and summary["val_loss"] > 0
 
 
-def test_files_of_an_iteration_wait_for_the_save_that_ends_it(tiny_settings, monkeypatch):
+def test_files_of_an_iteration_wait_for_the_save_that_ends_it(whole, monkeypatch):
     """The next iteration overwrites them: a process killed right after it began still finds all it needs."""
-    config = ResidualConfig(**tiny_settings, phase="1", **SPILLED)
-    main(config)
-    expected = weights(config)
-    cut = elsewhere(config, "cut")
+    config, expected = whole
+    cut = elsewhere(config, "cut", **SPILLED)
 
     class Killed(BaseException):
         pass
@@ -158,8 +140,8 @@ def test_files_of_an_iteration_wait_for_the_save_that_ends_it(tiny_settings, mon
 
     def due(self, batch):
         steps.append(batch)
-        if len(steps) == 9 + 4:  # the first batch of the second iteration has been written to the files
-            self.thread.wait()
+        if len(steps) == 4:  # the first batch of the second iteration has been written to the files
+            self.wait()
             raise Killed
         return real(self, batch)
 

@@ -1,23 +1,24 @@
-"""What a run will do is what it then does: parameters, batches and tokens of each stage, in banner, doctor and record."""
+"""What a run will do is what it then does: parameters and batches, in banner, doctor and record."""
 
 import pytest
 import torch
 
 import train
 from config import ResidualConfig
-from newllm.phases import phase1, phase2
 from newllm.report.record import find_records, read_record
 from newllm.report.summary import banner, cadence
+from newllm.training import loop
 from scripts import doctor
 
 SETTINGS = {
     "fine-tuned": {},
-    "frozen": dict(freeze_context=True),
     "untied": dict(tie_weights=False),
     "untied, frozen": dict(tie_weights=False, freeze_context=True),
     "no Phase 1, no control": dict(phase1_max_iterations=0, untrained_control=False),
     "Phase 1 alone": dict(phase="1"),
-    "small batches": dict(min_batches=5, phase1_batch_size=24, phase2_batch_size=7),
+    "small batches, frozen": dict(
+        min_batches=5, phase1_batch_size=24, phase2_batch_size=7, freeze_context=True
+    ),
     "adapter": dict(context_adapter="lora", adapter_rank=2),
     "gru": dict(model_type="gru"),
     "transformer": dict(model_type="transformer"),
@@ -28,26 +29,23 @@ SETTINGS = {
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_the_plan_is_what_trains(tiny_settings, monkeypatch, capsys, name):
-    """Against what the optimizers got and how many steps they took; the banner and the record say the same."""
+    """Against what the optimizers got and how many steps they took; banner and doctor say the same."""
     if name == "adapter":
         pytest.importorskip("peft")
-    trained = []
+    trained, real = [], loop.make_optimizer
 
-    def watch(module):
-        real = module.make_optimizer
+    def make(parts, *arguments):
+        counted = [sum(p.numel() for ps, _ in parts for p in ps), 0]
 
-        def make(parts, *arguments, **named):
-            trained.append([sum(p.numel() for ps, _ in parts for p in ps), 0])
-            optimizer = real(parts, *arguments, **named)
-            optimizer.register_step_post_hook(
-                lambda *_, counted=trained[-1]: counted.__setitem__(1, counted[1] + 1)
-            )
-            return optimizer
+        def count(*_):
+            counted[1] += 1
 
-        monkeypatch.setattr(module, "make_optimizer", make)
+        trained.append(counted)
+        optimizer = real(parts, *arguments)
+        optimizer.register_step_post_hook(count)
+        return optimizer
 
-    watch(phase1)
-    watch(phase2)
+    monkeypatch.setattr(loop, "make_optimizer", make)
     config = ResidualConfig(**tiny_settings | dict(phase2_epochs=2, phase1_max_iterations=2) | SETTINGS[name])
     train.main(config)
     out = capsys.readouterr().out
@@ -60,35 +58,25 @@ def test_the_plan_is_what_trains(tiny_settings, monkeypatch, capsys, name):
         said = f"{plan[stage]['trainable']:,} in {title}" if stage in plan else ""
         assert said in out and (stage in plan or f" in {title} (" not in out)
     assert ("attention: none" in out) == (config.model_type != "transformer")
-    if name == "small batches":
+    if name.startswith("small batches"):
         asked = "5 a pass; 24 asked for, min_batches makes them smaller"
         assert (
             f"batches: 3 samples in Phase 1 ({asked}), 3 samples in Phase 2 (5 a pass; 7 asked for, " in out
         )
+        (batches,) = (line for line in out.splitlines() if line.startswith("batches: "))
+        said = doctor.check_precision(config)
+        assert batches.partition("; checkpoint")[0] in said and "attention none" in said
 
 
-def test_the_cadence_is_that_of_the_settings(tiny_settings):
-    """Batches and minutes; nothing where nothing is saved."""
-    config = ResidualConfig(**tiny_settings)
-    assert cadence(config) == "checkpoint every 2 batches, or 10 minutes"
-    apart = cadence(ResidualConfig(**tiny_settings | dict(save_min_seconds=30.0)))
-    assert apart == "checkpoint every 2 batches, 30 s apart at least, or 10 minutes"
-    assert cadence(ResidualConfig(**tiny_settings, save_every_minutes=0.0)) == "checkpoint every 2 batches"
-    assert cadence(ResidualConfig(**tiny_settings, save_checkpoint=False)) == "no checkpoints"
-
-
-def test_the_doctor_says_what_the_banner_says(tiny_settings, capsys):
-    """Batches in effect and trainable parameters, before anything runs."""
-    config = ResidualConfig(**tiny_settings | dict(min_batches=6, freeze_context=True))
-    train.main(config)
-    lines = capsys.readouterr().out.splitlines()
-    said = doctor.check_precision(config)
-    (batches,) = (line.partition("; checkpoint")[0] for line in lines if line.startswith("batches: "))
-    assert batches in said and "attention none" in said
-
-
-def test_the_banner_needs_no_phase_1(tiny_settings):
-    """A plan of one phase names that phase alone."""
+def test_the_banner_says_the_cadence_and_needs_no_phase_1(tiny_settings):
+    """Batches and minutes; nothing where nothing is saved. A plan of one phase names that phase alone."""
+    for changes, said in (
+        ({}, "checkpoint every 2 batches, or 10 minutes"),
+        (dict(save_min_seconds=30.0), "checkpoint every 2 batches, 30 s apart at least, or 10 minutes"),
+        (dict(save_every_minutes=0.0), "checkpoint every 2 batches"),
+        (dict(save_checkpoint=False), "no checkpoints"),
+    ):
+        assert cadence(ResidualConfig(**tiny_settings | changes)) == said
 
     class Model(torch.nn.Linear):
         def context_parameters(self):
@@ -98,10 +86,6 @@ def test_the_banner_needs_no_phase_1(tiny_settings):
         notes, val, vocab_size = ["data: here"], range(6), 300
 
     plan = {"phase2": {"batches": 3, "samples": 4, "asked": 4, "trainable": 1234}}
-    text = "\n".join(
-        banner(ResidualConfig(**tiny_settings), "CPU", Data, Model(2, 2), plan, ["attention: none"])
-    )
-    assert (
-        "trainable parameters: 1,234 in Phase 2\n" in text
-        and "batches: 4 samples in Phase 2 (3 a pass); " in text
-    )
+    lines = banner(ResidualConfig(**tiny_settings), "CPU", Data, Model(2, 2), plan, ["attention: none"])
+    assert "trainable parameters: 1,234 in Phase 2" in lines
+    assert any(line.startswith("batches: 4 samples in Phase 2 (3 a pass); ") for line in lines)

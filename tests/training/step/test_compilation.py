@@ -9,14 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from steps import stop_after
+from helpers import stop_after
 from torch._dynamo.exc import BackendCompilerFailed
 
 from config import ResidualConfig
 from newllm.saving.files import load_sealed
-from newllm.saving.stop import Stopped
 from newllm.training import runtime as device
-from newllm.training.runtime import StepFunction
 from train import main
 
 
@@ -41,7 +39,7 @@ class _FailsBackward(torch.autograd.Function):
 
 
 def failing_compiler(when):
-    """A torch.compile whose result fails on the first call, on the way back, or on the second shape it sees."""
+    """A torch.compile whose result fails on the first call, on the way back, or on a second shape."""
 
     def compile(function, **options):
         shapes = set()
@@ -60,7 +58,7 @@ def failing_compiler(when):
 
 @pytest.mark.parametrize("when", ["forward", "backward", "second shape"])
 def test_a_failing_compiler_changes_no_bit(tiny_settings, monkeypatch, capsys, when):
-    """The run goes on uncompiled from the same state, to the same weights; no name in the file tells of it."""
+    """The run goes on uncompiled from the same state to the same weights; no name in the file tells."""
     settings = tiny_settings | dict(num_samples=13)  # batches of two sizes
     expected = main(ResidualConfig(**settings))
     monkeypatch.setattr(device.torch, "compile", failing_compiler(when))
@@ -84,21 +82,14 @@ def test_a_failing_compiler_changes_no_bit(tiny_settings, monkeypatch, capsys, w
 
 
 @pytest.mark.slow
-def test_precision_and_compilation_may_change_between_sessions(tiny_settings, monkeypatch, capsys):
-    """fp32, then bf16, then compiled: each session takes over where the one before stopped, within a phase."""
+def test_precision_and_compilation_may_change_between_sessions(tiny_settings, capsys):
+    """fp32, bf16, compiled: each session takes over where the one before stopped, within a phase."""
     config = ResidualConfig(**tiny_settings | dict(phase1_max_iterations=6, phase2_epochs=6))
     plain = main(dataclasses.replace(config, checkpoint_dir=config.checkpoint_dir + "_plain"))
-    plans = [
-        dict(precision="bf16"),
-        dict(compile=True),
-        dict(precision="fp32"),
-        dict(precision="bf16", compile=True),
-    ]
+    half, fp32, compiled = dict(precision="bf16"), dict(precision="fp32"), dict(compile=True)
     stages = []
-    for number in range(8):
-        with monkeypatch.context() as patch, pytest.raises(Stopped):
-            stop_after(patch, 5)
-            main(dataclasses.replace(config, **plans[number % len(plans)]))
+    for plan in [half, compiled, fp32, half | compiled] * 2:
+        stop_after(dataclasses.replace(config, **plan), 5)
         stages.append(load_sealed(Path(config.checkpoint_dir) / "model_latest.pt")["stage"])
     assert set(stages) == {"untrained", "phase1", "phase2"}
     assert "warning: torch.compile failed" not in capsys.readouterr().out
@@ -108,17 +99,8 @@ def test_precision_and_compilation_may_change_between_sessions(tiny_settings, mo
     assert mixed["val_loss"] == pytest.approx(plain["val_loss"], rel=0.02)
 
 
-def test_a_real_step_function_compiles_or_says_that_it_is_eager(model):
-    """Without compilation the model's own step is called, bit for bit."""
-    context, token = torch.randn(3, 12), torch.randn(3, 8)
-    for mine, own in zip(
-        StepFunction(model.step, False)(context, token), model.step(context, token), strict=True
-    ):
-        assert torch.equal(mine, own)
-
-
 def test_a_compiler_that_fails_once_is_asked_again(tiny_settings, monkeypatch, capsys, shared_cache):
-    """One line with the reason behind torch's own first line and the folder to delete; the run ends compiled."""
+    """One line with the reason behind torch's own and the folder to delete; the run ends compiled."""
     failures = []
 
     def compile(function, **options):
@@ -142,8 +124,8 @@ STEP = """
 import torch
 from config import ResidualConfig
 from newllm.training.runtime import StepFunction, open_runtime
-from newllm.training.optim import make_optimizer, prepare_optimizer
-from newllm.training.step import OptimizerStep
+from newllm.training.loop import State
+from newllm.training.step import OptimizerStep, make_optimizer, prepare_optimizer
 
 weight, runtime = torch.nn.Parameter(torch.ones(4)), open_runtime(ResidualConfig(device="cpu", compile=True))
 step = StepFunction(lambda values: (values * weight).relu(), True)
@@ -154,16 +136,16 @@ def gradients(parts):
     loss.backward()
     return (loss.item(),)
 
-state = {"parts": 1, "skipped": 0}
+state = State()
 (loss,) = OptimizerStep(runtime, optimizer, step, 1.0, print)(gradients, 3, state, 0, "here")
-print(loss, state["grad_norm"], step.compiled)
+print(loss, state.grad_norm, step.compiled)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="compiling needs g++")
 def test_damaged_files_in_the_compilers_cache_cost_a_line_at_most(tmp_path):
-    """Compiled code, all code, wrappers or graphs cut to nothing: the same figures, still compiled, and no traceback."""
+    """Code, wrappers or graphs cut to nothing: the same figures, still compiled, and no traceback."""
 
     def run(cache):
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_CACHE_DIR": str(cache)}

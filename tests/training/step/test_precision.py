@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import pytest
 import torch
 
 from config import ResidualConfig
@@ -10,22 +9,18 @@ from newllm.training.step import OptimizerStep
 from train import main
 
 STEPS = 200
-# Twice what was seen. Of the largest too: Phase 1 ends at a fortieth of it, where rounding no longer shrinks with the loss.
+# Twice what was seen. Of the largest too: where Phase 1 ends, rounding no longer shrinks with the loss.
 TOLERANCE, TOLERANCE_OF_LARGEST = 0.05, 0.02
+SETTINGS = dict(
+    phase1_max_iterations=40, phase1_min_converged_ratio=1.0, phase1_convergence_threshold=1e-9,
+    phase2_epochs=40, patience=40, min_batches=5, num_samples=15, context_dim=32, embed_dim=32, num_layers=2, dropout=0.0,
+    untrained_control=False, save_checkpoint=False,
+)  # fmt: skip
 
 
-@pytest.fixture
-def loss_of_each_step(tiny_settings, monkeypatch, tmp_path):
-    """Function of a configuration's changes that runs both phases and gives the loss before each of their steps."""
-    base = ResidualConfig(
-        **tiny_settings
-        | dict(
-            phase1_max_iterations=40, phase1_min_converged_ratio=1.0, phase1_convergence_threshold=1e-9, phase2_epochs=40,
-            patience=40, min_batches=5, num_samples=15, context_dim=32, embed_dim=32, num_layers=2, dropout=0.0,
-            untrained_control=False, save_checkpoint=False,
-        )
-    )  # fmt: skip
-    taken, take = [], OptimizerStep.__call__
+def test_the_loss_curve_of_bf16_is_that_of_fp32(tiny_settings, monkeypatch):
+    """At each of 200 steps of either phase; and the curves fall, so that there is something to follow."""
+    config, taken, take = ResidualConfig(**tiny_settings | SETTINGS), [], OptimizerStep.__call__
 
     def noted(self, *arguments):
         found = take(self, *arguments)
@@ -33,19 +28,11 @@ def loss_of_each_step(tiny_settings, monkeypatch, tmp_path):
         return found
 
     monkeypatch.setattr(OptimizerStep, "__call__", noted)
-
-    def run(**changes):
-        taken.clear()
-        main(dataclasses.replace(base, checkpoint_dir=str(tmp_path / str(changes)), **changes))
-        assert len(taken) == 2 * STEPS
-        return torch.tensor(taken).view(2, STEPS)
-
-    return run
-
-
-def test_the_loss_curve_of_bf16_is_that_of_fp32(loss_of_each_step):
-    """Over 200 steps of either phase, at each of them; and the curves fall, so that there is something to follow."""
-    fp32, bf16 = loss_of_each_step(precision="fp32"), loss_of_each_step(precision="bf16")
+    for precision in ("fp32", "bf16"):
+        main(
+            dataclasses.replace(config, precision=precision, checkpoint_dir=config.checkpoint_dir + precision)
+        )
+    fp32, bf16 = torch.tensor(taken).view(2, 2, STEPS)
     largest = fp32.amax(1, keepdim=True)
     assert ((bf16 - fp32).abs() <= TOLERANCE * fp32 + TOLERANCE_OF_LARGEST * largest).all()
     assert not torch.equal(bf16, fp32)

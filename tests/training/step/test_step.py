@@ -1,18 +1,27 @@
-"""A step changes what it should and nothing else, and is taken on finite gradients alone."""
+"""A step changes what it should, on finite gradients alone; AdamW's groups, rates and state."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
-from steps import taker
 from torch import nn
 
 from newllm.errors import UserError
 from newllm.fixed_point.losses import phase1_loss
 from newllm.fixed_point.solver import sequential, sweep
 from newllm.models.cross_entropy import linear_cross_entropy
-from newllm.training.optim import copy_of, make_optimizer
-from newllm.training.step import SMALLEST_SCALE
+from newllm.training.step import (
+    BETAS,
+    SMALLEST_SCALE,
+    copy_of,
+    distance,
+    make_optimizer,
+    optimizer_state,
+    prepare_optimizer,
+    set_learning_rate,
+    warmup_cosine,
+)
 
 
 def prediction_loss(model):
@@ -23,11 +32,8 @@ def prediction_loss(model):
 
 def changed(model, before):
     """Names of the parameters that differ from their copies."""
-    return {
-        name
-        for (name, p), old in zip(model.named_parameters(), before, strict=True)
-        if not torch.equal(p, old)
-    }
+    now = model.named_parameters()
+    return {name for (name, p), old in zip(now, before, strict=True) if not torch.equal(p, old)}
 
 
 def names_of(model, parameters):
@@ -35,59 +41,34 @@ def names_of(model, parameters):
     return {name for name, p in model.named_parameters() if id(p) in wanted}
 
 
-# What a step changes
-
-
 @pytest.mark.parametrize("trained", ["head", "context", "both"])
-def test_a_step_changes_every_trained_parameter_and_no_other(runtime, model, trained):
+def test_a_step_changes_every_trained_parameter_and_no_other(taker, model, trained):
     """The loss reaches them all; the optimizer's list decides."""
     parts = {"head": [model.head_parameters()], "context": [model.context_parameters()]}
     parts["both"] = parts["head"] + parts["context"]
-    optimizer = make_optimizer([(part, 1.0) for part in parts[trained]], 1e-2, 0.1)
     before = copy_of(model.parameters())
-    taker(runtime, optimizer)(lambda: prediction_loss(model))
+    taker(make_optimizer([(part, 1.0) for part in parts[trained]], 1e-2, 0.1))(lambda: prediction_loss(model))
     assert changed(model, before) == names_of(model, [p for part in parts[trained] for p in part])
 
 
-def test_a_phase_1_step_changes_what_the_contexts_depend_on(runtime, model):
-    """All of the context parameters but the last token norm, whose output is the stream that no context reads."""
-    optimizer = make_optimizer([(model.context_parameters(), 1.0)], 1e-2, 0.0)
+def test_a_phase_1_step_changes_what_the_contexts_depend_on(taker, model):
+    """All context parameters but the last token norm, whose output is a stream that no context reads."""
     tokens = model.embed(torch.randint(20, (4, 7), generator=torch.Generator().manual_seed(0)))
     old = torch.randn(4, 7, 12, generator=torch.Generator().manual_seed(1))
     before = copy_of(model.parameters())
-    taker(runtime, optimizer)(
-        lambda: phase1_loss(sweep(model.step, old, tokens)[0], old, 0.5, "logdet", 0.0)[0]
-    )
+    take = taker(make_optimizer([(model.context_parameters(), 1.0)], 1e-2, 0.0))
+    take(lambda: phase1_loss(sweep(model.step, old, tokens)[0], old, 0.5, "logdet", 0.0)[0])
     unread = names_of(model, model.context_map.layers[-1].token_norm.parameters())
     assert changed(model, before) == names_of(model, model.context_parameters()) - unread
 
 
-def test_steps_lower_the_loss(runtime, model):
-    """Thirty steps on one batch."""
-    model.eval()
-    take = taker(runtime, make_optimizer([(list(model.parameters()), 1.0)], 1e-2, 0.0))
-    first = prediction_loss(model).item()
-    for _ in range(30):
-        take(lambda: prediction_loss(model))
-    assert prediction_loss(model).item() < 0.8 * first
-
-
-def test_gradients_do_not_add_up_over_steps(runtime):
-    """Each step starts from no gradient."""
-    parameter = nn.Parameter(torch.ones(2))
-    take = taker(runtime, make_optimizer([([parameter], 1.0)], 1e-3, 0.0), 100.0)
-    assert [take(lambda: (3 * parameter).sum()) for _ in range(3)] == pytest.approx([3 * 2**0.5] * 3)
-
-
-def test_the_gradient_is_clipped_and_its_norm_before_that_recorded(runtime):
-    """A gradient of norm 5 becomes one of norm 1 in the same direction."""
+def test_the_gradient_is_that_of_one_step_clipped_and_its_norm_before_that_recorded(taker):
+    """A gradient of norm 5 becomes one of norm 1 in the same direction; steps do not add up."""
     parameter = nn.Parameter(torch.zeros(2))
-    take = taker(runtime, make_optimizer([([parameter], 1.0)], 1e-3, 0.0))
-    assert take(lambda: (parameter * torch.tensor([3.0, 4.0])).sum()) == pytest.approx(5)
-    torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]), rtol=1e-4, atol=0)
-
-
-# What is not finite
+    take = taker(make_optimizer([([parameter], 1.0)], 1e-3, 0.0))
+    for _ in range(2):
+        assert take(lambda: (parameter * torch.tensor([3.0, 4.0])).sum()) == pytest.approx(5)
+        torch.testing.assert_close(parameter.grad, torch.tensor([0.6, 0.8]), rtol=1e-4, atol=0)
 
 
 BAD = {
@@ -99,42 +80,113 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step(runtime, kind):
+def test_a_loss_or_gradient_that_is_not_finite_stops_before_the_step(taker, kind):
     """One sentence that says where; no bit of a parameter or of the optimizer's state has changed."""
     parameter = nn.Parameter(torch.ones(3, 2))
     optimizer = make_optimizer([([parameter], 1.0)], 1e-2, 0.1)
-    take = taker(runtime, optimizer)
+    take = taker(optimizer)
     take(lambda: parameter.square().sum())
     with torch.no_grad():
         parameter.fill_(1)
     state = {name: value.clone() for name, value in optimizer.state[parameter].items()}
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=f"^the {kind.split()[1]} is .* at batch 7 of Phase 1: [^\n]*$"):
         take(lambda: BAD[kind](parameter), "batch 7 of Phase 1")
-    message = str(caught.value)
-    assert "at batch 7 of Phase 1" in message and "\n" not in message
-    assert ("loss" if kind.endswith("loss") else "gradient") in message.split(" at ")[0]
     assert torch.equal(parameter, torch.ones(3, 2))
     assert all(torch.equal(optimizer.state[parameter][name], value) for name, value in state.items())
 
 
 @pytest.mark.parametrize(
-    ("scale", "stops"), [(2.0**16, False), (SMALLEST_SCALE, False), (SMALLEST_SCALE / 2, True)]
+    "scale, stops", [(2.0**16, False), (SMALLEST_SCALE, False), (SMALLEST_SCALE / 2, True)]
 )
-def test_with_a_loss_scaler_an_infinite_gradient_is_the_scalers_business(runtime, scale, stops):
-    """fp16: the scaler leaves such a step out and lowers its scale; the run goes on until the scale itself is nothing."""
+def test_with_a_loss_scaler_an_infinite_gradient_is_the_scalers_business(taker, runtime, scale, stops):
+    """The scaler leaves such a step out and lowers its scale; the run goes on until that is nothing."""
     accelerator = SimpleNamespace(
         backward=lambda loss: (loss * float("inf")).backward(),
         unscale_gradients=lambda optimizer: None,
         scaler=SimpleNamespace(get_scale=lambda: scale),
     )
     parameter = nn.Parameter(torch.ones(2))
-    take = taker(
-        SimpleNamespace(accelerator=accelerator, group=runtime.group),
-        make_optimizer([([parameter], 1.0)], 1e-2, 0.0),
-    )
+    optimizer = make_optimizer([([parameter], 1.0)], 1e-2, 0.0)
+    take = taker(optimizer, runtime=SimpleNamespace(accelerator=accelerator, group=runtime.group))
     if stops:
         with pytest.raises(UserError, match="gradient is inf at here"):
             take(lambda: parameter.sum())
         assert torch.equal(parameter, torch.ones(2))
     else:
         assert take(lambda: parameter.sum()) == float("inf")
+
+
+# The optimizer
+
+
+def test_each_trained_parameter_is_in_one_group_at_its_rate_and_only_matrices_decay(model):
+    """Two parts at two rates; what is frozen is left out."""
+    model.output_bias.requires_grad_(False)
+    parts = [(model.head_parameters(), 1.0), (model.context_parameters(), 0.1)]
+    optimizer = make_optimizer(parts, 2e-3, 0.1)
+    context, listed = {id(p) for p in model.context_parameters()}, []
+    for group in optimizer.param_groups:
+        assert group["betas"] == BETAS and group["lr"] == group["peak_lr"]
+        for parameter in group["params"]:
+            listed.append(id(parameter))
+            assert group["weight_decay"] == (0.1 if parameter.dim() > 1 else 0.0)
+            assert group["lr"] == pytest.approx(2e-4 if id(parameter) in context else 2e-3)
+    assert sorted(listed) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    for factor in (0.5, 0.25):  # factors do not multiply up
+        set_learning_rate(optimizer, factor)
+        assert all(group["lr"] == factor * group["peak_lr"] for group in optimizer.param_groups)
+
+
+def test_the_schedule_rises_in_a_line_and_falls_in_a_half_cosine():
+    """A tenth of the steps up to the peak, then down to nearly nothing; a half in the middle without that."""
+    factors = [warmup_cosine(step, 100, 0.1) for step in range(100)]
+    assert factors[:11] == pytest.approx([(k + 1) / 11 for k in range(11)])
+    assert max(factors) == factors[10] == 1 and 0 < factors[-1] < 1e-3
+    assert all(later < earlier for earlier, later in pairwise(factors[10:]))
+    assert warmup_cosine(0, 100, 0.0) == 1 and warmup_cosine(50, 100, 0.0) == pytest.approx(0.5)
+    assert warmup_cosine(20, 100, 0.0) + warmup_cosine(80, 100, 0.0) == pytest.approx(1)
+    for total in (1, 2, 7, 50):  # no step of any schedule is without learning
+        for ratio in (0.0, 0.1, 0.33, 1.0):
+            assert all(0 < warmup_cosine(step, total, ratio) <= 1 for step in range(total))
+
+
+def test_the_fp16_scale_is_saved_restored_and_begun_anew_with_a_stage():
+    """A scaler serves all stages of a process; what it learned must not depend on where that began."""
+    scaler = torch.amp.GradScaler("cpu")
+    accelerator = SimpleNamespace(scaler=scaler, prepare=lambda optimizer: optimizer)
+    runtime = SimpleNamespace(accelerator=accelerator, device=torch.device("cpu"))
+    optimizer = make_optimizer([([nn.Parameter(torch.ones(2))], 1.0)], 1e-2, 0.0)
+    prepare_optimizer(runtime, optimizer, None)
+    scaler.scale(torch.ones(1))  # it makes its scale at the first use
+    scaler.update(256.0)
+    saved = optimizer_state(runtime, optimizer)
+    fresh = 2.0**16
+    # The last: the earlier session was not fp16.
+    for state, scale in ((saved, 256), (None, fresh), (saved, 256), (saved | {"scaler": None}, fresh)):
+        prepare_optimizer(runtime, optimizer, state)
+        assert scaler.get_scale() == scale
+
+
+def test_the_settings_of_a_saved_optimizer_are_todays(runtime):
+    """Moments come from the checkpoint; a changed learning rate or weight decay is in effect."""
+    parameter = nn.Parameter(torch.ones(2, 2))
+    before = make_optimizer([([parameter], 1.0)], 1e-2, 0.1)
+    parameter.sum().backward()
+    before.step()
+    after = make_optimizer([([parameter], 1.0)], 1e-3, 0.5)
+    prepare_optimizer(runtime, after, optimizer_state(runtime, before))
+    (group,) = after.param_groups
+    assert (group["lr"], group["weight_decay"]) == (1e-3, 0.5)
+    assert torch.equal(after.state[parameter]["exp_avg"], before.state[parameter]["exp_avg"])
+
+
+def test_distance_is_that_of_all_entries_together_and_a_copy_stays():
+    """Sqrt of the sum of squares over tensors of any shapes. A copy has no shared memory, no gradient."""
+    parameters = [nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.tensor([[3.0]]))]
+    copies = copy_of(parameters)
+    assert distance(parameters, copies) == 0 and not any(copy.requires_grad for copy in copies)
+    with torch.no_grad():
+        parameters[0][1] += 3
+        parameters[1] -= 4
+    assert distance(parameters, copies) == pytest.approx(5)
+    assert distance(copies) == pytest.approx(14**0.5)
