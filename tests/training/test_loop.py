@@ -15,7 +15,7 @@ from newllm.data.order import order_digest, quick_subset
 from newllm.data.samples import load_data
 from newllm.models.baselines import build_model
 from newllm.phases.phase2 import Phase2
-from newllm.report import status as status_file
+from newllm.report import record as status_file
 from newllm.report.record import find_records, read_rows
 from newllm.saving.checkpoint import place
 from newllm.saving.files import load_sealed
