@@ -131,6 +131,8 @@ class SharedSettings(Settings):
 
 @group
 class DataSettings(SharedSettings):
+    """Where dialogues come from, how they become ids, which are held out."""
+
     data_source: path("data")
     data_split: text("data")
     data_column: text("data")
@@ -144,6 +146,8 @@ class DataSettings(SharedSettings):
 
 @group
 class ModelSettings(SharedSettings):
+    """The network."""
+
     model_type: choice("model", "context", "window", "token", "gru", "lstm", "transformer")
     context_dim: whole("model", 2)
     embed_dim: whole("model", 2)
@@ -158,6 +162,8 @@ class ModelSettings(SharedSettings):
 
 @group
 class Phase1Settings(SharedSettings):
+    """The context map, by sweeps."""
+
     phase1_max_iterations: whole("phase1", 0)
     phase1_shuffle: switch("phase1")
     phase1_convergence_threshold: real("untrained phase1", 0, above=True)
@@ -171,6 +177,8 @@ class Phase1Settings(SharedSettings):
 
 @group
 class Phase2Settings(SharedSettings):
+    """The language model."""
+
     phase2_epochs: whole("control phase2", 1)
     phase2_learning_rate: real("control phase2", 0, above=True)
     phase2_batch_size: whole("control phase2", 1, until_done=True)
@@ -190,6 +198,8 @@ class Phase2Settings(SharedSettings):
 
 @group
 class MachineSettings(SharedSettings):
+    """Where and in which type it computes."""
+
     device: choice("", "auto", "cpu", "cuda")
     precision: choice("", "auto", "fp32", "bf16", "fp16")
     compile: switch("")
@@ -198,6 +208,8 @@ class MachineSettings(SharedSettings):
 
 @group
 class SavingSettings(SharedSettings):
+    """What is kept, when, and for how long the run may go on."""
+
     phase: choice("", "both", "1")
     load_checkpoint: switch("")
     save_every_n_batches: whole("", 1)
