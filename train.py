@@ -189,7 +189,9 @@ class Run:
 
     def complete(self, stage, results):
         """Make the results of a stage part of the checkpoint, and give back what training it took."""
-        self.checkpointer.complete(stage, self.model, results | {"peak_memory_mb": peak_memory_mb()})
+        if results:  # a baseline has no Phase 1
+            results["peak_memory_mb"] = peak_memory_mb()
+        self.checkpointer.complete(stage, self.model, results)
         self.model.zero_grad()
         self.runtime.accelerator.free_memory()  # of the optimizers it has prepared
         free_memory()
