@@ -158,7 +158,6 @@ def trains(folder, name):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="one checkpoint_dir holds one run: another budget begins beside it", strict=False)
 def test_stopped_in_its_second_budget_a_ladder_makes_only_what_is_missing(tiny_settings):
     """SIGTERM to the command alone is passed on and all is saved; the budget in hand ends with the bits of an uncut run."""
     folder, process = Path(tiny_settings["checkpoint_dir"]), ladder(tiny_settings)

@@ -29,7 +29,8 @@ KILLED, SAVED = (
 )  # what a watched child notes in its output
 FILES = LATEST, "model_best.pt", "model_untrained_best.pt"
 PROVEN = "model_state_dict", "results", "phase1_history", "phase2_history"
-TIMED = "seconds", "seconds_phase1", "tok_per_s", "tok_per_s_phase1"  # of a session, not of the run
+# Of a session, not of the run.
+TIMED = "seconds", "seconds_phase1", "tok_per_s", "tok_per_s_phase1", "peak_memory_mb"
 
 
 def output_of(folder):

@@ -127,17 +127,19 @@ def test_a_checkpoint_with_tensors_of_another_shape_is_refused(after_phase_1):
 
 
 def test_a_refused_checkpoint_is_one_line_and_exit_status_2(tiny_settings, after_phase_1):
-    """As a command: another vocabulary names both sizes, and the files are as they were."""
+    """As a command: one of another version is named with both numbers, and the files are as they were."""
+    latest = Path(after_phase_1.checkpoint_dir) / "model_latest.pt"
+    save_sealed(load_sealed(latest) | {"format": 99}, latest)
     before = content(after_phase_1)
-    done = subprocess.run(
-        [sys.executable, "train.py", *as_flags(tiny_settings | SHORT | {"vocab_size": 280})],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-    )
+    command = [sys.executable, "train.py", *as_flags(tiny_settings | SHORT)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and line.startswith("error: ") and "vocab_size 300 -> 280" in line
+    assert (
+        done.returncode == 2
+        and line.startswith("error: ")
+        and "has format 99, this version continues" in line
+    )
     assert content(after_phase_1) == before
 
 

@@ -64,7 +64,7 @@ def test_the_plan_is_what_trains(tiny_settings, monkeypatch, capsys, name):
             f"batches: 3 samples in Phase 1 ({asked}), 3 samples in Phase 2 (5 a pass; 7 asked for, " in out
         )
         (batches,) = (line for line in out.splitlines() if line.startswith("batches: "))
-        said = doctor.check_precision(config)
+        said = doctor.check_in_effect(config)
         assert batches.partition("; checkpoint")[0] in said and "attention none" in said
 
 
