@@ -98,6 +98,7 @@ def best_precision(on_cpu):
 
 
 @functools.cache
+@functools.cache  # once a process: what a notebook makes afterwards stays to be collected
 def skip_loaded_code():
     """Leave what is imported by now out of garbage collections: it costs each of them half a second."""
     gc.collect()
