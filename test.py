@@ -5,9 +5,9 @@
     python3 test.py --ladder              # 50, 78, 195, 390 and 781 samples, each in a process of its own
     python3 test.py --ladder 195,1953     # other numbers of samples
 
-Each budget is a run like those of train.py, in the same checkpoint_dir: one that is complete reports at once, one that was
-cut off goes on. A ladder also says how time and memory grow with the tokens, and draws it in outputs/plots of
-checkpoint_dir. The exit status is 0 when every criterion passes and 1 otherwise.
+Each budget is a run like those of train.py, in the same checkpoint_dir: one that is complete reports at
+once, one that was cut off goes on. A ladder also says how time and memory grow with the tokens, and draws it
+in outputs/plots of checkpoint_dir. The exit status is 0 when every criterion passes and 1 otherwise.
 """
 
 import dataclasses
@@ -100,13 +100,15 @@ LADDER_COLUMNS = (  # header, key of the summary, format
     ("bigram", "val_ppl_bigram", ".1f"),
 )
 FINAL_DIFF = (
-    "final_diff: the guide's gate on the change of the last sweep is left out, because contexts that change little may "
-    "still lie far from the trajectory; the cold-start error, the distance to it, stands for that gate"
+    "final_diff: the guide's gate on the change of the last sweep is left out, because contexts that change "
+    "little may still lie far from the trajectory; the cold-start error, the distance to it, stands for "
+    "that gate"
 )
 MEANING = (
-    "FAIL: at least one figure misses its gate, so what this run shows is not what the method promises; nothing is "
-    "broken.\nWhat helps: perplexity: more tokens (--num_samples 781; below 25k tokens counting beats most networks); "
-    "rank, convergence, cold start: more --phase1_max_iterations or another --dist_reg_weight (docs/troubleshooting.md)"
+    "FAIL: at least one figure misses its gate, so what this run shows is not what the method promises; "
+    "nothing is broken.\nWhat helps: perplexity: more tokens (--num_samples 781; below 25k tokens counting "
+    "beats most networks); rank, convergence, cold start: more --phase1_max_iterations or another "
+    "--dist_reg_weight (docs/running.md)"
 )
 
 

@@ -38,8 +38,8 @@ class Setting:
 
     Args:
         shapes: "data", "model" or "budget": the whole run. "phase1", "phase2", "untrained" (contexts of the
-            untrained network) or "control" (the head on them): the figures of these stages. "row": whether there
-            is such a head. "": no figure, only where and how they are made.
+            untrained network) or "control" (the head on them): the figures of these stages. "row": whether
+            there is such a head. "": no figure, only where and how they are made.
         kind: a type, or a tuple of choices. bounds: of a number.
         path: `~` and `$NAME` in it are expanded.
         until_done: may change while the last stage that it shapes is not complete.

@@ -1,15 +1,15 @@
 """The evidence: every arm at every seed and budget, then tables, pictures and verdicts.
 
-    python3 -m scripts.compare --data_source dialogues.jsonl --tokenizer bpe --seeds 5 --tokens 6400,25000,100000
-    python3 -m scripts.compare --arms phase1_frozen,gru --seeds 3    # other settings are flags, as in train.py
-    python3 -m scripts.compare --tune --tokens 25000                 # rate and dropout, on a split of the training samples
-    python3 -m scripts.compare --report                              # tables and pictures from the rows that are there
+    python3 -m scripts.compare --data_source dialogues.jsonl --seeds 5 --tokens 6400,25000,100000
+    python3 -m scripts.compare --arms phase1_frozen,gru --seeds 3  # other settings are flags, as in train.py
+    python3 -m scripts.compare --tune --tokens 25000  # rate and dropout, on a split of the training samples
+    python3 -m scripts.compare --report  # tables and pictures from the rows that are there
 
-Each run leaves one row in `results/results.jsonl`, from which the tables are made, and with `--keep` what train.py leaves
-(model, pictures, page, summary) in `checkpoint_dir/RUN`: scripts.report and scripts.export take that folder by
---checkpoint_dir. A run is done when its row is there: cut off and started again, also with more arms, seeds or budgets, it
-makes what is missing, and a run in hand goes on from its own checkpoint. Several of these may share `results/` at a time,
-each with arms and a checkpoint_dir of its own.
+Each run leaves one row in `results/results.jsonl`, from which the tables are made, and with `--keep` what
+train.py leaves (model, pictures, page, summary) in `checkpoint_dir/RUN`: scripts.report and scripts.export
+take that folder by --checkpoint_dir. A run is done when its row is there: cut off and started again, also
+with more arms, seeds or budgets, it makes what is missing, and a run in hand goes on from its own
+checkpoint. Several of these may share `results/` at a time, each with arms and a checkpoint_dir of its own.
 """
 
 import dataclasses
@@ -75,7 +75,7 @@ def plan(arms, seeds, budgets, tuned):
 
 
 def tune(config, arms, budgets, path):
-    """Walk each arm's grid from TUNING_START until no neighbour of its best point is better on dialogues held back.
+    """Walk each arm's grid from TUNING_START until no neighbour is better on dialogues held back.
 
     Raises:
         UserError, Stopped: as `make`.
@@ -163,7 +163,7 @@ def make(config, runs, path, keep=False):
 
 
 def meaning(settings):
-    """The settings that shape a run's figures. In which folder its text lies and what machine it ran on do not."""
+    """The settings that shape a run's figures. The folder of its text and the machine do not."""
     return shaping(settings) | {"data_source": Path(settings["data_source"]).name}
 
 
@@ -177,7 +177,7 @@ def require_same(name, before, now):
 
 
 def page_lines(comparison, tuning, pictures):
-    """What the page shows of the rows: claims, all arms by budget, each budget with its pictures, the grids' choices."""
+    """What the page shows of the rows: claims, arms by budget, each budget with pictures, tuned settings."""
     claims = tables.claims_table(comparison)
     lines = ["## Claims", "", *claims, ""] if claims else []
     labels = {arm: label for arm, (label, _) in ARMS.items()}
@@ -200,7 +200,7 @@ def tuning_table(rows):
 
 
 def report(results):
-    """Make and print the tables, draw the pictures; the project's own page is docs/results.md, which has a text above.
+    """Make and print the tables, draw the pictures; the project's own page is docs/results.md.
 
     Raises:
         UserError: there are no rows.

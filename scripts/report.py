@@ -1,12 +1,12 @@
 """What a folder of runs holds, how a run went, how fast, and how two runs differ.
 
-    python3 -m scripts.report                    # the latest run, so far or complete, and what lies in the folder
-    python3 -m scripts.report RUN                # another one: its id, its metrics_*.jsonl, or a folder of runs
+    python3 -m scripts.report  # the latest run, so far or complete, and what lies in the folder
+    python3 -m scripts.report RUN  # another one: its id, its metrics_*.jsonl, or a folder of runs
     python3 -m scripts.report RUN OTHER          # two side by side, also of two folders
     python3 -m scripts.report --remake           # tables, pictures and page once more, from the record
     python3 -m scripts.report --runs             # the runs whose checkpoints the folder holds
     python3 -m scripts.report --remove RUN_ID    # delete the checkpoints of one of them
-    python3 -m scripts.report --draw_docs        # the drawings of the documents: idea.png and architecture.png
+    python3 -m scripts.report --draw_docs  # the drawings of the documents: idea.png and architecture.png
 
 All but the list of checkpoints comes from the records that runs write; no model is loaded.
 """

@@ -1,9 +1,9 @@
-"""Where a run or a series of runs is: phase, epoch, batch, progress, best loss, age of the last checkpoint, speed, ETA.
+"""Where a run or a series of runs is: phase, epoch, batch, best loss, last checkpoint, speed, ETA.
 
     python3 -m scripts.status [--checkpoint_dir DIR] [--json]
 
-Reads a small file; works while training runs, on any machine that sees the folder. Of a ladder or a comparison it
-tells the runs done and remaining, the time, and where the run in hand is.
+Reads a small file; works while training runs, on any machine that sees the folder. Of a ladder or a
+comparison it tells the runs done and remaining, the time, and where the run in hand is.
 """
 
 import json

@@ -13,6 +13,7 @@ SOURCES = [
     *(ROOT / name for name in ("config.py", "train.py", "test.py")),
     *sorted((ROOT / "scripts").glob("*.py")),
 ]
+WIDEST = 110  # columns
 LONGEST = 60  # lines of a function, without its docstring, that can still be read at a glance
 
 # A module may import from the package only what stands here (longest matching prefix counts).
@@ -111,6 +112,7 @@ def test_a_file_is_a_room(path):
     """One subject, readable in one sitting, said in its first line; ASCII; no history or to-do in the code."""
     text = path.read_text()
     assert text.isascii()
+    assert max(map(len, text.splitlines()), default=0) <= WIDEST
     if text.strip():
         assert ast.get_docstring(ast.parse(text)), "no docstring"
     assert not re.search(r"\b(TODO|FIXME|XXX)\b", text)

@@ -270,7 +270,7 @@ def _open_hub(name, subset, commit):
 
 
 def _unbroken(rows, where):
-    """The rows of a stream to its end: after a break it is opened again behind the last one, or it is an error."""
+    """The rows of a stream to its end: after a break it is opened again behind the last; else an error."""
     done, reader = 0, iter(rows)
 
     def next_row():

@@ -1,8 +1,8 @@
-"""Many runs side by side: their rows, means over seeds, paired differences, verdicts, tables, growth. No torch.
+"""Many runs side by side: rows, means over seeds, paired differences, verdicts, tables, growth. No torch.
 
-A row is what train.main returns, with run (its name), arm, seed, changes and the settings that shape its figures: one
-JSON object a line. Its val_sample_nats are the nats of each validation sample; a sample has the same place in all
-rows, and starts with a dialogue of its own.
+A row is what train.main returns, with run (its name), arm, seed, changes and the settings that shape its
+figures: one JSON object a line. Its val_sample_nats are the nats of each validation sample; a sample has the
+same place in all rows, and starts with a dialogue of its own.
 """
 
 import json
@@ -54,7 +54,7 @@ def append_row(path, row):
 
 
 def read_results(path):
-    """The rows of a file, the last of each run; [] where there is no file. What a crash left unfinished is no row.
+    """The rows of a file, the last of each run; [] without a file. What a crash left unfinished is no row.
 
     Raises:
         UserError: the file cannot be read, or a row is no result of this version.
@@ -83,7 +83,7 @@ def mean_interval(values):
 
 
 def paired_difference(ours, theirs, length, seed=0):
-    """Difference of mean loss, ours minus theirs, over the seeds and samples that both have, with its 95 % interval.
+    """Difference of mean loss, ours minus theirs, over seeds and samples of both, with its 95 % interval.
 
     Bootstrap that draws seeds and dialogues, both with replacement; the same draw for both arms.
 
@@ -127,7 +127,7 @@ class Comparison:
         return mean_interval([row[key] for row in self.by[tokens, arm]])
 
     def seconds(self, tokens, arm):
-        """Training time of the seed that was fastest: the one that other work on the machine disturbed least."""
+        """Training time of the fastest seed: the one that other work on the machine disturbed least."""
         return min(row["seconds_training"] for row in self.by[tokens, arm])
 
     def counted(self, tokens):
@@ -138,7 +138,7 @@ class Comparison:
         return {name: (ppl, bits_a_nat * math.log(ppl)) for name, ppl in perplexities.items()}
 
     def curve(self, tokens, arm, key):
-        """{x: mean over seeds of y}, x ascending, of a curve that each run has; None for an arm without it."""
+        """{x: mean over seeds of y}, x ascending, of a curve of each run; None for an arm without it."""
         curves = [as_curve(row[key]) for row in self.by.get((tokens, arm), []) if row.get(key)]
         if not curves:
             return None
@@ -150,13 +150,13 @@ class Comparison:
         return row["contexts"] == "frozen" or row["model_type"] in ("window", "token")
 
     def by_setting(self, tokens, name, prefix):
-        """(value of a setting, arm) of all frozen arms at a budget whose names begin so, without the shuffled one."""
+        """(value of a setting, arm) of all frozen arms at a budget whose names begin so, but the shuffled."""
         arms = [arm for arm in self.arms(tokens) if arm.startswith(prefix) and self.is_frozen(tokens, arm)]
         settings = {arm: self.by[tokens, arm][0]["settings"] for arm in arms}
         return [(values[name], arm) for arm, values in settings.items() if not values["phase1_shuffle"]]
 
     def difference(self, tokens, ours, theirs):
-        """paired_difference of two arms at a budget; None where a seed or an arm is missing, or their tokens differ."""
+        """paired_difference of two arms at a budget; None where one is missing, or their tokens differ."""
         sides = [self.by.get((tokens, arm), []) for arm in (ours, theirs)]
         tokenizers = [{(row["tokenizer"], row["vocab_size"]) for row in side} for side in sides]
         if tokenizers[0] != tokenizers[1] or not sides[0]:
@@ -165,7 +165,7 @@ class Comparison:
         return paired_difference(*nats, sides[0][0]["settings"]["max_seq_length"])
 
     def verdict(self, tokens, ours, rivals):
-        """Whether an arm beats the best of its rivals at a budget, and by which figures; "" where one is missing."""
+        """Whether an arm beats its best rival at a budget, and by which figures; "" where one is missing."""
         rivals = [arm for arm in rivals if self.difference(tokens, ours, arm)]
         if not rivals:
             return ""
@@ -184,7 +184,7 @@ class Comparison:
         return f"{mean:,.1f}" if math.isnan(half) else f"{mean:,.1f} +- {half:.1f}"
 
     def context_cells(self, tokens, arm):
-        """Rank, cold-start error after 10 sweeps and memory horizon of the contexts that an arm predicts from."""
+        """Rank, cold-start error after 10 sweeps and memory horizon of the contexts of an arm."""
         suffix = "" if self.is_frozen(tokens, arm) else "_finetuned"
         keys = [f"{key}{suffix}" for key in ("er_val", "cold_start_error_10", "memory_horizon")]
         if any(row.get(key) is None for key in keys for row in self.by[tokens, arm]):
@@ -286,7 +286,7 @@ def table(header, rows):
 
 @dataclass(frozen=True)
 class Fit:
-    """The line y = intercept + slope * x through points, and the share of the variance of y that it explains."""
+    """The line y = intercept + slope * x through points, and the share of the variance that it explains."""
 
     intercept: float
     slope: float
@@ -309,7 +309,7 @@ def linear_fit(xs, ys):
 
 
 def scale_fits(summaries):
-    """(fit of seconds, fit of peak memory in MB), both against thousands of training tokens, over several budgets."""
+    """(fit of seconds, fit of peak memory in MB) against thousands of training tokens, over budgets."""
     thousands = [summary["train_tokens"] / 1000 for summary in summaries]
     return tuple(linear_fit(thousands, [s[key] for s in summaries]) for key in ("seconds", "peak_memory_mb"))
 
@@ -322,5 +322,6 @@ def scale_lines(summaries):
     return [
         f"time = {time.text('s')}, R^2 {time.r_squared:.4f}",
         f"peak memory = {memory.text('MB')}, R^2 {memory.r_squared:.4f}",
-        f"from the smallest budget to the largest: tokens x{tokens:.1f}, time x{seconds:.1f}, peak memory x{peak:.2f}",
+        f"from the smallest budget to the largest: tokens x{tokens:.1f}, time x{seconds:.1f}, peak memory "
+        f"x{peak:.2f}",
     ]

@@ -16,20 +16,23 @@ SERIES_NAME = "series.json"
 def make_series(folder, runs, work, done=None):
     """Make several runs, one after the other; one that fails keeps no other from being made.
 
-    `<folder>/series.json` is replaced whenever a run begins or the series ends, for those who watch. Nothing reads there
-    what is done: the runs themselves know that, so a series may be cut off anywhere.
+    `<folder>/series.json` is replaced whenever a run begins or the series ends, for those who watch. Nothing
+    reads there what is done: the runs themselves know that, so a series may be cut off anywhere.
 
     Args:
         folder: an existing folder.
-        runs: {name: {"size": cost relative to the others', "folder": where the run lies in this one}}, in order.
-        work: function of a name that makes the run and returns its summary; at once where the run is complete.
+        runs: {name: {"size": cost relative to the others', "folder": where the run lies in this one}}, in
+            order.
+        work: function of a name that makes the run and returns its summary; at once where the run is
+            complete.
         done: {name: summary} of runs that need no work.
 
     Returns:
         Summaries of all runs, in order.
 
     Raises:
-        UserError: runs failed; all others are done. Anything else that `work` raises ends the series where it is.
+        UserError: runs failed; all others are done. Anything else that `work` raises ends the series where
+            it is.
     """
     states = [{"name": name, **run, "status": "pending", "metrics": {}} for name, run in runs.items()]
     for run in states:
@@ -57,8 +60,8 @@ def make_series(folder, runs, work, done=None):
     if failed:
         name, reason = failed[0]["name"], failed[0]["error"].rstrip(".")
         raise UserError(
-            f"{len(failed)} of {len(states)} runs failed, the first of them ({name}) because {reason}: mend that and run "
-            "the same command again, which makes only what is missing."
+            f"{len(failed)} of {len(states)} runs failed, the first of them ({name}) because {reason}: mend "
+            "that and run the same command again, which makes only what is missing."
         )
     return [run["metrics"] for run in states]
 
@@ -88,7 +91,7 @@ def read_series(folder):
 
 
 def progress(fields):
-    """How far a series is: state, total, done, failed, remaining (runs), elapsed_s, and eta_s (None while unknown)."""
+    """How far a series is: state, total, done, failed, remaining (runs), elapsed_s, eta_s (None: unknown)."""
     runs = {status: [] for status in ("done", "failed", "running", "pending")}
     for run in fields["runs"]:
         runs[run["status"]].append(run)

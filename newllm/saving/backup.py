@@ -102,7 +102,7 @@ class Backup:
         self._thread, self._next_round = None, 0.0
 
     def request(self, names, save):
-        """Say which files, relative to the folder, the target shall hold as their round finds them; returns at once."""
+        """Say which files, relative to the folder, the target shall hold; their round copies them."""
         self._asked = names, save
         if not self._busy and time.monotonic() >= self._next_round:
             self._begin()

@@ -1,12 +1,14 @@
 """The run's state on disk: `model_latest.pt`, saved while training goes on, and continued from exactly.
 
-A run is a chain of stages (STAGES). The file holds the trained weights of the stage in hand, that stage's own state
-(optimizer, epoch, batch, contexts) and the results of the stages behind it, so that any save is a point to continue from
-exactly: all else (data order, dropout, learning rate) is a function of seed, stage and step.
+A run is a chain of stages (STAGES). The file holds the trained weights of the stage in hand, that stage's
+own state (optimizer, epoch, batch, contexts) and the results of the stages behind it, so that any save is a
+point to continue from exactly: all else (data order, dropout, learning rate) is a function of seed, stage
+and step.
 
-A save copies the state and leaves hashing, writing, syncing and reading back to one background thread, so a slow folder
-costs training no time; the next one waits for it. The new state takes its name when it has been read back. The manifest,
-written last, is only for people and `scripts.status`: each file proves itself by its seal.
+A save copies the state and leaves hashing, writing, syncing and reading back to one background thread, so a
+slow folder costs training no time; the next one waits for it. The new state takes its name when it has been
+read back. The manifest, written last, is only for people and `scripts.status`: each file proves itself by
+its seal.
 """
 
 import json
@@ -41,18 +43,21 @@ STATES_ON_DISK = 5  # latest, previous, end of an epoch, end of Phase 1, and the
 
 
 class Checkpointer:
-    """Saves and restores one run in `checkpoint_dir`, which nobody else may write meanwhile. A context manager.
+    """Saves and restores one run in `checkpoint_dir`, which nobody else writes meanwhile. A context manager.
 
-    Of several processes that train together only the main one touches the folder; the others get from it what it found.
+    Of several processes that train together only the main one touches the folder; the others get from it
+    what it found.
 
     Attributes:
         stage: the first stage that is not complete.
         results: metrics of the complete stages, by stage.
         history: {"phase1_history": {...}, "phase2_history": {...}}, lists by name.
-        reused: parts of the untrained row that another run of the folder has, with the bits they would have here.
+        reused: parts of the untrained row that another run of the folder has, with the bits they would have
+            here.
         notes: lines about what was found, for the caller to print.
         saved_at: time of the last save, also of an earlier session, seconds since the epoch, or None.
-        record: lines of the run's record so far, which every state carries: it outlives the machine that they lie on.
+        record: lines of the run's record so far, which every state carries: it outlives the machine that
+            they lie on.
 
     Raises:
         UserError: the folder or what lies in it cannot be used.
@@ -104,7 +109,8 @@ class Checkpointer:
         """Find the run, move it to the top of the folder or make way for a new one.
 
         Returns:
-            (its id, its folder, its state or None, parts taken from other runs, the state with Phase 1 of one, record).
+            (its id, its folder, its state or None, parts taken from other runs, the state with Phase 1 of
+            one, record).
         """
         top = mended(self.folder, self.notes) if self.writes else runs.newest(self.folder)[0]
         choice = runs.choose(self.folder, top, self.config, self.fingerprint)
@@ -138,12 +144,12 @@ class Checkpointer:
                 runs.bring_up(self.folder, home.name)
         except OSError as error:
             raise UserError(
-                f"the run in {self.folder} cannot be changed ({error.strerror or error}): mend that and start again; "
-                "nothing is lost."
+                f"the run in {self.folder} cannot be changed ({error.strerror or error}): mend that and "
+                "start again; nothing is lost."
             ) from error
 
     def _parts(self, taken):
-        """(parts of the untrained row, the state with Phase 1 or None, rows of the record) that other runs have."""
+        """(parts of the untrained row, the state with Phase 1 or None, rows of the record) of other runs."""
         reused, phase1, record = {}, None, []
         for part, (home, state) in taken.items():
             try:
@@ -216,7 +222,7 @@ class Checkpointer:
 
     @property
     def times(self):
-        """Over all sessions: seconds of each part of the run, number of saves, their seconds in the thread, the longest."""
+        """Over all sessions: seconds of each part, number of saves, seconds in the thread, the longest."""
         earlier, thread = self._earlier_saves, self.thread
         return {
             "parts": self._clock.parts,
@@ -232,7 +238,7 @@ class Checkpointer:
 
     @property
     def saving_share(self):
-        """(share of this session's time that training waited for saves, share in which one was being written)."""
+        """Shares of this session's time: (training waited for a save, a save was being written)."""
         session = max(time.monotonic() - self._started, 1e-9)
         return self.thread.waited / session, self.thread.written / session
 
@@ -279,7 +285,7 @@ class Checkpointer:
         return here | position | {"epoch": position["epoch"] + 1}
 
     def due(self, steps):
-        """Whether to save after this many steps of the stage: by those of the run, by time, or because somebody asks for it."""
+        """Whether to save after so many steps of the stage: by number, by time, or because somebody asks."""
         agree(self.group.first_reason)
         config, since = self.config, time.monotonic() - self._last_save
         by_steps = (self._stage_begun + steps) % config.save_every_n_batches == 0
@@ -291,13 +297,15 @@ class Checkpointer:
     def save(
         self, label, model, stage_state, best=None, names=(), optional=False, before=None, position=None
     ):
-        """Save the state in the background; stop here if the run is to stop. A failing disk does not stop training.
+        """Save the state in the background; stop here if the run is to stop. A failing disk stops nothing.
 
         Args:
             label: becomes the file's `epoch`, e.g. "phase1_iteration_3" or "phase2_complete".
-            best: {"weights", "metrics"} of the stage's lowest validation loss; written first, if not written yet.
+            best: {"weights", "metrics"} of the stage's lowest validation loss; written first, if not written
+                yet.
             names: further names to keep it by, which `runs.states` knows.
-            optional: leave it out while the save before is still being written; the next one holds the same and more.
+            optional: leave it out while the save before is still being written; the next one holds the same
+                and more.
             before: called before anything is written, in the thread that writes.
             position: of newllm.training.loop.State, of a stage that has begun.
 
@@ -323,7 +331,8 @@ class Checkpointer:
         if reason:
             if self.unsaved:
                 raise UserError(
-                    f"{reason}, but the state could not be written ({self.unsaved}); the save before it is whole."
+                    f"{reason}, but the state could not be written ({self.unsaved}); the save before it is "
+                    "whole."
                 )
             raise Stopped(reason)
 
@@ -338,14 +347,14 @@ class Checkpointer:
             found = self.group.decided(load_sealed(self.best(stage)) if self.group.is_main else None)
         except (Corrupt, FileNotFoundError) as error:
             raise UserError(
-                f"the best weights of this run cannot be read ({error}): put {self.best(stage).name} back, or start "
-                "afresh with --no-load_checkpoint."
+                f"the best weights of this run cannot be read ({error}): put {self.best(stage).name} back, "
+                "or start afresh with --no-load_checkpoint."
             ) from error
         self._best_written = stage, found["best"]
         return {"weights": found["model_state_dict"], "metrics": found["best"]}
 
     def complete(self, stage, model, results):
-        """Record the results of a stage and make the next one current: Phase 2 where another run has Phase 1."""
+        """Record a stage's results and make the next one current: Phase 2 where another run has Phase 1."""
         self._pass(stage, results)
         if stage == "untrained" and self._phase1:
             load_weights(self.folder, model, self._phase1)
@@ -370,7 +379,7 @@ class Checkpointer:
         self.thread.wait()
 
     def _write(self, content, model, best, names):
-        """In the thread: frozen tensors once, best weights, the state with its further names, and then word to the mirror."""
+        """In the thread: frozen tensors once, best weights, the state by all its names; then the mirror."""
         if self._frozen[0] is not model:  # the control keeps other tensors than the run's own
             self._frozen = model, store_frozen(self.folder, model)
         content["frozen"] = self._frozen[1]
@@ -454,7 +463,7 @@ def announce(folder, content, digest):
 
 
 def mended(folder, notes):
-    """The newest whole state of a folder, or None, which becomes its latest; damaged files are set aside, never used.
+    """The newest whole state of a folder, or None; it becomes the latest, damaged files are set aside.
 
     Args:
         notes: list that gets a line for each file set aside.
@@ -476,7 +485,7 @@ def mended(folder, notes):
 
 
 def recover(folder, mirror, notes):
-    """Fetch the second copies that are newer than what a folder has, as after a lost machine: another run's beside its own.
+    """Fetch second copies that are newer than what a folder has, as after a lost machine; of all runs.
 
     Args:
         mirror: folder of second copies. notes: list that gets a line when files were fetched.
@@ -544,7 +553,7 @@ def store_frozen(folder, model):
 
 
 def snapshot(value):
-    """The same structure with copies of all tensors, on the CPU, so that training may go on changing its own."""
+    """The same structure with copies of all tensors, on the CPU: training goes on changing its own."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):
@@ -553,7 +562,7 @@ def snapshot(value):
 
 
 def place(content):
-    """Where a saved state goes on, in words, e.g. "in Phase 2, epoch 12, batch 14 of 30 (sample 416 of 960), step 344".
+    """Where a state goes on, in words: "in Phase 2, epoch 12, batch 14 of 30 (sample 416 of 960), step 344".
 
     Args:
         content: of a checkpoint: its `stage`, its `position` (None between two stages) and its `step`.
@@ -575,7 +584,7 @@ def place(content):
 
 
 def require_space(folder, model, config, context_dtype):
-    """Refuse to begin what the disk cannot hold: states of weights, two moments of each, contexts; contexts in files.
+    """Refuse to begin what the disk cannot hold: states of weights, two moments of each, and contexts.
 
     Raises:
         UserError: the folder has too little room for the checkpoints and files of a run.
@@ -589,8 +598,9 @@ def require_space(folder, model, config, context_dtype):
     needed, free = needed - sum(present.values()), shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
-            f"{folder} has {free / 1e9:.2f} GB free and the checkpoints of this run need about {needed / 1e9:.2f} GB "
-            "more: make room, choose another --checkpoint_dir, or train with --no-save_checkpoint."
+            f"{folder} has {free / 1e9:.2f} GB free and the checkpoints of this run need about "
+            f"{needed / 1e9:.2f} GB more: make room, choose another --checkpoint_dir, or train with "
+            "--no-save_checkpoint."
         )
 
 

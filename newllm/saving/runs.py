@@ -1,8 +1,9 @@
-"""The runs that a checkpoint folder holds: which of them the settings say, and what another one may take from it.
+"""The runs that a checkpoint folder holds: which of them the settings say, and what others take from it.
 
-A run is what its settings and data say. The one that wrote last lies at the top of the folder, every other one whole, by the
-same names, in `runs/RUN_ID/`. Changing runs renames files; `model_latest.pt` at the top is replaced, so a whole one is there at
-every instant. As each state carries its run's id, the files themselves tell a change that was cut off, and `settle` ends it.
+A run is what its settings and data say. The one that wrote last lies at the top of the folder, every other
+one whole, by the same names, in `runs/RUN_ID/`. Changing runs renames files; `model_latest.pt` at the top is
+replaced, so a whole one is there at every instant. As each state carries its run's id, the files themselves
+tell a change that was cut off, and `settle` ends it.
 """
 
 import itertools
@@ -26,7 +27,8 @@ MACHINE = "torch", "device", "precision", "compile"  # what else the bits of a f
 SHAPES = {name: setting.shapes.split() for name, setting in settings_of(Config).items()}
 WHOLE = {"data", "budget", "model"}
 BATCHES = {name for name, setting in settings_of(Config).items() if setting.until_done}
-PARTS = {  # what a new run may take from another one, and what shapes it; "made" of a state has its stage's settings
+# What a new run may take from another one, and what shapes it: (stage, marks, how a person calls it).
+PARTS = {
     "ngrams": ("untrained", {"data", "budget"}, "the n-gram counts"),
     "contexts": ("untrained", WHOLE | {"untrained"}, "the figures of untrained contexts"),
     "head": ("untrained", WHOLE | {"control"}, "the head on them"),
@@ -35,13 +37,13 @@ PARTS = {  # what a new run may take from another one, and what shapes it; "made
 
 
 def shaping(settings, *others):
-    """Those of some settings that shape a run's figures (one of an earlier version does), without those of the other marks."""
+    """Those of some settings that shape a run's figures (unknown ones do), without those of other marks."""
     marks = {name: set(SHAPES.get(name, ["data"])) for name in settings}
     return {name: value for name, value in settings.items() if marks[name] and not marks[name] & set(others)}
 
 
 def changed(saved, now, marks=None):
-    """{name: (saved value, value now)} of the settings that shape a figure and differ, with `marks` of one of these."""
+    """{name: (saved value, value now)} of settings that shape a figure (of some marks) and differ."""
     old = EARLIER | saved
     changes = {name: (old.get(name), new) for name, new in shaping(now).items() if old.get(name) != new}
     return {name: change for name, change in changes.items() if not marks or marks & set(SHAPES[name])}
@@ -52,7 +54,7 @@ def listed(changes):
 
 
 def distinction(found, config, fingerprint):
-    """In words what makes these settings and data another run than that of a state; "" when it is the same one.
+    """What makes these settings and data another run than that of a state, in words; "" if it is the same.
 
     That is what shaped a figure which the run has made, or has begun to make. What is ahead of it may change.
     """
@@ -102,7 +104,8 @@ def newest(folder):
     The latest counts if it is whole: another file with more saves behind it is of an earlier run.
 
     Returns:
-        (content, its path, {path: what is wrong} of damaged files that come before it); (None, None, {}) without any file.
+        (content, its path, {path: what is wrong} of damaged files that come before it); (None, None, {})
+        without any file.
 
     Raises:
         UserError: there are files, and none is whole; or one cannot be looked at.
@@ -125,16 +128,17 @@ def newest(folder):
             break  # the usual case needs no other file
     if damaged and found is None:
         raise UserError(
-            f"no checkpoint in {folder} can be read ({next(iter(damaged.values()))}): put a whole copy in its place, "
-            "or move the files away to start a new run."
+            f"no checkpoint in {folder} can be read ({next(iter(damaged.values()))}): put a whole copy in "
+            "its place, or move the files away to start a new run."
         )
     return found, place, damaged
 
 
 def runs_in(folder, top):
-    """[(its folder, its newest state or None)] of the run at the top and of those beside it, the latest id first.
+    """[(its folder, its newest state or None)] of the run at the top and those beside it, latest id first.
 
-    The checksum of a state beside it is looked at only if the latest file cannot be opened: who uses one reads it again.
+    The checksum of a state beside it is looked at only if the latest file cannot be opened: who uses one
+    reads it again.
     """
     found = [(folder, top)] if top else []
     for home in sorted(folder.glob(f"{RUNS}/[!.]*"), reverse=True):
@@ -177,8 +181,8 @@ def choose(folder, top, config, fingerprint):
     folder, choice, known = Path(folder), Choice(), []
     if top and top.get("format") != FORMAT:
         raise UserError(
-            f"{folder / LATEST} has format {top.get('format')}, this version continues {FORMAT}: finish that run with "
-            "the version that wrote it, move it away, or choose another --checkpoint_dir."
+            f"{folder / LATEST} has format {top.get('format')}, this version continues {FORMAT}: finish "
+            "that run with the version that wrote it, move it away, or choose another --checkpoint_dir."
         )
     for home, state in runs_in(folder, top):
         if state and state.get("format") == FORMAT:
@@ -209,7 +213,7 @@ def choose(folder, top, config, fingerprint):
 
 
 def _takings(known, own, config, fingerprint):
-    """{part: (folder, state)} of the other runs, in their order, that have a part with the bits it would have today."""
+    """{part: (folder, state)} of the first other run that has the part with the bits of today."""
     found = {}
     for (home, state, _), part in itertools.product(known, PARTS):
         stage, marks, _ = PARTS[part]
@@ -237,7 +241,7 @@ def _files(folder):
 
 
 def park(folder, run_id):
-    """Move the run at the top aside, all but `model_latest.pt`, which gets a second name: the next save replaces it."""
+    """Move the run at the top aside; `model_latest.pt` gets a second name, as the next save replaces it."""
     home = folder / RUNS / run_id
     home.mkdir(parents=True, exist_ok=True)
     for name in (LATEST, MANIFEST):
@@ -249,7 +253,7 @@ def park(folder, run_id):
 
 
 def bring_up(folder, run_id):
-    """Move a run to the top, its latest first: whenever this is cut off, the id at the top says that it has to go on.
+    """Move a run to the top, its latest first: if this is cut off, the id at the top says to go on.
 
     The manifest there, which also says who writes, stays for its writer to renew.
     """
@@ -262,7 +266,7 @@ def bring_up(folder, run_id):
 
 
 def settle(folder):
-    """The newest whole state at the top, as `newest` gives it, after a change of runs that was cut off has been ended."""
+    """The newest whole state at the top, as by `newest`, once a change of runs that was cut off has ended."""
     top = newest(folder)
     if top[0] and (folder / RUNS / top[0]["run_id"]).is_dir():
         bring_up(folder, top[0]["run_id"])
@@ -271,7 +275,7 @@ def settle(folder):
 
 
 def run_rows(folder):
-    """(id, state, val ppl, MB on disk, last save, settings that differ from the run at the top) of each run, for people.
+    """(id, state, val ppl, MB on disk, last save, settings unlike those of the run at the top) of each run.
 
     Raises:
         UserError: the files at the top cannot be read.
@@ -299,7 +303,7 @@ def _bytes_of(home):
 
 
 def remove(folder, run_id):
-    """Delete the checkpoints of a run beside the one at the top; its record and artefacts stay. Returns bytes freed.
+    """Delete the checkpoints of a run beside the top; record and artefacts stay. Returns bytes freed.
 
     Raises:
         UserError: there is none of this id.

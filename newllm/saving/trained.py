@@ -27,7 +27,7 @@ def frozen_path(folder, digest):
 
 
 def frozen_of(folder, model, found):
-    """The frozen tensors that a state refers to: the model's own if they are the same, else those of the file.
+    """The frozen tensors that a state refers to: the model's own if they are the same, else the file's.
 
     Raises:
         UserError: they are not the model's and the file is missing, damaged or another.
@@ -44,8 +44,8 @@ def frozen_of(folder, model, found):
             raise Corrupt(f"{path} holds other tensors")
     except (Corrupt, FileNotFoundError) as error:
         raise UserError(
-            f"the checkpoint's frozen embeddings cannot be read ({error}): put {path.name} back beside it, or start "
-            "afresh with --no-load_checkpoint."
+            f"the checkpoint's frozen embeddings cannot be read ({error}): put {path.name} back beside it, "
+            "or start afresh with --no-load_checkpoint."
         ) from error
     return own | tensors
 
@@ -53,13 +53,15 @@ def frozen_of(folder, model, found):
 def load_weights(folder, model, found):
     """Give the model the weights of a state, trained and frozen.
 
-    Between the phases contexts may be frozen or not other than before: what Phase 1 leaves alone is then the model's own.
+    Between the phases contexts may be frozen or not other than before: what Phase 1 leaves alone is then the
+    model's own.
 
     Args:
         folder: where it lies. found: its content.
 
     Raises:
-        UserError: tensors that the state refers to are not there, it does not fit the model, or its adapter needs peft.
+        UserError: tensors that the state refers to are not there, it does not fit the model, or its adapter
+            needs peft.
     """
     state = found["model_state_dict"]
     if has_adapter(state) and not has_adapter(model.state_dict()):
@@ -73,7 +75,8 @@ def load_weights(folder, model, found):
     except RuntimeError as error:  # the settings agree, so the file or the code is of another version
         reason = "; ".join(line.strip() for line in str(error).splitlines()[1:])
         raise UserError(
-            f"the checkpoint in {folder} does not fit the model ({reason}): start afresh with --no-load_checkpoint."
+            f"the checkpoint in {folder} does not fit the model ({reason}): start afresh with "
+            "--no-load_checkpoint."
         ) from error
 
 
@@ -110,7 +113,7 @@ def load_model(found):
 
 
 def open_model(path, cache_dir=""):
-    """The model of a file that save_model has written, or of a checkpoint, whose tokenizer comes from its run's data or cache.
+    """The model of a file of save_model, or of a checkpoint, whose tokenizer comes from its run's data.
 
     Args:
         path: as of open_saved. cache_dir: in place of the run's own.
@@ -119,7 +122,8 @@ def open_model(path, cache_dir=""):
         (model on the CPU in fp32, tokenizer, content of the file).
 
     Raises:
-        UserError: as open_saved; the run has trained nothing yet, its contexts are whitened, or its data are not what they were.
+        UserError: as open_saved; the run has trained nothing yet, its contexts are whitened, or its data are
+            not what they were.
     """
     folder, found = open_saved(path)
     if found.get("stage") == "untrained":

@@ -138,9 +138,9 @@ def contexts_in_files(config, dtype):
 class StoredContexts:
     """Contexts of the samples that this process owns: what a sweep of Phase 1 reads, and what it makes.
 
-    An iteration touches each sample once, so in memory the new contexts take the place of the old ones. In files
-    they do not: an iteration reads one file and writes the other. So what the last saved state needs is still
-    there when a process is killed, and a checkpoint carries only the rows' checksums.
+    An iteration touches each sample once, so in memory the new contexts take the place of the old ones. In
+    files they do not: an iteration reads one file and writes the other. So what the last saved state needs
+    is still there when a process is killed, and a checkpoint carries only the rows' checksums.
 
     Args:
         num_samples: N. config, runtime: of the run. folder: where files lie if contexts are in files.

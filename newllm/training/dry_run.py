@@ -1,4 +1,4 @@
-"""What a run would do, up to its first step: nothing is trained, and nothing is written but the data's cache."""
+"""What a run would do, up to its first step: nothing is trained, nothing written but the data's cache."""
 
 from pathlib import Path
 

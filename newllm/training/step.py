@@ -65,7 +65,8 @@ class OptimizerStep:
             What `gradients` returned, the loss as a number.
 
         Raises:
-            UserError: loss or gradient is not finite, or a single sample does not fit; no parameter is touched.
+            UserError: loss or gradient is not finite, or a single sample does not fit; no parameter is
+                touched.
         """
         done = None
         while done is None:
