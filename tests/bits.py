@@ -68,7 +68,7 @@ def digest(checkpoint):
 def run(checkout, folder, flags, stop=False):
     """Train to the end in a checkpoint folder; with `stop`, in as many short sessions as it takes."""
     places = ["--checkpoint_dir", f"{folder}/checkpoints", "--cache_dir", f"{folder}/../cache"]
-    limit = ["--max_minutes", "0.02"] if stop else []
+    limit = ["--max_minutes", "0.03"] if stop else []
     command = [sys.executable, "train.py", *TINY, *flags, *places, *limit]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for session in range(1, MOST_SESSIONS):

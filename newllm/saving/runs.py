@@ -206,8 +206,11 @@ def choose(folder, top, config, fingerprint):
         line = f"another run than {nearest['run_id']} ({difference}){kept}"
     if not mine or state["stage"] == "untrained":
         choice.taken = _takings(known, choice.home, config, fingerprint)
-        names = [f"{PARTS[part][2]} (of run {run[1]['run_id']})" for part, run in choice.taken.items()]
-        line += f"; taken over: {', '.join(names) or 'nothing'}; all else is trained"
+        by_run = {}
+        for part, (_, lender) in choice.taken.items():
+            by_run.setdefault(lender["run_id"], []).append(PARTS[part][2])
+        taken = ", ".join(f"{', '.join(names)} (of run {run_id})" for run_id, names in by_run.items())
+        line += f"; taken over: {taken or 'nothing'}; all else is trained"
     choice.lines += [line.removeprefix("; ")] if line else []
     return choice
 
