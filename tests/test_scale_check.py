@@ -1,6 +1,7 @@
 """test.py as a user runs it: its criteria, its exit status, one row a budget, and how time and memory grow."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -144,7 +145,8 @@ def ladder(settings):
     """`test.py --ladder` as a process."""
     command = [sys.executable, "test.py", *as_flags(settings), "--ladder", "6,8"]
     pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    return subprocess.Popen(command, cwd=ROOT, text=True, **pipes)
+    threads = os.environ | {"OMP_NUM_THREADS": "1"}  # as in this process: the bits depend on it
+    return subprocess.Popen(command, cwd=ROOT, text=True, env=threads, **pipes)
 
 
 def trains(folder, name):
