@@ -336,14 +336,14 @@ def test_a_failure_leaves_the_folder_as_it_was(exported, small, monkeypatch, fai
     assert "def outside" in (folder / "versions.py").read_text()
 
 
-def test_an_export_says_what_it_was_not_tested_with(exported, small, monkeypatch):
+def test_an_export_says_what_it_was_not_tested_with(exported, small, tmp_path, monkeypatch):
     """As it loads, with the version and the range; silent where all is as tested. The ranges are those of
     the project."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     for torch_range, said in (("torch>=2", False), ("torch<2", True)):
         monkeypatch.setattr(importlib.metadata, "requires", lambda name, own=torch_range: [own, "numpy<1"])
-        folder = exported(small)
+        folder = exported(small, tmp_path / f"said_{said}")  # code of one name is loaded once
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             kind = get_class_from_dynamic_module("modeling_newllm.NewLLMForCausalLM", folder)
