@@ -9,6 +9,14 @@ import copy
 
 from config import ResidualConfig
 from newllm.clock import Clock, timed
+from newllm.config import (
+    DataSettings,
+    MachineSettings,
+    ModelSettings,
+    Phase1Settings,
+    Phase2Settings,
+    SharedSettings,
+)
 from newllm.data.samples import load_data
 from newllm.data.tokens import tokenizer_choice
 from newllm.errors import UserError, exit_on_user_error
@@ -32,12 +40,11 @@ from newllm.training.memory_estimate import predicted_peak
 from newllm.training.runtime import describe_device, gpu_utilization, open_runtime, peak_memory_mb
 
 
-def main(config, dry_run=False, sources=(load_data, load_embedding)):
+def main(config, dry_run=False):
     """Run all stages that are not complete yet.
 
     Args:
         dry_run: stop before the first step, having said what a run would do.
-        sources: what gives the data and the embedding's vectors, with the arguments of the defaults.
 
     Returns:
         The summary: what the closing block prints, as a dict, and the curves of pictures; None of a dry run.
@@ -48,12 +55,12 @@ def main(config, dry_run=False, sources=(load_data, load_embedding)):
     """
     with Interrupt(config.max_minutes, config.save_checkpoint) as interrupt, Clock():
         with timed("loading"):
-            runtime = open_runtime(config)
+            runtime = open_runtime(config.part(MachineSettings))
         group = runtime.group
         interrupt.alone = group.size == 1
         with group.run():
             with timed("loading"):
-                data, model, peak = load(config, runtime, *sources)
+                data, model, peak = load(config, runtime)
             if dry_run:
                 return preview(config, runtime, data, model, peak)
             with Checkpointer(config, data.fingerprint, new_run_id(), group) as checkpointer:
@@ -70,7 +77,7 @@ def main(config, dry_run=False, sources=(load_data, load_embedding)):
                     return report(config, runtime, data, model, checkpointer, log, peak)
 
 
-def load(config, runtime, load_data, load_embedding):
+def load(config, runtime):
     """(data, model, predicted peak in MB) of a configuration.
 
     Raises:
@@ -83,12 +90,13 @@ def load(config, runtime, load_data, load_embedding):
     if config.context_adapter != "none":
         require_peft()
     with runtime.group.main_first():
-        data = load_data(config, Progress)
+        settings = config.part(DataSettings)
+        data = load_data(settings, Progress)
         pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
-        require_own_ids(config.embeddings, tokenizer_choice(config))
+        require_own_ids(config.embeddings, tokenizer_choice(settings))
     runtime.group.require_same("data", data.fingerprint)
     peak = predicted_peak(config, data.vocab_size, runtime)
-    model = build_model(config, data.vocab_size, pretrained).to(runtime.device)
+    model = build_model(config.part(ModelSettings), data.vocab_size, pretrained).to(runtime.device)
     model.start_at_frequencies(data.train[:, 1:])
     return data, model, peak
 
@@ -140,7 +148,8 @@ class Run:
         log.say("\n== Phase 1: contexts ==")
         with timed("Phase 1"):
             folder = self.checkpointer.folder
-            training = self.train(Phase1(self.model, self.data.train, config, self.runtime, folder))
+            settings = config.part(Phase1Settings)
+            training = self.train(Phase1(self.model, self.data.train, settings, self.runtime, folder))
         contexts = self.measure_contexts()
         log.say(context_line("untrained", self.checkpointer.results["untrained"]["contexts"]))
         log.say(context_line("phase 1", contexts))
@@ -174,16 +183,19 @@ class Run:
 
     def train_head(self, model, stage, freeze_context):
         folder = self.checkpointer.folder
-        phase = Phase2(model, self.data, self.config, self.runtime, folder, stage, freeze_context)
+        settings = self.config.part(Phase2Settings)
+        phase = Phase2(model, self.data, settings, self.runtime, folder, stage, freeze_context)
         return self.train(phase)
 
     def train(self, phase):
-        return EpochLoop(phase, self.config, self.runtime, self.log, self.checkpointer).run()
+        shared = self.config.part(SharedSettings)
+        return EpochLoop(phase, shared, self.runtime, self.log, self.checkpointer).run()
 
     @timed("contexts")
     def measure_contexts(self):
         self.log.say("measuring contexts: rank, convergence, memory")
-        measured = evaluate_contexts(self.model, self.data, self.config, self.runtime.device, Progress)
+        settings = self.config.part(Phase1Settings)
+        measured = evaluate_contexts(self.model, self.data, settings, self.runtime.device, Progress)
         free_memory()  # its probes hold more than training does at small sizes
         return measured
 

@@ -97,7 +97,7 @@ def sample_nats(model, ids, autocast, device, features=None):
 
 
 @torch.no_grad()
-def evaluate_contexts(model, data, config, device, progress=silent):
+def evaluate_contexts(model, data, settings, device, progress=silent):
     """Rank, convergence and memory of the contexts on equally many training and validation tokens, in fp32.
 
     Args:
@@ -127,10 +127,10 @@ def evaluate_contexts(model, data, config, device, progress=silent):
             embeddings = model.embed(ids[:, :-1].to(device).long())
             sides[name] = sequential(step, embeddings, width)[0], embeddings
         contexts, embeddings = (part[:CURVE_SEQUENCES] for part in sides["val"])
-        threshold = config.phase1_convergence_threshold
+        threshold = settings.phase1_convergence_threshold
         _, cold = solve(step, embeddings, width, MAX_SWEEPS, threshold, ratio=2.0, trajectory_BTC=contexts)
         memory = diagnostics.memory_curve(step, embeddings, contexts)
-    enough = [share >= config.phase1_min_converged_ratio for share in cold.converged]
+    enough = [share >= settings.phase1_min_converged_ratio for share in cold.converged]
     capacity = diagnostics.past_capacity(sides["train"], sides["val"])
     tokens = min(RANK_TOKENS, count * length)  # as many of both sides: a rank depends on their number
     train, val = (diagnostics.spectrum(rearrange(c, "b t c -> (b t) c")[:tokens]) for c, _ in sides.values())

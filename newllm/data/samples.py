@@ -48,20 +48,20 @@ class TokenData:
         return self.tokenizer.vocab_size
 
 
-def load_data(config, progress=silent):
+def load_data(settings, progress=silent):
     """Samples for a configuration; with `tune_share`, the last training samples are held out instead.
 
     Args:
-        config: newllm.config.Config; its fields under "Data" count.
+        settings: newllm.config.DataSettings.
         progress: function of (label, total tokens) to a context manager whose `update` gets the tokens made.
 
     Raises:
         UserError: the source, tokenizer or cache folder cannot be had, or there are too few dialogues.
     """
-    data = _load_samples(config, progress)
-    if not config.tune_share:
+    data = _load_samples(settings, progress)
+    if not settings.tune_share:
         return data
-    count = max(1, round(config.tune_share * len(data.train)))
+    count = max(1, round(settings.tune_share * len(data.train)))
     if count >= len(data.train):
         raise UserError(
             f"tune_share leaves none of {len(data.train)} training samples: use more num_samples."
@@ -78,32 +78,32 @@ def load_data(config, progress=silent):
     )
 
 
-def _load_samples(config, progress):
+def _load_samples(settings, progress):
     """Training and held-out samples: from the cache, if possible without the hub, else built and cached."""
-    folder = usable_folder(config.cache_dir, "cache_dir")
-    choice = tokenizer_choice(config)
+    folder = usable_folder(settings.cache_dir, "cache_dir")
+    choice = tokenizer_choice(settings)
     chosen = functools.cache(lambda: choose_tokenizer(choice))
     notes = []
 
     def cached(corpus):
         """(path, content or None) of the corpus's cache file."""
         for kind in _kinds(choice, chosen):
-            path = _cache_path(folder, corpus, kind, config)
+            path = _cache_path(folder, corpus, kind, settings)
             if payload := _read_cache(path, notes):
                 break
         return path, payload
 
-    corpus = find_corpus(config.data_source, config.data_split, config.data_column)
+    corpus = find_corpus(settings.data_source, settings.data_split, settings.data_column)
     path, payload = cached(corpus)
     if payload is None:
-        wanted, corpus = corpus, available(corpus, config.data_source)
+        wanted, corpus = corpus, available(corpus, settings.data_source)
         if corpus is not wanted:
             path, payload = cached(corpus)
     hit = payload is not None
     if hit:
         notes.insert(0, f"cache hit: {path}")
     else:
-        payload = _build(corpus, chosen()[0], config, progress) | {"recipe": path.name}
+        payload = _build(corpus, chosen()[0], settings, progress) | {"recipe": path.name}
         try:
             save_sealed(payload, path)
         except OSError as error:
@@ -191,9 +191,9 @@ def _text_digest(text):
     return hashlib.sha256(text.encode()).digest()
 
 
-def _build(corpus, tokenizer, config, progress):
+def _build(corpus, tokenizer, settings, progress):
     """Both splits and the tokenizer (trained here if None) as the content of a cache file."""
-    wanted, length, size = config.num_samples, config.max_seq_length, corpus.size()
+    wanted, length, size = settings.num_samples, settings.max_seq_length, corpus.size()
     stream = corpus.train()
     head, held, trained = [], set(), tokenizer is None
     # A bpe tokenizer sees the first num_samples training dialogues: each sample starts with a dialogue of its
@@ -204,9 +204,9 @@ def _build(corpus, tokenizer, config, progress):
     while True:
         lesson = [text for text in head if _text_digest(text) not in held]
         if trained:
-            tokenizer = train_bpe(lesson, config.vocab_size, progress)
+            tokenizer = train_bpe(lesson, settings.vocab_size, progress)
         held_out = enumerate(corpus.held_out())
-        val, val_dialogue, taken = pack(held_out, tokenizer, config.val_samples, length)
+        val, val_dialogue, taken = pack(held_out, tokenizer, settings.val_samples, length)
         if set(taken).isdisjoint(map(_text_digest, lesson)):
             break
         held.update(taken)
@@ -223,9 +223,9 @@ def _build(corpus, tokenizer, config, progress):
 
     with progress("data", wanted * length) as bar:
         train, train_dialogue, train_taken = pack(training_dialogues(), tokenizer, wanted, length, bar.update)
-    if len(train) < wanted or len(val) < config.val_samples:
+    if len(train) < wanted or len(val) < settings.val_samples:
         raise UserError(
-            f"{wanted:,} training + {config.val_samples:,} validation samples of {length} tokens are more "
+            f"{wanted:,} training + {settings.val_samples:,} validation samples of {length} tokens are more "
             f"than {corpus.name} gives ({len(train):,} + {len(val):,}): lower num_samples or val_samples."
         )
     assert held.isdisjoint(train_taken)
@@ -257,17 +257,17 @@ def _kinds(choice, chosen):
             yield "bpe"
 
 
-def _cache_path(folder, corpus, kind, config):
+def _cache_path(folder, corpus, kind, settings):
     """Where the data of a recipe lies; the name carries the recipe's digest."""
-    trained_here = [config.vocab_size, importlib.metadata.version("tokenizers")]
+    trained_here = [settings.vocab_size, importlib.metadata.version("tokenizers")]
     recipe = {
         "format": FORMAT_VERSION,
         "corpus": corpus.identity,
         "tokenizer": {"gpt2": GPT2_FILES, "bpe": trained_here}.get(kind, kind),
-        "samples": [config.num_samples, config.val_samples, config.max_seq_length],
+        "samples": [settings.num_samples, settings.val_samples, settings.max_seq_length],
     }
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
-    return folder / f"{corpus.name}_{config.num_samples}samples_{config.max_seq_length}len-{key}.pt"
+    return folder / f"{corpus.name}_{settings.num_samples}samples_{settings.max_seq_length}len-{key}.pt"
 
 
 def _read_cache(path, notes):

@@ -119,10 +119,10 @@ class Tokenizer:
         return sizes
 
 
-def tokenizer_choice(config):
+def tokenizer_choice(settings):
     """The setting `tokenizer`; "auto" beside pretrained embeddings is the one these belong to."""
-    theirs = config.tokenizer == "auto" and config.embeddings != "random"
-    return config.embeddings if theirs else config.tokenizer
+    theirs = settings.tokenizer == "auto" and settings.embeddings != "random"
+    return settings.embeddings if theirs else settings.tokenizer
 
 
 def choose_tokenizer(choice):

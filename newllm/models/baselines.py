@@ -19,16 +19,16 @@ KERNELS = {"flash": SDPBackend.FLASH_ATTENTION, "math": SDPBackend.MATH}  # of a
 STD = 0.02  # of the Transformer's weights (GPT-2)
 
 
-def build_model(config, vocab_size, pretrained=None):
+def build_model(settings, vocab_size, pretrained=None):
     """The network of a configuration's model_type: a Baseline, else a LanguageModel (arguments as there).
 
     Raises:
         UserError: the context is too narrow for a window of tokens.
     """
-    if config.model_type == "window" and config.context_dim < Window.NARROWEST:
+    if settings.model_type == "window" and settings.context_dim < Window.NARROWEST:
         raise UserError(f"model_type 'window' needs a context_dim of at least {Window.NARROWEST}.")
-    kind = Baseline if config.model_type in BASELINES else LanguageModel
-    return kind(config, vocab_size, pretrained)
+    kind = Baseline if settings.model_type in BASELINES else LanguageModel
+    return kind(settings, vocab_size, pretrained)
 
 
 class Baseline(TokenPredictor):
@@ -39,18 +39,18 @@ class Baseline(TokenPredictor):
     before: no context, no layers of the head.
     """
 
-    def __init__(self, config, vocab_size, pretrained=None):
-        transformer = config.model_type == "transformer"
+    def __init__(self, settings, vocab_size, pretrained=None):
+        transformer = settings.model_type == "transformer"
         # torch's and transformers' modules draw from the global generator; it ends as it was.
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            super().__init__(config, vocab_size, None if transformer else config.context_dim)
-            self.embed_norm = nn.Identity() if transformer else nn.LayerNorm(config.embed_dim)
-            self.body = _transformer(config) if transformer else _recurrent(config)
+            torch.manual_seed(settings.seed)
+            super().__init__(settings, vocab_size, None if transformer else settings.context_dim)
+            self.embed_norm = nn.Identity() if transformer else nn.LayerNorm(settings.embed_dim)
+            self.body = _transformer(settings) if transformer else _recurrent(settings)
             for matrix in (self.embedding, self.output):
                 if matrix is not None:
                     nn.init.normal_(matrix.weight, std=STD if transformer else EMBEDDING_STD)
-        self.kind, self.attention = config.model_type, config.attention
+        self.kind, self.attention = settings.model_type, settings.attention
         if pretrained is not None:
             self.freeze_embedding(pretrained)
 
@@ -111,20 +111,22 @@ class Baseline(TokenPredictor):
         return [p for p in self.parameters() if p.requires_grad]
 
 
-def _recurrent(config):
-    kind = nn.GRU if config.model_type == "gru" else nn.LSTM
-    between = config.dropout if config.num_layers > 1 else 0.0
-    return kind(config.embed_dim, config.context_dim, config.num_layers, batch_first=True, dropout=between)
+def _recurrent(settings):
+    kind = nn.GRU if settings.model_type == "gru" else nn.LSTM
+    between = settings.dropout if settings.num_layers > 1 else 0.0
+    return kind(
+        settings.embed_dim, settings.context_dim, settings.num_layers, batch_first=True, dropout=between
+    )
 
 
-def _transformer(config):
+def _transformer(settings):
     """GPT-2's blocks, positions and initialisation (transformers), attention through torch's SDPA."""
     from transformers import GPT2Config, GPT2Model  # slow to import, and needed here alone
 
-    rate, width = config.dropout, config.embed_dim
+    rate, width = settings.dropout, settings.embed_dim
     settings = GPT2Config(
-        vocab_size=1, bos_token_id=None, eos_token_id=None, n_positions=config.max_seq_length, n_embd=width,
-        n_layer=config.num_layers, n_head=width // math.gcd(width, 64), resid_pdrop=rate, embd_pdrop=rate,
+        vocab_size=1, bos_token_id=None, eos_token_id=None, n_positions=settings.max_seq_length, n_embd=width,
+        n_layer=settings.num_layers, n_head=width // math.gcd(width, 64), resid_pdrop=rate, embd_pdrop=rate,
         attn_pdrop=rate, initializer_range=STD, use_cache=False, attn_implementation="sdpa",
     )  # fmt: skip
     body = GPT2Model(settings)

@@ -159,22 +159,22 @@ class TokenPredictor(nn.Module):
     """Embedding and head, which every model has; context and stream are made by the classes that inherit it.
 
     Args:
-        config: embed_dim, token_layers, dropouts, tie_weights (newllm.config.Config).
+        settings: embed_dim, token_layers, dropouts, tie_weights (newllm.config.ModelSettings).
         vocab_size: number of token ids V.
         context_dim: width C of the context that the head reads; None: no context, and no layers to read one.
     """
 
-    def __init__(self, config, vocab_size, context_dim):
+    def __init__(self, settings, vocab_size, context_dim):
         super().__init__()
-        self.vocab_size, self.context_dim, self.embed_dim = vocab_size, context_dim or 0, config.embed_dim
-        self.embedding = nn.Embedding(vocab_size, config.embed_dim)
-        layers = 0 if context_dim is None else config.token_layers
+        self.vocab_size, self.context_dim, self.embed_dim = vocab_size, context_dim or 0, settings.embed_dim
+        self.embedding = nn.Embedding(vocab_size, settings.embed_dim)
+        layers = 0 if context_dim is None else settings.token_layers
         self.token_layers = nn.ModuleList(
-            TokenLayer(context_dim, self.embed_dim, config.dropout) for _ in range(layers)
+            TokenLayer(context_dim, self.embed_dim, settings.dropout) for _ in range(layers)
         )
-        self.output = None if config.tie_weights else nn.Linear(config.embed_dim, vocab_size, bias=False)
+        self.output = None if settings.tie_weights else nn.Linear(settings.embed_dim, vocab_size, bias=False)
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
-        self.token_dropout = TokenDropout(config.token_dropout, config.embed_dim)
+        self.token_dropout = TokenDropout(settings.token_dropout, settings.embed_dim)
 
     def hidden(self, context, stream):
         """Head up to the logits: (c_t [..., C], u_t [..., E]) -> h [..., E]."""
@@ -221,25 +221,25 @@ class LanguageModel(TokenPredictor):
     """Next-token predictor whose memory is the context c_t.
 
     Args:
-        config: widths, depths, dropout, tying and initial scale (newllm.config.Config).
+        settings: widths, depths, dropout, tying and initial scale (newllm.config.ModelSettings).
         vocab_size: number of token ids V.
         pretrained: optional embedding matrix [V, E]; it is then frozen.
     """
 
-    def __init__(self, config, vocab_size, pretrained=None):
-        super().__init__(config, vocab_size, config.context_dim)
-        self.embed_norm = nn.LayerNorm(config.embed_dim)
-        if config.model_type == "window":
-            self.context_map = Window(config.context_dim, config.embed_dim, config.seed)
-        elif config.model_type == "token":
+    def __init__(self, settings, vocab_size, pretrained=None):
+        super().__init__(settings, vocab_size, settings.context_dim)
+        self.embed_norm = nn.LayerNorm(settings.embed_dim)
+        if settings.model_type == "window":
+            self.context_map = Window(settings.context_dim, settings.embed_dim, settings.seed)
+        elif settings.model_type == "token":
             self.context_map = NoContext()
         else:
-            self.context_map = ContextMap(config.context_dim, config.embed_dim, config.num_layers)
-        init_weights(self, config.init_scale, config.seed)
+            self.context_map = ContextMap(settings.context_dim, settings.embed_dim, settings.num_layers)
+        init_weights(self, settings.init_scale, settings.seed)
         if pretrained is not None:
             self.freeze_embedding(pretrained)
         self.register_buffer("context_embedding", None)
-        if config.freeze_context or config.model_type != "context":
+        if settings.freeze_context or settings.model_type != "context":
             self.keep_context_embedding()
 
     def keep_context_embedding(self):

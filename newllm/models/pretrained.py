@@ -111,9 +111,9 @@ def require_peft():
         )
 
 
-def adapter_rank(config, memory):
+def adapter_rank(asked, memory):
     """The setting, or by the device's memory in bytes."""
-    return config.adapter_rank or next(rank for limit, rank in RANKS if memory < limit)
+    return asked or next(rank for limit, rank in RANKS if memory < limit)
 
 
 def has_adapter(state):

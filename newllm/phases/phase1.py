@@ -30,28 +30,31 @@ class Phase1:
     Args:
         model: the untrained LanguageModel, from which the parameters' change is measured.
         train: ids of the training samples [N, T+1].
-        config, runtime: of the run. folder: where contexts lie that take more than `context_memory_mb`.
+        settings: newllm.config.Phase1Settings. runtime: of the run.
+        folder: where contexts lie that take more than `context_memory_mb`.
     """
 
     stage, title, counter = "phase1", "Phase 1", "iteration"
     weight_decay, warmup_ratio = 0.0, None
     num_validation = 0
 
-    def __init__(self, model, train, config, runtime, folder):
+    def __init__(self, model, train, settings, runtime, folder):
         self.model = model
-        self.train = shuffled(train, config.seed) if config.phase1_shuffle else train
-        self.config = config
+        self.train = shuffled(train, settings.seed) if settings.phase1_shuffle else train
+        self.settings = settings
         self.runtime = runtime
         self.folder = folder
-        self.epochs = config.phase1_max_iterations
-        self.batch_size = config.phase1_batch_size
-        self.learning_rate = config.phase1_learning_rate
+        self.epochs = settings.phase1_max_iterations
+        self.batch_size = settings.phase1_batch_size
+        self.learning_rate = settings.phase1_learning_rate
         self.function, self.cast = model.step, model.cast_step
         self.parameters = model.context_parameters()
         self.initial = copy_of(self.parameters)
 
     def begin(self):
-        self.contexts = StoredContexts(len(self.train), self.config, self.runtime, self.folder)
+        self.contexts = StoredContexts(
+            len(self.train), self.model.context_dim, self.settings, self.runtime, self.folder
+        )
 
     def parameter_groups(self):
         return [(self.parameters, 1.0)]
@@ -77,8 +80,8 @@ class Phase1:
             self.before = copy_of(self.parameters)
         group, ids_bT = self.runtime.group, batch.ids[:, :-1]
         old_bTC = start_bTC = self.contexts[batch.own_samples]
-        if self.config.context_noise:
-            start_bTC = old_bTC + self.config.context_noise * torch.randn_like(old_bTC)
+        if self.settings.context_noise:
+            start_bTC = old_bTC + self.settings.context_noise * torch.randn_like(old_bTC)
 
         def swept(part):
             with self.runtime.autocast():
@@ -104,13 +107,13 @@ class Phase1:
         return loss, (values, new_bTC.detach())
 
     def _backward(self, new_BTC, old_BTC, batch):
-        config = self.config
+        settings = self.settings
         loss, values = phase1_loss(
             new_BTC,
             old_BTC,
-            config.dist_reg_weight,
-            config.dist_reg,
-            config.phase1_convergence_threshold,
+            settings.dist_reg_weight,
+            settings.dist_reg,
+            settings.phase1_convergence_threshold,
             consistency=batch.epoch
             > 0,  # at first the stored contexts are zeros, which no map should come back to
         )
@@ -142,14 +145,14 @@ class Phase1:
         """One line about an iteration."""
         return (
             f"phase 1 | iteration {epoch:2d}/{self.epochs} | cvfp {row['cvfp']:.4f} | "
-            f"{self.config.dist_reg} {row['dist_reg']:.4f} | converged {row['converged']:.1%} | "
+            f"{self.settings.dist_reg} {row['dist_reg']:.4f} | converged {row['converged']:.1%} | "
             f"ER {row['er']:.1%} | grad {row['grad_norm']:.2g} | update {row['update_norm']:.2g} | "
             f"steps {row['optimizer_steps']} | {row['tok_per_s']:,.0f} tok/s"
         )
 
     def enough(self, state, history):
         """Whether the contexts have converged."""
-        return state.epoch > 0 and history["converged"][-1] >= self.config.phase1_min_converged_ratio
+        return state.epoch > 0 and history["converged"][-1] >= self.settings.phase1_min_converged_ratio
 
     def results(self, state):
         """Steps, relative change of the parameters, speed, and how far the contexts are from settled."""

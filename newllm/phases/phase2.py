@@ -21,8 +21,8 @@ class Phase2:
     Args:
         model: LanguageModel, or Baseline, which trains end to end.
         data: samples `train` [N, T+1] and `val` [M, T+1], and the UTF-8 bytes of each id, `token_bytes` [V].
-        config, runtime: of the run. folder: where frozen features lie that take more than
-            `context_memory_mb`.
+        settings: newllm.config.Phase2Settings. runtime: of the run.
+        folder: where frozen features lie that take more than `context_memory_mb`.
         stage: "phase2", or "untrained" for the control: the same head on the untrained context map.
         freeze_context: whether the contexts stay as they are.
     """
@@ -30,21 +30,23 @@ class Phase2:
     counter = "epoch"
     contexts = None
 
-    def __init__(self, model, data, config, runtime, folder, stage, freeze_context):
+    def __init__(self, model, data, settings, runtime, folder, stage, freeze_context):
         self.model = model
         self.data = data
-        self.config = config
+        self.settings = settings
         self.runtime = runtime
         self.folder = folder
         self.stage = self.title = stage
         self.frozen = freeze_context
         self.train, self.num_validation = data.train, len(data.val)
-        self.epochs = config.phase2_epochs
-        self.batch_size = config.phase2_batch_size
-        self.learning_rate = config.phase2_learning_rate
-        self.weight_decay = config.weight_decay
-        self.warmup_ratio = config.warmup_ratio
-        self.adapted = config.context_adapter == "lora" and not freeze_context
+        self.epochs = settings.phase2_epochs
+        self.batch_size = settings.phase2_batch_size
+        self.learning_rate = settings.phase2_learning_rate
+        self.weight_decay = settings.weight_decay
+        self.warmup_ratio = settings.warmup_ratio
+        self.quick_share = settings.val_quick_frac
+        self.quick_every = settings.val_quick_every_n_batches
+        self.adapted = settings.context_adapter == "lora" and not freeze_context
         self.baseline = isinstance(model, Baseline)
         self.function = model.encode if self.baseline else model.step
         self.cast = None if self.baseline else model.cast_step
@@ -52,20 +54,20 @@ class Phase2:
 
     def begin(self):
         """Let the right parameters train; compute what a frozen map gives the head."""
-        model, config = self.model, self.config
+        model, settings = self.model, self.settings
         if self.adapted and not has_adapter(model.state_dict()):  # a restored state brings its own
-            rank = adapter_rank(config, self.runtime.memory)
-            add_adapter(model, rank, derived_generator(config.seed, "adapter"))
+            rank = adapter_rank(settings.adapter_rank, self.runtime.memory)
+            add_adapter(model, rank, derived_generator(settings.seed, "adapter"))
         for parameter in model.context_parameters():
             parameter.requires_grad_(not self.frozen)
         if self.frozen:
             samples = {"train": self.data.train, "val": self.data.val}
-            self.features = FrozenFeatures(model, samples, config, self.runtime, self.folder)
+            self.features = FrozenFeatures(model, samples, settings, self.runtime, self.folder)
 
     def parameter_groups(self):
         groups = [(self.model.head_parameters(), 1.0)]
         if not self.frozen:
-            groups.append((self.model.context_parameters(), self.config.context_lr_scale))
+            groups.append((self.model.context_parameters(), self.settings.context_lr_scale))
         return groups
 
     def gradients(self, step, batch, parts):
@@ -87,7 +89,7 @@ class Phase2:
         """What the head reads: (contexts [b, T, C], streams [b, T, E]), with gradient where F trains."""
         if self.features:
             return self.features("train", batch.own_samples[part])
-        model, sweeps, ids = self.model, self.config.gradient_sweeps, batch.ids[part, :-1]
+        model, sweeps, ids = self.model, self.settings.gradient_sweeps, batch.ids[part, :-1]
         if self.baseline:
             return step(ids)
         tokens = model.token_dropout(model.embed(ids))
@@ -144,7 +146,7 @@ class Phase2:
 
     def enough(self, state, history):
         """Whether the validation loss has stopped falling."""
-        return state.best is not None and state.epoch - state.best["epoch"] >= self.config.patience
+        return state.best is not None and state.epoch - state.best["epoch"] >= self.settings.patience
 
     def results(self, state):
         """Metrics of the best epoch on all validation samples, the nats of each, and what training took."""

@@ -33,7 +33,7 @@ from newllm.saving.guard import Guard, LockLost
 from newllm.saving.runs import FORMAT, LATEST, MANIFEST, PREVIOUS
 from newllm.saving.stop import Stopped, agree, save_requested, stop_reason
 from newllm.saving.trained import frozen_digest, frozen_path, load_weights
-from newllm.training.contexts import FILES, contexts_in_files
+from newllm.training.contexts import FILES, in_files
 
 STAGES = ("untrained", "phase1", "phase2", "complete")
 STAGE_NAMES = {"untrained": "the untrained row", "phase1": "Phase 1", "phase2": "Phase 2"}
@@ -590,9 +590,9 @@ def require_space(folder, model, config, context_dtype):
         UserError: the folder has too little room for the checkpoints and files of a run.
     """
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.trained_state().values())
-    contexts = config.train_tokens * config.context_dim * context_dtype.itemsize
-    in_files = contexts_in_files(config, context_dtype)
-    needed = STATES_ON_DISK * 3 * weights + (2 if in_files else STATES_ON_DISK) * contexts
+    values = config.train_tokens * config.context_dim
+    copies = 2 if in_files(values, context_dtype, config.context_memory_mb) else STATES_ON_DISK
+    needed = STATES_ON_DISK * 3 * weights + copies * values * context_dtype.itemsize
     stats = map(Path.stat, Path(folder).glob("model_*.pt"))
     present = {(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}  # hard links count once
     needed, free = needed - sum(present.values()), shutil.disk_usage(folder).free

@@ -130,9 +130,9 @@ def _bytes_of(rows):
     return rows.contiguous().flatten(1).view(torch.uint8).numpy()
 
 
-def contexts_in_files(config, dtype):
-    """Whether the contexts of all training samples take more than the configuration allows in memory."""
-    return config.train_tokens * config.context_dim * dtype.itemsize > config.context_memory_mb * 1e6
+def in_files(values, dtype, memory_mb):
+    """Whether so many values of a type take more memory than is allowed, and lie in files instead."""
+    return values * dtype.itemsize > memory_mb * 1e6
 
 
 class StoredContexts:
@@ -143,15 +143,17 @@ class StoredContexts:
     is still there when a process is killed, and a checkpoint carries only the rows' checksums.
 
     Args:
-        num_samples: N. config, runtime: of the run. folder: where files lie if contexts are in files.
+        num_samples: N. width: C. settings: max_seq_length, context_memory_mb and save_checkpoint of the run.
+        folder: where files lie if contexts are in files.
     """
 
-    def __init__(self, num_samples, config, runtime, folder):
+    def __init__(self, num_samples, width, settings, runtime, folder):
         self.runtime, self.group, self.num_samples = runtime, runtime.group, num_samples
         self.own, self.turns = self.group.owned_of(num_samples), 0
-        self.folder, self.shape = Path(folder), (config.max_seq_length, config.context_dim)
-        self.in_files = contexts_in_files(config, runtime.storage_dtype)
-        self._kept = self.in_files and config.save_checkpoint  # else nobody comes back for the files
+        self.folder, self.shape = Path(folder), (settings.max_seq_length, width)
+        values = num_samples * settings.max_seq_length * width
+        self.in_files = in_files(values, runtime.storage_dtype, settings.context_memory_mb)
+        self._kept = self.in_files and settings.save_checkpoint  # else nobody comes back for the files
         if self._kept:
             self._stores = self._named_stores(runtime.precision)
         elif self.in_files:
@@ -263,26 +265,27 @@ class FrozenFeatures:
 
     Args:
         model: the LanguageModel. samples: ids [N, T+1] by name, "train" among them.
-        config, runtime: of the run.
+        settings: max_seq_length, context_memory_mb and whiten_context of the run.
         folder: where files lie if features take more than `context_memory_mb`.
     """
 
-    def __init__(self, model, samples, config, runtime, folder):
+    def __init__(self, model, samples, settings, runtime, folder):
         self.widths = [model.context_dim, model.embed_dim]
         self.size = runtime.group.size
         self._stores = {}
         for name, ids in samples.items():
             own = ids[runtime.group.owned_of(len(ids))]
             shape = own.shape[1] - 1, sum(self.widths)
-            size = len(own) * shape[0] * shape[1] * runtime.storage_dtype.itemsize
-            place = folder if size > config.context_memory_mb * 1e6 else None
+            values = len(own) * shape[0] * shape[1]
+            beyond = in_files(values, runtime.storage_dtype, settings.context_memory_mb)
+            place = folder if beyond else None
             store = SampleStore(len(own), shape, runtime.storage_dtype, runtime.device, place)
             for part in torch.arange(len(own)).split(SEQUENCES_AT_A_TIME):
                 made = trajectories(model, own[part], runtime.autocast, runtime.device, runtime.storage_dtype)
                 store[part] = torch.cat(made, -1)
             self._stores[name] = store
-        if config.whiten_context:
-            self._whiten(config.max_seq_length)
+        if settings.whiten_context:
+            self._whiten(settings.max_seq_length)
 
     def __call__(self, name, samples):
         """(contexts [B, T, C], streams [B, T, E]) of own samples of "train" or "val" [B]."""

@@ -4,7 +4,8 @@ A phase (newllm.phases) is asked for
     stage, title, counter: its name in checkpoints and in messages, and the name of a pass over its samples;
     model, train: the network, and the ids of the samples [N, T+1];
     epochs, batch_size, learning_rate, weight_decay, warmup_ratio (None: the rate is constant);
-    num_validation: samples that `validate` takes; 0: it has nothing to validate;
+    num_validation: samples that `validate` takes; 0: it has nothing to validate; else also
+    quick_share, quick_every: of the samples, for checks within an epoch, and batches between these;
     contexts: StoredContexts that are part of its state, or None;
     function, cast: what StepFunction takes;
     begin(): make what training needs, now that the weights are those to go on from;
@@ -87,7 +88,7 @@ class EpochLoop:
     """The training of one phase, continued from the saver's state if it holds one of this stage.
 
     Args:
-        phase: see above. config: seed, min_batches, grad_clip and what concerns quick checks are read.
+        phase: see above. settings: seed, min_batches and grad_clip of the run.
         log, saver: RunLog and Checkpointer of the run; both or none.
         watch: function of (epoch, tokens so far), called after each step.
 
@@ -95,16 +96,16 @@ class EpochLoop:
         state: State. history: {name: values of all epochs}.
     """
 
-    def __init__(self, phase, config, runtime, log=None, saver=None, watch=None):
+    def __init__(self, phase, settings, runtime, log=None, saver=None, watch=None):
         self.phase = phase
-        self.config = config
+        self.settings = settings
         self.runtime = runtime
         self.log = log
         self.saver = saver
         self.watch = watch
         self.warn = log.warn if log else print
         self.count = len(phase.train)
-        self.batches = batch_count(self.count, phase.batch_size, config.min_batches)
+        self.batches = batch_count(self.count, phase.batch_size, settings.min_batches)
         self.quick_every = 0
         self.best = None  # {"metrics", "weights"} of the lowest validation loss
 
@@ -140,14 +141,14 @@ class EpochLoop:
         optimizer = make_optimizer(phase.parameter_groups(), phase.learning_rate, phase.weight_decay)
         self.optimizer = prepare_optimizer(runtime, optimizer, saved)
         self.step = StepFunction(phase.function, runtime.compile, phase.cast, self.warn)
-        self.take_step = OptimizerStep(runtime, self.optimizer, self.step, self.config.grad_clip, self.warn)
+        self.take_step = OptimizerStep(runtime, self.optimizer, self.step, self.settings.grad_clip, self.warn)
         if saved and phase.contexts:
             phase.contexts.restore(saved["contexts"], phase.trajectories, self.warn)
         histories = self.saver.history if self.saver else {}
         self.history = histories.get(f"{phase.stage}_history", self.state.history)
         if phase.num_validation:
-            self.quick_every = self.config.val_quick_every_n_batches
-            self.quick = quick_subset(phase.num_validation, self.config.val_quick_frac, self.config.seed)
+            self.quick_every = phase.quick_every
+            self.quick = quick_subset(phase.num_validation, phase.quick_share, self.settings.seed)
             self.state.quick_subset = order_digest("", self.quick)[:12]
         if self.state.best:
             # A run killed between the two files has a newer best than its state, which is as true.
@@ -163,7 +164,7 @@ class EpochLoop:
     def _pass(self):
         """What is left of the pass in hand; returns whether a save was due after its last batch."""
         state, due = self.state, False
-        order = epoch_order(self.count, self.config.seed, self.phase.stage, state.epoch)
+        order = epoch_order(self.count, self.settings.seed, self.phase.stage, state.epoch)
         while state.samples < self.count:
             before = state.samples
             self._step(next_batch(order, self.batches, before))
@@ -182,7 +183,7 @@ class EpochLoop:
 
     def _step(self, samples):
         """One batch: its rows, its optimizer step, and what that leaves."""
-        phase, state, config = self.phase, self.state, self.config
+        phase, state = self.phase, self.state
         own = self.runtime.group.owned(samples)
         with timed("fetching rows"):
             ids = phase.train[samples[own]].to(self.runtime.device, non_blocking=True).long()
@@ -194,7 +195,7 @@ class EpochLoop:
             total = self.batches * phase.epochs
             set_learning_rate(self.optimizer, warmup_cosine(at, total, phase.warmup_ratio))
         gradients = functools.partial(phase.gradients, self.step, batch)
-        seed = derived_seed(config.seed, phase.stage, state.steps)
+        seed = derived_seed(self.settings.seed, phase.stage, state.steps)
         number = self._position()["batch"] + 1
         where = f"{phase.counter} {state.epoch + 1}, batch {number} of {phase.title}"
         loss, made = self.take_step(gradients, len(own), state, seed, where)

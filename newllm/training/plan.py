@@ -62,7 +62,7 @@ def make_plan(config, num_samples, model, device):
         add("phase1", config.phase1_max_iterations, config.phase1_batch_size, context, flops.phase1)
     if config.phase == "both":
         if config.context_adapter != "none":
-            rank = adapter_rank(config, memory_of(device))
+            rank = adapter_rank(config.adapter_rank, memory_of(device))
             mixes = [layer.mix for layer in model.context_map.layers]
             context = rank * sum(mix.in_features + mix.out_features for mix in mixes)
         trainable = head if frozen else head + context

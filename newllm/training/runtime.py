@@ -55,16 +55,16 @@ class Runtime:
         return self.accelerator.autocast()
 
 
-def open_runtime(config):
+def open_runtime(settings):
     """The Runtime of the settings `device`, `precision`, `compile` and `gpu_memory_fraction`.
 
     Raises:
         UserError: CUDA asked for and absent, fp16 without CUDA, or several processes that form no group.
     """
-    if config.device == "cuda" and not torch.cuda.is_available():
+    if settings.device == "cuda" and not torch.cuda.is_available():
         raise UserError("device is 'cuda' but torch finds no CUDA device; use --device cpu or auto.")
-    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
-    precision = best_precision(on_cpu) if config.precision == "auto" else config.precision
+    on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
+    precision = best_precision(on_cpu) if settings.precision == "auto" else settings.precision
     if precision == "fp16" and on_cpu:
         raise UserError("precision fp16 needs a CUDA device; a CPU would compute in fp32: use bf16 or fp32.")
     if on_cpu:
@@ -83,9 +83,11 @@ def open_runtime(config):
             f"{started} processes were started and each would train a model of its own; "
             "on CPU start them with ACCELERATE_USE_CPU=true torchrun."
         )
-    if not on_cpu and config.gpu_memory_fraction < 1:  # of this process's own device, which is chosen by now
-        torch.cuda.set_per_process_memory_fraction(config.gpu_memory_fraction)
-    return Runtime(accelerator, Group(accelerator), precision, config.compile)
+    if (
+        not on_cpu and settings.gpu_memory_fraction < 1
+    ):  # of this process's own device, which is chosen by now
+        torch.cuda.set_per_process_memory_fraction(settings.gpu_memory_fraction)
+    return Runtime(accelerator, Group(accelerator), precision, settings.compile)
 
 
 def best_precision(on_cpu):

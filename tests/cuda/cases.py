@@ -144,7 +144,7 @@ def _restored(config, card):
     runtime = open_runtime(config)
     assert runtime.storage_dtype == HALF[card]
     saved = load_sealed(Path(config.checkpoint_dir) / "model_latest.pt")["stage_state"]["contexts"]
-    contexts = StoredContexts(config.num_samples, config, runtime, config.checkpoint_dir)
+    contexts = StoredContexts(config.num_samples, config.context_dim, config, runtime, config.checkpoint_dir)
     contexts.restore(saved, None, lambda line: pytest.fail(line))
     found = contexts.first(config.num_samples).cpu()
     contexts.close()
