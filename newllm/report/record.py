@@ -299,7 +299,7 @@ def complete(records, folder):
 
 
 def _no_run(folder):
-    """The error of a folder where nothing has run; names those in it, such as scale_check."""
+    """The error of a folder where nothing has run; names those that lie in it."""
     remedy = "start one with train.py"
     if deeper := sorted(str(path.parent) for path in Path(folder).glob(f"*/{STATUS_NAME}")):
         remedy = f"give one of these by --checkpoint_dir: {', '.join(deeper)}"

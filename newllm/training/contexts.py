@@ -297,9 +297,8 @@ class FrozenFeatures:
         first = torch.arange(min(len(train), -(-WHITENING_TOKENS // length)))
         contexts, _ = train[first].split(self.widths, dim=-1)
         contexts = contexts.flatten(0, 1).double()
-        variances, directions = torch.linalg.eigh(
-            covariance(contexts).cpu()
-        )  # small GPUs have next to no fp64
+        # On the CPU, as small GPUs have next to no fp64.
+        variances, directions = torch.linalg.eigh(covariance(contexts).cpu())
         variances, directions = variances.to(contexts.device), directions.to(contexts.device)
         scale = (variances + WHITENING_FLOOR * variances.mean()).rsqrt()
         mean, whiten = contexts.mean(0), directions * scale @ directions.T

@@ -83,9 +83,8 @@ def open_runtime(settings):
             f"{started} processes were started and each would train a model of its own; "
             "on CPU start them with ACCELERATE_USE_CPU=true torchrun."
         )
-    if (
-        not on_cpu and settings.gpu_memory_fraction < 1
-    ):  # of this process's own device, which is chosen by now
+    if not on_cpu and settings.gpu_memory_fraction < 1:
+        # Of this process's own device, which is chosen by now.
         torch.cuda.set_per_process_memory_fraction(settings.gpu_memory_fraction)
     return Runtime(accelerator, Group(accelerator), precision, settings.compile)
 
@@ -99,7 +98,6 @@ def best_precision(on_cpu):
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-@functools.cache
 @functools.cache  # once a process: what a notebook makes afterwards stays to be collected
 def skip_loaded_code():
     """Leave what is imported by now out of garbage collections: it costs each of them half a second."""
@@ -157,20 +155,20 @@ def peak_memory_mb():
     """Largest memory so far in MB: of the device's allocator on CUDA, else resident memory of the process."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e6
-    if sys.platform == "darwin":
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-    # Elsewhere getrusage begins with the peak of the process that started this one.
-    status = Path("/proc/self/status").read_text(encoding="utf-8")
-    return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e6
+    with contextlib.suppress(OSError):  # getrusage would begin with the peak of who started this process
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024 / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak * 1024 / 1e6
 
 
 def gpu_utilization():
     """Per cent of the last moments in which the GPU worked, by NVML; None where nobody can say."""
-    with contextlib.suppress(
-        Exception
-    ):  # no package for that, or the driver refuses: no reason to stop a run
+    # No package for that, or a driver that refuses, is no reason to stop a run.
+    with contextlib.suppress(Exception):
         if torch.cuda.is_available():
             return torch.cuda.utilization()
+    return None
 
 
 @contextlib.contextmanager
