@@ -69,22 +69,21 @@ class Past(NamedTuple):
     keys: torch.Tensor  # [B, M, K]
     length: torch.Tensor  # [B] tokens read, however far back
 
-    def find(self, ids, keys, window):
-        """What the next ids [B, Q] with keys [B, Q, K] find: at most `window` tokens back, their own among it.
+    def extended(self, ids, keys, window):
+        """The text with the next ids [B, Q] and their keys [B, Q, K]."""
+        ids, keys = torch.cat([self.ids, ids], 1), torch.cat([self.keys, keys], 1)
+        added = (ids[:, self.ids.shape[1] :] >= 0).sum(1)
+        return Past(ids[:, -window:], keys[:, -window:], self.length + added)
 
-        Returns:
-            (Finds, the text with these ids).
-        """
+    def find(self, ids, keys, window):
+        """What the next ids [B, Q] with keys [B, Q, K] find, at most `window` tokens back."""
         count = ids.shape[1]
-        all_ids, all_keys = torch.cat([self.ids, ids], 1), torch.cat([self.keys, keys], 1)
-        place = torch.arange(all_ids.shape[1], device=ids.device)
+        ids, known = torch.cat([self.ids, ids], 1), torch.cat([self.keys, keys], 1)
+        place = torch.arange(ids.shape[1], device=ids.device)
         age = place[-count:, None] - place
-        there = ((age > 0) & (age <= window))[None] & (all_ids >= 0)[:, None]
-        following = functional.pad(all_ids[:, 1:], (0, 1), value=-1)[:, None]
-        age = age.float().expand(len(ids), -1, -1)
-        finds = Finds(keys @ all_keys.transpose(1, 2), there, following, age)
-        length = self.length + (ids >= 0).sum(1)
-        return finds, Past(all_ids[:, -window:], all_keys[:, -window:], length)
+        there = ((age > 0) & (age <= window))[None] & (ids >= 0)[:, None]
+        following = functional.pad(ids[:, 1:], (0, 1), value=-1)[:, None]
+        return Finds(keys @ known.transpose(1, 2), there, following, age.float().expand(len(ids), -1, -1))
 
 
 class Store(nn.Module):

@@ -68,25 +68,40 @@ class Retrieval(nn.Module):
         keys = torch.empty(batch, 0, self.keys.width, device=device)
         return lookup.Past(ids, keys, torch.zeros(batch, dtype=torch.int64, device=device))
 
-    @torch.no_grad()
-    def look_up(self, ids, past, **made):
-        """Read tokens on.
+    def read(self, model, ids, contexts, streams, past, targets=None):
+        """Read tokens on and predict what follows each.
 
         Args:
-            ids: [B, T], below 0: padding on the left. past: as `start` or this function returned it.
-            made: what the keys are made of, as `hidden` [B, T, E].
+            model: with `hidden` and `output_weights`. ids: [B, T], below 0: padding on the left.
+            contexts, streams: [B, T, C] and [B, T, E], what the model made of them.
+            past: as `start` or this function returned it. targets: ids [B, T], or None for all.
 
         Returns:
-            (Evidence, the state after these tokens).
+            (probabilities of the targets [B, T], or of all ids [B, T, V]; the state after these tokens).
         """
+        hidden = model.hidden(contexts, streams)
+        network = network_opinion(functional.linear(hidden, *model.output_weights()), targets)
+        evidence, past = self.look_up(ids, past, hidden=hidden, contexts=contexts)
+        probability, _ = self(evidence, network, targets)
+        return probability, past
+
+    @torch.no_grad()
+    def look_up(self, ids, past, **made):
+        """(Evidence of places [B, T], the state after them); `made`: what keys are made of, [B, T, ...]."""
         count = ids.shape[1]
         near = torch.cat([past.ids[:, 1 - ORDER :], ids], 1)
         keys = self.keys(near, **made)[:, -count:]
         grams = [contexts[:, -count:] for contexts in self.ngram.contexts(near)]
         knn = self.store.nearest(ids, keys, self.neighbours) if "knn" in self.experts else None
+        cache = past.find(ids, keys, self.window) if "cache" in self.experts else None
         position = past.length[:, None] + (ids >= 0).cumsum(1)
-        cache, past = past.find(ids, keys, self.window)
-        return Evidence(grams, cache, knn, position), past
+        return Evidence(grams, cache, knn, position), past.extended(ids, keys, self.window)
+
+    @torch.no_grad()
+    def remember(self, ids, past, **made):
+        """The state after ids [B, T] whose followers nobody asks for; `made` as above."""
+        near = torch.cat([past.ids[:, 1 - ORDER :], ids], 1)
+        return past.extended(ids, self.keys(near, **made)[:, -ids.shape[1] :], self.window)
 
     def forward(self, evidence, network=None, targets=None):
         """The mixture.

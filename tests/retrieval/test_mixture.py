@@ -127,7 +127,7 @@ def test_nearest_are_the_best_of_those_with_the_same_token():
 
 def test_a_long_text_takes_no_more_time_and_memory_a_token():
     """The state is bounded by the window, so the second half of 100,000 tokens costs what the first does."""
-    retrieval = retrieval_of(window=512)
+    retrieval = retrieval_of(("ngram", "cache"), window=512)
     ids = torch.randint(40, (1, 100_000), generator=torch.Generator().manual_seed(4))
     seconds = []
     past = retrieval.start(1)
