@@ -53,7 +53,8 @@ def main(config, dry_run=False):
         UserError: bad settings, data, checkpoint or a training that diverged.
         Stopped: a signal or max_minutes ended the run early; everything is saved.
     """
-    with Interrupt(config.max_minutes, config.save_checkpoint) as interrupt, Clock():
+    Clock.current = Clock()
+    with Interrupt(config.max_minutes) as interrupt:
         with timed("loading"):
             runtime = open_runtime(config.part(MachineSettings))
         group = runtime.group

@@ -22,17 +22,16 @@ def call_apart(function, *arguments):
         Stopped: the function raised it, or it was interrupted because this process is to stop.
     """
     context = multiprocessing.get_context("spawn")
-    answer, sender = context.Pipe(duplex=False)
+    receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, arguments))
     process.start()
     sender.close()
-    asked = False
-    while not answer.poll(POLL_SECONDS):
-        if stop_reason() and not asked:
+    while not receiver.poll(POLL_SECONDS):
+        if stop_reason():
             process.terminate()  # once: a second signal would end it without a save
-            asked = True
+            break
     try:
-        result, error = answer.recv()
+        answer, error = receiver.recv()
     except EOFError:
         process.join()
         if reason := stop_reason():
@@ -41,7 +40,7 @@ def call_apart(function, *arguments):
     process.join()
     if error:
         raise error
-    return result
+    return answer
 
 
 def _answer(sender, function, arguments):

@@ -23,8 +23,7 @@ def _end(error):
     if isinstance(error, KeyboardInterrupt):
         line, status = "interrupted before the run began", 130
     if isinstance(error, Stopped):
-        advice = "run the same command again to continue" if error.goes_on else "nothing was to be saved"
-        line, status = f"stopped: {error}; {advice}", EXIT_STATUS
+        line, status = f"stopped: {error}; the same command goes on from what is saved", EXIT_STATUS
     print(line, file=sys.stderr)
     if isinstance(error, LeftBehind):
         sys.stdout.flush()

@@ -76,7 +76,7 @@ class Checkpointer:
         self._frozen = None, ""  # (model, digest of what it keeps)
         self._save_number, self._to_copy = 0, []
         self._last_save = self._started = time.monotonic()
-        self._clock, self._provenance = Clock.current or Clock(), provenance()
+        self._clock, self._provenance = Clock.current, provenance()
         self._earlier_saves = {"saves": 0, "save_seconds": 0.0, "longest_save": 0.0}
         self.lock = self.mirror = None
         self.thread = SaveThread(lambda: self.lock.check(), say)
@@ -85,9 +85,6 @@ class Checkpointer:
                 self._take_folder()
             opened = group.decided(self._open() if group.is_main else None)
             self.run_id, self.folder, found, self.reused, self._phase1, self.record = opened
-            for holder in (self.lock, self.mirror and self.mirror.lock):
-                if holder:
-                    holder.run_id = self.run_id
             if found:
                 self._continue(found)
         except BaseException:
@@ -95,14 +92,12 @@ class Checkpointer:
             raise
 
     def _take_folder(self):
-        self.lock = Guard(self.folder, self.run_id).acquire()
-        self.notes += [self.lock.note] if self.lock.note else []
+        self.lock = Guard(self.folder)
         for stray in [*self.folder.glob(".*.tmp"), *self.folder.glob(f"{runs.RUNS}/*/.*.tmp")]:
             stray.unlink(missing_ok=True)  # of processes that were killed
         if self.config.backup_dir:
             every = 60 * self.config.backup_every_minutes
             self.mirror = Backup(self.folder, self.config.backup_dir, self.lock, every, self.say)
-            self.notes += [self.mirror.lock.note] if self.mirror.lock.note else []
             recover(self.folder, self.mirror.target, self.notes)
 
     def _open(self):

@@ -10,12 +10,12 @@ def start_tracking(accelerator, name, folder, config, warn):
         Function of (stage, values) for RunLog. At the first failure, also the last, `warn` gets a line.
     """
 
-    def attempt(what, function, *arguments):
+    def attempt(function, *arguments):
         try:
             function(*arguments)
         except Exception as error:  # whatever a service or its client raises
             accelerator.trackers.clear()
-            warn(f"warning: {name} {what} ({type(error).__name__}: {error}); the run goes on without it")
+            warn(f"warning: {name} failed ({type(error).__name__}: {error}); the run goes on without it")
 
     def begin():
         accelerator.project_configuration.set_directories(str(folder))
@@ -28,7 +28,7 @@ def start_tracking(accelerator, name, folder, config, warn):
         numbers = {f"{stage}/{key}": value for key, value in values.items() if type(value) in (int, float)}
         step = values.get("steps", values.get("iteration", values.get("epoch")))  # the finest of its counts
         if step is not None:
-            attempt("failed", accelerator.log, numbers, step)
+            attempt(accelerator.log, numbers, step)
 
-    attempt("cannot begin", begin)
+    attempt(begin)
     return follow
