@@ -23,7 +23,8 @@ def _end(error):
     if isinstance(error, KeyboardInterrupt):
         line, status = "interrupted before the run began", 130
     if isinstance(error, Stopped):
-        line, status = f"stopped: {error}; the same command goes on from what is saved", EXIT_STATUS
+        advice = "run the same command again, it goes on from what is saved"
+        line, status = f"stopped: {error}; {advice}", EXIT_STATUS
     print(line, file=sys.stderr)
     if isinstance(error, LeftBehind):
         sys.stdout.flush()

@@ -1,65 +1,35 @@
 """What a run makes of disks that are full, read-only or failing."""
 
-import builtins
 import dataclasses
 import errno
 import os
 import resource
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from helpers import as_flags
-from left_behind import SHORT, Watched, content, same_weights, temporary_files
+from left_behind import Faults, content, refuse, same_weights, temporary_files
 
-from newllm.errors import UserError
+from newllm.errors import UserError, exit_on_user_error
 from newllm.report.record import RunLog
 from train import main
 
-ROOT = Path(__file__).parents[2]
-
 
 class Disk:
-    """While `number` is set, `folder` refuses with it: files beyond `room` bytes, other names if `names`."""
+    """While `number` is set, a folder refuses with it: files beyond `room` bytes, and names if `names`."""
 
     def __init__(self, monkeypatch, folder, room, names=True):
-        self.folder, self.room, self.names = Path(folder).resolve(), room, names
+        self.room, self.names, self.left = room, names, {}
         self.number, self.refused = None, 0
-        self.open = builtins.open
-        monkeypatch.setattr(builtins, "open", self._open)
-        for name in ("replace", "link"):
-            monkeypatch.setattr(os, name, self._naming(getattr(os, name)))
+        Faults(folder, monkeypatch).before = self.before
 
-    def refuse(self, path):
-        self.refused += 1
-        raise OSError(self.number, os.strerror(self.number), str(path))
-
-    def _meant(self, path):
-        named = isinstance(path, str | os.PathLike)
-        return self.number and named and self.folder in Path(path).absolute().parents
-
-    def _open(self, path, mode="r", *args, **kwargs):
-        if not self._meant(path) or mode == "rb" or not set(mode) & set("wax+"):
-            return self.open(path, mode, *args, **kwargs)
-        if not self.room:
-            self.refuse(path)
-        left = [self.room]
-
-        def before(data):
-            left[0] -= len(data)
-            if left[0] < 0:
-                self.refuse(path)
-
-        return Watched(self.open(path, mode, *args, **kwargs), before)
-
-    def _naming(self, real):
-        def name(source, target, **kwargs):
-            if self.names and self._meant(target):
-                self.refuse(target)
-            return real(source, target, **kwargs)
-
-        return name
+    def before(self, operation, path, size):
+        if operation.startswith("open"):
+            self.left[path] = self.room
+        full = operation == "write" and self.left[path] < size
+        self.left[path] = self.left.get(path, 0) - size
+        closed = operation.startswith("open") and operation != "open rb" and not self.room
+        if self.number and (full or closed or (operation == "name" and self.names)):
+            self.refused += 1
+            refuse(self.number, path)
 
 
 def refuse_until(monkeypatch, disk, number, until=None):
@@ -110,21 +80,18 @@ def test_a_disk_that_refuses_for_a_while_changes_nothing_but_the_saves(after_pha
     assert same_weights(disturbed, after_phase_1) and not temporary_files(disturbed)
 
 
-def test_the_command_ends_with_a_sentence_when_the_kernel_refuses_the_last_save(tiny_settings, after_phase_1):
+def test_the_command_ends_with_a_sentence_when_the_kernel_refuses_the_last_save(after_phase_1, capsys):
     """A real limit on the size of files: exit status 2, one line, the old state byte for byte."""
     before = content(after_phase_1)
-    limit = len(before["model_latest.pt"]) // 2
-    done = subprocess.run(
-        [sys.executable, "train.py", *as_flags(tiny_settings | SHORT)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
-    assert done.returncode == 2 and "\n---\n" in done.stdout, done.stderr
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before["model_latest.pt"]) // 2, hard))
+    try:
+        with pytest.raises(SystemExit) as end, exit_on_user_error():
+            main(after_phase_1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     sentence = "the last checkpoint could not be written (File too large): free the disk and run again."
-    assert done.stderr == f"error: {sentence}\n"
+    assert end.value.code == 2 and capsys.readouterr().err == f"error: {sentence}\n"
     assert content(after_phase_1)["model_latest.pt"] == before["model_latest.pt"]
     assert not temporary_files(after_phase_1)
 
