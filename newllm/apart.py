@@ -14,12 +14,12 @@ def call_apart(function, *arguments):
     """What function(*arguments) returns, called in a fresh process, where its memory and a crash stay.
 
     Args:
-        function: importable by name; it and what it takes, returns and raises can be pickled.
+        function: importable by name; it and what it takes and returns can be pickled.
 
     Raises:
-        UserError: the function raised it, or its process ended without an answer.
-        BrokenPipeError: nobody reads its output.
-        Stopped: the function raised it, or it was interrupted because this process is to stop.
+        UserError, Stopped, BrokenPipeError: as the function raised it.
+        Stopped: it was interrupted because this process is to stop.
+        UserError: its process ended without an answer.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)

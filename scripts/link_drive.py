@@ -21,13 +21,13 @@ from newllm.saving.guard import LOCK_NAME, holder
 NAMES = ("cache", "checkpoints")
 
 
-def main(drive, root=".", say=print):
-    """Link `root/NAME` to `drive/NAME` for each name. All names are checked before the first is touched.
+def main(drive):
+    """Link each of NAMES in this folder to `drive/NAME`. All are checked before the first is touched.
 
     Raises:
         UserError: something is in the way; nothing is lost, and the sentence says what to do.
     """
-    root = Path(root).resolve()
+    root = Path.cwd()
     if COLAB_DRIVE in root.parents:
         raise UserError(f"{root} lies on Drive, which cannot hold links: keep the project on the local disk.")
     drive = second_folder(drive, root, "--drive", make=False)
@@ -35,15 +35,14 @@ def main(drive, root=".", say=print):
         for name in NAMES:
             check(root / name, drive / name)
         for name in NAMES:
-            link(root / name, drive / name, say)
+            link(root / name, drive / name)
     except OSError as error:  # also of shutil
-        raise UserError(
-            f"linking to {drive} stopped ({error}): nothing is lost, run the same command again."
-        ) from error
+        remedy = "nothing is lost, run the same command again"
+        raise UserError(f"linking to {drive} stopped ({error}): {remedy}.") from error
 
 
 def check(here, there):
-    """Raise UserError if `here` cannot become a link to `there` without loss. Changes nothing."""
+    """Raises UserError if `here` cannot become a link to `there` without loss. Changes nothing."""
     usable_folder(there, "--drive", make=False)
     usable_folder(here, "to link", make=False)
     if here.is_symlink():
@@ -56,7 +55,7 @@ def check(here, there):
 
 
 def compare(here, there, moved=False):
-    """Raise UserError where `here` holds what cannot be moved, or is not moved, or other than `there`."""
+    """Raises UserError where `here` holds what cannot be moved, or is not moved, or other than `there`."""
     for path in here.rglob("*"):
         other = there / path.relative_to(here)
         if path.is_symlink() or not (path.is_dir() or path.is_file()):
@@ -69,10 +68,10 @@ def compare(here, there, moved=False):
             raise UserError(f"{path} and {other} differ: move one of the two away; nothing was deleted.")
 
 
-def link(here, there, say):
+def link(here, there):
     """Make `here` a link to `there`, moving what is in the way first."""
     if here.is_symlink():
-        say(f"{here.name} -> {there}: already linked, nothing to do")
+        print(f"{here.name} -> {there}: already linked, nothing to do")
         return
     there.mkdir(parents=True, exist_ok=True)
     if here.exists():
@@ -80,9 +79,9 @@ def link(here, there, say):
         shutil.copytree(here, there, copy_function=copy, ignore=lock, dirs_exist_ok=True)
         compare(here, there, moved=True)  # what was written here meanwhile is not deleted
         shutil.rmtree(here)
-        say(f"{here}: moved to {there}")
+        print(f"{here}: moved to {there}")
     here.symlink_to(there, target_is_directory=True)
-    say(f"{here.name} -> {there}: linked")
+    print(f"{here.name} -> {there}: linked")
 
 
 def copy(source, target):
@@ -94,9 +93,7 @@ def copy(source, target):
 
 def parse(arguments=None):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--drive", type=expanded, required=True, metavar="DIR", help="folder on Drive that holds them"
-    )
+    parser.add_argument("--drive", type=expanded, required=True, help="folder on Drive that holds them")
     return parser.parse_args(arguments)
 
 

@@ -15,17 +15,11 @@ from newllm.saving.files import Corrupt, copy_verified, second_folder, verify_se
 from newllm.saving.guard import Guard
 
 LATEST, PREVIOUS = "model_latest.pt", "model_prev.pt"
-LAST_ROUNDS, PAUSE = 3, 1.0  # tries at the end of a run, and seconds after one that failed
-LAST_SECONDS = 120  # for all of them
+LAST_ROUNDS, PAUSE, LAST_SECONDS = 3, 1.0, 120  # tries at the end of a run, seconds between, for all
 
 
 class SaveThread:
-    """Writes one state at a time; what the disk refuses is no end of a run.
-
-    Args:
-        check: called before a job writes; raises if nothing may be written any more.
-        say: prints a line.
-    """
+    """Writes one state at a time, if `check()` raises nothing; what the disk refuses is no end of a run."""
 
     def __init__(self, check, say):
         self.check, self.say = check, say
@@ -80,7 +74,6 @@ class Backup:
         target: a folder, made now and not again if its mount drops.
         guard: of the source; the target gets one with the same token, so that two runs never mix there.
         every_seconds: least time from one round of copies to the next.
-        say: prints a line, where copies begin to fail.
 
     Raises:
         UserError: the target lies in the source or around it, is no folder, or another process copies there.

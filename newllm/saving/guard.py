@@ -27,9 +27,8 @@ class LockLost(UserError):
 class Guard:
     """The right to write in an existing folder, from now until `release`.
 
-    Attributes:
+    Args:
         token: names this writer; each later version of the manifest must carry it as its `writer`.
-        lost: the writer that is known to have taken the folder, or None.
 
     Raises:
         UserError: another process of this machine has it, or it cannot be written.
@@ -38,7 +37,7 @@ class Guard:
     def __init__(self, folder, token=None):
         unique = uuid.uuid4().hex[:12]
         self.token = token or f"process {os.getpid()} on {socket.gethostname()} ({unique})"
-        self.folder, self.lost = Path(folder), None
+        self.folder, self.lost = Path(folder), None  # and the writer that is known to have taken it
         self._lock = _lock(folder)
         try:
             try:

@@ -95,13 +95,10 @@ def poll():
 
 
 def interruptible(function, *arguments, tick=lambda: None):
-    """What function(*arguments) returns. For long calls of a library, which hear no signal before their end.
+    """What function(*arguments) returns, else LeftBehind: a library's long call hears no signal before its end.
 
     Args:
         tick: called now and then meanwhile.
-
-    Raises:
-        LeftBehind: a signal came or the time is over.
     """
     future = Future()
 
