@@ -13,57 +13,39 @@ from newllm.report.record import RunLog
 from train import main
 
 
-class Disk:
-    """While `number` is set, a folder refuses with it: files beyond `room` bytes, and names if `names`."""
+def refuse_in_training(monkeypatch, config, operation, number, until=None):
+    """The disk refuses an operation from the first row of the record on, but no more from a stage's on."""
+    stages, real = [], RunLog.log
 
-    def __init__(self, monkeypatch, folder, room, names=True):
-        self.room, self.names, self.left = room, names, {}
-        self.number, self.refused = None, 0
-        Faults(folder, monkeypatch).before = self.before
-
-    def before(self, operation, path, size):
-        if operation.startswith("open"):
-            self.left[path] = self.room
-        full = operation == "write" and self.left[path] < size
-        self.left[path] = self.left.get(path, 0) - size
-        closed = operation.startswith("open") and operation != "open rb" and not self.room
-        if self.number and (full or closed or (operation == "name" and self.names)):
-            self.refused += 1
-            refuse(self.number, path)
-
-
-def refuse_until(monkeypatch, disk, number, until=None):
-    """The disk refuses from the first row of the record on, but no more from that of a stage on."""
-    real, stages = RunLog.log, []
+    def before(now, path, size):
+        if stages and until not in stages and now.startswith(operation) and now != "open rb":
+            refuse(number, path)
 
     def log(self, stage, **values):
         stages.append(stage)
-        disk.number = None if until in stages else number
         real(self, stage, **values)
 
+    Faults(config.checkpoint_dir, monkeypatch).before = before
     monkeypatch.setattr(RunLog, "log", log)
     return stages
 
 
 @pytest.mark.parametrize(
-    ("number", "room", "names"),
-    [(errno.ENOSPC, 4000, False), (errno.EROFS, 0, True), (errno.EIO, 10**9, True)],
-    ids=["full", "read-only", "failing"],
+    ("operation", "number"), [("write", errno.ENOSPC), ("open", errno.EROFS), ("name", errno.EIO)]
 )
 def test_a_disk_that_refuses_every_save_leaves_the_old_files_and_the_run_goes_on(
-    after_phase_1, monkeypatch, capsys, number, room, names
+    after_phase_1, monkeypatch, capsys, operation, number
 ):
     """Trained to the end, each file is what it was, no temporary one stays; the error is the last word."""
     before = content(after_phase_1)
-    disk = Disk(monkeypatch, after_phase_1.checkpoint_dir, room, names)
-    stages = refuse_until(monkeypatch, disk, number)
+    stages = refuse_in_training(monkeypatch, after_phase_1, operation, number)
     with pytest.raises(UserError, match=f"the last checkpoint could not be written.*{os.strerror(number)}"):
         main(after_phase_1)
     out = capsys.readouterr().out
     assert f"warning: checkpoint not saved ({os.strerror(number)}); training goes on" in out
     assert "phase2" in stages and "val_ppl: " in out.split("\n---\n")[1]
     after = content(after_phase_1)
-    assert after["model_latest.pt"] == before["model_latest.pt"] and disk.refused > 3
+    assert after["model_latest.pt"] == before["model_latest.pt"]
     assert all(data in before.values() for data in after.values()) and not temporary_files(after_phase_1)
     monkeypatch.undo()
     assert main(after_phase_1)["phase2_steps"] == 3
@@ -73,8 +55,7 @@ def test_a_disk_that_refuses_for_a_while_changes_nothing_but_the_saves(after_pha
     """Full at first, free again before the last save: no error, and the weights of an undisturbed run."""
     disturbed = dataclasses.replace(after_phase_1, checkpoint_dir=after_phase_1.checkpoint_dir + "_disturbed")
     main(after_phase_1)
-    disk = Disk(monkeypatch, disturbed.checkpoint_dir, 4000, names=False)
-    refuse_until(monkeypatch, disk, errno.ENOSPC, "phase2")
+    refuse_in_training(monkeypatch, disturbed, "write", errno.ENOSPC, until="phase2")
     main(disturbed)
     assert "warning: checkpoint not saved (No space left on device)" in capsys.readouterr().out
     assert same_weights(disturbed, after_phase_1) and not temporary_files(disturbed)
@@ -98,8 +79,8 @@ def test_the_command_ends_with_a_sentence_when_the_kernel_refuses_the_last_save(
 
 def test_a_read_only_folder_is_refused_before_anything_is_trained(after_phase_1, monkeypatch):
     """One sentence with folder and reason; every file is as it was. Root may write anywhere: no chmod."""
-    before, disk = content(after_phase_1), Disk(monkeypatch, after_phase_1.checkpoint_dir, 0)
-    disk.number = errno.EROFS
+    before, faults = content(after_phase_1), Faults(after_phase_1.checkpoint_dir, monkeypatch)
+    faults.before = lambda operation, path, _: operation == "open rb" or refuse(errno.EROFS, path)
     with pytest.raises(UserError, match=f"{after_phase_1.checkpoint_dir}.*Read-only file system") as caught:
         main(after_phase_1)
     assert "\n" not in str(caught.value)
