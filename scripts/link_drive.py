@@ -30,7 +30,7 @@ def main(drive):
     root = Path.cwd()
     if COLAB_DRIVE in root.parents:
         raise UserError(f"{root} lies on Drive, which cannot hold links: keep the project on the local disk.")
-    drive = second_folder(drive, root, "--drive", make=False)
+    drive = second_folder(drive, root, "--drive")
     try:
         for name in NAMES:
             check(root / name, drive / name)

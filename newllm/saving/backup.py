@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from newllm.saving.files import Corrupt, copy_verified, second_folder, verify_seal
+from newllm.saving.files import Corrupt, copy_verified, second_folder, usable_folder, verify_seal
 from newllm.saving.guard import Guard
 
 LATEST, PREVIOUS = "model_latest.pt", "model_prev.pt"
@@ -81,7 +81,7 @@ class Backup:
 
     def __init__(self, source, target, guard, every_seconds, say):
         self.source = Path(source).resolve()
-        self.target = second_folder(target, self.source, "backup_dir")
+        self.target = usable_folder(second_folder(target, self.source, "backup_dir"), "backup_dir")
         self.lock = Guard(self.target, guard.token)
         self.every_seconds, self.say = every_seconds, say
         self.error, self.newest = None, "no copy yet"

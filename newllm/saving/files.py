@@ -10,7 +10,6 @@ import errno
 import hashlib
 import os
 import shutil
-import struct
 from pathlib import Path
 
 import torch
@@ -18,9 +17,8 @@ import torch
 from newllm.errors import UserError
 
 COLAB_DRIVE = Path("/content/drive")
-NO_COMMENT = struct.pack("<H", 0)  # an archive ends in the length of its comment, then the comment
-PREFIX = b"sha256:"
-SEAL_BYTES = len(NO_COMMENT) + len(PREFIX) + 64
+NO_COMMENT, COMMENT = b"\0\0", b"\x47\0sha256:"  # an archive ends in its comment's length, then the comment
+SEAL_BYTES = len(COMMENT) + 64
 BLOCK = 1 << 20
 
 
@@ -48,14 +46,14 @@ def usable_folder(path, purpose, make=True):
     return real
 
 
-def second_folder(path, first, purpose, make=True):
-    """As usable_folder, for one on another disk than `first`: not in it or around it, in an existing one."""
+def second_folder(path, first, purpose):
+    """A folder on another disk than `first`, in an existing one and neither in `first` nor around it, unmade."""
     path = usable_folder(path, purpose, make=False)
     if path == first or path in first.parents or first in path.parents:
         raise UserError(f"{first} and {path} ({purpose}) must not lie in each other: choose another folder.")
     if not path.parent.is_dir():  # making it would fill the local disk in place of one that is not mounted
         raise UserError(f"{path.parent} ({purpose}) does not exist: mount Drive first, or create it.")
-    return usable_folder(path, purpose, make)
+    return path
 
 
 @contextlib.contextmanager
@@ -93,9 +91,6 @@ def save_sealed(value, path, previous=None):
 
     Returns:
         The SHA-256 (hex) of the archive.
-
-    Raises:
-        OSError: the disk refused; the old file is untouched.
     """
     path = Path(path)
     with replacing(path) as temporary:
@@ -118,7 +113,6 @@ def load_sealed(path, mmap=False):
     """Read a sealed file to the CPU: seal first, then unpickling restricted to tensors and plain values.
 
     Raises:
-        FileNotFoundError: no such file.
         Corrupt: the seal is missing or wrong, or the content is not plain data.
     """
     verify_seal(path)
@@ -146,7 +140,7 @@ def verify_seal(path):
 
 
 def _seal(digest):
-    return struct.pack("<H", SEAL_BYTES - 2) + PREFIX + digest.hexdigest().encode()
+    return COMMENT + digest.hexdigest().encode()
 
 
 def duplicate(path, target):
@@ -163,9 +157,6 @@ def copy_verified(source, target, previous=None):
 
     Args:
         previous: path for the file that is there, as Drive's rename may tear the new one.
-
-    Raises:
-        OSError: it did not work, or what can be read back is not what was written.
     """
     with replacing(target, "copy") as temporary:  # not the process's: what a killed one left is overwritten
         source.seek(0)

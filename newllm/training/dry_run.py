@@ -59,7 +59,7 @@ def checkpoint_lines(config, fingerprint, folder):
             raise UserError(in_use)
         found = newest(folder)[0]
     if config.save_checkpoint and config.backup_dir:
-        copies = second_folder(config.backup_dir, folder.resolve(), "backup_dir", make=False)
+        copies = second_folder(config.backup_dir, folder.resolve(), "backup_dir")
         second = newest(copies)[0] if copies.is_dir() else None
         if second and (not found or second["save_number"] > found["save_number"]):
             found, where = second, copies
