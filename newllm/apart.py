@@ -17,9 +17,8 @@ def call_apart(function, *arguments):
         function: importable by name; it and what it takes and returns can be pickled.
 
     Raises:
-        UserError, Stopped, BrokenPipeError: as the function raised it.
-        Stopped: it was interrupted because this process is to stop.
-        UserError: its process ended without an answer.
+        UserError, Stopped, BrokenPipeError: as the function raised them.
+        UserError: its process ended without an answer. Stopped: it did so because this process is to stop.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)

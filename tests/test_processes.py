@@ -23,45 +23,35 @@ SAME = dict(dropout=0.0, phase1_convergence_threshold=1e-6)  # dropout masks dep
 LONG = dict(phase1_max_iterations=2000, phase1_convergence_threshold=1e-12)
 
 
-def launch(settings):
-    """The command as a user starts it, by torch's launcher."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py"]
-    piped = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True, text=True)
-    return subprocess.Popen([*launcher, *as_flags(settings)], cwd=ROOT, env=environment, **piped)
+def child(settings, rank, port, path):
+    """A forked process, of two that train together, so that torch is imported once; its output is appended."""
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        ours = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        os.environ |= ours | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        sys.stdout = sys.stderr = open(path, "a", buffering=1)  # noqa: SIM115
+        AcceleratorState._reset_state(reset_partial_state=True)  # of runs before the fork
+        with exit_on_user_error():
+            main(ResidualConfig(**settings))
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
 
 
-class Two:
-    """Two processes that train, forked, so that torch is imported once; `ended` waits for both."""
+def two(settings, path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    return [child(settings, rank, port, path) for rank in "01"]
 
-    def __init__(self, settings, path):
-        self.path = path
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        self.children = [os.fork(), None]
-        self.children[1] = self.children[0] and os.fork()
-        if not all(self.children):
-            rank = str(self.children.index(0))
-            ours = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
-            os.environ |= ours | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-            self._train(settings)  # never back
 
-    def _train(self, settings):
-        status = 1
-        try:
-            sys.stdout = sys.stderr = open(self.path, "a", buffering=1)  # noqa: SIM115
-            AcceleratorState._reset_state(reset_partial_state=True)  # of runs before the fork
-            with exit_on_user_error():
-                main(ResidualConfig(**settings))
-            status = 0
-        except SystemExit as end:
-            status = end.code
-        finally:
-            sys.stdout.flush()
-            os._exit(status)
-
-    def ended(self):
-        return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in self.children]
+def ended(processes):
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 
 
 def latest(settings):
@@ -86,9 +76,8 @@ def test_two_processes_train_what_one_does(tiny_settings, tmp_path):
     expected = main(ResidualConfig(**settings))
     one, alone = latest(settings), settings["checkpoint_dir"]
     settings["checkpoint_dir"] += "_two"
-    two = Two(settings, tmp_path / "output")
-    assert two.ended() == [0, 0], two.path.read_text()
-    agrees(two.path.read_text(), expected)
+    assert ended(two(settings, tmp_path / "output")) == [0, 0]
+    agrees((tmp_path / "output").read_text(), expected)
     found = latest(settings)
     for history in ("phase1_history", "phase2_history"):
         assert one[history].keys() == found[history].keys()
@@ -101,7 +90,10 @@ def test_two_processes_train_what_one_does(tiny_settings, tmp_path):
 def test_a_signal_stops_both_with_one_state_and_another_number_goes_on(tiny_settings, tmp_path):
     """Stopped in Phase 1 as two, continued as one, Phase 2 on frozen contexts again as two, as one has it."""
     settings = tiny_settings | SAME | LONG
-    process = launch(settings)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py"]
+    own = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, text=True)
+    piped = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([*launcher, *as_flags(settings)], **own, **piped)
     while not (line := process.stdout.readline()).startswith("phase 1 | iteration  2"):
         assert line, process.stderr.read()
     process.send_signal(signal.SIGTERM)
@@ -115,19 +107,19 @@ def test_a_signal_stops_both_with_one_state_and_another_number_goes_on(tiny_sett
     assert main(ResidualConfig(**settings, phase="1"))["phase1_iterations"] == done + 2
     alone = settings | dict(checkpoint_dir=settings["checkpoint_dir"] + "_alone")
     shutil.copytree(settings["checkpoint_dir"], alone["checkpoint_dir"])
-    two = Two(settings, tmp_path / "output")
-    assert two.ended() == [0, 0], two.path.read_text()
-    agrees(two.path.read_text(), main(ResidualConfig(**alone)))
+    assert ended(two(settings, tmp_path / "output")) == [0, 0]
+    agrees((tmp_path / "output").read_text(), main(ResidualConfig(**alone)))
 
 
 def test_a_killed_process_ends_the_other_with_a_sentence(tiny_settings, tmp_path):
     """No hang, a status that is not zero, and the state is whole."""
-    two = Two(tiny_settings | SAME | LONG, tmp_path / "output")
-    deadline = time.monotonic() + 60
-    while "phase 1 | iteration  2" not in (two.path.read_text() if two.path.exists() else ""):
+    output, deadline = tmp_path / "output", time.monotonic() + 60
+    output.touch()
+    processes = two(tiny_settings | SAME | LONG, output)
+    while "phase 1 | iteration  2" not in output.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.kill(two.children[1], signal.SIGKILL)
-    assert two.ended() == [2, -signal.SIGKILL] and time.monotonic() < deadline + 60
-    assert "error: another process of this run has ended" in two.path.read_text()
+    os.kill(processes[1], signal.SIGKILL)
+    assert ended(processes) == [2, -signal.SIGKILL] and time.monotonic() < deadline + 60
+    assert "error: another process of this run has ended" in output.read_text()
     assert latest(tiny_settings)["stage"] == "phase1"

@@ -82,7 +82,7 @@ class Backup:
     def __init__(self, source, target, guard, every_seconds, say):
         self.source = Path(source).resolve()
         self.target = usable_folder(second_folder(target, self.source, "backup_dir"), "backup_dir")
-        self.lock = Guard(self.target, guard.token)
+        self.lock = Guard(self.target, token=guard.token)
         self.every_seconds, self.say = every_seconds, say
         self.error, self.newest = None, "no copy yet"
         self._copied = {}  # path in the target -> inode, size and time of the file whose copy it is

@@ -34,7 +34,7 @@ class Guard:
         UserError: another process of this machine has it, or it cannot be written.
     """
 
-    def __init__(self, folder, token=None):
+    def __init__(self, folder, *, token=None):
         unique = uuid.uuid4().hex[:12]
         self.token = token or f"process {os.getpid()} on {socket.gethostname()} ({unique})"
         self.folder, self.lost = Path(folder), None  # and the writer that is known to have taken it
@@ -42,13 +42,13 @@ class Guard:
         try:
             try:
                 self._lock.acquire()
+            except TimeoutError:
+                raise UserError(_in_use(folder)) from None
             except OSError as error:
                 if error.errno not in NO_LOCKS:  # on such a file system the token alone guards
                     raise
             manifest = read_manifest(folder) | {"writer": self.token}
             write_text(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-        except TimeoutError:
-            raise UserError(_in_use(folder)) from None
         except OSError as error:
             self.release()
             raise UserError(f"cannot lock the folder {folder}: {error.strerror or error}.") from error

@@ -24,11 +24,10 @@ ALL = ["model_best.pt", "model_latest.pt", "manifest.json"]
 def folders(tmp_path):
     """(source, target): the source holds three files."""
     source, target = tmp_path / "local", tmp_path / "drive"
-    for folder in (source, target):
-        folder.mkdir()
+    source.mkdir()
+    target.mkdir()
     for name in ALL:
-        (source / name).write_bytes(name.encode() * 1000)
-    (source / "manifest.json").write_text("{}")
+        (source / name).write_bytes(b'{"x": 1}')
     return source, target
 
 
@@ -51,17 +50,6 @@ def start(folders, monkeypatch):
 @pytest.fixture
 def target(folders, monkeypatch):
     return Faults(folders[1], monkeypatch)
-
-
-def fails(number, operation="write", times=100):
-    """A fault: this errno at the first `times` operations of that kind."""
-    left = iter(range(times))
-
-    def fault(now, path, _):
-        if now.startswith(operation) and next(left, None) is not None:
-            refuse(number, path)
-
-    return fault
 
 
 def do_round(backup, names=ALL, save=1):
@@ -142,7 +130,7 @@ def test_a_failing_target_keeps_its_copies_and_is_told_once(folders, start, targ
     save(folders[0], 1)
     do_round(backup, save=1)
     save(folders[0], 2)
-    target.before = fails(number, operation)
+    target.before = lambda now, path, _: now.startswith(operation) and refuse(number, path)
     for _ in range(2):
         do_round(backup, save=2)
     assert len(start.said) == 1 and f"no second copy in {folders[1]} ([Errno {number}]" in start.said[0]
@@ -155,16 +143,14 @@ def test_a_failing_target_keeps_its_copies_and_is_told_once(folders, start, targ
     assert "the newest of save 3" in backup.report()
 
 
-@pytest.mark.parametrize("times", [2, 100])
-def test_a_flaky_target_at_the_end_of_a_run_is_tried_again(folders, start, target, times):
-    """Two failures in a row lose nothing; one that always fails is reported, and the run ends."""
-    backup = start()
-    target.before = fails(errno.EIO, times=times)
+def test_a_flaky_target_at_the_end_of_a_run_is_tried_again(folders, start, target):
+    """Two failures in a row lose nothing."""
+    backup, left = start(), iter([True, True])
+    target.before = lambda now, path, _: now == "write" and next(left, False) and refuse(errno.EIO, path)
     backup.request(ALL, 1)
     backup.close()
-    assert ("FAILED: [Errno 5]" in backup.report()) == (times == 100)
-    if times == 2:
-        assert_equal(folders)
+    assert_equal(folders)
+    assert next(left, False) is False and "FAILED" not in backup.report()
 
 
 def test_a_slow_target_keeps_nobody_waiting(folders, start, target, monkeypatch):
@@ -198,11 +184,11 @@ def test_a_kill_at_any_instant_leaves_a_whole_state(folders, start, target):
     """From one operation on nothing works: the old or the new state is there, and the next run mends it."""
     between, left, number = 0, 0, 1
 
-    def kill(*_):
+    def kill(operation, path, _):
         nonlocal left
         left -= 1
         if left < 0:
-            raise OSError(errno.EIO, "killed")
+            refuse(errno.EIO, path)
 
     save(folders[0], number)
     for operations in range(100):
@@ -263,7 +249,7 @@ def test_two_runs_never_mix_in_one_target(folders, start, target):
         (folders[0] / "model_best.pt").write_text(f"mine {number}")
         do_round(backup, ["model_latest.pt", "model_best.pt"], number)
     backup.close()
-    assert (folders[1] / "model_best.pt").read_text() == "model_best.pt" * 1000
+    assert (folders[1] / "model_best.pt").read_text() == '{"x": 1}'
     assert read_manifest(folders[1])["writer"] == other and len(start.said) == 1
     assert backup.report().startswith(f"mirror FAILED: {other} has taken over {folders[1]}")
 
