@@ -6,39 +6,36 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
+import kills
 import pytest
-from helpers import as_flags
 from left_behind import same_weights
 
 from config import ResidualConfig
+from newllm import progress
 from newllm.errors import exit_on_user_error
 from newllm.phases import phase2
 from newllm.saving.files import load_sealed
 from newllm.saving.stop import EXIT_STATUS, Interrupt, LeftBehind, Stopped, interruptible, poll, stop_reason
 from train import main
 
-ROOT = Path(__file__).parents[2]
-
 
 def test_stopped_by_signals_again_and_again_a_run_ends_with_the_same_bits(tiny_settings):
     """SIGTERM or SIGINT at random moments: every restart goes on exactly."""
-    settings = tiny_settings | dict(phase1_max_iterations=20, phase2_epochs=8, save_every_n_batches=50)
+    settings = tiny_settings | dict(phase1_max_iterations=10, phase2_epochs=6, save_every_n_batches=50)
     whole = ResidualConfig(**settings)
     config = dataclasses.replace(whole, checkpoint_dir=settings["checkpoint_dir"] + "_signalled")
     began = time.monotonic()
     main(whole)
-    moment = (time.monotonic() - began) / 3
+    moment = (time.monotonic() - began) / 4
     source, stops, ended = random.Random(0), 0, False
     with Interrupt():  # hears a signal that comes when no run listens any more
         while not ended:
             number = source.choice((signal.SIGTERM, signal.SIGINT))
-            timer = threading.Timer(source.uniform(0.3, 1.5) * moment, os.kill, (os.getpid(), number))
+            timer = threading.Timer(source.uniform(0.4, 1.4) * moment, os.kill, (os.getpid(), number))
             timer.start()
             try:
                 main(config)
@@ -116,19 +113,21 @@ def test_a_long_call_of_a_library_is_left_when_a_signal_comes():
 
 def test_preparing_a_long_text_stops_when_told(tmp_path):
     """One line, the status of an orderly stop, and no waiting for the library's call."""
-    source = random.Random(0)
+    source, output = random.Random(0), tmp_path / "output.txt"
     text = "".join(chr(source.randrange(0x4E00, 0x9FFF)) for _ in range(300_000))
     with open(tmp_path / "long.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text[start:] + text}) + "\n" for start in range(12))
-    folders = dict(cache_dir=tmp_path / "k", checkpoint_dir=tmp_path / "c")
-    settings = dict(data_source=tmp_path / "long.jsonl", tokenizer="bpe", vocab_size=60000, num_samples=8)
-    arguments = [sys.executable, "train.py", *as_flags(settings | folders | dict(val_samples=4))]
-    piped = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    process = subprocess.Popen(arguments, cwd=ROOT, env=os.environ | {"HF_HUB_OFFLINE": "1"}, **piped)
-    line = process.stdout.readline()  # of the progress
-    process.send_signal(signal.SIGINT)
+    settings = dict(data_source=str(tmp_path / "long.jsonl"), tokenizer="bpe", vocab_size=60000)
+    process = os.fork()
+    if not process:
+        progress.SECONDS_BETWEEN_LINES = 0.1
+        kills._child(tmp_path, settings | dict(num_samples=8, val_samples=4), None)  # never back
+    deadline = time.monotonic() + 60
+    while not output.exists() or "char/s" not in output.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.kill(process, signal.SIGINT)
     asked = time.monotonic()
-    errors = process.communicate(timeout=60)[1]
-    assert line.startswith("Progress: ") and "char/s" in line and time.monotonic() - asked < 10
-    assert process.returncode == EXIT_STATUS
-    assert errors.startswith("stopped: SIGINT received") and errors.count("\n") == 1
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert status == EXIT_STATUS and time.monotonic() - asked < 10
+    assert output.read_text().splitlines()[-1].startswith("stopped: SIGINT received")
