@@ -16,7 +16,6 @@ from newllm.fixed_point.losses import phase1_loss
 from newllm.fixed_point.solver import sequential, sweep
 from newllm.seeding import derived_generator
 from newllm.training.contexts import StoredContexts
-from newllm.training.step import copy_of, distance
 
 SETTLE_ERROR = 1e-2  # relative distance from the trajectory at which contexts count as settled
 SETTLE_SWEEPS = 32
@@ -108,15 +107,13 @@ class Phase1:
 
     def _backward(self, new_BTC, old_BTC, batch):
         settings = self.settings
-        loss, values = phase1_loss(
-            new_BTC,
-            old_BTC,
+        weight, kind, threshold = (
             settings.dist_reg_weight,
             settings.dist_reg,
             settings.phase1_convergence_threshold,
-            consistency=batch.epoch
-            > 0,  # at first the stored contexts are zeros, which no map should come back to
         )
+        # At first the stored contexts are zeros, which no map should come back to.
+        loss, values = phase1_loss(new_BTC, old_BTC, weight, kind, threshold, consistency=batch.epoch > 0)
         self.runtime.accelerator.backward(loss)
         return loss.detach().double(), values
 
@@ -184,6 +181,17 @@ class Phase1:
             contexts, _ = sweep(self.model.step, contexts, tokens)
             sweeps += 1
         return {"settle_sweeps": sweeps, "settle_error": ((contexts - reference).norm() / size).item()}
+
+
+@torch.no_grad()
+def distance(parameters, others=None):
+    """Euclidean distance between two lists of tensors; of one from zero."""
+    others = others or [torch.zeros_like(p) for p in parameters]
+    return torch.stack([(a - b).norm() for a, b in zip(parameters, others, strict=True)]).norm().item()
+
+
+def copy_of(parameters):
+    return [p.detach().clone() for p in parameters]
 
 
 def shuffled(ids, seed):

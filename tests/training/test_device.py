@@ -14,7 +14,6 @@ from config import ResidualConfig
 from newllm.errors import UserError
 from newllm.training import runtime as device
 from newllm.training.runtime import (
-    StepFunction,
     allocator_setting,
     best_precision,
     describe_device,
@@ -148,26 +147,16 @@ def test_the_description_is_one_line_of_what_is_in_effect():
     assert describe_device(open_runtime(config(compile=True))).endswith("precision fp32, compiled")
 
 
-def test_a_step_function_is_compiled_until_it_falls_back(monkeypatch):
-    """Compiled anew in an empty cache first, then the model's own, and a line each time."""
-    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda context, token: "compiled")
-    monkeypatch.setattr(device, "leave_shared_cache", iter(["/shared", None]).__next__)
-
-    def own(context, token):
-        return context, token
-
-    step = StepFunction(own, True)
-    assert step.compiled and step(1, 2) == "compiled"
-    assert "delete /shared" in step.survive("batch 1", "it broke") and step(1, 2) == "compiled"
-    assert step.survive("batch 1", "it broke").endswith("batch 1 (it broke); going on without it")
-    assert not step.compiled and step(1, 2) == (1, 2) == StepFunction(own, False)(1, 2)
-
-
-def test_the_share_of_the_gpu_is_a_limit_set_before_it_is_used(monkeypatch):
+def test_the_share_of_the_gpu_is_a_limit_of_the_chosen_device(monkeypatch, opened):
     """And the allocator grows its segments, unless the user said otherwise, by the older name too."""
     pretend(monkeypatch, 8)
     limits = []
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+
+    def limit(share):
+        assert len(opened) == 2  # a process of several has its device by then
+        limits.append(share)
+
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limit)
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     assert allocator_setting() == ""
