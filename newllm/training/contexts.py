@@ -86,7 +86,7 @@ class SampleStore:
         self.digests[samples] = torch.tensor(digests, dtype=torch.int64)
 
     def adopt(self, digests):
-        """Take over the rows that the file holds already; whether each is the one its digest was made of."""
+        """Take over the rows that the file holds; whether each is the one that its digest was made of."""
         self.digests.copy_(digests)
         (row,) = _bytes_of(torch.zeros(1, *self.shape, dtype=self.dtype))
         for sample in (digests >= 0).nonzero().flatten().tolist():
@@ -103,10 +103,6 @@ class SampleStore:
         """Onto the disk, so that a state saved afterwards can rely on it."""
         if self.rows is None:
             os.fsync(self._file.fileno())
-
-    def close(self):
-        if self.rows is None:
-            self._file.close()
 
     @contextlib.contextmanager
     def _said(self):
@@ -137,7 +133,7 @@ class StoredContexts:
     is still there when a process is killed, and a checkpoint carries only the rows' checksums.
 
     Args:
-        num_samples: N. width: C. settings: max_seq_length, context_memory_mb and save_checkpoint of the run.
+        num_samples: N. width: C. settings: newllm.config.SharedSettings.
         folder: where files lie if contexts are in files.
     """
 
@@ -232,10 +228,6 @@ class StoredContexts:
         """Files onto the disk, so that a state saved afterwards can rely on them."""
         for store in self._stores:
             store.sync()
-
-    def close(self):
-        for store in self._stores:
-            store.close()
 
     def _fill(self, contexts_of):
         """All own rows of both stores."""

@@ -95,8 +95,7 @@ class EpochLoop:
     def run(self):
         """Train in place; a model that is validated ends with the weights of its lowest loss.
 
-        Returns:
-            What the phase knows at its end, a dict.
+        Returns what the phase knows at its end, a dict.
 
         Raises:
             UserError: a loss or gradient that is not finite, or no memory for a single sample.
@@ -198,11 +197,11 @@ class EpochLoop:
     def _end_epoch(self, due):
         """Validate, write the epoch's row, keep the best weights, save."""
         phase, state = self.phase, self.state
-        metrics, timing = {}, {}
+        metrics, figures = {}, {}
         if phase.num_validation:
             metrics, state.seconds_validation = self._validate(torch.arange(phase.num_validation))
-            timing = {"seconds_validation": state.seconds_validation}
-        figures = {
+            figures["seconds_validation"] = state.seconds_validation
+        figures |= {
             "grad_norm": state.grad_norm,
             "optimizer_steps": state.steps - state.skipped,
             "tok_per_s": state.tokens / (self.earlier_seconds + self.progress.seconds),
@@ -214,13 +213,12 @@ class EpochLoop:
         state.samples = 0
         state.sums = {}
         if self.log:
-            columns = {phase.counter: state.epoch} | row | figures | timing | memory_mb()
-            self.log.log(phase.stage, **columns)
+            self.log.log(phase.stage, **{phase.counter: state.epoch}, **(row | figures), **memory_mb())
         self._say(phase.line(state.epoch, row, figures))
         if metrics and (not state.best or metrics["loss"] < state.best["loss"]):
             state.best = metrics | {"epoch": state.epoch}
-            trained = phase.model.trained_state().items()
-            weights = {name: tensor.detach().clone() for name, tensor in trained}
+            weights = phase.model.trained_state().items()
+            weights = {name: tensor.detach().clone() for name, tensor in weights}
             self.best = {"metrics": state.best, "weights": weights}
         in_files = phase.contexts is not None and phase.contexts.in_files
         needed = due or in_files or self._finished()
@@ -244,12 +242,13 @@ class EpochLoop:
         """The fixed subset alone, within an epoch: an early sign, of no consequence for the training."""
         phase, state, full = self.phase, self.state, self.state.seconds_validation
         metrics, seconds = self._validate(self.quick)
+        if not self.log:
+            return
         size, subset = len(self.quick), state.quick_subset
-        if self.log:
-            about = dict(steps=state.steps, samples=size, subset=subset, seconds=seconds, seconds_full=full)
-            self.log.log(f"{phase.stage}_quick", **about, **metrics)
+        about = dict(steps=state.steps, samples=size, subset=subset, seconds=seconds, seconds_full=full)
+        self.log.log(f"{phase.stage}_quick", **about, **metrics)
         whole = "the full one ends the epoch" if full is None else f"the last full one {full:.1f}s"
-        self._say(
+        self.log.say(
             f"{phase.stage} | batch {self._position()['batch']}/{self.batches} | quick validation ({size}/"
             f"{phase.num_validation} samples, subset {subset}, {seconds:.1f}s; {whole}): "
             f"loss {metrics['loss']:.4f}"

@@ -1,4 +1,4 @@
-"""What a run will do: its stages as the settings come out, and which settings change nothing beside others."""
+"""What a run will do: its stages as the settings come out, and which settings have no effect beside others."""
 
 from newllm.data.order import batch_count
 from newllm.models.baselines import BASELINES, Baseline

@@ -28,7 +28,7 @@ from newllm.saving.files import load_sealed
 from newllm.saving.stop import Interrupt, Stopped
 from newllm.saving.trained import load_model, open_saved
 from newllm.training import step_function
-from newllm.training.contexts import LOST, SampleStore, StoredContexts
+from newllm.training.contexts import LOST, StoredContexts
 from newllm.training.runtime import Group, open_runtime
 from newllm.training.step_function import StepFunction
 from scripts import export
@@ -188,9 +188,7 @@ def _restored(config):
     sizes = config.num_samples, config.context_dim, config
     contexts = StoredContexts(*sizes, open_runtime(config), config.checkpoint_dir)
     contexts.restore(saved, None, pytest.fail)
-    found = contexts.first(config.num_samples).cpu()
-    contexts.close()
-    return found
+    return contexts.first(config.num_samples).cpu()
 
 
 @pytest.mark.parametrize("kind", ["gru", "lstm", "transformer", "window", "lora"])
@@ -232,11 +230,7 @@ def test_memory_runs_out_at_a_constant_effective_batch(settings, monkeypatch, ca
     assert found["phase2_steps"] == expected["phase2_steps"]
 
 
-FAULTS = RuntimeError("CUDA error: capture is not allowed"), torch.OutOfMemoryError("CUDA out of memory")
-
-
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
-def test_a_capture_that_fails_costs_a_line_and_no_bits(settings, monkeypatch, capsys, fault):
+def test_a_capture_that_fails_costs_a_line_and_no_bits(settings, monkeypatch, capsys):
     """The run goes on step by step; the line comes once a stage, not once a batch."""
     config = ResidualConfig(**settings)
     expected = uninterrupted(config)
@@ -245,13 +239,13 @@ def test_a_capture_that_fails_costs_a_line_and_no_bits(settings, monkeypatch, ca
     @contextlib.contextmanager
     def capture(graph, **options):
         yield
-        raise fault
+        raise RuntimeError("CUDA error: not allowed")
 
     with pretended_cuda(T4):
         monkeypatch.setattr(torch.cuda, "graph", capture)
         found = end_of(config, main(config))
     warnings = [line for line in printed(capsys) if "warning" in line]
-    assert len(warnings) == 1 and str(fault) in warnings[0] and "going on without" in warnings[0]
+    assert len(warnings) == 1 and "not allowed); going on without" in warnings[0]
     assert same(found, expected)
 
 
@@ -382,19 +376,6 @@ def test_a_small_gradient_of_the_spread_reaches_fp16_contexts():
     assert (found[torch.float16] - found[torch.float32]).norm() < 0.02 * found[torch.float32].norm()
 
 
-@pytest.mark.parametrize("kind", [torch.float16, torch.float32, torch.bfloat16])
-def test_a_store_takes_rows_from_anywhere_in_any_type(tmp_path, kind):
-    """Rows of a checkpoint lie on the CPU, in the type of the card that made them."""
-    rows = torch.randn(3, 2, 4).to(kind)
-    with pretended_cuda(T4):
-        for path in (None, tmp_path):
-            store = SampleStore(5, (2, 4), torch.float16, DEVICE, path)
-            for given in (rows, rows.to(DEVICE)):
-                store[torch.tensor([4, 0, 2])] = given
-                found = store[torch.tensor([0, 4])]
-                assert isinstance(found, OnDevice) and torch.equal(found.cpu(), rows[[1, 0]].half())
-
-
 def test_processes_sum_what_lies_on_their_devices():
     """NCCL sums no tensor of the host: one that comes from there goes to the device and back."""
 
@@ -450,10 +431,11 @@ def test_the_pretended_device_refuses_what_cuda_refuses():
         assert counts.launched["mm"] and copy.deepcopy(w).requires_grad
 
 
-@pytest.mark.parametrize("card", [T4, A100], ids=["T4", "A100"])
-def test_the_tests_for_a_gpu(card):
+def test_the_tests_for_a_gpu():
     """They run, and hold where no device's own rounding is meant; a replay is one launch for all steps."""
-    with pretended_cuda(card) as counts:
+    with pretended_cuda(A100):
+        gpu.test_the_precision_is_what_the_card_computes_in()
+    with pretended_cuda(T4) as counts:
         gpu.test_the_precision_is_what_the_card_computes_in()
         gpu.test_the_graph_gives_the_bits_of_the_loop()
         gpu.test_what_cannot_be_captured_is_done_step_by_step()

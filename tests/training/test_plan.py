@@ -6,6 +6,7 @@ import pytest
 
 import train
 from config import ResidualConfig
+from newllm import evaluate
 from newllm.config import Config, settings_of
 from newllm.report.record import find_records, read_record
 from newllm.report.summary import cadence
@@ -15,7 +16,6 @@ from scripts import doctor
 
 SETTINGS = {
     "fine-tuned": {},
-    "untied": dict(tie_weights=False),
     "untied, frozen": dict(tie_weights=False, freeze_context=True),
     "no Phase 1, no control": dict(phase1_max_iterations=0, untrained_control=False),
     "Phase 1 alone": dict(phase="1"),
@@ -23,11 +23,16 @@ SETTINGS = {
         min_batches=5, phase1_batch_size=24, phase2_batch_size=7, freeze_context=True
     ),
     "adapter": dict(context_adapter="lora", adapter_rank=2),
-    "gru": dict(model_type="gru"),
     "transformer": dict(model_type="transformer"),
     "window": dict(model_type="window"),
     "tuning": dict(tune_share=0.3),
 }
+
+
+@pytest.fixture(autouse=True)
+def short_figures(monkeypatch):
+    """What contexts are like is of no matter here."""
+    monkeypatch.setattr(evaluate, "MAX_SWEEPS", 12)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
