@@ -1,4 +1,4 @@
-"""What a run will do: its stages as the settings come out, and which settings have no effect beside others."""
+"""What a run will do, stage by stage, and which of its settings change nothing beside the others."""
 
 from newllm.data.order import batch_count
 from newllm.models.baselines import BASELINES, Baseline
