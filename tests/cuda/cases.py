@@ -99,7 +99,7 @@ def printed(capsys):
 
 @pytest.fixture
 def watched(monkeypatch):
-    """What runs do to `counts`: (launches, waits) of training steps by stage, launches a token of recordings."""
+    """What runs do to `counts`: (launches, waits) of steps by stage, launches a token of recordings."""
     seen, at = SimpleNamespace(counts=None, steps={}, recorded=[]), []
     own_status, own_record = RunLog.status, step_function.record
 

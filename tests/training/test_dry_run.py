@@ -14,7 +14,7 @@ from newllm.errors import UserError
 
 @pytest.fixture
 def dry(tiny_settings, tmp_path, capsys):
-    """Function of settings to the lines of a dry run, after which every file outside of the cache is as before."""
+    """Function of settings to lines of a dry run, after which each file outside of the cache is as before."""
 
     def files():
         found = {

@@ -64,7 +64,7 @@ def prediction(model, ids):
 
 @pytest.mark.parametrize("trained", ["head", "context", "both", "phase1"])
 def test_a_step_changes_every_trained_parameter_and_no_other(runtime, model, trained):
-    """The optimizer's list decides. No context of Phase 1 reads the last token norm, whose output is a stream."""
+    """The optimizer's list decides. No context of Phase 1 reads what the last token norm puts out."""
     parts = {"head": [model.head_parameters()], "context": [model.context_parameters()]}
     parts["both"], parts["phase1"] = parts["head"] + parts["context"], parts["context"]
     wanted = {id(p) for part in parts[trained] for p in part}
