@@ -148,4 +148,4 @@ def test_the_loss_curve_of_bf16_is_that_of_fp32(tiny_settings, monkeypatch):
     largest = fp32.amax(1, keepdim=True)
     assert ((bf16 - fp32).abs() <= TOLERANCE * fp32 + TOLERANCE_OF_LARGEST * largest).all()
     assert not torch.equal(bf16, fp32)
-    assert (fp32[:, -1] < 0.6 * largest[:, 0]).all()
+    assert (fp32[:, -1] < 0.7 * largest[:, 0]).all()
