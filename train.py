@@ -33,11 +33,16 @@ from newllm.report.record import RunLog, new_run_id
 from newllm.report.summary import context_line
 from newllm.saving.checkpoint import Checkpointer, require_space
 from newllm.saving.stop import Interrupt
-from newllm.training.account import announce, leave_model, report
-from newllm.training.dry_run import preview
+from newllm.training.account import announce, leave_model, preview, report
 from newllm.training.loop import EpochLoop
 from newllm.training.memory_estimate import predicted_peak
-from newllm.training.runtime import describe_device, gpu_utilization, open_runtime, peak_memory_mb
+from newllm.training.runtime import (
+    describe_device,
+    gpu_utilization,
+    open_runtime,
+    peak_memory_mb,
+    skip_loaded_code,
+)
 
 
 def main(config, dry_run=False):
@@ -62,6 +67,7 @@ def main(config, dry_run=False):
         with group.run():
             with timed("loading"):
                 data, model, peak = load(config, runtime)
+                skip_loaded_code()
             if dry_run:
                 return preview(config, runtime, data, model, peak)
             with Checkpointer(config, data.fingerprint, new_run_id(), group) as checkpointer:

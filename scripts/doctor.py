@@ -37,9 +37,8 @@ from newllm.saving.checkpoint import require_space
 from newllm.saving.files import COLAB_DRIVE, usable_folder
 from newllm.saving.stop import Interrupt
 from newllm.training import memory_estimate
-from newllm.training.effects import training_samples, unused_lines
 from newllm.training.memory_estimate import sketch, usable_memory, vocabulary
-from newllm.training.plan import make_plan
+from newllm.training.plan import make_plan, training_samples, unused_lines
 from newllm.training.runtime import allocator_setting, describe_device, open_runtime
 from newllm.versions import outside
 
@@ -93,7 +92,7 @@ def check_settings(config):
 
 def check_in_effect(config):
     runtime, model = open_runtime(config), sketch(config, vocabulary(config))
-    plan = make_plan(config, training_samples(config), model, runtime.device)
+    plan = make_plan(config, training_samples(config), model, runtime)
     attention = "none"
     if isinstance(model, Baseline):
         attention = model.attention_in_effect(runtime.device, runtime.storage_dtype) or "none"
@@ -106,7 +105,7 @@ def check_in_effect(config):
 def check_memory(config):
     runtime = open_runtime(config)
     peak = memory_estimate.predicted_peak(config, vocabulary(config), runtime)
-    usable = usable_memory(config, runtime.device)
+    usable = usable_memory(config, runtime)
     said = f"predicted peak {peak:,.0f} MB of {usable:,.0f} MB"
     if peak > MARGIN * usable:
         advice = "take smaller batches, a smaller vocabulary or fewer layers (--memory says what is large)"
@@ -229,7 +228,7 @@ def print_memory(config, measuring):
     rows = {thing: [held[thing] for held in table.values()] for thing in memory_estimate.THINGS}
     for name, sizes in (rows | {"sum": sums.values()}).items():
         print(f"{name:20}" + "".join(f"{size:12,.1f}" for size in sizes))
-    peak, usable = max(sums.values()), usable_memory(config, runtime.device)
+    peak, usable = max(sums.values()), usable_memory(config, runtime)
     bound = "a lower bound" if config.compile or runtime.device.type == "cuda" else "give or take 15 %"
     print(f"\npredicted peak: {peak:,.0f} MB, {bound}")
     if measuring:

@@ -36,7 +36,8 @@ from newllm.report.compare import table
 from newllm.report.pictures import prefill_speed
 from newllm.report.record import new_run_id
 from newllm.saving.trained import load_trained
-from newllm.training.runtime import StepFunction, describe_device, open_runtime, peak_memory_mb, reason_of
+from newllm.training.runtime import describe_device, open_runtime, peak_memory_mb
+from newllm.training.step_function import StepFunction, reason_of
 
 LOOP_PIECE = 256  # tokens of the loop between two looks at the clock
 CURVE_TOKENS, CURVE_SWEEPS = 2048, 32  # of the curve of errors, in fp32

@@ -32,8 +32,8 @@ def pytest_xdist_auto_num_workers(config):
 
 
 LONG = (  # files that take longest are begun first, so that no process is left alone with one at the end
-    "test_compilation", "test_pretended_cuda", "test_commands", "test_notebook", "test_kills", "test_processes",
-    "test_effects", "test_compare", "test_generate", "test_train", "test_contexts", "test_transformers_export",
+    "test_compilation", "test_pretended_cuda", "test_plan", "test_commands", "test_notebook", "test_kills", "test_processes",
+    "test_compare", "test_generate", "test_train", "test_contexts", "test_transformers_export",
     "test_stop", "test_batch_sizes", "test_lost_machine", "test_scale_check", "test_leaks", "test_estimate_memory",
 )  # fmt: skip
 

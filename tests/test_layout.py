@@ -46,7 +46,7 @@ MAY_IMPORT = {
         "newllm.saving", "newllm.data", "newllm.models", "newllm.training.contexts", "newllm.errors", "newllm.config", "newllm.clock", "newllm",
     },
     "newllm.phases": {
-        "newllm.fixed_point", "newllm.models", "newllm.evaluate", "newllm.seeding", "newllm.training.contexts", "newllm.training.step",
+        "newllm.fixed_point", "newllm.models", "newllm.evaluate", "newllm.seeding", "newllm.training.contexts",
     },
     "newllm.training": {
         "newllm.training", "newllm.saving", "newllm.data", "newllm.models", "newllm.fixed_point", "newllm.evaluate",

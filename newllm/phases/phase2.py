@@ -6,6 +6,8 @@ Shapes: B samples in a batch, b of them on this process, T tokens, C context wid
 import functools
 import math
 
+import torch
+
 from newllm.evaluate import evaluate_prediction, sample_nats
 from newllm.fixed_point.solver import sequential, truncated
 from newllm.models.baselines import Baseline
@@ -153,7 +155,7 @@ class Phase2:
         if self.adapted:
             merge_adapter(self.model)
         data, runtime = self.data, self.runtime
-        own = runtime.group.owned_of(len(data.val))
+        own = runtime.group.owned(torch.arange(len(data.val)))
         nats = sample_nats(
             self.model, data.val[own], runtime.autocast, runtime.device, self._features_of(own)
         )
