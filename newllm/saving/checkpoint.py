@@ -9,6 +9,7 @@ slow folder costs training no time; the next save waits for it. The new state ta
 read back.
 """
 
+import copy
 import platform
 import shutil
 import subprocess
@@ -33,6 +34,15 @@ from newllm.training.contexts import FILES, in_files
 STAGES = ("untrained", "phase1", "phase2", "complete")
 STAGE_NAMES = {"untrained": "the untrained row", "phase1": "Phase 1", "phase2": "Phase 2"}
 BEST = {"untrained": "model_untrained_best.pt", "phase2": "model_best.pt"}  # lowest validation loss
+BEGINNING = {  # attributes of a Checkpointer that every state carries
+    "stage": STAGES[0],
+    "results": {},
+    "history": {"phase1_history": {}, "phase2_history": {}},
+    "record": [],
+    "step": 0,
+    "stage_begun": 0,
+    "save_number": 0,
+}
 ATTEMPTS, WAIT = 3, 0.5  # tries of a write, seconds before the second: a network folder may fail for a moment
 WARNING = "warning: settings changed since the checkpoint was written, what is done stays as it is: "
 STATES_ON_DISK = 5  # latest, previous, end of an epoch, end of Phase 1, and the one being written
@@ -41,17 +51,16 @@ STATES_ON_DISK = 5  # latest, previous, end of an epoch, end of Phase 1, and the
 class Checkpointer:
     """Saves and restores one run in `checkpoint_dir`, which nobody else writes meanwhile. A context manager.
 
-    Of several processes that train together only the main one touches the folder; the others get from it
-    what it found.
+    Of several processes that train together only the main one touches the folder.
 
     Attributes:
-        stage: the first stage that is not complete.
-        results: metrics of the complete stages, by stage.
+        stage: the first stage that is not complete. results: metrics of the complete stages, by stage.
         history: {"phase1_history": {...}, "phase2_history": {...}}, lists by name.
-        reused: parts of the untrained row that another run of the folder has, with the bits of today.
+        record: lines of the run's record so far; as every state carries them, they outlive the machine.
+        step: optimizer steps of all stages so far. stage_begun: those of the complete stages.
+        reused: {part of the untrained row: its results} that another run of the folder has.
         notes: lines about what was found, for the caller to print.
         saved_at: time of the last save, also of an earlier session, seconds since the epoch, or None.
-        record: lines of the run's record so far; as every state carries them, they outlive the machine.
 
     Raises:
         UserError: the folder or what lies in it cannot be used.
@@ -64,16 +73,9 @@ class Checkpointer:
         self.group = group
         self.writes = config.save_checkpoint and group.is_main
         self.folder = usable_folder(config.checkpoint_dir, "checkpoint_dir")
-        self.stage = STAGES[0]
-        self.results = {}
-        self.history = {"phase1_history": {}, "phase2_history": {}}
         self.notes = []
         self.saved_at = None
-        self._step = 0  # of all stages so far
-        self._stage_begun = 0  # steps of the stages behind the one in hand
-        self._save_number = 0
         self._last_save = time.monotonic()
-        self._found = None  # the state to continue from, until the model has it
         self._best_written = None
         self._frozen = None, ""  # (model, digest of what it keeps)
         self._to_copy = []
@@ -85,9 +87,11 @@ class Checkpointer:
             if self.writes:
                 self._take_folder(run_id)
             opened = group.decided(self._open(run_id) if group.is_main else None)
-            self.run_id, self.folder, found, self.reused, self._phase1, self.record = opened
-            if found:
-                self._continue(found)
+            self.run_id, self.folder, self._found, self.reused, self._phase1, rows = opened
+            vars(self).update(copy.deepcopy(BEGINNING))
+            if self._found:
+                self._continue(self._found)
+            self.record += [row for row in rows if row not in self.record]
         except BaseException:
             self.close()
             raise
@@ -120,33 +124,23 @@ class Checkpointer:
             home = home and self.folder
         if self.mirror:
             self._to_copy = runs.uncopied(self.folder, self.mirror.target)
-        if home is None:
-            run_id = runs.unused_id(self.folder, new_id)
-            return run_id, self.folder, None, choice.reused, choice.phase1, choice.record
-        found = runs.newest(home, mmap=False)
-        record = found["record"] + [row for row in choice.record if row not in found["record"]]
-        return found["run_id"], home, found, choice.reused, choice.phase1, record
+        found = runs.newest(home, mmap=False) if home else None
+        run_id = found["run_id"] if found else runs.unused_id(self.folder, new_id)
+        return run_id, home or self.folder, found, choice.reused, choice.phase1, choice.record
 
-    def _continue(self, found):
+    def _continue(self, state):
         """Take over a state, which is of this very run."""
-        if changes := runs.changed(found["config"], self.config.to_dict()):
+        vars(self).update({name: state[name] for name in BEGINNING if name != "history"})
+        self.history = {name: state[name] for name in self.history}
+        self.saved_at = datetime.fromisoformat(state["saved_at"]).timestamp()
+        self._clock.add(state["times"]["parts"])
+        self.thread.saves = state["times"]["saves"]
+        self.thread.written = state["times"]["save_seconds"]
+        self.thread.longest = state["times"]["longest_save"]
+        if changes := runs.changed(state["config"], self.config.to_dict()):
             self.notes.append(WARNING + runs.listed(changes))
-        self.stage = found["stage"]
-        self.results = found["results"]
-        self.history = {name: found[name] for name in self.history}
-        self.saved_at = datetime.fromisoformat(found["saved_at"]).timestamp()
-        self._step = found["step"]
-        self._stage_begun = found["stage_begun"]
-        self._save_number = found["save_number"]
-        times = found["times"]
-        self._clock.add(times["parts"])
-        self.thread.saves = times["saves"]
-        self.thread.written = times["save_seconds"]
-        self.thread.longest = times["longest_save"]
-        self._found = found
-        self.notes.append(
-            f"continuing run {self.run_id} {found['restart']} (save {self._save_number}, {found['saved_at']})"
-        )
+        save = f"save {self.save_number}, {state['saved_at']}"
+        self.notes.append(f"continuing run {self.run_id} {state['restart']} ({save})")
 
     def __enter__(self):
         return self
@@ -243,15 +237,15 @@ class Checkpointer:
         Returns:
             What the status says of it: the position, the step of the run, the time of the last save.
         """
-        self._step = self._stage_begun + steps
-        here = {"stage": stage, "step": self._step, "saved_at": self.saved_at}
+        self.step = self.stage_begun + steps
+        here = {"stage": stage, "step": self.step, "saved_at": self.saved_at}
         return here | position | {"epoch": position["epoch"] + 1}
 
     def due(self, steps):
         """Whether to save after so many steps of the stage: by number, by time, or because somebody asks."""
         agree(self.group.first_reason)
         config, since = self.config, time.monotonic() - self._last_save
-        by_steps = (self._stage_begun + steps) % config.save_every_n_batches == 0
+        by_steps = (self.stage_begun + steps) % config.save_every_n_batches == 0
         by_time = since / 60 >= config.save_every_minutes > 0
         wanted = (by_steps and since >= config.save_min_seconds) or by_time or save_requested()
         return stop_reason() is not None or self.group.decided(wanted)
@@ -317,7 +311,7 @@ class Checkpointer:
     def _pass(self, results):
         self.results[self.stage] = results
         self.stage = STAGES[STAGES.index(self.stage) + 1]
-        self._stage_begun = self._step
+        self.stage_begun = self.step
 
     def _write(self, content, model, best, names):
         """In the thread: frozen tensors once, best weights, the state by all its names; then the mirror."""
@@ -339,27 +333,23 @@ class Checkpointer:
             self.mirror.request(names, content["save_number"])  # which copies none twice
 
     def _content(self, label, model, stage_state, position):
-        self._save_number += 1
-        where = {"stage": self.stage, "position": position, "step": self._step}
-        return where | {
+        self.save_number += 1
+        content = {name: getattr(self, name) for name in BEGINNING if name != "history"}
+        content |= self.history | self._provenance
+        content |= {
             "format": runs.FORMAT,
             "epoch": label,
-            "restart": place(where),
+            "position": position,
             "model_state_dict": {k.replace("_orig_mod.", ""): v for k, v in model.trained_state().items()},
             "stage_state": stage_state,
-            "stage_begun": self._stage_begun,
-            "record": self.record,
-            "results": self.results,
-            **self.history,
             "config": self.config.to_dict(),
             "data_fingerprint": self.fingerprint,
             "run_id": self.run_id,
-            "save_number": self._save_number,
             "seconds": self.seconds,
             "times": self.times,
             "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            **self._provenance,
         }
+        return content | {"restart": place(content)}
 
 
 def write_state(folder, content, keep_last=0, names=()):
