@@ -37,7 +37,8 @@ BEST = {"untrained": "model_untrained_best.pt", "phase2": "model_best.pt"}  # lo
 BEGINNING = {  # attributes of a Checkpointer that every state carries
     "stage": STAGES[0],
     "results": {},
-    "history": {"phase1_history": {}, "phase2_history": {}},
+    "phase1_history": {},
+    "phase2_history": {},
     "record": [],
     "step": 0,
     "stage_begun": 0,
@@ -55,7 +56,7 @@ class Checkpointer:
 
     Attributes:
         stage: the first stage that is not complete. results: metrics of the complete stages, by stage.
-        history: {"phase1_history": {...}, "phase2_history": {...}}, lists by name.
+        phase1_history, phase2_history: {name: values of all epochs}.
         record: lines of the run's record so far; as every state carries them, they outlive the machine.
         step: optimizer steps of all stages so far. stage_begun: those of the complete stages.
         reused: {part of the untrained row: its results} that another run of the folder has.
@@ -103,19 +104,18 @@ class Checkpointer:
             stray.unlink(missing_ok=True)  # of processes that were killed
         if self.config.backup_dir:
             every = 60 * self.config.backup_every_minutes
-            self.mirror = Backup(self.folder, self.config.backup_dir, self.lock, every)
+            self.mirror = Backup(self.folder, self.config.backup_dir, self.lock, every, print)
             locks.append(self.mirror.lock)
             runs.fetch(self.folder, self.mirror.target, self.notes)
         self.notes += [lock.note for lock in locks if lock.note]
 
     def _open(self, new_id):
-        """Find the run that the settings say and bring it to the top of the folder, or make way for a new one.
+        """Find the run that the settings say and bring it to the top, or make way for a new one.
 
         Returns:
-            (its id, its folder, its state or None, and of other runs: parts of the untrained row, the state
-            with Phase 1, rows of the record).
+            (its id, its folder, its state or None), and what `choose` takes of other runs.
         """
-        top = runs.mended(self.folder, self.notes) if self.writes else runs.newest(self.folder)
+        top = runs.mended(self.folder, self.notes) if self.writes else runs.newest_state(self.folder)
         choice = runs.choose(self.folder, top, self.config, self.fingerprint)
         self.notes += choice.lines
         home = choice.home
@@ -124,14 +124,13 @@ class Checkpointer:
             home = home and self.folder
         if self.mirror:
             self._to_copy = runs.uncopied(self.folder, self.mirror.target)
-        found = runs.newest(home, mmap=False) if home else None
+        found = runs.newest_state(home, mmap=False) if home else None
         run_id = found["run_id"] if found else runs.unused_id(self.folder, new_id)
         return run_id, home or self.folder, found, choice.reused, choice.phase1, choice.record
 
     def _continue(self, state):
         """Take over a state, which is of this very run."""
-        vars(self).update({name: state[name] for name in BEGINNING if name != "history"})
-        self.history = {name: state[name] for name in self.history}
+        vars(self).update({name: state[name] for name in BEGINNING})
         self.saved_at = datetime.fromisoformat(state["saved_at"]).timestamp()
         self._clock.add(state["times"]["parts"])
         self.thread.saves = state["times"]["saves"]
@@ -163,6 +162,10 @@ class Checkpointer:
                 self.lock.release()
 
     @property
+    def history(self):
+        return {"phase1_history": self.phase1_history, "phase2_history": self.phase2_history}
+
+    @property
     def seconds(self):
         """Wall time of the run so far, over all its sessions, without what lay between them."""
         return self._clock.seconds
@@ -177,8 +180,7 @@ class Checkpointer:
     @property
     def saving_share(self):
         """Shares of the run's time: (training waited for a save, a save was being written)."""
-        waited = self._clock.parts.get("saving", 0.0)
-        return waited / self.seconds, self.thread.written / self.seconds
+        return self._clock.parts.get("saving", 0.0) / self.seconds, self.thread.written / self.seconds
 
     @property
     def owns(self):
@@ -200,9 +202,6 @@ class Checkpointer:
 
         Returns:
             The stage's saved state (a dict), or None when the stage starts now.
-
-        Raises:
-            UserError: tensors that the checkpoint refers to are not there.
         """
         if self._found is None or stage != self._found["stage"]:
             return None
@@ -229,14 +228,7 @@ class Checkpointer:
         return self._best_written
 
     def arrived(self, stage, position, steps):
-        """Take note of where training is.
-
-        Args:
-            position: of newllm.training.loop.State. steps: of the stage.
-
-        Returns:
-            What the status says of it: the position, the step of the run, the time of the last save.
-        """
+        """Note where training is, after so many steps of a stage; returns what the status says of it."""
         self.step = self.stage_begun + steps
         here = {"stage": stage, "step": self.step, "saved_at": self.saved_at}
         return here | position | {"epoch": position["epoch"] + 1}
@@ -259,10 +251,9 @@ class Checkpointer:
         Args:
             label: becomes the file's `epoch`, e.g. "phase1_iteration_3" or "phase2_complete".
             best: {"weights", "metrics"} of the stage's lowest validation loss; written first, once.
-            names: further names to keep the state by.
+            names: further names to keep the state by. position: of a stage that has begun.
             optional: leave it out while the save before is still being written.
             before: called before anything is written, in the thread that writes.
-            position: of newllm.training.loop.State, of a stage that has begun.
 
         Raises:
             Stopped: when a signal or the time limit asks for it, and the state is on disk.
@@ -299,7 +290,7 @@ class Checkpointer:
         self._pass(results)
         if self.stage == "phase1" and self._phase1:
             load_weights(self.folder, model, self._phase1)
-            self.history["phase1_history"] = self._phase1["phase1_history"]
+            self.phase1_history = self._phase1["phase1_history"]
             self._pass(self._phase1["results"]["phase1"])
             stage = "phase1"
         self.save(f"{stage}_complete", model, None, names=["model_phase1.pt"] if stage == "phase1" else [])
@@ -334,9 +325,7 @@ class Checkpointer:
 
     def _content(self, label, model, stage_state, position):
         self.save_number += 1
-        content = {name: getattr(self, name) for name in BEGINNING if name != "history"}
-        content |= self.history | self._provenance
-        content |= {
+        content = {name: getattr(self, name) for name in BEGINNING} | {
             "format": runs.FORMAT,
             "epoch": label,
             "position": position,
@@ -348,6 +337,7 @@ class Checkpointer:
             "seconds": self.seconds,
             "times": self.times,
             "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            **self._provenance,
         }
         return content | {"restart": place(content)}
 
@@ -356,8 +346,7 @@ def write_state(folder, content, keep_last=0, names=()):
     """Make a state the latest of its folder; the latest becomes the previous one. The manifest comes last.
 
     Args:
-        keep_last: how many `model_step_{n}.pt`, after n optimizer steps of the run, to keep beside these two.
-        names: further names for it, such as "model_epoch.pt".
+        keep_last: how many `model_step_{n}.pt`, after n steps of the run, to keep too. names: further ones.
 
     Raises:
         OSError: it could not be written in ATTEMPTS tries; the files that were there are untouched.
@@ -392,25 +381,21 @@ def snapshot(value):
 
 
 def place(content):
-    """Where a state goes on, in words: "in Phase 2, epoch 12, batch 14 of 30 (sample 416 of 960), step 344".
-
-    Args:
-        content: of a checkpoint: its `stage`, its `position` (None between two stages) and its `step`.
-    """
-    stage, at = content["stage"], content["position"]
-    epoch = "iteration" if stage == "phase1" else "epoch"
+    """Where a state goes on: "in Phase 2, epoch 12, batch 14 of 30 (sample 416 of 960), step 344"."""
+    stage, at, step = content["stage"], content["position"], f"step {content['step']}"
     if stage == "complete":
-        where = "at its end"
-    elif not at:
-        where = f"at the beginning of {STAGE_NAMES[stage]}"
-    elif at["sample"] == at["samples"]:
-        where = f"in {STAGE_NAMES[stage]}, {epoch} {at['epoch'] + 1}, its validation"
-    elif at["epoch"] >= at["epochs"] and not at["sample"]:
-        where = f"in {STAGE_NAMES[stage]}, after {epoch} {at['epoch']}"
-    else:
-        where = f"in {STAGE_NAMES[stage]}, {epoch} {at['epoch'] + 1}, batch {at['batch'] + 1} of "
-        where += f"{at['batches']} (sample {at['sample']} of {at['samples']})"
-    return f"{where}, step {content['step']}"
+        return f"at its end, {step}"
+    if not at:
+        return f"at the beginning of {STAGE_NAMES[stage]}, {step}"
+    where = f"in {STAGE_NAMES[stage]}"
+    epoch = "iteration" if stage == "phase1" else "epoch"
+    if at["epoch"] >= at["epochs"] and not at["sample"]:
+        return f"{where}, after {epoch} {at['epoch']}, {step}"
+    where += f", {epoch} {at['epoch'] + 1}"
+    if at["sample"] == at["samples"]:
+        return f"{where}, its validation, {step}"
+    where += f", batch {at['batch'] + 1} of {at['batches']} (sample {at['sample']} of {at['samples']})"
+    return f"{where}, {step}"
 
 
 def require_space(folder, model, config, context_dtype):

@@ -44,7 +44,7 @@ def states(folder):
     return sorted(found, key=lambda path: (path.name != LATEST, path.name))
 
 
-def look(folder, mmap=True):
+def newest(folder, mmap=True):
     """The newest whole state of a folder; the latest, if it is whole.
 
     Returns:
@@ -53,7 +53,7 @@ def look(folder, mmap=True):
     Raises:
         UserError: there are files, and none is whole; one cannot be looked at, or is of another version.
     """
-    newest, place, damaged = None, None, {}
+    found, place, damaged = None, None, {}
     for path in states(Path(folder)):
         try:
             state = load_sealed(path, mmap=mmap)
@@ -63,23 +63,23 @@ def look(folder, mmap=True):
         except OSError as error:  # also a link to nowhere
             reason = error.strerror or error
             raise UserError(f"{path} cannot be read ({reason}): mend that or move it away.") from error
-        if newest is None or state["save_number"] > newest["save_number"]:
-            newest, place = state, path
+        if found is None or state["save_number"] > found["save_number"]:
+            found, place = state, path
         if path.name == LATEST:
             break  # the usual case needs no other file
-    if damaged and newest is None:
+    if damaged and found is None:
         raise UserError(
             f"no checkpoint in {folder} can be read ({next(iter(damaged.values()))}): put a whole copy in "
             "its place, or move the files away to start a new run."
         )
-    if newest is not None:
-        require_format(newest, place)
-    return newest, place, damaged
+    if found is not None:
+        require_format(found, place)
+    return found, place, damaged
 
 
-def newest(folder, mmap=True):
-    """The newest whole state of a folder, or None; raises as `look`."""
-    return look(folder, mmap)[0]
+def newest_state(folder, mmap=True):
+    """The newest whole state of a folder, or None; raises as `newest`."""
+    return newest(folder, mmap)[0]
 
 
 def require_format(content, path):
@@ -97,7 +97,7 @@ def mended(folder, notes):
     Args:
         notes: list that gets a line for each file set aside.
     """
-    state, place, damaged = look(folder)
+    state, place, damaged = newest(folder)
     for path, error in damaged.items():
         path.replace(f"{path}.corrupt")
         notes.append(f"warning: {error}; kept as {path.name}.corrupt, continuing from {place.name}")
@@ -123,7 +123,7 @@ def runs_in(folder, top):
             require_format(state, home)
         except Exception:  # what is no state fails in every way
             try:
-                state = newest(home)
+                state = newest_state(home)
             except UserError:
                 state = None
         found.append((home, state))
@@ -138,7 +138,7 @@ def seal(path):
 
 
 def announce(folder, state):
-    """Write into the manifest what the latest state is, for people and status; what else stands in it stays."""
+    """Write into the manifest what the latest state is, for status; what else stands in it stays."""
     latest = folder / LATEST
     entry = {key: state[key] for key in TOLD}
     entry |= {"file": LATEST, "sha256": seal(latest), "bytes": latest.stat().st_size}
@@ -155,7 +155,7 @@ def files_of(home):
 
 
 def bytes_of(home):
-    """What the files of a run take on disk; several names of one count once."""
+    """What the files of a run take on the disk, further names aside."""
     stats = map(os.stat, files_of(home))
     return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())
 
@@ -226,24 +226,18 @@ def remove(folder, run_id):
 
 
 def run_rows(folder):
-    """(id, state, val ppl, MB on disk, last save, settings unlike those of the run at the top) of each run.
-
-    Raises:
-        UserError: the files at the top cannot be read.
-    """
+    """(id, state, val ppl, MB on disk, last save, settings unlike those at the top) of each run."""
     folder, rows = Path(folder), []
-    top = newest(folder)
+    top = newest_state(folder)
     for home, state in runs_in(folder, top):
-        size = f"{bytes_of(home) / 1e6:.1f}"
-        if state is None:
-            rows.append((home.name, "cannot be read", "", size, "", ""))
-            continue
-        head = state["results"].get("phase2", {}).get("head")
-        ppl = f"{head['ppl']:.1f}" if head else ""
-        differs = listed(changed(top["config"], state["config"])) if top else ""
+        row = [home.name, "cannot be read", "", f"{bytes_of(home) / 1e6:.1f}", "", ""]
+        if state:
+            head = state["results"].get("phase2", {}).get("head")
+            row[:3] = state["run_id"], state["restart"], f"{head['ppl']:.1f}" if head else ""
+            row[4:] = state["saved_at"], listed(changed(top["config"], state["config"])) if top else ""
         if home == folder:
-            differs = "(at the top)"
-        rows.append((state["run_id"], state["restart"], ppl, size, state["saved_at"], differs))
+            row[5] = "(at the top)"
+        rows.append(row)
     return rows
 
 
@@ -359,7 +353,7 @@ def _borrow(choice, lenders, config, fingerprint):
         if not (has and wanted and same):
             continue
         try:
-            whole = load_sealed(home / "model_phase1.pt") if part == "phase1" else newest(home)
+            whole = load_sealed(home / "model_phase1.pt") if part == "phase1" else newest_state(home)
         except (Corrupt, OSError, UserError) as error:
             choice.lines.append(f"warning: {error}; {title} is made anew")
             continue
@@ -386,7 +380,7 @@ def fetch(folder, mirror, notes):
         ours = mended(folder, notes)
     except UserError:  # all damaged
         ours = None
-    theirs = newest(mirror)
+    theirs = newest_state(mirror)
     sources = {path.name: path for path in mirror.glob(f"{RUNS}/*")} if ours is None else {}
     if theirs:
         sources[theirs["run_id"]] = mirror
@@ -394,7 +388,7 @@ def fetch(folder, mirror, notes):
         for run_id, source in sources.items():
             at_top = source == mirror and (ours is None or ours["run_id"] == run_id)
             home = folder if at_top else folder / RUNS / run_id
-            here, there = ours if at_top else newest(home), newest(source)
+            here, there = ours if at_top else newest_state(home), newest_state(source)
             if there and (here is None or there["save_number"] > here["save_number"]):
                 _copy_run(source, home, run_id)
                 notes.append(f"run {run_id} fetched from the mirror {mirror}, newer than what was here")

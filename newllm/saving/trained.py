@@ -10,7 +10,7 @@ from newllm.errors import UserError
 from newllm.models.baselines import build_model
 from newllm.models.pretrained import add_adapter, has_adapter, load_embedding, require_peft, saved_rank
 from newllm.saving.files import Corrupt, load_sealed, save_sealed
-from newllm.saving.runs import FORMAT, choose, newest, require_format
+from newllm.saving.runs import FORMAT, choose, newest_state, require_format
 
 
 def frozen_tensors(model):
@@ -112,7 +112,7 @@ def open_saved(path):
     """
     path = Path(path).resolve()
     if path.is_dir():
-        content = newest(path)
+        content = newest_state(path)
         if content is None:
             raise UserError(f"there is no whole checkpoint in {path}: run train.py first.")
         return path, content
@@ -168,12 +168,12 @@ def load_trained(config, model, fingerprint):
         UserError: the folder holds other runs alone, or what cannot be read.
     """
     folder = Path(config.checkpoint_dir).resolve()
-    choice = choose(folder, newest(folder), config, fingerprint)
+    choice = choose(folder, newest_state(folder), config, fingerprint)
     if not config.load_checkpoint or not (choice.home or choice.lines):
         return None
     if choice.home is None:
         raise UserError(f"{folder} holds other runs: {choice.lines[-1]}.")
-    state = newest(choice.home)
+    state = newest_state(choice.home)
     if state["stage"] == "untrained":
         return None
     load_weights(choice.home, model, state)

@@ -57,17 +57,17 @@ def checkpoint_lines(config, fingerprint, folder):
         usable_folder(folder, "checkpoint_dir")
         if config.save_checkpoint and (in_use := holder(folder)):
             raise UserError(in_use)
-        found = newest(folder)
+        found = newest(folder)[0]
     if config.save_checkpoint and config.backup_dir:
         copies = second_folder(config.backup_dir, folder.resolve(), "backup_dir", make=False)
-        second = newest(copies) if copies.is_dir() else None
+        second = newest(copies)[0] if copies.is_dir() else None
         if second and (not found or second["save_number"] > found["save_number"]):
             found, where = second, copies
     choice = choose(where, found, config, fingerprint)
     if choice.home is None:
         beside = choice.lines or [f"none in {folder}"]
         return [*(f"checkpoint: {line}" for line in beside), "checkpoint: the run begins from the start"]
-    state = newest(choice.home)
+    state = newest(choice.home)[0]
     then = "reports once more, as it is complete" if state["stage"] == "complete" else "continues"
     held = f"checkpoint: {choice.home} holds run {state['run_id']}, saved {state['saved_at']}, to go on"
     changes = changed(state["config"], config.to_dict())

@@ -13,7 +13,7 @@ from newllm.errors import UserError
 from newllm.saving import checkpoint
 from newllm.saving.checkpoint import write_state
 from newllm.saving.files import load_sealed
-from newllm.saving.runs import FORMAT, TOLD, mended, newest
+from newllm.saving.runs import FORMAT, TOLD, mended, newest_state
 
 NAMES = "model_latest.pt", "model_prev.pt", "model_step_00000005.pt", "model_step_00000004.pt"
 
@@ -71,7 +71,7 @@ def test_a_damaged_file_is_set_aside_and_the_next_one_is_used(folder, damaged):
     for path in every[:damaged]:
         flip(path)
     notes = []
-    assert newest(folder)["save_number"] == expected  # who only reads changes nothing
+    assert newest_state(folder)["save_number"] == expected  # who only reads changes nothing
     assert not list(folder.glob("*.corrupt"))
     assert mended(folder, notes)["save_number"] == expected
     assert len(notes) == damaged and all("kept as" in note for note in notes)
