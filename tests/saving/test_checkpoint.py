@@ -1,4 +1,4 @@
-"""Saving in the background, what a state refers to, requests for a save, and what a run refuses to begin with."""
+"""Saving in the background, what a state refers to, requests for a save, and room on the disk."""
 
 import dataclasses
 import itertools
@@ -158,25 +158,6 @@ def test_files_of_epochs_phases_and_steps_continue_a_run(config, kept):
             path.unlink()
     main(config)
     assert same_weights(config, expected)
-
-
-def test_a_best_that_is_newer_than_the_state_is_believed(config, monkeypatch):
-    """Killed between the two files: the best weights keep their own figures, and the end is the same."""
-    expected, cut = main(config), elsewhere(config, "cut")
-    folder = Path(cut.checkpoint_dir)
-
-    class Killed(Exception):
-        pass
-
-    def kill(path):
-        if path.name == "model_latest.pt" and (folder / "model_best.pt").exists():
-            raise Killed
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        on_save(patch, kill)
-        main(cut)
-    assert load_sealed(folder / "model_best.pt")["best"]["epoch"] == 1
-    assert main(cut)["val_loss"] == expected["val_loss"] and same_weights(cut, config)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")

@@ -1,10 +1,11 @@
-"""Latest, previous, step files and manifest: what is kept, what is believed, that nothing whole is ever lost."""
+"""Latest, previous and step files, changes of runs: what is kept and believed, that nothing is ever lost."""
 
 import errno
 import itertools
 import json
 import os
 import random
+import shutil
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ import torch
 from newllm.errors import UserError
 from newllm.saving import checkpoint
 from newllm.saving.checkpoint import write_state
-from newllm.saving.files import load_sealed
-from newllm.saving.runs import FORMAT, TOLD, mended, newest_state
+from newllm.saving.files import load_sealed, save_sealed
+from newllm.saving.runs import FORMAT, TOLD, change, mended, newest_state
 
 NAMES = "model_latest.pt", "model_prev.pt", "model_step_00000005.pt", "model_step_00000004.pt"
 
@@ -63,7 +64,7 @@ def test_what_is_kept(tmp_path, monkeypatch, links):
 
 @pytest.mark.parametrize("damaged", range(1, 4))
 def test_a_damaged_file_is_set_aside_and_the_next_one_is_used(folder, damaged):
-    """The newest whole state, whatever the times of the files; the damaged are kept, said aloud, never loaded."""
+    """The newest whole state, whatever the times of the files; the damaged are kept, said, never loaded."""
     every = [folder / name for name in NAMES]
     for age, path in enumerate(every):
         os.utime(path, (age * 1000, age * 1000))
@@ -130,3 +131,67 @@ def test_a_write_that_fails_is_tried_again_and_a_full_disk_changes_nothing(folde
     with pytest.raises(OSError, match="No space left"):
         write_state(folder, content(7))
     assert (folder / NAMES[0]).read_bytes() == before and not list(folder.glob(".*.tmp"))
+
+
+class Killed(BaseException):
+    """Stands for a kill."""
+
+
+def state_of(run, number, folder):
+    """A small whole run in a folder, with files beside its states."""
+    folder.mkdir()
+    for save in (number, number + 1):
+        write_state(folder, content(save) | {"run_id": run}, 2, ["model_phase1.pt"])
+    save_sealed({"run_id": run}, folder / "model_best.pt")
+    (folder / "contexts_0_0_fp32.bin").write_text(run)
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.startswith(("mod", "con"))}
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "copies"])
+@pytest.mark.parametrize("back", [True, False], ids=["back", "new"])
+def test_a_change_of_runs_killed_at_any_operation_loses_nothing(tmp_path, monkeypatch, back, links):
+    """Before each operation on a file: the top is whole, and the next start has both runs, byte for byte."""
+    state_of("A", 5, tmp_path / "A")
+    state_of("B", 3, tmp_path / "B")
+    whole = {run: files_of(tmp_path / run) for run in "AB"}
+    operations = ["replace", "mkdir", "rmdir", "unlink", "link" if links else "fsync"]
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(1, "no links")))
+
+    def begin(folder):
+        change(folder, mended(folder, []), folder / "runs" / "B" if back else None, [])
+
+    for number in itertools.count(1):
+        folder = tmp_path / str(number)
+        shutil.copytree(tmp_path / "A", folder)
+        shutil.copytree(tmp_path / "B", folder / "runs" / "B")
+        left = iter(range(number, 0, -1))
+
+        def dying(real, left=left):
+            def operation(*arguments, **named):
+                if next(left, 0) == 1:
+                    raise Killed
+                return real(*arguments, **named)
+
+            return operation
+
+        with monkeypatch.context() as patch:
+            for name in operations:
+                patch.setattr(os, name, dying(getattr(os, name)))
+            try:
+                begin(folder)
+                ended = next(left, 0) > 0
+            except Killed:
+                ended = False
+        top = load_sealed(folder / "model_latest.pt")["run_id"]
+        assert mended(folder, [])["run_id"] == top
+        if ended:
+            assert top == ("B" if back else "A") and number > 10
+            break
+        for stray in folder.rglob(".*.tmp"):
+            stray.unlink()
+        for run in "AB":
+            assert files_of(folder if run == top else folder / "runs" / run) == whole[run], (number, run)

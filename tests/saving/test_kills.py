@@ -2,10 +2,10 @@
 
     KILLS=100 python3 -m pytest tests/saving/test_kills.py -n 0 -s
 
-KILLS is the number of kills at random moments; with 100 or more the kills at operations on files come at every
-one of them, else at some. Every kill is SIGKILL. A killed run is started again by the same settings and must go
-on from its last complete save, leave no temporary file, and end with the weights, metrics and histories of a
-run that nobody touched, bit for bit.
+KILLS is the number of kills at random moments; with 100 or more the kills at operations on files come at
+every one of them, else at some. Every kill is SIGKILL. A killed run is started again by the same settings and
+must go on from its last complete save, leave no temporary file, and end with the weights, metrics and
+histories of a run that nobody touched, bit for bit.
 """
 
 import itertools

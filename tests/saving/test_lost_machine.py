@@ -69,7 +69,7 @@ def test_a_run_comes_back_from_its_mirror_when_the_machine_is_gone(config, tmp_p
 
 
 def test_the_record_comes_back_with_the_weights(config, capsys):
-    """Lost twice with its machine, then cut by a full disk: every epoch and session once; the arrays are whole."""
+    """Lost twice with its machine, then cut by a full disk: every epoch once; the arrays are whole."""
     config = dataclasses.replace(config, phase2_epochs=5, patience=5, artifacts=True)
     for batches in (4, 5 + 7):  # in Phase 1, and in the third epoch of Phase 2
         stop_after(config, batches)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run, stop_after, write_evil
-from left_behind import SHORT, content, same_weights
+from helpers import stop_after, write_evil
+from left_behind import content, same_weights
 
 from config import ResidualConfig
 from newllm.errors import UserError
@@ -82,17 +82,6 @@ def test_a_link_that_leads_to_no_folder_is_refused(tiny_settings, tmp_path):
     refused(ResidualConfig(**tiny_settings), "dialogues")
 
 
-def test_folders_below_a_linked_folder_are_used_through_the_link(tiny_settings, tmp_path):
-    """`drive/checkpoints` where `drive` is a link: the files lie where it leads, and it stays a link."""
-    (tmp_path / "mounted").mkdir()
-    (tmp_path / "drive").symlink_to(tmp_path / "mounted")
-    folders = {name: str(tmp_path / "drive" / name) for name in ("cache_dir", "checkpoint_dir")}
-    main(ResidualConfig(**tiny_settings | folders, phase="1", untrained_control=False))
-    assert (tmp_path / "drive").is_symlink()
-    assert (tmp_path / "mounted/checkpoint_dir/model_latest.pt").exists()
-    assert list((tmp_path / "mounted/cache_dir").glob("*.pt"))
-
-
 def test_a_checkpoint_that_is_a_link_is_continued_and_its_target_unharmed(after_phase_1, tmp_path):
     """What is written takes the link's place, not the file elsewhere."""
     latest, target = latest_of(after_phase_1), tmp_path / "target.pt"
@@ -103,16 +92,12 @@ def test_a_checkpoint_that_is_a_link_is_continued_and_its_target_unharmed(after_
     assert target.read_bytes() == before and load_sealed(latest)["epoch"] == "phase2_complete"
 
 
-def test_a_checkpoint_of_another_version_is_refused(tiny_settings, after_phase_1):
-    """The sentence names the tensor of another shape, or both formats; as a command it is one line, status 2."""
+def test_a_checkpoint_of_another_version_is_refused(after_phase_1):
+    """The sentence names both formats, or the tensor of another shape."""
     latest = latest_of(after_phase_1)
     state = load_sealed(latest)
     save_sealed(state | {"format": 99}, latest)
-    before = content(after_phase_1)
-    done = run("train.py", tiny_settings | SHORT)
-    (line,) = done.stderr.splitlines()
-    assert done.returncode == 2 and line.startswith("error: ")
-    assert "has format 99, this version continues" in line and content(after_phase_1) == before
+    refused(after_phase_1, "has format 99, this version continues")
     name, tensor = next((n, t) for n, t in state["model_state_dict"].items() if t.dim() == 2)
     state["model_state_dict"][name] = torch.cat([tensor, tensor])
     save_sealed(state, latest)
@@ -120,7 +105,7 @@ def test_a_checkpoint_of_another_version_is_refused(tiny_settings, after_phase_1
 
 
 def test_clocks_that_lie_change_no_result(after_phase_1, tmp_path, monkeypatch):
-    """The latest damaged, the times of the files shuffled as after a copy, days back or forth: the same end."""
+    """The latest damaged, times of files shuffled as after a copy, days back or forth: the same end."""
     latest, folders = latest_of(after_phase_1), []
     for hours in (0, -48, 48):
         folders.append(tmp_path / f"{hours}")
