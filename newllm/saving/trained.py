@@ -106,7 +106,7 @@ def load_model(found):
     Args:
         found: its content. On the CPU, in fp32.
     """
-    config, tokenizer = Config(**EARLIER | found["config"]), Tokenizer.from_json(**found["tokenizer"])
+    config, tokenizer = Config(**EARLIER | found["config"]), Tokenizer(**found["tokenizer"])
     model = build_model(config, tokenizer.vocab_size)
     model.load_state_dict(found["model_state_dict"])
     return model, tokenizer

