@@ -6,19 +6,7 @@ import json
 import datasets
 import huggingface_hub
 import pytest
-from fakes import (
-    COMMIT,
-    NO_NETWORK,
-    TIMEOUT,
-    both,
-    broken,
-    dialogue,
-    http_error,
-    httpx,
-    message_of,
-    rows,
-    texts,
-)
+from fakes import COMMIT, NO_NETWORK, TIMEOUT, both, broken, http_error, httpx, message_of, rows, texts
 
 from newllm.data.dialogues import HELD_OUT_EVERY, ULTRACHAT, ULTRACHAT_REVISION, open_corpus
 
@@ -50,8 +38,9 @@ def test_the_embedded_corpus_joins_turns(small_chitchat):
 
 def test_the_real_embedded_corpus_has_the_format_read_here():
     train = list(open_corpus("chitchat").train())
-    assert len(train) == 4018
-    assert train[0].startswith("User: Hello How are you doing today?\nAssistant: whats up MD")
+    assert len(train) == 4018 and train[0].startswith(
+        "User: Hello How are you doing today?\nAssistant: whats"
+    )
 
 
 # The hub
@@ -137,20 +126,6 @@ def test_a_row_or_split_that_the_hub_has_not_is_named(publish):
     assert message_of(open_corpus, "me/talk", "dev") == expected
 
 
-@pytest.mark.parametrize("subset", ["", ":de"])
-def test_a_missing_subset_lists_those_there_are(tmp_path, monkeypatch, answers, subset):
-    """In the words of the library itself, met with a repository of two subsets on the disk."""
-    for name in ("en", "fr"):
-        (tmp_path / name).mkdir()
-        datasets.Dataset.from_list([dialogue("x")]).to_parquet(str(tmp_path / name / "train.parquet"))
-    configs = "".join(f"- config_name: {name}\n  data_files: {name}/train.parquet\n" for name in ("en", "fr"))
-    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
-    answers[:] = [None]
-    load = datasets.load.load_dataset
-    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, **options: load(str(tmp_path), name))
-    assert "['en', 'fr']" in message_of(open_corpus, f"me/talk{subset}")
-
-
 @pytest.mark.parametrize(
     "answer, reason, naps",
     [
@@ -234,8 +209,8 @@ def save(tmp_path):
     return to_disk
 
 
-def test_saved_splits_are_read_by_name_or_the_only_one_from_both_ends(save):
-    """A saved dataset without splits is one split; each reading begins anew."""
+def test_saved_splits_are_read_by_name_or_the_only_one_from_both_ends(save, tmp_path):
+    """A saved dataset without splits is one split; each reading begins anew; a damaged one is a sentence."""
     folder = save("talk", train=5, test=3, other=2)
     corpus = open_corpus(folder)
     assert corpus.name == "talk" and "(split train and test, sha256 " in corpus.note
@@ -245,6 +220,9 @@ def test_saved_splits_are_read_by_name_or_the_only_one_from_both_ends(save):
     for name in ("alone", "train"):
         corpus = open_corpus(save(f"only {name}", **{name: 4}))
         assert both(corpus) == both(corpus) == (texts(name, range(4)), texts(name, range(4))[::-1])
+    (file,) = (tmp_path / "only alone").glob("*.arrow")
+    file.write_bytes(file.read_bytes()[:100])
+    assert " cannot be read as a saved dataset (" in message_of(open_corpus, str(tmp_path / "only alone"))
 
 
 def test_of_a_saved_dataset_only_what_is_needed_is_read(tmp_path):
@@ -266,13 +244,6 @@ def test_the_identity_of_a_saved_dataset_is_its_content(save):
     changed = {open_corpus(save(folder, **splits)).identity for folder, splits in others}
     changed |= {open_corpus(save("f", train=5, test=3), "", "messages").identity}
     assert len(changed | {default}) == 5
-
-
-def test_a_damaged_saved_dataset_is_one_sentence(save, tmp_path):
-    folder = save("talk", alone=40)
-    (file,) = (tmp_path / "talk").glob("*.arrow")
-    file.write_bytes(file.read_bytes()[:100])
-    assert "talk cannot be read as a saved dataset (" in message_of(open_corpus, folder)
 
 
 # Files

@@ -142,13 +142,6 @@ def test_stream_reads_only_what_is_needed(settings, publish):
     assert len(load_data(settings()).train) == 5
 
 
-def test_embedded_corpus_from_end_to_end(settings, small_chitchat):
-    """Offline "auto": every line of the notes, first what and why."""
-    data = load_data(settings())
-    assert data.notes[0].startswith("data: chitchat-dataset 0.9.0, human dialogues, NOT UltraChat (")
-    assert data.notes[1:] == [f"tokenizer: bpe, {data.vocab_size} ids, trained on the training dialogues"]
-
-
 def test_a_share_of_the_training_samples_takes_the_place_of_the_held_out_ones(settings, talk):
     """For choosing settings: no held-out sample is seen, the rest trains, the fingerprint is another."""
     whole, tuning = (
