@@ -23,10 +23,10 @@ ERRORS = huggingface_hub.errors
         *((("TALK", "", column), f"TALK line 1 has no {column}") for column in (",b", "a,", " ")),
     ],
 )
-def test_a_choice_that_there_is_not_is_refused(choice, words, talk, asked):
+def test_a_choice_that_there_is_not_is_refused(choice, words, talk, net):
     """Before the hub is asked: neither for a missing file nor for what a named source does not have."""
     text = message_of(lambda: next(open_corpus(*(part.replace("TALK", talk) for part in choice)).train()))
-    assert words.replace("TALK", talk) in text and asked == []
+    assert words.replace("TALK", talk) in text and net.asked == []
 
 
 def test_the_embedded_corpus_joins_turns(small_chitchat):
@@ -66,11 +66,11 @@ def test_ultrachat_streams_its_official_splits(publish, source):
         (f"me/talk:en@{COMMIT}", COMMIT, "en"),
     ],
 )
-def test_a_hub_dataset_is_named_with_subset_and_revision(publish, asked, source, revision, subset):
+def test_a_hub_dataset_is_named_with_subset_and_revision(publish, source, revision, subset, net):
     """The hub tells the commit of the revision, which is streamed; the note names it for the next time."""
     opened = publish(train=rows("train"), test=rows("test"))
     corpus = open_corpus(source)
-    assert asked[0].endswith(f"/api/datasets/me/talk/revision/{revision}")
+    assert net.asked[0].endswith(f"/api/datasets/me/talk/revision/{revision}")
     assert opened == [("me/talk", subset, True, COMMIT)]
     assert both(corpus) == (texts("train", range(40)), texts("test", range(40)))
     assert corpus.note == f"data: {source.partition('@')[0]}@{COMMIT}"
@@ -78,11 +78,11 @@ def test_a_hub_dataset_is_named_with_subset_and_revision(publish, asked, source,
     assert open_corpus(corpus.note.removeprefix("data: ")).identity == corpus.identity
 
 
-def test_what_exists_here_is_no_hub_dataset(write_jsonl, tmp_path, monkeypatch, asked):
+def test_what_exists_here_is_no_hub_dataset(write_jsonl, tmp_path, monkeypatch, net):
     (tmp_path / "me" / "talk").mkdir(parents=True)
     write_jsonl([{"text": "mine"}], "me/talk/a.jsonl")
     monkeypatch.chdir(tmp_path)
-    assert list(open_corpus("me/talk").train()) == ["mine"] and asked == []
+    assert list(open_corpus("me/talk").train()) == ["mine"] and net.asked == []
 
 
 @pytest.mark.parametrize(
@@ -140,11 +140,11 @@ def test_a_row_or_split_that_the_hub_has_not_is_named(publish):
         (http_error(403, ERRORS.GatedRepoError), "it is gated: accept its terms on its page", 0),
     ],
 )
-def test_unreachable_hub(small_chitchat, answers, slept, answer, reason, naps):
+def test_unreachable_hub(small_chitchat, answer, reason, naps, net):
     """For "auto" the embedded corpus, said so; a dataset by name stops with the reason and the way out."""
-    answers[:] = [answer]
+    net.answers = [answer]
     source = open_corpus("auto")
-    assert source.name == "chitchat" and slept == [1.0, 2.0, 4.0][:naps]
+    assert source.name == "chitchat" and net.slept == [1.0, 2.0, 4.0][:naps]
     why = f"NOT UltraChat (the Hugging Face hub could not be reached: {reason}"
     assert source.note.startswith(f"data: chitchat-dataset 0.9.0, human dialogues, {why}")
     for source in ("ultrachat", "me/talk", f"me/talk@{COMMIT}"):
@@ -153,16 +153,16 @@ def test_unreachable_hub(small_chitchat, answers, slept, answer, reason, naps):
         assert f"({reason}" in text and "--data_source chitchat" in text
 
 
-def test_offline_mode_asks_nothing(small_chitchat, asked, monkeypatch):
+def test_offline_mode_asks_nothing(small_chitchat, monkeypatch, net):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    assert "offline mode is on (HF_HUB_OFFLINE" in open_corpus("auto").note and asked == []
+    assert "offline mode is on (HF_HUB_OFFLINE" in open_corpus("auto").note and net.asked == []
 
 
-def test_an_accident_of_the_probe_is_survived(publish, answers, slept):
+def test_an_accident_of_the_probe_is_survived(publish, net):
     """Two in a row, of different kinds."""
     publish(train_sft=rows("train"), test_sft=rows("test"))
-    answers[:] = [http_error(429), httpx.RemoteProtocolError("closed"), None]
-    assert open_corpus("auto").name == "ultrachat" and slept == [1.0, 2.0]
+    net.answers = [http_error(429), httpx.RemoteProtocolError("closed"), None]
+    assert open_corpus("auto").name == "ultrachat" and net.slept == [1.0, 2.0]
 
 
 @pytest.mark.parametrize(

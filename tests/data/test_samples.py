@@ -267,7 +267,7 @@ def test_two_builders_give_one_valid_file(settings, talk):
     assert prints == {f"set()\n{data.fingerprint}\n"} and hit(data) and len(cache_files(settings)) == 1
 
 
-def test_cached_ultrachat_needs_no_network(settings, publish, answers, asked, small_chitchat):
+def test_cached_ultrachat_needs_no_network(settings, publish, small_chitchat, net):
     """Its revision is pinned, so the hub is not asked; by its name on the hub it is data of its own."""
     publish(train_sft=rows("train"), test_sft=rows("test"))
     first = load_data(settings())
@@ -276,12 +276,12 @@ def test_cached_ultrachat_needs_no_network(settings, publish, answers, asked, sm
         data = load_data(named)
         assert hit(data) == again and data.fingerprint == first.fingerprint
     assert data.source == "HuggingFaceH4_ultrachat_200k"
-    answers[:] = [NO_NETWORK]
-    asked.clear()
+    net.answers = [NO_NETWORK]
+    net.asked.clear()
     for source in ("auto", "ultrachat"):
         second = load_data(settings(data_source=source))
         assert hit(second) and second.source == "ultrachat" and second.fingerprint == first.fingerprint
-        assert second.notes[0] == ULTRACHAT_NOTE and asked == []
+        assert second.notes[0] == ULTRACHAT_NOTE and net.asked == []
     for path in cache_files(settings):
         path.write_bytes(path.read_bytes()[:-1])
     data = load_data(settings())
@@ -289,17 +289,17 @@ def test_cached_ultrachat_needs_no_network(settings, publish, answers, asked, sm
     assert "ultrachat_5samples" in data.notes[-1] and "was damaged or foreign" in data.notes[-1]
 
 
-def test_cached_hub_data_is_had_without_the_hub(publish, answers, asked, settings):
+def test_cached_hub_data_is_had_without_the_hub(publish, settings, net):
     """By its full commit nothing is asked; by another revision the hub tells that, and nothing is opened."""
     opened = publish(train=rows("train"), test=rows("test"))
     first = load_data(settings(data_source="me/talk"))
     second = load_data(settings(data_source="me/talk"))
     assert hit(second) and len(opened) == 1 and second.notes[:-1] == first.notes
-    asked.clear()
-    answers[:] = [NO_NETWORK]
+    net.asked.clear()
+    net.answers = [NO_NETWORK]
     third = load_data(settings(data_source=f"me/talk@{COMMIT}"))
     assert hit(third) and third.fingerprint == first.fingerprint and third.notes[:-1] == first.notes
-    assert asked == []
+    assert net.asked == []
     text = message_of(load_data, settings(data_source="me/talk"))
     assert "no internet connection" in text and "NAME@COMMIT as a run that cached it named it" in text
 
