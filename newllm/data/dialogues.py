@@ -140,8 +140,8 @@ def _not_had(source, reason):
 def _chitchat(why=""):
     path = Path(importlib.util.find_spec("chitchat_dataset").origin).with_name("dataset.json")
     version = importlib.metadata.version("chitchat-dataset")
-    note = f"data: chitchat-dataset {version}, human dialogues{why}"
-    return Corpus("chitchat", f"chitchat-dataset=={version}", note, lambda _: _chitchat_rows(path), True)
+    identity, note = f"chitchat-dataset=={version}", f"data: chitchat-dataset {version}, human dialogues{why}"
+    return Corpus("chitchat", identity, note, lambda _: _chitchat_rows(path), one_list=True)
 
 
 def _chitchat_rows(path):
@@ -236,14 +236,16 @@ def _here(path, split):
     digests = [[file.name, _digest(file)] for file in files]
     digest, count, name = _digest_of(digests), f"{len(files)} files, ", path.resolve().name
     if not path.is_dir():
-        digest, count = digests[0][1], ""
-        for suffix in SUFFIXES + TABLES:
-            name = name.removesuffix(suffix)
-    note = f"data: {path} ({count}sha256 {digest[:12]})"
-    corpus = Corpus(name, f"sha256:{digest}", note, lambda _: itertools.chain(*map(read_rows, files)), True)
-    if unread := [file.name for file in present if file not in files]:
-        corpus.opened = lambda: [f"data: of {path} not read: {', '.join(unread)}"]
-    return corpus
+        digest, count, name = digests[0][1], "", re.sub(r"(\.jsonl\.gz|\.\w+)$", "", name)
+    unread = [file.name for file in present if file not in files]
+    return Corpus(
+        name,
+        f"sha256:{digest}",
+        f"data: {path} ({count}sha256 {digest[:12]})",
+        lambda _: itertools.chain.from_iterable(map(read_rows, files)),
+        one_list=True,
+        opened=lambda: [f"data: of {path} not read: {', '.join(unread)}"] if unread else [],
+    )
 
 
 def _saved(path, split):

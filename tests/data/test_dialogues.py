@@ -175,14 +175,11 @@ def test_failed_opening_is_no_silent_replacement(publish, small_chitchat, monkey
     assert "offline mode is on (HF_HUB_OFFLINE" in open_corpus("auto").note and net.asked == []
 
 
-@pytest.mark.parametrize(
-    "error, reason", [(TIMEOUT, "time-out"), (ConnectionError("no answer"), "no answer")]
-)
-def test_a_stream_that_breaks_is_an_error(publish, error, reason):
+def test_a_stream_that_breaks_is_an_error(publish):
     """Never a shorter data set. `datasets` has tried for minutes by then."""
-    publish(train=broken(rows("train", 17), error), test=rows("test"))
+    publish(train=broken(rows("train", 17), TIMEOUT), test=rows("test"))
     text = message_of(list, open_corpus("me/talk").train())
-    assert f"reading me/talk train broke off after 17 dialogues ({reason}" in text and "run again" in text
+    assert "reading me/talk train broke off after 17 dialogues (time-out" in text and "run again" in text
 
 
 # Saved datasets

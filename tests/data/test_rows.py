@@ -31,16 +31,13 @@ def turn(speaker, text):
         ({"text": "just this\n"}, "", "just this"),
         ({"conversations": [turn("human", " a "), turn("gpt", "b")]}, "", "User: a\nAssistant: b"),
         ({"conversations": [turn("system", "a"), turn("Human", "b")]}, "", "System: a\nUser: b"),
-        ({"conversations": [said("user", "a")]}, "", "User: a"),
         ({"messages": [{"role": "user"}, said("assistant", None), said("tool", "a")]}, "", "Tool: a"),
         ({"messages": [said(None, None) | turn("gpt", "a")]}, "", "Assistant: a"),
         ({"prompt": "a", "response": "b", "n": 1}, "", "User: a\nAssistant: b"),
         ({"prompt": "a", "completion": "b", "response": None}, "", "User: a"),
         ({"instruction": "a", "input": "b", "output": "c"}, "", "User: a\nb\nAssistant: c"),
         ({"instruction": None, "input": " b ", "output": "c"}, "", "User: b\nAssistant: c"),
-        ({"question": "a", "answer": "b"}, "", "User: a\nAssistant: b"),
         ({"messages": None, "text": "a", "prompt": "b", "response": "c"}, "", "a"),
-        ({"text": "a", "story": "b"}, "story", "b"),
         ({"text": "a", "story": ["b", "c"]}, "story", "User: b\nAssistant: c"),
         ({"talk": [turn("gpt", "a")]}, "talk", "Assistant: a"),
         ({"instruction": "a", "input": "b", "output": "c"}, "instruction,output", "User: a\nAssistant: c"),
@@ -58,11 +55,9 @@ def test_shapes_of_dialogues(row, column, text):
     "row, words",
     [
         ([1], "one or two of its keys: none."),
-        ({"prompt": "x", "n": 1}, "has no messages or data or text"),
         ({"prompt": "x", "n": 1}, "one or two of its keys: prompt, n."),
         ({"messages": [{"speaker": "a", "value": "b"}]}, "objects with role and content or from and value"),
         ({"text": "\ud83d"}, "in text (found: str): a text of valid Unicode"),
-        ({"prompt": "a", "response": 3}, "in prompt and response (found: str and int)"),
         *(
             ({"text": value}, "in text (found: ")
             for value in (0, False, 1.5, {}, {"a": 1}, [], ["a"], [["a"]])
@@ -130,18 +125,15 @@ def test_tables_give_what_was_written(tmp_path, name):
 @pytest.mark.parametrize(
     "name, content, words",
     [
-        ("a.jsonl", b"", "a holds no dialogues"),
         ("a.jsonl", b'{"text": null}\n' * 3, "a holds no dialogues"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl line 2 cannot be read as JSON ("),
         ("a.jsonl", b'{"text": "x"}\n\n{"words": "x"}\n', "a.jsonl line 3 has no messages"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}\n', "a.jsonl line 2 cannot be read as UTF-8 text"),
         ("a.txt", "caf\xe9".encode("cp1252"), "a.txt line 1 cannot be read as UTF-8 text"),
-        ("a.csv", "text\nx".encode("utf-16"), "a.csv line 1 cannot be read as UTF-8 text"),
         ("a.jsonl.gz", b"no gzip", "a.jsonl.gz line 1 cannot be read"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-9], "a.jsonl.gz line"),
         ("a.parquet", b"no parquet", "a.parquet cannot be read as parquet ("),
         ("a.arrow", b"no arrow", "a.arrow cannot be read as arrow ("),
-        ("a.csv", b"text\n", "a holds no dialogues"),
         ("a.csv", b"text\nx\ny,z\n", "a.csv line 3 cannot be read as a row (not 1 fields as in its head"),
         ("a.csv", b"text,n\nx\n", "a.csv line 2 cannot be read as a row (not 2 fields as in its head"),
         (
@@ -152,7 +144,6 @@ def test_tables_give_what_was_written(tmp_path, name):
         ("a.csv", b'text\n"x\n', "a.csv line 2 cannot be read as a row (unexpected end of data)"),
         ("a.json", b'[{"text": "x"},\n{"text": }]', "a.json cannot be read as JSON"),
         ("a.json", b'["x"]', "a.json row 1 has no messages"),
-        ("a.json", b"[" * 100_000 + b"]" * 100_000, "a.json cannot be read as JSON"),
         ("a.jsonl", b'{"text": ' + b'{"a":' * 100_000, "a.jsonl line 1 cannot be read as JSON"),
         ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}", "a.jsonl line 1 cannot be read as JSON"),
         ("a.jsonl", b'{"text": NaN}', "a.jsonl line 1 has no dialogue in text (found: float)"),
