@@ -31,7 +31,7 @@ def describe(error):
             return reason
     if status:
         return f"HTTP {status}"
-    return " ".join((str(error) or type(error).__name__).split())[:200].rstrip(".")
+    return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")[:200]
 
 
 def _causes(error):

@@ -126,6 +126,21 @@ def test_a_row_or_split_that_the_hub_has_not_is_named(publish):
     assert message_of(open_corpus, "me/talk", "dev") == expected
 
 
+def test_a_missing_subset_lists_those_there_are(tmp_path, monkeypatch, net):
+    """In the words of the library itself, met with a repository of two subsets on the disk."""
+    for name in ("en", "fr"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "train.jsonl").write_text('{"text": "x"}')
+    configs = "".join(f"- config_name: {name}\n  data_files: {name}/train.jsonl\n" for name in ("en", "fr"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    net.answers = [None]
+    load = datasets.load.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name, **options: load(str(tmp_path), name))
+    for source in ("me/talk", "me/talk:de"):
+        expected = "me/talk has the subsets 'en', 'fr': name one as me/talk:SUBSET."
+        assert message_of(open_corpus, source) == expected
+
+
 @pytest.mark.parametrize(
     "answer, reason, naps",
     [
