@@ -37,7 +37,7 @@ def evaluate(path, data_source="", samples=0):
     config = EARLIER | saved["config"]
     own = [config["data_source"], config["data_split"], config["data_column"]]
     corpus, count = open_corpus(*([data_source] if data_source else own)), samples or config["val_samples"]
-    ids, _, _ = pack(enumerate(corpus.held_out()), tokenizer, count, config["max_seq_length"])
+    ids, _ = pack(corpus.held_out(), tokenizer, count, config["max_seq_length"])
     if len(ids) < count:
         raise UserError(f"{corpus.name} gives {len(ids)} samples, not {count}: ask for fewer by --samples.")
     cpu, parameters = torch.device("cpu"), list(model.parameters())

@@ -98,7 +98,7 @@ def save_model(path, model, config, tokenizer, about):
 def load_model(content):
     """The model, on the CPU in fp32, and the tokenizer of what save_model has written."""
     config = Config(**EARLIER | content["config"])
-    tokenizer = Tokenizer.from_json(**content["tokenizer"])
+    tokenizer = Tokenizer(**content["tokenizer"])
     model = build_model(config, tokenizer.vocab_size)
     model.load_state_dict(content["model_state_dict"])
     return model, tokenizer
