@@ -17,6 +17,29 @@ class UserError(Exception):
         return [f"error: {self}"]
 
 
+@contextlib.contextmanager
+def exit_on_user_error():
+    """Frame of every command: it prints on any terminal, and ends in one line and a status, not a traceback.
+
+    A UserError is status 2, an orderly stop EXIT_STATUS, output that nobody reads BROKEN_PIPE. Other errors
+    are faults of the program and keep their traceback.
+    """
+    open_streams()
+    try:
+        try:
+            yield
+        except (UserError, Stopped, KeyboardInterrupt) as error:
+            _end(error)
+        finally:
+            sys.stdout.flush()  # here, as the end of Python only prints that it failed
+    except OSError as error:
+        if not silence_broken_streams() and not isinstance(error, BrokenPipeError):
+            raise
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(BROKEN_PIPE) from None
+        _end(UserError(f"the output cannot be written ({error.strerror}): give it another place."))
+
+
 def _end(error):
     """Say in one line why the command ends, and end it."""
     line, status = f"error: {error}", 2
@@ -42,39 +65,15 @@ def _say_user_error(kind, error, trace, otherwise=sys.excepthook):
 sys.excepthook = _say_user_error
 
 
-@contextlib.contextmanager
-def exit_on_user_error():
-    """Frame of every command: it prints on any terminal, and ends in one line and a status, not a traceback.
-
-    A UserError is status 2, an orderly stop EXIT_STATUS, output that nobody reads BROKEN_PIPE. Other errors
-    are faults of the program and keep their traceback.
-    """
-    open_streams()
-    try:
-        try:
-            yield
-        except (UserError, Stopped, KeyboardInterrupt) as error:
-            _end(error)
-        finally:
-            sys.stdout.flush()  # here, as the end of Python only prints that it failed
-    except OSError as error:
-        broken = silence_broken_streams()
-        if isinstance(error, BrokenPipeError):
-            raise SystemExit(BROKEN_PIPE) from None
-        if not broken:
-            raise
-        _end(UserError(f"the output cannot be written ({error.strerror}): give it another place."))
-
-
 def open_streams():
     """Lead closed streams (`>&-`) to nowhere; show escaped what a terminal lacks, keep odd input bytes."""
     for name in ("stdin", "stdout", "stderr"):
-        stream, errors = getattr(sys, name), "surrogateescape" if name == "stdin" else "backslashreplace"
+        stream = getattr(sys, name)
         if stream is None:
-            mode = "r" if name == "stdin" else "w"
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8", errors=errors))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=errors)
+            stream = open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape" if name == "stdin" else "backslashreplace")
 
 
 def silence_broken_streams():
