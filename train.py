@@ -85,6 +85,8 @@ def load(config, runtime):
     Raises:
         UserError: they cannot be had, or do not fit each other or the other processes.
     """
+    if config.whiten_context and config.model_type == "context" and not config.freeze_context:
+        raise UserError("whiten_context whitens contexts that no longer change: use --freeze_context too.")
     if config.whiten_context and runtime.group.size > 1:
         raise UserError("whiten_context is fitted by one process on all samples: start it without torchrun.")
     if config.context_adapter != "none":

@@ -245,15 +245,14 @@ class Config(SavingSettings, MachineSettings, Phase2Settings, Phase1Settings, Mo
 
     def _refuse_misfits(self):
         """Raise UserError for settings of which each is right and that cannot be meant together."""
-        kind, frozen, whitened = self.model_type, self.freeze_context, self.whiten_context
+        kind, frozen = self.model_type, self.freeze_context
         learns, adapted = kind == "context", self.context_adapter != "none"
         trains = learns and self.phase1_max_iterations
         unread = kind in ("gru", "lstm", "window") and not self.token_layers
         misfits = {
             "phase '1' trains nothing, use --phase both": self.phase == "1" and not trains,
             "freeze_context has no contexts": frozen and kind in ("gru", "lstm", "transformer"),
-            "whiten_context needs contexts": whitened and kind not in ("context", "window"),
-            "whiten_context needs --freeze_context": whitened and learns and not frozen,
+            "whiten_context needs contexts": self.whiten_context and kind not in ("context", "window"),
             "context_adapter needs contexts that train": adapted and (frozen or not learns),
             "the head reads nothing of it, use --token_layers 1": unread,
             "num_tokens is less than max_seq_length": 0 < self.num_tokens < self.max_seq_length,

@@ -32,12 +32,9 @@ def exit_on_user_error():
             _end(error)
         finally:
             sys.stdout.flush()  # here, as the end of Python only prints that it failed
-    except OSError as error:
-        if not silence_broken_streams() and not isinstance(error, BrokenPipeError):
-            raise
-        if isinstance(error, BrokenPipeError):
-            raise SystemExit(BROKEN_PIPE) from None
-        _end(UserError(f"the output cannot be written ({error.strerror}): give it another place."))
+    except BrokenPipeError:
+        silence_output()
+        raise SystemExit(BROKEN_PIPE) from None
 
 
 def _end(error):
@@ -76,14 +73,7 @@ def open_streams():
             stream.reconfigure(errors="surrogateescape" if name == "stdin" else "backslashreplace")
 
 
-def silence_broken_streams():
-    """Lead output that cannot be written to nowhere, so that nothing tries again; whether there was any."""
-    broken = False
-    for stream, probe in ((sys.stdout, "\n"), (sys.stderr, "")):
-        try:
-            stream.write(probe)  # what failed before is no longer in the stream
-            stream.flush()
-        except OSError:
-            broken = True
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    return broken
+def silence_output():
+    """Lead output that nobody reads to nowhere, so that nothing tries again."""
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

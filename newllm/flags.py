@@ -49,7 +49,8 @@ def parse_args(config_class, argv=None, description=None, extra=None):
         group.add_argument(f"--{name}", dest=name, default=argparse.SUPPRESS, help=help_text, **options)
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
-        close = hint(unknown[0].partition("=")[0], [f"--{name}" for name in SETTINGS])
+        known = [option for action in parser._actions for option in action.option_strings]
+        close = hint(unknown[0].partition("=")[0], known)
         raise UserError(f"unknown argument '{unknown[0]}'{close}; see --help.")
     given = {name: value for name, value in vars(namespace).items() if name in SETTINGS}
     return config_class(**given), namespace

@@ -1,4 +1,4 @@
-"""README and docs as a newcomer uses them: each command as printed, in order, in one checkout and one folder."""
+"""README and docs as a newcomer uses them: each command as printed, in order, in one checkout."""
 
 import json
 import os
@@ -17,7 +17,7 @@ SMALLER = {  # what a command says in print: what it says here, where its size o
     "--num_samples 781": "--num_samples 12",
     "--num_samples 78 ": "--num_samples 6 ",
     "--ladder": "--ladder 6,12",
-    "--seeds 5 --tokens 6400,100000": "--seeds 1 --arms untrained_frozen,gru --tokens 144,288",
+    "--seeds 5 --tokens 6400,100000": "--seeds 1 --arms gru --tokens 144,288",
     "--preset seed": "--preset seed --tokenizer bpe --context_dim 8 --embed_dim 8 --num_layers 1",
     "/content/drive/MyDrive/newllm": "../drive",
     "scripts.bench": "scripts.bench --no_switches",
@@ -125,7 +125,7 @@ def test_python_blocks_run(execute):
 
 
 def test_quick_start_has_two_commands_that_do_their_own_setup():
-    """One runs the main job, one the tests; each makes its environment and installs the tested set of versions."""
+    """One runs the main job, one the tests; each makes its environment, of the tested set of versions."""
     block = re.search(r"^## Quick start\n+```\n(.*?)\n```", README.read_text(), re.MULTILINE | re.DOTALL)[1]
     train, test = block.splitlines()
     start = "python3 -m venv .venv && . .venv/bin/activate && pip install -q -c constraints.txt -e "
@@ -134,7 +134,7 @@ def test_quick_start_has_two_commands_that_do_their_own_setup():
 
 
 def test_colab_keeps_the_torch_it_has():
-    """Its lines install without the exact set, which has a torch of its own, and can be pasted as they are."""
+    """Its lines install without the exact set, which has a torch of its own, and can be pasted."""
     pages = "\n".join(page.read_text() for page in PAGES)
     block = re.search(r"^```\n(from google.colab.*?)^```", pages, re.MULTILINE | re.DOTALL)[1]
     assert "pip install -q -e ." in block and "constraints" not in block and "ADDRESS" not in block

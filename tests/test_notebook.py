@@ -19,6 +19,7 @@ COLAB = {
 SMALLER = {
     "--num_samples 781": "--num_samples 12",
     "--num_samples 78\n": "--num_samples 6\n",
+    "--arms untrained_frozen,phase1_frozen,end_to_end,gru": "--arms phase1_frozen,gru",
     "--tokens 6400": "--tokens 144",
 }
 
@@ -37,7 +38,7 @@ def test_it_is_stored_without_outputs():
 
 
 def test_it_only_calls_what_the_documents_name():
-    """No training code in it: every command is one of the project's. Its first cells say whence that comes."""
+    """No training code in it: every command is the project's. Its first cells say where that comes from."""
     pages = "\n".join(page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
     code = "\n".join(cells("code"))
     commands = re.findall(r"^ *!(.*)", code, re.MULTILINE)
@@ -71,7 +72,7 @@ def machine(tmp_path, monkeypatch):
 
 
 def test_it_runs_from_top_to_bottom_on_colab(machine, monkeypatch):
-    """Cloned, installed, checked, trained, shown, compared, generated, exported; what it writes is on Drive."""
+    """Cloned, installed, checked, trained, shown, compared, exported; what it writes is on Drive."""
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     home, drive = machine / "home", machine / "drive"
     package = machine / "stand_in" / "google" / "colab"
@@ -111,7 +112,7 @@ def test_it_runs_from_top_to_bottom_on_colab(machine, monkeypatch):
     "way", ["zip", "zip with a folder", "zip on Drive", "here", "nothing", "wrong address"]
 )
 def test_without_colab_the_code_is_had_from_what_is_there(machine, way):
-    """A zip beside it or on Drive, its top folder or not; the folder itself; else one sentence on what to do."""
+    """A zip beside it or on Drive, its top folder or not; the folder itself; else one sentence."""
     pytest.importorskip("IPython")
     home, drive, project = machine / "home", machine / "MyDrive", machine / "project"
     drive.mkdir()

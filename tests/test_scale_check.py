@@ -1,4 +1,4 @@
-"""test.py as a user runs it: its criteria, its exit status, one row a budget, and how time and memory grow."""
+"""test.py as a user runs it: criteria, exit status, a row for each budget, how time and memory grow."""
 
 import re
 from pathlib import Path
@@ -15,12 +15,12 @@ from newllm.saving.stop import Stopped
 
 @pytest.fixture
 def in_process(monkeypatch):
-    """The budgets of a ladder in this process; that each has its own, and signals reach it, is call_apart's."""
+    """A ladder's budgets in this process; that each has its own, and hears signals, is call_apart's."""
     monkeypatch.setattr(scale_check, "call_apart", lambda function, config: function(config))
 
 
 def test_the_scale_check_exits_by_its_criteria_and_leaves_a_run(tiny_settings, capsys):
-    """A table with the untrained column; once more, the complete run reports at once, with its peak of memory.
+    """A table with the untrained column; once more, the complete run reports at once.
 
     Figures of the untrained network, put in the trained ones' place, fail every gate that asks for training.
     """
@@ -66,7 +66,7 @@ def test_the_peak_of_a_complete_run_is_that_of_its_training(tiny_settings, monke
 def test_every_run_ends_in_a_table(
     tiny_settings, in_process, capsys, changes, ladder, phase1, untrained, phase2
 ):
-    """The gates whose figures it has, rows of a ladder with blanks for the others, a verdict; no traceback."""
+    """The gates whose figures it has, a ladder's rows with blanks for the others, a verdict; no traceback."""
     settings = tiny_settings | dict(phase2_epochs=1, phase1_max_iterations=1) | changes
     passed = scale_check.main(ResidualConfig(**settings), ladder)
     out = capsys.readouterr().out
@@ -111,7 +111,7 @@ def test_a_fail_says_what_it_means(tiny_settings, monkeypatch, capsys):
 
 
 def test_budgets_are_made_and_their_growth_is_printed_and_drawn(tiny_settings, monkeypatch, capsys):
-    """In one checkpoint_dir, each with its own number of samples; settings that a ladder makes idle are named."""
+    """In one folder, each with its own number of samples; settings that a ladder makes idle are named."""
     made = []
     monkeypatch.setattr(scale_check, "call_apart", lambda _, config: made.append(config) or summary(config))
     config = ResidualConfig(**tiny_settings, max_minutes=5.0)

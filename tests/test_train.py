@@ -112,6 +112,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_good
         (dict(data_source="nowhere.jsonl"), "nowhere.jsonl"),
         (dict(embeddings="nowhere"), "nowhere"),
         (dict(precision="fp16"), "fp16"),
+        (dict(whiten_context=True), "use --freeze_context too"),
     ],
     ids=str,
 )
