@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import threading
 
-from newllm.errors import UserError, open_streams, silence_output
+from newllm.errors import UserError, open_streams, silence_broken_streams
 from newllm.saving.stop import Stopped, stop_reason
 
 POLL_SECONDS = 0.2
@@ -54,7 +54,7 @@ def _answer(sender, function, arguments):
     except (UserError, Stopped) as error:
         answer = None, error
     except BrokenPipeError as error:  # nobody reads what it prints
-        silence_output()
+        silence_broken_streams()
         answer = None, error
     sender.send(answer)
 

@@ -17,26 +17,6 @@ class UserError(Exception):
         return [f"error: {self}"]
 
 
-@contextlib.contextmanager
-def exit_on_user_error():
-    """Frame of every command: it prints on any terminal, and ends in one line and a status, not a traceback.
-
-    A UserError is status 2, an orderly stop EXIT_STATUS, output that nobody reads BROKEN_PIPE. Other errors
-    are faults of the program and keep their traceback.
-    """
-    open_streams()
-    try:
-        try:
-            yield
-        except (UserError, Stopped, KeyboardInterrupt) as error:
-            _end(error)
-        finally:
-            sys.stdout.flush()  # here, as the end of Python only prints that it failed
-    except BrokenPipeError:
-        silence_output()
-        raise SystemExit(BROKEN_PIPE) from None
-
-
 def _end(error):
     """Say in one line why the command ends, and end it."""
     line, status = f"error: {error}", 2
@@ -62,6 +42,30 @@ def _say_user_error(kind, error, trace, otherwise=sys.excepthook):
 sys.excepthook = _say_user_error
 
 
+@contextlib.contextmanager
+def exit_on_user_error():
+    """Frame of every command: it prints on any terminal, and ends in one line and a status, not a traceback.
+
+    A UserError is status 2, an orderly stop EXIT_STATUS, output that nobody reads BROKEN_PIPE. Other errors
+    are faults of the program and keep their traceback.
+    """
+    open_streams()
+    try:
+        try:
+            yield
+        except (UserError, Stopped, KeyboardInterrupt) as error:
+            _end(error)
+        finally:
+            sys.stdout.flush()  # here, as the end of Python only prints that it failed
+    except OSError as error:
+        broken = silence_broken_streams()
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(BROKEN_PIPE) from None
+        if not broken:
+            raise
+        _end(UserError(f"the output cannot be written ({error.strerror}): give it another place."))
+
+
 def open_streams():
     """Lead closed streams (`>&-`) to nowhere; show escaped what a terminal lacks, keep odd input bytes."""
     for name in ("stdin", "stdout", "stderr"):
@@ -73,7 +77,14 @@ def open_streams():
             stream.reconfigure(errors="surrogateescape" if name == "stdin" else "backslashreplace")
 
 
-def silence_output():
-    """Lead output that nobody reads to nowhere, so that nothing tries again."""
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def silence_broken_streams():
+    """Lead output that cannot be written to nowhere, so that nothing tries again; whether there was any."""
+    broken = False
+    for stream, probe in ((sys.stdout, "\n"), (sys.stderr, "")):
+        try:
+            stream.write(probe)  # what failed before is no longer in the stream
+            stream.flush()
+        except OSError:
+            broken = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return broken

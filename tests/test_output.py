@@ -37,6 +37,13 @@ def shell(command, **environment):
         ("print('x' * 10**6)", "2>&1 | true", BROKEN_PIPE, b""),
         ("[print('x', flush=True) for _ in range(10**5)]", "| head -3 >/dev/null", BROKEN_PIPE, b""),
         ("print('x' * 10**6); sys.exit(0)", "| true", BROKEN_PIPE, b""),
+        ("print('x')", ">/dev/full", 2, b"error: the output cannot be written (No space left on device)"),
+        (
+            "[print('x', flush=True) for _ in range(9)]",
+            ">/dev/full",
+            2,
+            b"error: the output cannot be written",
+        ),
         ("print(sys.stdout.isatty(), sys.stdin.read())", "<&- >&- 2>&-", 0, b""),
         ("raise UserError('so')", ">&-", 2, b"error: so\n"),
         ("raise UserError('so')", "2>&-", 2, b""),
@@ -44,7 +51,7 @@ def shell(command, **environment):
     ],
 )
 def test_output_that_cannot_be_written_ends_a_command_quietly(body, redirection, status, errors):
-    """Nobody reads: the status that other programs have. Closed: as if read."""
+    """Nobody reads: the status that other programs have. Closed: as if read. Full: a sentence; no trace."""
     done = shell(f'$PYTHON -c "$BODY" {redirection}', BODY=FRAME + body)
     assert done.returncode == status and errors in done.stderr and (errors or not done.stderr), done
 
