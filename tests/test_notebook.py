@@ -14,7 +14,7 @@ from helpers import ROOT, tiny_checkout
 NOTEBOOK = ROOT / "notebooks" / "colab.ipynb"
 COLAB = {
     "drive": 'import pathlib\ndef mount(path): (pathlib.Path({drive!r}) / "MyDrive").mkdir(parents=True)',
-    "files": 'import shutil\ndef download(name): shutil.copy(name, pathlib.Path({drive!r}) / "downloaded")',
+    "files": 'import shutil\ndef download(name): shutil.copy(name, {drive!r} + "/downloaded")',
 }
 SMALLER = {
     "--num_samples 781": "--num_samples 12",
