@@ -120,7 +120,7 @@ def test_python_blocks_run(execute):
         r"^```python\n(.*?)^```", "\n".join(map(Path.read_text, PAGES)), re.MULTILINE | re.DOTALL
     )
     assert len(blocks) >= 2 and len(printed_commands()) >= 25
-    status, output = execute(f"true && python3 -c {shlex.quote(''.join(blocks))}")
+    status, output = execute(f"true && python3 -c {shlex.quote(''.join(blocks))}")  # by a shell
     assert status == 0 and output.splitlines()[-1].startswith("phase2_complete "), output
 
 
