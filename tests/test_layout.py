@@ -85,7 +85,7 @@ def belongs(name, prefixes):
 
 @pytest.mark.parametrize("path", PACKAGE, ids=module_name)
 def test_imports_go_one_way(path):
-    """A module imports only from its own layer and those below, a phase not the other; none reads the root."""
+    """A module imports only from its layer and those below, a phase not the other; none reads the root."""
     name = module_name(path)
     prefixes = [prefix for prefix in MAY_IMPORT if belongs(name, [prefix])]
     allowed = MAY_IMPORT[max(prefixes, key=len)] if prefixes else ()
@@ -110,7 +110,8 @@ def test_a_small_module_has_several_users():
 def test_lines_of_tests_are_short_too():
     """As in what they test."""
     for path in sorted((ROOT / "tests").rglob("*.py")):
-        assert max(map(len, path.read_text().splitlines())) <= WIDEST, path
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            assert len(line) <= WIDEST, f"{path}:{number}"
 
 
 def test_reporting_imports_no_models():
