@@ -166,7 +166,7 @@ def test_every_setting_is_judged(base):
     assert judged - {"num_samples"} == set(OTHER)
 
 
-FROZEN = dict(freeze_context=True, gradient_sweeps=3, token_dropout=0.2, context_lr_scale=1.0, dropout=0.1)
+FROZEN = dict(freeze_context=True, gradient_sweeps=4, token_dropout=0.1, context_lr_scale=2.0, dropout=0.1)
 GRU = dict(model_type="gru", init_scale=3.0, phase1_max_iterations=9, dist_reg_weight=0.9, token_dropout=0.1)
 
 
