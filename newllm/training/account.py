@@ -41,7 +41,6 @@ def announce(config, runtime, data, model, log, notes):
     for line in banner(config, about["device"], data, model, about["plan"], [attention, *notes]):
         log.say(line)
     log.log("start", config=config.to_dict(), **about, **provenance())
-    log.plan(about["plan"])
     for line in unused_lines(config, runtime.device.type == "cpu", data.tokenizer.name):
         log.warn(line)
     for line in notes:
