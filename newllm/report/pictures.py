@@ -45,6 +45,16 @@ ARM_STYLES = {  # arms of a comparison whose contexts are drawn, in this order
 }
 
 
+CURVES = (  # of contexts: key, logarithmic axes, title, what is on the axes
+    ("cold_start_curve", "y", "Convergence from a cold start", "sweeps", "distance from the trajectory"),
+    ("memory_curve", "xy", "Memory", "tokens since a token was replaced (first point: none)",
+     "change of the context"),
+    ("past_capacity_by_lag", "", "Tokens that a linear probe reads", "tokens back", "held-out $R^2$"),
+    ("spectrum", "y", "Singular values", "rank", "share of their sum"),
+    ("bpb_by_context", "x", "What the model uses", "tokens that the context is made of", "bits per byte"),
+)  # fmt: skip
+
+
 @contextlib.contextmanager
 def figure(path, rows, columns):
     """Panels to draw on, [rows][columns]; at the end they are written to the path."""
@@ -103,36 +113,33 @@ def loss_curve(record, path):
 
 
 def run_contexts(record, path):
-    """Rank and convergence by iteration of Phase 1, and the contexts at the end, beside untrained ones."""
+    """What the contexts of a run are like at the end, beside untrained ones, and by iteration of Phase 1."""
     summary = record.summary
-    with figure(path, 3, 2) as ((rank, converged), *panels):
-        for panel, key, untrained, title in (
-            (rank, "er", "er_train_untrained", "Effective rank"),
-            (converged, "converged", "converged_ratio_untrained", "Converged tokens"),
-        ):
-            _by_step(panel, [100 * share for share in record.phase1.get(key, [])], label="Phase 1", **TRAINED)
-            _level(panel, 100 * summary[untrained], UNTRAINED, "untrained")
-            panel.set(title=title, xlabel="iteration of Phase 1", ylabel="% of the width", ylim=(0, 102))
-        _level(rank, 100 * summary["er_ceiling"], REFERENCE, "ceiling (Gaussian noise)")
-        converged.set_ylabel("% of the training tokens")
-        rank.legend()
-        curves = [
+    with figure(path, 3, 2) as panels:
+        last = _draw_contexts(
+            panels,
             (UNTRAINED | {"label": "untrained"}, lambda key: as_curve(record.curves.get(f"{key}_untrained"))),
             (TRAINED | {"label": "trained"}, lambda key: as_curve(record.curves.get(key))),
-        ]
-        _draw_contexts(curves, *itertools.chain(*panels))
+        )
+        for key, untrained, label, style in (
+            ("er", "er_train_untrained", "effective rank / width", TRAINED),
+            ("converged", "converged_ratio_untrained", "converged tokens", COUNTED),
+        ):
+            _by_step(last, [100 * share for share in record.phase1.get(key, [])], label=label, **style)
+            _level(last, 100 * summary[untrained], style | {"linestyle": "--"}, f"{label}, untrained")
+        _level(last, 100 * summary["er_ceiling"], REFERENCE, "effective rank of Gaussian noise")
+        last.set(title="Phase 1", xlabel="iteration", ylabel="% (training tokens)", ylim=(0, 102))
+        last.legend()
 
 
 def context_curves(comparison, tokens, path):
     """Contexts of a comparison's arms at a budget, means over seeds, and what dist_reg_weight trades."""
-    with figure(path, 2, 3) as ((cold, memory, past), (spectrum, use, trade)):
+    with figure(path, 2, 3) as panels:
         curves = [
             (style, lambda key, arm=arm: comparison.curve(tokens, arm, key))
             for arm, style in ARM_STYLES.items()
         ]
-        _draw_contexts(curves, cold, memory, spectrum, use)
-        _draw_curves(past, curves, "past_capacity_by_lag")
-        past.set(title="Tokens that a linear probe reads", xlabel="tokens back", ylabel="held-out $R^2$")
+        trade = _draw_contexts(panels, *curves)
         arms = comparison.weights(tokens)
         best = min((comparison.mean(tokens, arm, "val_ppl")[0] for _, arm in arms), default=1)
         for key, unit, label, style in (
@@ -146,37 +153,35 @@ def context_curves(comparison, tokens, path):
         trade.legend()
 
 
-def _draw_curves(panel, curves, key, first=None):
-    """One line a network: curves is a list of (style with a label, function of a key to {x: y} or None)."""
-    for style, curve_of in curves:
-        if curve := curve_of(key):
-            xs = [x or first or x for x in curve]
-            panel.plot(xs, [*curve.values()], **style | ({"marker": None} if len(curve) > 20 else {}))
+def _draw_contexts(panels, *curves):
+    """Draw what several networks' contexts are like on all panels but the last, which is returned.
 
-
-def _draw_contexts(curves, cold, memory, spectrum, use):
-    """Draw what several networks' contexts are like on a panel each."""
-    _draw_curves(cold, curves, "cold_start_curve")
-    cold.set(title="Convergence from a cold start", xlabel="sweeps", yscale="log")
-    cold.set_ylabel("distance from the trajectory")
-    _draw_curves(memory, curves, "memory_curve", first=0.5)  # zero has no place on a logarithmic axis
-    memory.set(title="Memory", xlabel="tokens since a token was replaced (first point: none)", yscale="log")
-    memory.set_ylabel("change of the context")
+    Args:
+        curves: (style with a label, function of a key to {x: y} or None) of each network.
+    """
+    *drawn, last = panels.flat
+    named = set()
+    for panel, (key, logarithms, title, xlabel, ylabel) in zip(drawn, CURVES, strict=True):
+        for style, curve_of in curves:
+            if curve := curve_of(key):
+                xs = [x or 0.5 for x in curve]  # zero has no place on a logarithmic axis
+                look = style | ({"marker": None} if len(curve) > 20 else {})
+                # The first panel has the legend of all; what is drawn in another alone is named there.
+                look |= {"label": None} if style["label"] in named else {}
+                named.add(style["label"])
+                panel.plot(xs, [*curve.values()], **look)
+        panel.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        if panel.lines and "x" in logarithms:
+            logarithmic(panel, "x")
+        if "y" in logarithms:
+            panel.set_yscale("log")
+        if panel.get_legend_handles_labels()[1]:
+            panel.legend()
+    _, memory, _, spectrum, _ = drawn
     _level(memory, 1e-2, REFERENCE, None)
-    _draw_curves(spectrum, curves, "spectrum")
-    spectrum.set(title="Singular values", xlabel="rank", ylabel="share of their sum", yscale="log")
     if spectrum.lines:  # a LayerNorm takes one direction away: its value is rounding
         spectrum.set_ylim(bottom=1e-4 * max(max(line.get_ydata()) for line in spectrum.lines))
-    _draw_curves(use, curves, "bpb_by_context")
-    use.set(title="What the model uses", xlabel="tokens that the context is made of", ylabel="bits per byte")
-    for panel in (memory, use):
-        if any(len(line.get_xdata()) > 2 for line in panel.lines):  # more than the ends of a horizontal line
-            logarithmic(panel, "x")
-    # The first panel has the legend of all; what is drawn in another alone is named there.
-    named = set(cold.get_legend_handles_labels()[1])
-    cold.legend()
-    if alone := [line for line in use.get_lines() if line.get_label() not in named]:
-        use.legend(handles=alone)
+    return last
 
 
 def comparison_points(comparison, tokens, path):
