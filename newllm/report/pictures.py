@@ -126,9 +126,14 @@ def run_contexts(record, path):
             ("converged", "converged_ratio_untrained", "converged tokens", COUNTED),
         ):
             _by_step(last, [100 * share for share in record.phase1.get(key, [])], label=label, **style)
-            _level(last, 100 * summary[untrained], style | {"linestyle": "--"}, f"{label}, untrained")
+            _level(last, 100 * summary[untrained], style | {"linestyle": "--"}, None)
         _level(last, 100 * summary["er_ceiling"], REFERENCE, "effective rank of Gaussian noise")
-        last.set(title="Phase 1", xlabel="iteration", ylabel="% (training tokens)", ylim=(0, 102))
+        last.set(
+            title="Phase 1 (dashed: untrained)",
+            xlabel="iteration",
+            ylabel="% (training tokens)",
+            ylim=(0, 102),
+        )
         last.legend()
 
 
