@@ -7,7 +7,7 @@ from pathlib import Path
 
 from newllm.errors import UserError
 from newllm.report.pictures import loss_curve, run_contexts
-from newllm.report.record import format_value, read_record
+from newllm.report.record import format_value, read_records
 from newllm.report.summary import language_rows, summary_lines
 from newllm.saving.files import write_text
 
@@ -109,11 +109,7 @@ def page(record, pictures):
 def models_table(folder):
     """Every complete run of a logs folder as a row of CSV: settings and results, with the columns of all."""
     rows = []
-    for path in sorted(folder.glob("metrics_*.jsonl")):
-        try:
-            record = read_record(path)
-        except UserError:
-            continue  # of an earlier version: it stays, and has no row
+    for record in read_records(sorted(folder.glob("metrics_*.jsonl"))):
         if not record.summary:
             continue
         row = {"run": record.run, "started": record.start["time"], "finished": record.summary["time"]}

@@ -36,15 +36,13 @@ STYLE = {
     "figure.constrained_layout.h_pad": 0.1,
 }
 ARM_STYLES = {  # arms of a comparison whose contexts are drawn, in this order
-    "untrained_frozen": UNTRAINED | {"label": "untrained"},
-    "phase1_frozen": TRAINED | {"label": "Phase 1"},
-    "phase1_shuffled": TRAINING_DATA | {"label": "Phase 1, shuffled tokens", "linestyle": ":"},
-    "phase1_finetuned": dict(color="#000000", marker="s", label="Phase 1, fine-tuned"),
-    "end_to_end": COUNTED | {"label": "end to end"},
-    "window": dict(color="#E69F00", marker="v", linestyle=":", label="window"),
+    "untrained_frozen": ("untrained", UNTRAINED),
+    "phase1_frozen": ("Phase 1", TRAINED),
+    "phase1_shuffled": ("Phase 1, shuffled tokens", TRAINING_DATA | {"linestyle": ":"}),
+    "phase1_finetuned": ("Phase 1, fine-tuned", dict(color="#000000", marker="s")),
+    "end_to_end": ("end to end", COUNTED),
+    "window": ("window", dict(color="#E69F00", marker="v", linestyle=":")),
 }
-
-
 CURVES = (  # of contexts: key, logarithmic axes, title, what is on the axes
     ("cold_start_curve", "y", "Convergence from a cold start", "sweeps", "distance from the trajectory"),
     ("memory_curve", "xy", "Memory", "tokens since a token was replaced (first point: none)",
@@ -68,122 +66,123 @@ def figure(path, rows, columns):
         drawing.savefig(path, dpi=DPI)
 
 
-def logarithmic(panel, axes, form="{x:g}"):
-    """Logarithmic axes, "x", "y" or "xy", with labels at 1, 2, 5, 10 and so on, written by `form`."""
+def draw(panel, title, xlabel, ylabel, lines, log="", form="{x:g}"):
+    """Lines on a panel, its words, and a legend of those with a label.
+
+    Args:
+        lines: (xs, ys, label or None, style) of each; xs of None: ys is a level all across the panel.
+        log: logarithmic axes, "x", "y" or "xy". form: of the numbers below a logarithmic x, 1, 2, 5, 10 ...
+    """
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    for name in axes:
-        panel.set(**{f"{name}scale": "log"})
-        axis = getattr(panel, f"{name}axis")
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(form)
-        axis.set_minor_formatter(NullFormatter())
+    for xs, ys, label, style in lines:
+        if xs is None:
+            panel.axhline(ys, label=label, **style | {"marker": None})
+        else:
+            panel.plot(xs, ys, label=label, **style | ({"marker": None} if len(xs) > 20 else {}))
+    panel.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if "y" in log:
+        panel.set_yscale("log")
+    if "x" in log and panel.lines:
+        panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(form)
+        panel.xaxis.set_minor_formatter(NullFormatter())
+    if panel.get_legend_handles_labels()[1]:
+        panel.legend()
 
 
-def _by_step(panel, values, **style):
-    """A line over 1, 2, ... with whole numbers below it."""
-    panel.plot(range(1, len(values) + 1), values, **style)
+def _by_step(panel, title, unit, ylabel, lines, log=""):
+    """As `draw`, of values at 1, 2, ...: lines of (values, label, style)."""
+    steps = [(range(1, len(values) + 1), values, label, style) for values, label, style in lines]
+    draw(panel, title, unit, ylabel, steps, log)
     panel.xaxis.get_major_locator().set_params(integer=True)
-
-
-def _level(panel, value, style, label):
-    panel.axhline(value, label=label, **style | {"marker": None})
 
 
 def loss_curve(record, path):
     """Loss by iteration of Phase 1 (left out of a run without one) and by epoch of Phase 2."""
-    with figure(path, 1, 2 if record.phase1 else 1) as (panels,):
-        if record.phase1:
-            first = panels[0]
-            _by_step(first, record.phase1["cvfp"], label="fixed-point consistency", **TRAINED)
+    summary, phase1, phase2 = record.summary, record.phase1, record.phase2
+    with figure(path, 1, 2 if phase1 else 1) as (panels,):
+        if phase1:
             distribution = f"distribution ({record.config['dist_reg']})"
-            _by_step(first, record.phase1["dist_reg"], label=distribution, **TRAINING_DATA)
-            first.set(title="Phase 1", xlabel="iteration", ylabel="loss", yscale="log")
-            first.legend()
-        second = panels[-1]
-        _by_step(second, record.phase2["train_loss"], label="training", **TRAINING_DATA)
-        _by_step(second, record.phase2["val_loss"], label="validation", **TRAINED)
+            lines = [(phase1["cvfp"], "fixed-point consistency", TRAINED)]
+            lines.append((phase1["dist_reg"], distribution, TRAINING_DATA))
+            _by_step(panels[0], "Phase 1", "iteration", "loss", lines, "y")
+        lines = [
+            (phase2["train_loss"], "training", TRAINING_DATA),
+            (phase2["val_loss"], "validation", TRAINED),
+        ]
         if control := record.untrained.get("val_loss"):
-            _by_step(second, control, label="validation, untrained contexts", **UNTRAINED)
+            lines.append((control, "validation, untrained contexts", UNTRAINED))
         for name, label, style in (("bigram", "bigram counts", COUNTED), ("kn", "Kneser-Ney", REFERENCE)):
-            if perplexity := record.summary.get(f"val_ppl_{name}"):
-                _level(second, math.log(perplexity), style, label)
-        second.set(title="Phase 2", xlabel="epoch", ylabel="loss (nats per token)")
-        second.legend()
+            if perplexity := summary.get(f"val_ppl_{name}"):
+                panels[-1].axhline(math.log(perplexity), label=label, **style | {"marker": None})
+        _by_step(panels[-1], "Phase 2", "epoch", "loss (nats per token)", lines)
 
 
 def run_contexts(record, path):
     """What the contexts of a run are like at the end, beside untrained ones, and by iteration of Phase 1."""
-    summary = record.summary
     with figure(path, 3, 2) as panels:
         last = _draw_contexts(
             panels,
-            (UNTRAINED | {"label": "untrained"}, lambda key: as_curve(record.curves.get(f"{key}_untrained"))),
-            (TRAINED | {"label": "trained"}, lambda key: as_curve(record.curves.get(key))),
+            (UNTRAINED, "untrained", lambda key: as_curve(record.curves.get(f"{key}_untrained"))),
+            (TRAINED, "trained", lambda key: as_curve(record.curves.get(key))),
         )
+        lines = []
         for key, untrained, label, style in (
             ("er", "er_train_untrained", "effective rank / width", TRAINED),
             ("converged", "converged_ratio_untrained", "converged tokens", COUNTED),
         ):
-            _by_step(last, [100 * share for share in record.phase1.get(key, [])], label=label, **style)
-            _level(last, 100 * summary[untrained], style | {"linestyle": "--"}, None)
-        _level(last, 100 * summary["er_ceiling"], REFERENCE, "effective rank of Gaussian noise")
-        last.set(
-            title="Phase 1 (dashed: untrained)",
-            xlabel="iteration",
-            ylabel="% (training tokens)",
-            ylim=(0, 102),
+            lines.append(([100 * share for share in record.phase1.get(key, [])], label, style))
+            level = 100 * record.summary[untrained]
+            last.axhline(level, **style | {"marker": None, "linestyle": "--"})
+        last.axhline(
+            100 * record.summary["er_ceiling"], label="effective rank of Gaussian noise", **REFERENCE
         )
-        last.legend()
+        _by_step(last, "Phase 1 (dashed: untrained)", "iteration", "% (training tokens)", lines)
+        last.set_ylim(0, 102)
 
 
 def context_curves(comparison, tokens, path):
     """Contexts of a comparison's arms at a budget, means over seeds, and what dist_reg_weight trades."""
     with figure(path, 2, 3) as panels:
         curves = [
-            (style, lambda key, arm=arm: comparison.curve(tokens, arm, key))
-            for arm, style in ARM_STYLES.items()
+            (style, label, lambda key, arm=arm: comparison.curve(tokens, arm, key))
+            for arm, (label, style) in ARM_STYLES.items()
         ]
         trade = _draw_contexts(panels, *curves)
         arms = comparison.weights(tokens)
         best = min((comparison.mean(tokens, arm, "val_ppl")[0] for _, arm in arms), default=1)
+        lines = []
         for key, unit, label, style in (
             ("er_val", 1, "effective rank (share)", TRAINED),
             ("val_ppl", best, "perplexity / best", UNTRAINED),
             ("memory_horizon", 16, "memory horizon / 16 tokens", COUNTED),
         ):
             values = [comparison.mean(tokens, arm, key)[0] / unit for _, arm in arms]
-            trade.plot([weight for weight, _ in arms], values, label=label, **style)
-        trade.set(title="The trade-off", xlabel="dist_reg_weight")
-        trade.legend()
+            lines.append(([weight for weight, _ in arms], values, label, style))
+        draw(trade, "The trade-off", "dist_reg_weight", "", lines)
 
 
-def _draw_contexts(panels, *curves):
-    """Draw what several networks' contexts are like on all panels but the last, which is returned.
+def _draw_contexts(panels, *networks):
+    """Draw what the contexts of several are like on all panels but the last, which is returned.
 
     Args:
-        curves: (style with a label, function of a key to {x: y} or None) of each network.
+        networks: (style, label, function of a key to {x: y} or None) of each.
     """
     *drawn, last = panels.flat
     named = set()
-    for panel, (key, logarithms, title, xlabel, ylabel) in zip(drawn, CURVES, strict=True):
-        for style, curve_of in curves:
+    for panel, (key, log, title, xlabel, ylabel) in zip(drawn, CURVES, strict=True):
+        lines = []
+        for style, label, curve_of in networks:
             if curve := curve_of(key):
                 xs = [x or 0.5 for x in curve]  # zero has no place on a logarithmic axis
-                look = style | ({"marker": None} if len(curve) > 20 else {})
                 # The first panel has the legend of all; what is drawn in another alone is named there.
-                look |= {"label": None} if style["label"] in named else {}
-                named.add(style["label"])
-                panel.plot(xs, [*curve.values()], **look)
-        panel.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        if panel.lines and "x" in logarithms:
-            logarithmic(panel, "x")
-        if "y" in logarithms:
-            panel.set_yscale("log")
-        if panel.get_legend_handles_labels()[1]:
-            panel.legend()
+                lines.append((xs, [*curve.values()], None if label in named else label, style))
+                named.add(label)
+        draw(panel, title, xlabel, ylabel, lines, log)
     _, memory, _, spectrum, _ = drawn
-    _level(memory, 1e-2, REFERENCE, None)
+    memory.axhline(1e-2, **REFERENCE)
     if spectrum.lines:  # a LayerNorm takes one direction away: its value is rounding
         spectrum.set_ylim(bottom=1e-4 * max(max(line.get_ydata()) for line in spectrum.lines))
     return last
@@ -209,39 +208,37 @@ def scale_ladder(summaries, path):
     from matplotlib.ticker import EngFormatter
 
     tokens = [summary["train_tokens"] for summary in summaries]
-
-    def draw(panel, key, label, style, scale=1):
-        values = [summary.get(key) for summary in summaries]
-        if None not in values:  # a baseline has no contexts, a control no untrained ones
-            panel.plot(tokens, [scale * value for value in values], label=label, **style)
-
+    short = EngFormatter(sep="")  # 10k, 1M
     with figure(path, 2, 2) as ((time, memory), (rank, perplexity)):
-        for panel, key, unit in ((time, "seconds", "s"), (memory, "peak_memory_mb", "MB")):
-            intercept, slope, line = growth(summaries, key, unit)
-            panel.plot(
-                tokens, [intercept + slope * count / 1000 for count in tokens], label=line, **REFERENCE
-            )
-            draw(panel, key, None, TRAINED | {"linestyle": "none"})
-        time.set(title="Time of a whole run", ylabel="wall time (s)")
-        memory.set(title="Peak memory", ylabel="peak memory (MB)")
-        draw(rank, "er_train", "training tokens", TRAINING_DATA, 100)
-        draw(rank, "er_val", "validation tokens", TRAINED, 100)
-        draw(rank, "er_val_untrained", "validation, untrained network", UNTRAINED, 100)
-        draw(rank, "er_ceiling", "ceiling (Gaussian noise)", REFERENCE, 100)
-        rank.set(title="Effective rank of the contexts", ylabel="effective rank (% of the width)")
-        draw(perplexity, "val_ppl", "trained", TRAINED)
-        draw(perplexity, "val_ppl_untrained_context", "untrained contexts", UNTRAINED)
-        draw(perplexity, "val_ppl_bigram", "bigram counts", COUNTED)
-        perplexity.set(title="Language model", ylabel="validation perplexity")
-        for panel in (time, memory, rank, perplexity):
-            panel.set(xlabel="training tokens", ylim=(0, None) if panel in (time, memory) else None)
-            panel.yaxis.set_major_formatter("{x:,g}")
-            # Time and memory stay linear: over a logarithmic axis a straight line would look like an explosion.
-            if panel in (rank, perplexity):
-                logarithmic(panel, "x")
-            panel.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k, 1M
-            panel.legend()
-            panel.set_visible(bool(panel.lines))
+        for panel, title, key, unit in (
+            (time, "Time of a whole run (s)", "seconds", "s"),
+            (memory, "Peak memory (MB)", "peak_memory_mb", "MB"),
+        ):
+            intercept, slope, words = growth(summaries, key, unit)
+            fit = [intercept + slope * count / 1000 for count in tokens]
+            measured = [summary[key] for summary in summaries]
+            points = (tokens, measured, None, TRAINED | {"linestyle": "none"})
+            draw(panel, title, "training tokens", "", [(tokens, fit, words, REFERENCE), points])
+            panel.set_ylim(0, 1.1 * max(measured))
+            panel.xaxis.set_major_formatter(short)
+        for panel, title, ylabel, scale, figures in (
+            (rank, "Effective rank of the contexts", "% of the width", 100, (
+                ("er_train", "training tokens", TRAINING_DATA),
+                ("er_val", "validation tokens", TRAINED),
+                ("er_val_untrained", "validation, untrained network", UNTRAINED),
+                ("er_ceiling", "ceiling (Gaussian noise)", REFERENCE),
+            )),
+            (perplexity, "Language model", "validation perplexity", 1, (
+                ("val_ppl", "trained", TRAINED),
+                ("val_ppl_untrained_context", "untrained contexts", UNTRAINED),
+                ("val_ppl_bigram", "bigram counts", COUNTED),
+            )),
+        ):  # fmt: skip
+            lines = []
+            for key, label, style in figures:
+                if all(summary.get(key) is not None for summary in summaries):  # a baseline has no contexts
+                    lines.append((tokens, [scale * summary[key] for summary in summaries], label, style))
+            draw(panel, title, "training tokens", ylabel, lines, "x", short)
 
 
 def prefill_speed(rows, curves, path):
@@ -255,29 +252,27 @@ def prefill_speed(rows, curves, path):
     from matplotlib.ticker import EngFormatter
 
     weights = {"trained": TRAINED, "untrained": UNTRAINED}
-    lines = {}  # (weights, tolerance): (tokens, speed)
+    reached = {}  # (weights, tolerance): (tokens, times as fast) of each length
     for row in rows:
         if row["speed_up"]:
-            lines.setdefault((row["weights"], row["tolerance"]), []).append((row["tokens"], row["speed_up"]))
+            reached.setdefault((row["weights"], row["tolerance"]), []).append(
+                (row["tokens"], row["speed_up"])
+            )
     with figure(path, 1, 2) as ((error, speed),):
-        for name, errors in curves.items():
-            error.plot(range(1, len(errors) + 1), errors, label=name, **weights[name])
-            if name not in {row["weights"] for row in rows if row["speed_up"]}:
-                speed.plot([], [], label=f"{name}: does not converge", **weights[name])
-        error.set(title="Cold start", xlabel="sweeps", yscale="log")
-        error.set_ylabel("distance to the loop's contexts, relative")
+        lines = [(errors, name, weights[name]) for name, errors in curves.items()]
+        _by_step(error, "Cold start", "sweeps", "distance to the loop's contexts, relative", lines, "y")
         smallest = min(e for errors in curves.values() for e in errors if e > 0)
         error.set_ylim(min(0.01, smallest) / 2, 4)  # slow stays slow to the eye
         looks = itertools.cycle((TRAINED, TRAINING_DATA, COUNTED))
-        for (name, tolerance), points in lines.items():
-            label = f"{name}, to {tolerance:g}"
-            speed.plot(*zip(*points, strict=True), label=label, **next(looks))
-        _level(speed, 1, REFERENCE, "the loop")
-        speed.set(title="Speed of sweeps", xlabel="tokens of one sequence")
-        speed.set_ylabel("times as fast as the loop")
-        speed.set_ylim(0, 1.6 * max([1, *(row["speed_up"] or 1 for row in rows)]))  # room for the legend
-        logarithmic(speed, "x", EngFormatter(sep=""))
+        lines = []
+        for (name, tolerance), points in reached.items():
+            lines.append((*zip(*points, strict=True), f"{name}, to {tolerance:g}", next(looks)))
+        for name in curves.keys() - {name for name, _ in reached}:
+            lines.append(([], [], f"{name}: does not converge", weights[name]))
+        lines.append((None, 1, "the loop", REFERENCE))
+        ylabel = "times as fast as the loop"
+        draw(speed, "Speed of sweeps", "tokens of one sequence", ylabel, lines, "x", EngFormatter(sep=""))
         lengths = [row["tokens"] for row in rows]
         speed.set_xlim(min(lengths) / 1.2, max(lengths) * 1.2)
+        speed.set_ylim(0, 1.6 * max(row["speed_up"] or 1 for row in rows))  # room for the legend
         speed.legend(loc="upper left", ncols=2)
-        error.legend()

@@ -33,8 +33,6 @@ STATUS_LINES = (
     "Last word: {heard:.1f} minutes ago, from {host}",
     "Speed: {tok_per_s:.0f} tok/s",
     "GPU utilisation: {gpu_utilization:.0f}%",
-)
-STATUS_LINES_TO_GO = (
     "A restart goes on: {restart}",
     "ETA: at most about {eta_s:.0f} s for all phases, by the speed of this one",
 )
@@ -139,6 +137,7 @@ class RunLog:
         place |= {"tokens_done": progress.done, "tokens_total": progress.total, "tok_per_s": progress.speed}
         self._place |= place
         if begins or time.monotonic() - self._written >= SECONDS_BETWEEN_WRITES:
+            self._written = time.monotonic()
             self._place["gpu_utilization"] = self.gauge()
             self._place["eta_s"] = seconds_left(self._plan, **place)
             self._write_status()
@@ -147,7 +146,6 @@ class RunLog:
         """Replace the file; a disk that refuses stops no run."""
         of_others = self.status_path.with_name("manifest.json").exists() and not self.owns()
         if self.writes and not of_others:
-            self._written = time.monotonic()
             with suppress(OSError):
                 write_text(self.status_path, as_json(self._place | {"updated_at": time.time()}) + "\n")
 
@@ -255,14 +253,16 @@ def find_records(folder):
     return sorted(Path(folder).glob("*/logs/metrics_*.jsonl"), key=lambda path: (path.stem, path.as_posix()))
 
 
+def read_records(paths):
+    """Those of some files that can be read; one of an earlier version stays, and is left out."""
+    for path in paths:
+        with suppress(UserError):
+            yield read_record(path)
+
+
 def runs_in(folder):
     """Records of the runs below a checkpoint_dir, the newest last; UserError where there is none."""
-    records = []
-    for path in find_records(folder):
-        try:
-            records.append(read_record(path))
-        except UserError as error:
-            print(f"warning: {error}")
+    records = list(read_records(find_records(folder)))
     if not records:
         raise _no_run(folder)
     return records
@@ -348,15 +348,18 @@ def _read(path):
 def status_lines(fields):
     """What a person reads: `Key: value` lines of what is known."""
     known = {name: value for name, value in fields.items() if value is not None}
-    complete = fields["state"] == "complete"
     share = known.get("tokens_done", 0) / max(1, known.get("tokens_total", 1))
-    known["progress"] = "100.0%" if complete else f"{share:.1%} of this phase"
-    known["best"] = f"{known['best_val_loss']:.4f}" if "best_val_loss" in known else "none yet"
-    since = known.get("minutes_since_checkpoint")
-    known["saved"] = "none yet" if since is None else f"{since:.1f} minutes ago"
-    known["heard"] = (time.time() - fields["updated_at"]) / 60
+    progress, best, saved = f"{share:.1%} of this phase", "none yet", "none yet"
+    if known["state"] == "complete":
+        progress = "100.0%"
+        known = {name: value for name, value in known.items() if name not in ("restart", "eta_s")}
+    if "best_val_loss" in known:
+        best = f"{known['best_val_loss']:.4f}"
+    if "minutes_since_checkpoint" in known:
+        saved = f"{known['minutes_since_checkpoint']:.1f} minutes ago"
+    heard = (time.time() - known["updated_at"]) / 60
     lines = []
-    for line in STATUS_LINES if complete else STATUS_LINES + STATUS_LINES_TO_GO:
+    for line in STATUS_LINES:
         with suppress(KeyError):
-            lines.append(line.format_map(known))
+            lines.append(line.format(**known, progress=progress, best=best, saved=saved, heard=heard))
     return lines
