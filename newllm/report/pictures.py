@@ -182,7 +182,8 @@ def _draw_contexts(panels, *networks):
                 named.add(label)
         draw(panel, title, xlabel, ylabel, lines, log)
     _, memory, _, spectrum, _ = drawn
-    memory.axhline(1e-2, **REFERENCE)
+    if memory.lines:
+        memory.axhline(1e-2, **REFERENCE)
     if spectrum.lines:  # a LayerNorm takes one direction away: its value is rounding
         spectrum.set_ylim(bottom=1e-4 * max(max(line.get_ydata()) for line in spectrum.lines))
     return last
