@@ -7,7 +7,6 @@ import re
 import shutil
 import zipfile
 from datetime import datetime
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -22,28 +21,20 @@ from newllm.report.page import artifact_paths, models_table, page
 from newllm.report.record import RunLog, find_records, read_record
 from newllm.report.summary import speed_lines
 from newllm.saving.trained import load_model, open_saved
-from scripts import evaluate, export, report
+from scripts import evaluate, export
 from train import main as train
 
 RUNS = FIRST, SECOND = "20260101_000000", "20260102_000000"
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, corpus_file):
+def folder(settings):
     """A folder with a run of both phases and one of a GRU."""
-    root = tmp_path_factory.mktemp("artefacts")
-    settings = dict(
-        data_source=str(corpus_file), tokenizer="bpe", vocab_size=300, num_samples=12, val_samples=6,
-        max_seq_length=24, context_dim=16, embed_dim=16, num_layers=1, phase1_max_iterations=3,
-        phase1_batch_size=4, phase2_epochs=3, phase2_batch_size=4, min_batches=3,
-        precision="fp32", device="cpu", cache_dir=str(root / "cache"),
-        checkpoint_dir=str(root / "checkpoints"),
-    )  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for run, changes in ((FIRST, {}), (SECOND, dict(model_type="gru", load_checkpoint=False))):
             patch.setattr("train.new_run_id", lambda run=run: run)
             train(ResidualConfig(**settings | changes))
-    return root / "checkpoints"
+    return Path(settings["checkpoint_dir"])
 
 
 @pytest.fixture
@@ -59,12 +50,6 @@ def record(folder):
 
 def paths_of(record):
     return artifact_paths(record.folder, record.kind, record.run)
-
-
-def reported(folder, capsys, *arguments):
-    capsys.readouterr()
-    report.main([*arguments, "--checkpoint_dir", str(folder)])
-    return capsys.readouterr().out
 
 
 def test_every_artefact_is_there_and_holds_the_losses(folder, record):
@@ -121,37 +106,21 @@ def test_the_summary_and_the_speed_add_up(record):
         assert f"  {line}" in lines
 
 
-class Reader(HTMLParser):
-    """Cells and picture sources of a page; every tag that must be closed is."""
-
-    def __init__(self):
-        super().__init__()
-        self.cells, self.pictures, self.open = [], [], []
-
-    def handle_starttag(self, tag, attributes):
-        if tag == "img":
-            self.pictures.append(dict(attributes)["src"])
-        elif tag != "meta":
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if self.open and self.open[-1] in ("td", "th"):
-            self.cells.append(data)
-
-
 def test_the_page_stands_alone(record):
-    """Well formed; the pictures are in it, nothing is fetched; figures beside untrained ones."""
-    reader, text = Reader(), paths_of(record)["report"].read_text()
-    reader.feed(text)
-    assert not reader.open and "http" not in re.sub(r"base64,[^\"]*", "", text) and "viewport" in text
-    assert len(reader.pictures) == 2
-    for source in reader.pictures:
-        assert base64.b64decode(source.removeprefix("data:image/png;base64,")).startswith(b"\x89PNG")
-    perplexity = f"{record.summary['val_ppl']:.1f}"
-    assert {"untrained", "Phase 1", "fine-tuned", perplexity, "bigram, counting"} < set(reader.cells)
+    """The pictures are in it, nothing is fetched; figures beside untrained ones."""
+    text = paths_of(record)["report"].read_text()
+    pictures = re.findall(r'src="data:image/png;base64,([^"]*)"', text)
+    assert len(pictures) == text.count("<img ") == 2 and "viewport" in text
+    assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
+    assert "http" not in re.sub(r'base64,[^"]*', "", text)
+    cells = set(re.findall(r"<t[dh]>([^<]*)</t[dh]>", text))
+    assert {
+        "untrained",
+        "Phase 1",
+        "fine-tuned",
+        f"{record.summary['val_ppl']:.1f}",
+        "bigram, counting",
+    } < cells
 
 
 def test_what_the_record_holds_is_shown_and_not_obeyed(copied):
@@ -195,51 +164,48 @@ def test_a_checkpoint_tells_what_it_holds(folder, capsys):
     assert best["saved_at"].startswith("20") and best["versions"].startswith("newllm")
     assert best["data_fingerprint"] == record.start["fingerprint"]
     weights = torch.load(folder / "model_best.pt", weights_only=True)["model_state_dict"].values()
-    assert best["model_tensors"] == len(weights)
-    assert best["model_mb"] == pytest.approx(sum(4e-6 * weight.numel() for weight in weights))
-    assert "num_samples = 12" in best["differs_from_config.py"]
+    assert best["model_tensors"] == len(weights) and "num_samples = 12" in best["differs_from_config.py"]
     epoch = evaluated(capsys, folder / "model_epoch.pt", "--inspect")
-    shown = [epoch[name] for name in ("label", "epoch", "steps", "optimizer")]
-    assert shown == ["phase2_epoch_3", 3, 9, "yes"] and epoch["all_tensors"] > epoch["model_tensors"]
+    assert (epoch["label"], epoch["epoch"], epoch["steps"]) == ("phase2_epoch_3", 3, 9)
     evaluate.main([str(paths_of(record)["model"]), "--inspect"])
     assert "kind: model file" in capsys.readouterr().out
 
 
-def test_the_report_lists_shows_compares_and_remakes(copied, capsys, tmp_path):
+def test_the_report_lists_shows_compares_and_remakes(copied, reported, tmp_path):
     """By id, the latest without one; a damaged model is said to be one; sentences for what is not there."""
-    text = reported(copied, capsys)
+    text = reported(copied)
     assert f"TRAINING SUMMARY of run {SECOND}" in text and "SPEED ANALYSIS" in text
     assert re.search(r"Found 2 model checkpoints\n(  .*\.pth \d+\.\d MB sha256 [0-9a-f]{12}\n){2}", text)
     assert "Found 3 training plots" in text and "Found 2 training summaries" in text
     model, _ = copied.glob("*/models/*.pth")
     model.write_bytes(model.read_bytes()[:-200] + b"x" * 200)
-    text = reported(copied, capsys, FIRST)
+    text = reported(copied, FIRST)
     assert f"TRAINING SUMMARY of run {FIRST}" in text and text.count("DAMAGED") == 1
     for old in copied.glob("*/outputs/*.html"):
         old.unlink()
-    reported(copied, capsys, FIRST, "--remake")
+    reported(copied, FIRST, "--remake")
     assert len(list(copied.glob("*/outputs/*.html"))) == 1
     for arguments, sentence in (
         (["nothing"], f"no run 'nothing' in .*: there are {FIRST}, {SECOND}"),
         ([*RUNS, "third"], "name one run, or two"),
     ):
         with pytest.raises(UserError, match=sentence):
-            reported(copied, capsys, *arguments)
+            reported(copied, *arguments)
     with pytest.raises(UserError, match=r"no run has begun in .*empty"):
-        reported(tmp_path / "empty", capsys)
+        reported(tmp_path / "empty")
 
 
-def test_two_runs_are_compared(folder, record, tmp_path, capsys):
+def test_two_runs_are_compared(folder, record, tmp_path, reported):
     """Named by id, by record, or by a folder for its latest complete one; --checkpoint_dir may be empty."""
     elsewhere, empty = tmp_path / "elsewhere", tmp_path / "empty"
     copy = elsewhere / "dialogues" / "logs" / record.path.name
     copy.parent.mkdir(parents=True)
     shutil.copy(record.path, copy)
     for runs in ((folder, *RUNS), (empty, str(elsewhere), str(folder)), (empty, str(copy), str(folder))):
-        text = reported(*runs[:1], capsys, *runs[1:])
+        text = reported(*runs)
         assert re.search(r"model_type +\| +context \| +gru", text)
         assert re.search(r"val_ppl +\| +[\d.]+ \| +[\d.]+ \| +[\d.]+", text)
-    assert "the settings are the same" in reported(empty, capsys, str(elsewhere), str(record.path))
+    assert "the settings are the same" in reported(empty, str(elsewhere), str(record.path))
 
 
 def test_an_export_holds_a_run_whole(folder, tmp_path, capsys):
@@ -283,7 +249,7 @@ def test_disks_that_refuse_cost_the_artefacts_not_the_run(tiny_settings, monkeyp
     assert not (blocked / "outputs").exists()
 
 
-def test_a_run_that_returns_to_phase_1_is_reported(copied, capsys):
+def test_a_run_that_returns_to_phase_1_is_reported(copied, reported):
     """Phase 2 was begun and then left out: its rows are in the record, its figures not in the summary."""
     path = find_records(copied)[0]
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -292,5 +258,5 @@ def test_a_run_that_returns_to_phase_1_is_reported(copied, capsys):
         if key.startswith(("val_", "phase2_")) or key.endswith(("_phase2", "_finetuned", "_training")):
             del summary[key]
     path.write_text("\n".join(map(json.dumps, rows)))
-    assert "Phase 1: 3 of at most 3 iterations" in reported(copied, capsys, FIRST)
+    assert "Phase 1: 3 of at most 3 iterations" in reported(copied, FIRST)
     assert "Phase 2, by epoch" in page(read_record(path), [])

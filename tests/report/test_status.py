@@ -19,7 +19,7 @@ from newllm.report.record import (
     seconds_left,
     status_lines,
 )
-from scripts import export, report, status
+from scripts import export, status
 
 RUN = "20260101_000000"
 CUT_OFF = "cut off; the same command continues it"
@@ -31,25 +31,6 @@ def lines_of(folder, capsys):
     capsys.readouterr()
     status.main(["--checkpoint_dir", str(folder)])
     return dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
-
-
-def reported(folder, capsys, *arguments):
-    capsys.readouterr()
-    report.main(["--checkpoint_dir", str(folder), *arguments])
-    return capsys.readouterr().out
-
-
-@pytest.fixture(scope="module")
-def settings(tmp_path_factory, corpus_file):
-    """Of a run of a second or two."""
-    root = tmp_path_factory.mktemp("status")
-    return dict(
-        data_source=str(corpus_file), tokenizer="bpe", vocab_size=300, num_samples=12, val_samples=6,
-        max_seq_length=24, context_dim=16, embed_dim=16, num_layers=1, phase1_max_iterations=3,
-        phase1_batch_size=4, phase2_epochs=3, phase2_batch_size=4, min_batches=3,
-        precision="fp32", device="cpu", cache_dir=str(root / "cache"),
-        checkpoint_dir=str(root / "checkpoints"), artifacts=False,
-    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -68,19 +49,19 @@ def cut_off(settings):
         patch.setattr(train, "new_run_id", lambda: RUN)
         patch.setattr(RunLog, "__exit__", lambda *_: None)
         patch.setattr(RunLog, "log", killed)
-        train.main(ResidualConfig(**settings))
+        train.main(ResidualConfig(**settings, artifacts=False))
     path = folder / "status.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"pid": GONE}))
     return folder
 
 
-def test_a_run_cut_off_is_reported_as_far_as_it_came(cut_off, capsys):
+def test_a_run_cut_off_is_reported_as_far_as_it_came(cut_off, reported, capsys):
     """What is done of each phase and how fast, what is left; total = done + remaining; where it goes on."""
     found = lines_of(cut_off, capsys)
     assert (found["Run"], found["Phase"]) == (f"{RUN} ({CUT_OFF})", "phase1")
     assert found["A restart goes on"] == json.loads((cut_off / "manifest.json").read_text())["restart"]
     assert re.fullmatch(r"at most about \d+ s for all phases, by the speed of this one", found["ETA"])
-    text, speed = reported(cut_off, capsys), r"[\d.]+ s, [\d,]+ tok/s\n"
+    text, speed = reported(cut_off), r"[\d.]+ s, [\d,]+ tok/s\n"
     for pattern in (
         rf"^SPEED ANALYSIS of run {RUN} \({CUT_OFF}\), context\n",
         rf"untrained control: 3 of at most 3 epochs, 864 tokens, {speed}",
@@ -94,28 +75,26 @@ def test_a_run_cut_off_is_reported_as_far_as_it_came(cut_off, capsys):
         float(re.search(rf"  {name}: ([\d.]+) s", text)[1]) for name in ("done", "remaining", "total")
     )
     assert total == pytest.approx(done + left, abs=0.11) and left > 0
-    assert reported(cut_off, capsys, RUN).startswith(f"SPEED ANALYSIS of run {RUN}")
+    assert reported(cut_off, RUN).startswith(f"SPEED ANALYSIS of run {RUN}")
     with pytest.raises(UserError, match=rf"no run has been completed in .* command continues {RUN}"):
         export.main(["--checkpoint_dir", str(cut_off)])
 
 
-def test_a_run_that_saves_nothing_leaves_the_runs_status_alone(cut_off, settings, capsys):
+def test_a_run_that_saves_nothing_leaves_the_runs_status_alone(cut_off, settings):
     """It does not own the folder: the cut-off run is still the one that status shows."""
     before = (cut_off / "status.json").read_bytes()
-    train.main(ResidualConfig(**settings, save_checkpoint=False, load_checkpoint=False))
+    train.main(ResidualConfig(**settings, artifacts=False, save_checkpoint=False, load_checkpoint=False))
     assert (cut_off / "status.json").read_bytes() == before
-    for path in find_records(cut_off):
-        if path.stem != f"metrics_{RUN}":
-            path.unlink()
 
 
 def test_a_finished_run_stays_finished(cut_off, settings, capsys):
     """Continued to its end, once more, and where checkpoints alone came: complete, the last loss."""
-    summary = train.main(ResidualConfig(**settings))
+    config = ResidualConfig(**settings, artifacts=False)
+    summary = train.main(config)
     for lost in (False, True):
         if lost:
             (cut_off / "status.json").unlink()  # as on another machine
-        repeated = train.main(ResidualConfig(**settings))
+        repeated = train.main(config)
         assert all(repeated[name] == summary[name] for name in ("run_id", "date", "device"))
         found = lines_of(cut_off, capsys)
         assert (found["Run"], found["Phase"], found["Epoch"]) == (f"{RUN} (complete)", "phase2", "3/3")
