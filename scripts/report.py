@@ -1,9 +1,8 @@
 """What a folder of runs holds, how a run went, how fast, and how two runs differ.
 
     python3 -m scripts.report  # the latest run, so far or complete, and what lies in the folder
-    python3 -m scripts.report RUN  # another one: its id, its metrics_*.jsonl, or a folder of runs
-    python3 -m scripts.report RUN OTHER          # two side by side, also of two folders
-    python3 -m scripts.report --remake           # tables, pictures and page once more, from the record
+    python3 -m scripts.report RUN                # another one
+    python3 -m scripts.report RUN OTHER          # two side by side
     python3 -m scripts.report --runs             # the runs whose checkpoints the folder holds
     python3 -m scripts.report --remove RUN_ID    # delete the checkpoints of one of them
     python3 -m scripts.report --draw_docs  # the drawings of the documents: idea.png and architecture.png
@@ -18,7 +17,7 @@ from newllm.config import expanded
 from newllm.errors import UserError, exit_on_user_error
 from newllm.flags import Parser
 from newllm.report.compare import table
-from newllm.report.page import artifact_paths, write_artifacts
+from newllm.report.page import artifact_paths
 from newllm.report.pictures import COUNTED, REFERENCE, TRAINED, TRAINING_DATA, UNTRAINED, figure
 from newllm.report.record import complete, find_run, format_value, read_status, runs_in
 from newllm.report.summary import speed_lines, summary_lines
@@ -42,7 +41,6 @@ def main(arguments=None):
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="id of a run, or of two; none: the latest")
     add("--checkpoint_dir", type=expanded, default=ResidualConfig().checkpoint_dir, help="folder of the runs")
-    add("--remake", action="store_true", help="make the artefacts of the run again")
     add("--runs", dest="list", action="store_true", help="list the runs whose checkpoints the folder holds")
     add("--remove", metavar="RUN_ID", help="delete the checkpoints of a run beside the one at the top")
     add("--draw_docs", nargs="?", const="docs", type=expanded, help="draw the pictures of the documents")
@@ -54,7 +52,7 @@ def main(arguments=None):
         list_runs(folder, options.remove)
     elif len(options.runs) < 2:
         run = find_run(folder, options.runs[0]) if options.runs else runs_in(folder)[-1]
-        (remake if options.remake else show)(run)
+        show(run)
     elif len(options.runs) == 2:
         runs = [find_run(folder, run) for run in options.runs]
         print("\n".join(compare(*complete(runs, folder))))
@@ -92,16 +90,6 @@ def status_of(record):
     return fields if fields["run_id"] == record.run else {}
 
 
-def remake(record):
-    """Write a run's artefacts again; UserError where one cannot be written."""
-    try:
-        written = write_artifacts(record)
-    except OSError as error:
-        refused = f"{error.filename} cannot be written ({error.strerror or error})"
-        raise UserError(f"{refused}: make room and run it again.") from error
-    print("\n".join(f"{name}: {path}" for name, path in written.items()))
-
-
 def listing(folder, records):
     """Artefacts below a folder: how many of each kind, whether models are whole, and all the room."""
     lines = [f"ARTEFACTS IN {folder}"]
@@ -125,7 +113,7 @@ def digest(path):
 
 
 def compare(one, other):
-    """Two complete runs: settings that differ, then every figure with the ratio of the second to the first."""
+    """Two complete runs: settings that differ, then every figure with the ratio of the second."""
     settings, figures = [], []
     for name in one.config | other.config:
         pair = one.config.get(name), other.config.get(name)
@@ -182,12 +170,13 @@ def idea(loop, sweeps):
 def architecture(model, phases):
     """From an id to logits: which part each phase trains."""
     model.set_title("One step of the model")
-    maps = "$o = \\mathrm{ReLU}(W[c; e])$\n$c \\leftarrow \\mathrm{LN}(c + o_c)$\n$e \\leftarrow \\mathrm{LN}(e + o_e)$"
+    maps = "$c \\leftarrow \\mathrm{LN}(c + o_c)$\n$e \\leftarrow \\mathrm{LN}(e + o_e)$"
+    layers = f"layers of\n$o = \\mathrm{{ReLU}}(W[c; e])$\n{maps}"
     step = "$u \\leftarrow \\mathrm{LN}(u +$\n$\\mathrm{MLP}[c_t; u])$"
     token = box(model, 1.5, 0.9, "token $t$", GREY)
     embedding = box(model, 1.5, 2.3, "embedding\n$e_t$", PINK)
     before = box(model, 1.5, 3.9, "$c_{t-1}$", BLUE)
-    context_map = box(model, 4.6, 2.7, f"context map $F$\nlayers of\n{maps}", BLUE)
+    context_map = box(model, 4.6, 2.7, f"context map $F$\n{layers}", BLUE)
     after = box(model, 4.6, 5.0, "$c_t$", BLUE)
     head = box(model, 7.9, 3.2, f"head\n{step}", GREEN)
     logits = box(model, 7.9, 5.4, "next token\n$h E^T + b$", PINK)
@@ -209,10 +198,9 @@ def architecture(model, phases):
 
 def box(panel, x, y, text, color, filled=False):
     """A text around (x, y) in a rounded box."""
-    look = dict(
-        boxstyle="round,pad=0.45", edgecolor=color, facecolor=color if filled else "white", linewidth=1.6
-    )
-    return panel.text(x, y, text, ha="center", va="center", color="white" if filled else "black", bbox=look)
+    inside, ink = (color, "white") if filled else ("white", "black")
+    look = dict(boxstyle="round,pad=0.45", edgecolor=color, facecolor=inside, linewidth=1.6)
+    return panel.text(x, y, text, ha="center", va="center", color=ink, bbox=look)
 
 
 def arrow(start, end, color=GREY):

@@ -276,12 +276,8 @@ def growth(summaries, key, unit):
 
 
 def scale_lines(summaries):
-    """How time and memory grow over budgets, which ascend, as lines."""
-    first, last = summaries[0], summaries[-1]
-    tokens, seconds, peak = (last[key] / first[key] for key in ("train_tokens", "seconds", "peak_memory_mb"))
+    """How time and memory grow over budgets, as lines."""
     return [
         f"time = {growth(summaries, 'seconds', 's')[2]}",
         f"peak memory = {growth(summaries, 'peak_memory_mb', 'MB')[2]}",
-        f"from the smallest budget to the largest: tokens x{tokens:.1f}, time x{seconds:.1f}, peak memory "
-        f"x{peak:.2f}",
     ]

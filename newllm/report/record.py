@@ -269,18 +269,10 @@ def runs_in(folder):
 
 
 def find_run(folder, run):
-    """A run by its id below a folder, by its record's path, or as the latest complete of another folder.
-
-    UserError where there is none.
-    """
-    if Path(run).is_file():
-        return read_record(run)
-    if Path(run).is_dir():
-        return complete(runs_in(run), run)[-1]
+    """A run by its id below a folder; UserError where there is none."""
     records = {record.run: record for record in runs_in(folder)}
     if run not in records:
-        others = f"there are {', '.join(records)}; a folder of runs or a metrics_*.jsonl will do as well"
-        raise UserError(f"there is no run '{run}' in {folder}: {others}.")
+        raise UserError(f"there is no run '{run}' in {folder}: there are {', '.join(records)}.")
     return records[run]
 
 

@@ -17,10 +17,12 @@ COUNTED = {
 }
 CURVES = ("cold_start_curve", "memory_curve", "past_capacity_by_lag", "spectrum")
 SECTIONS = {  # of the summary as text: names of settings, of the record's first row, and of figures
-    "MODEL CONFIGURATION": ("model_type", "vocab_size", "num_layers", "context_dim", "embed_dim", "parameters"),
+    "MODEL CONFIGURATION": (
+        "model_type", "vocab_size", "num_layers", "context_dim", "embed_dim", "parameters",
+    ),
     "TRAINING CONFIGURATION": (
-        "data_source", "tokenizer", "train_tokens", "phase2_epochs", "batches", "trainable",
-        "phase1_learning_rate", "phase2_learning_rate", "seed", "device", "attention", "versions", "git_commit",
+        "data_source", "tokenizer", "train_tokens", "phase2_epochs", "batches", "trainable", "seed", "device",
+        "phase1_learning_rate", "phase2_learning_rate", "attention", "versions", "git_commit",
     ),
 }  # fmt: skip
 

@@ -12,7 +12,8 @@ def settings(tmp_path_factory, corpus_file):
         data_source=str(corpus_file), tokenizer="bpe", vocab_size=300, num_samples=12, val_samples=6,
         max_seq_length=24, context_dim=16, embed_dim=16, num_layers=1, phase1_max_iterations=3,
         phase1_batch_size=4, phase2_epochs=3, phase2_batch_size=4, min_batches=3,
-        precision="fp32", device="cpu", cache_dir=str(root / "cache"), checkpoint_dir=str(root / "checkpoints"),
+        precision="fp32", device="cpu", cache_dir=str(root / "cache"),
+        checkpoint_dir=str(root / "checkpoints"),
     )  # fmt: skip
 
 

@@ -171,7 +171,7 @@ def test_a_checkpoint_tells_what_it_holds(folder, capsys):
     assert "kind: model file" in capsys.readouterr().out
 
 
-def test_the_report_lists_shows_compares_and_remakes(copied, reported, tmp_path):
+def test_the_report_lists_and_shows(copied, reported, tmp_path):
     """By id, the latest without one; a damaged model is said to be one; sentences for what is not there."""
     text = reported(copied)
     assert f"TRAINING SUMMARY of run {SECOND}" in text and "SPEED ANALYSIS" in text
@@ -181,10 +181,6 @@ def test_the_report_lists_shows_compares_and_remakes(copied, reported, tmp_path)
     model.write_bytes(model.read_bytes()[:-200] + b"x" * 200)
     text = reported(copied, FIRST)
     assert f"TRAINING SUMMARY of run {FIRST}" in text and text.count("DAMAGED") == 1
-    for old in copied.glob("*/outputs/*.html"):
-        old.unlink()
-    reported(copied, FIRST, "--remake")
-    assert len(list(copied.glob("*/outputs/*.html"))) == 1
     for arguments, sentence in (
         (["nothing"], f"no run 'nothing' in .*: there are {FIRST}, {SECOND}"),
         ([*RUNS, "third"], "name one run, or two"),
@@ -195,17 +191,12 @@ def test_the_report_lists_shows_compares_and_remakes(copied, reported, tmp_path)
         reported(tmp_path / "empty")
 
 
-def test_two_runs_are_compared(folder, record, tmp_path, reported):
-    """Named by id, by record, or by a folder for its latest complete one; --checkpoint_dir may be empty."""
-    elsewhere, empty = tmp_path / "elsewhere", tmp_path / "empty"
-    copy = elsewhere / "dialogues" / "logs" / record.path.name
-    copy.parent.mkdir(parents=True)
-    shutil.copy(record.path, copy)
-    for runs in ((folder, *RUNS), (empty, str(elsewhere), str(folder)), (empty, str(copy), str(folder))):
-        text = reported(*runs)
-        assert re.search(r"model_type +\| +context \| +gru", text)
-        assert re.search(r"val_ppl +\| +[\d.]+ \| +[\d.]+ \| +[\d.]+", text)
-    assert "the settings are the same" in reported(empty, str(elsewhere), str(record.path))
+def test_two_runs_are_compared(folder, reported):
+    """Settings that differ, and figures with their ratio."""
+    text = reported(folder, *RUNS)
+    assert re.search(r"model_type +\| +context \| +gru", text)
+    assert re.search(r"val_ppl +\| +[\d.]+ \| +[\d.]+ \| +[\d.]+", text)
+    assert "the settings are the same" in reported(folder, FIRST, FIRST)
 
 
 def test_an_export_holds_a_run_whole(folder, tmp_path, capsys):

@@ -46,7 +46,6 @@ def test_a_fit_recovers_the_line_and_says_how_much_it_explains():
     assert scale_lines(ladder(10, 30, 100)) == [
         "time = 20.0 s + 8 s per 1,000 tokens, R^2 1.0000",
         "peak memory = 900.0 MB + 2 MB per 1,000 tokens, R^2 1.0000",
-        "from the smallest budget to the largest: tokens x10.0, time x8.2, peak memory x1.20",
     ]
 
 

@@ -113,7 +113,7 @@ def test_finish_prints_the_block(log, capsys):
 
 
 def test_a_record_counts_an_epoch_done_twice_once(log):
-    """A run killed after an epoch's row and before its save writes the row again; settings are those in effect."""
+    """A run killed after an epoch's row and before its save writes it again; settings are those in effect."""
     log.log("phase2", epoch=1)
     with pytest.raises(UserError, match="cannot be read as the record of a run"):
         read_record(log.path)

@@ -1,4 +1,4 @@
-"""Several runs in a row: what fails is named, what is done is not made again, and the status tells how far it is."""
+"""Several runs in a row: what fails is named, what is done is not made again, the status tells how far."""
 
 import json
 import math
