@@ -70,16 +70,20 @@ def draw(panel, title, xlabel, ylabel, lines, log="", form="{x:g}"):
     """Lines on a panel, its words, and a legend of those with a label.
 
     Args:
-        lines: (xs, ys, label or None, style) of each; xs of None: ys is a level all across the panel.
+        lines: (xs, ys, label or None, style) of each; xs of None: 1, 2, ...; one number as ys: a level.
         log: logarithmic axes, "x", "y" or "xy". form: of the numbers below a logarithmic x, 1, 2, 5, 10 ...
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
     for xs, ys, label, style in lines:
-        if xs is None:
+        if isinstance(ys, int | float):
             panel.axhline(ys, label=label, **style | {"marker": None})
-        else:
-            panel.plot(xs, ys, label=label, **style | ({"marker": None} if len(xs) > 20 else {}))
+            continue
+        panel.plot(
+            xs or range(1, len(ys) + 1), ys, label=label, **style | ({"marker": None} if len(ys) > 20 else {})
+        )
+        if xs is None:
+            panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set(title=title, xlabel=xlabel, ylabel=ylabel)
     if "y" in log:
         panel.set_yscale("log")
@@ -92,32 +96,25 @@ def draw(panel, title, xlabel, ylabel, lines, log="", form="{x:g}"):
         panel.legend()
 
 
-def _by_step(panel, title, unit, ylabel, lines, log=""):
-    """As `draw`, of values at 1, 2, ...: lines of (values, label, style)."""
-    steps = [(range(1, len(values) + 1), values, label, style) for values, label, style in lines]
-    draw(panel, title, unit, ylabel, steps, log)
-    panel.xaxis.get_major_locator().set_params(integer=True)
-
-
 def loss_curve(record, path):
     """Loss by iteration of Phase 1 (left out of a run without one) and by epoch of Phase 2."""
-    summary, phase1, phase2 = record.summary, record.phase1, record.phase2
+    phase1, phase2 = record.phase1, record.phase2
     with figure(path, 1, 2 if phase1 else 1) as (panels,):
         if phase1:
-            distribution = f"distribution ({record.config['dist_reg']})"
-            lines = [(phase1["cvfp"], "fixed-point consistency", TRAINED)]
-            lines.append((phase1["dist_reg"], distribution, TRAINING_DATA))
-            _by_step(panels[0], "Phase 1", "iteration", "loss", lines, "y")
+            lines = [
+                (None, phase1["cvfp"], "fixed-point consistency", TRAINED),
+                (None, phase1["dist_reg"], f"distribution ({record.config['dist_reg']})", TRAINING_DATA),
+            ]
+            draw(panels[0], "Phase 1", "iteration", "loss", lines, "y")
         lines = [
-            (phase2["train_loss"], "training", TRAINING_DATA),
-            (phase2["val_loss"], "validation", TRAINED),
+            (None, phase2["train_loss"], "training", TRAINING_DATA),
+            (None, phase2["val_loss"], "validation", TRAINED),
+            (None, record.untrained.get("val_loss"), "validation, untrained contexts", UNTRAINED),
         ]
-        if control := record.untrained.get("val_loss"):
-            lines.append((control, "validation, untrained contexts", UNTRAINED))
         for name, label, style in (("bigram", "bigram counts", COUNTED), ("kn", "Kneser-Ney", REFERENCE)):
-            if perplexity := summary.get(f"val_ppl_{name}"):
-                panels[-1].axhline(math.log(perplexity), label=label, **style | {"marker": None})
-        _by_step(panels[-1], "Phase 2", "epoch", "loss (nats per token)", lines)
+            lines.append((None, math.log(record.summary[f"val_ppl_{name}"]), label, style))
+        known = [line for line in lines if line[1]]  # a baseline has no untrained contexts
+        draw(panels[-1], "Phase 2", "epoch", "loss (nats per token)", known)
 
 
 def run_contexts(record, path):
@@ -128,18 +125,15 @@ def run_contexts(record, path):
             (UNTRAINED, "untrained", lambda key: as_curve(record.curves.get(f"{key}_untrained"))),
             (TRAINED, "trained", lambda key: as_curve(record.curves.get(key))),
         )
-        lines = []
+        lines = [(None, 100 * record.summary["er_ceiling"], "effective rank of Gaussian noise", REFERENCE)]
         for key, untrained, label, style in (
             ("er", "er_train_untrained", "effective rank / width", TRAINED),
             ("converged", "converged_ratio_untrained", "converged tokens", COUNTED),
         ):
-            lines.append(([100 * share for share in record.phase1.get(key, [])], label, style))
-            level = 100 * record.summary[untrained]
-            last.axhline(level, **style | {"marker": None, "linestyle": "--"})
-        last.axhline(
-            100 * record.summary["er_ceiling"], label="effective rank of Gaussian noise", **REFERENCE
-        )
-        _by_step(last, "Phase 1 (dashed: untrained)", "iteration", "% (training tokens)", lines)
+            shares = [100 * share for share in record.phase1.get(key, [])]
+            lines.append((None, shares, label, style))
+            lines.append((None, 100 * record.summary[untrained], None, style | {"linestyle": "--"}))
+        draw(last, "Phase 1 (dashed: untrained)", "iteration", "% (training tokens)", lines)
         last.set_ylim(0, 102)
 
 
@@ -260,8 +254,8 @@ def prefill_speed(rows, curves, path):
                 (row["tokens"], row["speed_up"])
             )
     with figure(path, 1, 2) as ((error, speed),):
-        lines = [(errors, name, weights[name]) for name, errors in curves.items()]
-        _by_step(error, "Cold start", "sweeps", "distance to the loop's contexts, relative", lines, "y")
+        lines = [(None, errors, name, weights[name]) for name, errors in curves.items()]
+        draw(error, "Cold start", "sweeps", "distance to the loop's contexts, relative", lines, "y")
         smallest = min(e for errors in curves.values() for e in errors if e > 0)
         error.set_ylim(min(0.01, smallest) / 2, 4)  # slow stays slow to the eye
         looks = itertools.cycle((TRAINED, TRAINING_DATA, COUNTED))

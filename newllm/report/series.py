@@ -1,7 +1,6 @@
 """The runs of a command that makes several, and a small file that tells `scripts.status` how far it is."""
 
 import json
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,7 +38,7 @@ def make_series(folder, runs, work, done=None):
     for name, state in states.items():
         if state["status"] == "done":
             continue
-        state |= {"status": "running", "begun": time.time()}
+        state["status"] = "running"
         _write(folder, states)
         try:
             summaries[name] = work(name)
@@ -84,20 +83,19 @@ def read_series(folder):
 
 
 def progress(fields):
-    """How far a series is: state, total, done, failed, remaining (runs), elapsed_s, eta_s (None: unknown)."""
+    """How far a series is: state, total, done, failed, remaining, elapsed_s (of runs done), eta_s or None."""
     runs = {status: [] for status in ("done", "failed", "running", "pending")}
     for run in fields["runs"]:
         runs[run["status"]].append(run)
-    left, spent, eta = runs["running"] + runs["pending"], 0.0, None
+    left, eta = runs["running"] + runs["pending"], None
     state = CUT_OFF if left or runs["failed"] else "complete"
     if runs["running"] and not is_gone(fields):
-        state, spent = "running", time.time() - runs["running"][0]["begun"]
+        state = "running"
     seconds = sum(run["metrics"]["seconds"] for run in runs["done"])
     if runs["done"]:
-        seconds_per_size = seconds / sum(run["size"] for run in runs["done"])
-        eta = max(0.0, seconds_per_size * sum(run["size"] for run in left) - spent)
+        eta = seconds * sum(run["size"] for run in left) / sum(run["size"] for run in runs["done"])
     counts = {"total": len(fields["runs"]), "done": len(runs["done"]), "failed": len(runs["failed"])}
-    return {"state": state, **counts, "remaining": len(left), "elapsed_s": seconds + spent, "eta_s": eta}
+    return {"state": state, **counts, "remaining": len(left), "elapsed_s": seconds, "eta_s": eta}
 
 
 def progress_line(counts):
