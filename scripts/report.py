@@ -54,8 +54,8 @@ def main(arguments=None):
         run = find_run(folder, options.runs[0]) if options.runs else runs_in(folder)[-1]
         show(run)
     elif len(options.runs) == 2:
-        runs = [find_run(folder, run) for run in options.runs]
-        print("\n".join(compare(*complete(runs, folder))))
+        one, other = (complete([find_run(folder, run)], folder)[0] for run in options.runs)
+        print("\n".join(compare(one, other)))
     else:
         raise UserError("name one run, or two to compare.")
 

@@ -79,9 +79,8 @@ def draw(panel, title, xlabel, ylabel, lines, log="", form="{x:g}"):
         if isinstance(ys, int | float):
             panel.axhline(ys, label=label, **style | {"marker": None})
             continue
-        panel.plot(
-            xs or range(1, len(ys) + 1), ys, label=label, **style | ({"marker": None} if len(ys) > 20 else {})
-        )
+        look = style if len(ys) <= 20 else style | {"marker": None}
+        panel.plot(xs or range(1, len(ys) + 1), ys, label=label, **look)
         if xs is None:
             panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set(title=title, xlabel=xlabel, ylabel=ylabel)

@@ -191,7 +191,8 @@ def speed_lines(record, status, baseline=None):
             line += f", {speed / theirs:.2f} times the speed of run {baseline.run}"
         lines.append(line)
     whole = sum(planned["tokens"] for planned in plan.values())
-    lines.append(f"  progress: {tokens:,} of at most {whole:,} tokens of all phases ({tokens / whole:.1%})")
+    share = tokens / max(whole, 1)  # Phase 1 alone is nothing to a baseline
+    lines.append(f"  progress: {tokens:,} of at most {whole:,} tokens of all phases ({share:.1%})")
     if record.times:
         return lines + _time_lines(record)
     lines.append(f"  done: {seconds:.1f} s of training")

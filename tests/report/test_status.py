@@ -76,8 +76,11 @@ def test_a_run_cut_off_is_reported_as_far_as_it_came(cut_off, reported, capsys):
     )
     assert total == pytest.approx(done + left, abs=0.11) and left > 0
     assert reported(cut_off, RUN).startswith(f"SPEED ANALYSIS of run {RUN}")
-    with pytest.raises(UserError, match=rf"no run has been completed in .* command continues {RUN}"):
+    sentence = rf"no run has been completed in .* command continues {RUN}"
+    with pytest.raises(UserError, match=sentence):
         export.main(["--checkpoint_dir", str(cut_off)])
+    with pytest.raises(UserError, match=sentence):
+        reported(cut_off, RUN, RUN)
 
 
 def test_a_run_that_saves_nothing_leaves_the_runs_status_alone(cut_off, settings):
