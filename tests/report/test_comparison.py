@@ -201,20 +201,14 @@ def with_curves(arm, weight, seed=0):
     )  # fmt: skip
 
 
-def test_curves_are_means_over_seeds_in_the_order_of_their_points():
-    """Point by point, lists counted from one; an arm without the curve has none."""
-    curves = [with_curves("phase1_frozen", 0.05, seed) for seed in range(2)]
-    comparison = Comparison(curves + rows(("gru", 5.1)))
+def test_points_and_curves_are_pictures(tmp_path):
+    """Curves are means over seeds in the order of their points; arms without contexts have none."""
+    weights = {"untrained_frozen": 0.05, "phase1_frozen": 0.05, "phase1_w0": 0.0, "phase1_w1": 1.0}
+    arms = [with_curves(arm, weight, seed) for arm, weight in weights.items() for seed in range(2)]
+    comparison = Comparison(arms + rows(("gru", 5.1)))
     assert comparison.curve(1000, "phase1_frozen", "cold_start_curve")[3.0] == pytest.approx(2 * 0.5**3)
     assert list(comparison.curve(1000, "phase1_frozen", "memory_curve")) == [0, 1, 2, 16]
     assert comparison.curve(1000, "gru", "cold_start_curve") is None
-
-
-def test_points_and_curves_are_pictures(tmp_path):
-    """Two and six panels; arms without contexts have no curves; the trade-off is drawn over the weights."""
-    weights = {"untrained_frozen": 0.05, "phase1_frozen": 0.05, "phase1_w0": 0.0, "phase1_w1": 1.0}
-    arms = [with_curves(arm, weight) for arm, weight in weights.items()]
-    comparison = Comparison(arms + rows(("gru", 5.1)))
     assert comparison.weights(1000) == [(0.0, "phase1_w0"), (0.05, "phase1_frozen"), (1.0, "phase1_w1")]
     comparison_points(comparison, 1000, tmp_path / "points.png")
     context_curves(comparison, 1000, tmp_path / "plots" / "curves.png")

@@ -166,8 +166,12 @@ def test_a_checkpoint_tells_what_it_holds(folder, capsys):
     assert "kind: model file" in capsys.readouterr().out
 
 
-def test_the_report_lists_and_shows(copied, reported, tmp_path):
+def test_the_report_lists_shows_and_compares(copied, reported, tmp_path):
     """By id, the latest without one; a damaged model is said to be one; sentences for what is not there."""
+    text = reported(copied, *RUNS)
+    assert re.search(r"model_type +\| +context \| +gru", text)
+    assert re.search(r"val_ppl +\| +[\d.]+ \| +[\d.]+ \| +[\d.]+", text)
+    assert "the settings are the same" in reported(copied, FIRST, FIRST)
     text = reported(copied)
     assert f"TRAINING SUMMARY of run {SECOND}" in text and "SPEED ANALYSIS" in text
     assert re.search(r"Found 2 model checkpoints\n(  .*\.pth \d+\.\d MB sha256 [0-9a-f]{12}\n){2}", text)
@@ -177,21 +181,12 @@ def test_the_report_lists_and_shows(copied, reported, tmp_path):
     text = reported(copied, FIRST)
     assert f"TRAINING SUMMARY of run {FIRST}" in text and text.count("DAMAGED") == 1
     for arguments, sentence in (
-        (["nothing"], f"no run 'nothing' in .*: there are {FIRST}, {SECOND}"),
-        ([*RUNS, "third"], "name one run, or two"),
+        ([copied, "nothing"], f"no run 'nothing' in .*: there are {FIRST}, {SECOND}"),
+        ([copied, *RUNS, "third"], "name one run, or two"),
+        ([tmp_path / "empty"], r"no run has begun in .*empty"),
     ):
         with pytest.raises(UserError, match=sentence):
-            reported(copied, *arguments)
-    with pytest.raises(UserError, match=r"no run has begun in .*empty"):
-        reported(tmp_path / "empty")
-
-
-def test_two_runs_are_compared(folder, reported):
-    """Settings that differ, and figures with their ratio."""
-    text = reported(folder, *RUNS)
-    assert re.search(r"model_type +\| +context \| +gru", text)
-    assert re.search(r"val_ppl +\| +[\d.]+ \| +[\d.]+ \| +[\d.]+", text)
-    assert "the settings are the same" in reported(folder, FIRST, FIRST)
+            reported(*arguments)
 
 
 def test_an_export_holds_a_run_whole(folder, tmp_path, capsys):
