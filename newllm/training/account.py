@@ -48,7 +48,6 @@ def announce(config, runtime, data, model, log, notes):
     for line in lines:
         log.say(line)
     log.log("start", config=config.to_dict(), **about, **provenance())
-    log.plan(about["plan"])
     for line in unused:
         log.warn(line)
     for line in notes:
