@@ -80,7 +80,7 @@ def test_a_cache_continues_a_text(model, ids, name):
         assert cache is cache_of(output)
         pieces.append(output.logits)
     torch.testing.assert_close(torch.cat(pieces, 1), whole, rtol=1e-5, atol=1e-6)
-    assert cache.layers[0].recurrent_states[0].shape == (B, 32)
+    assert cache.context.shape == (B, 32)
     assert getattr(model(ids, use_cache=False), name) is None
 
 
