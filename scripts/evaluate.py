@@ -54,7 +54,6 @@ def evaluate(path, data_source="", samples=0):
         "data_source": corpus.name,
         "val_tokens": ids[:, 1:].numel(),
         **{f"val_{name}": value for name, value in metrics.items()},
-        "val_loss_of_the_run": metrics_in(saved).get("loss"),
     }
 
 
@@ -62,6 +61,7 @@ def inspect(path):
     """What a model file or a checkpoint holds, as a dict of plain values; UserError if it cannot be read."""
     _, saved = open_saved(path)
     usual, state = ResidualConfig().to_dict(), saved.get("stage_state") or {}
+    metrics = saved.get("metrics") or saved.get("best") or state.get("best") or {}  # of the best epoch
     weights = list(saved["model_state_dict"].values())
     everything = [leaf for leaf in tree_leaves(saved) if isinstance(leaf, torch.Tensor)]
     differing = [f"{name} = {value!r}" for name, value in saved["config"].items() if usual.get(name) != value]
@@ -72,7 +72,7 @@ def inspect(path):
         **plain(saved),
         **plain(state),
         **plain(saved.get("position") or {}),
-        **{f"val_{name}": value for name, value in plain(metrics_in(saved)).items()},
+        **{f"val_{name}": value for name, value in plain(metrics).items()},
         "model_tensors": len(weights),
         "model_mb": sum(tensor.nbytes for tensor in weights) / 1e6,
         "all_tensors": len(everything),
@@ -86,12 +86,6 @@ def inspect(path):
 def plain(values):
     """Those values of a dict that fit on a line."""
     return {name: value for name, value in values.items() if isinstance(value, str | int | float)}
-
-
-def metrics_in(saved):
-    """Validation figures that a file carries: of its own weights, else of the best epoch; {} without any."""
-    state = saved.get("stage_state") or {}
-    return saved.get("metrics") or saved.get("best") or state.get("best") or {}
 
 
 def main(arguments=None):

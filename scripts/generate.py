@@ -78,12 +78,11 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     prompt = readable(options.prompt, "--prompt")
     model, tokenizer, _ = open_model(options.model_path, options.cache_dir)
-    end = tokenizer.eos_id
     given = options.max_tokens, options.seed, options.temperature, options.top_k, options.top_p
 
     def continuation(text):
         """Pieces of text that come one after the other."""
-        decode = tokenizer.decoder()
+        decode, end = tokenizer.decoder(), tokenizer.eos_id
         for token in generate(model, tokenizer.encode(text) or [end], *given, eos_id=end):
             yield decode(token)
         yield decode()

@@ -1,4 +1,4 @@
-"""Which settings have no effect beside the others, and why: said at a run's start, by doctor and dry runs."""
+"""Which settings have no effect beside the others, and why: said at a run's start and by dry runs."""
 
 from newllm.data.order import batch_count
 from newllm.models.baselines import BASELINES
