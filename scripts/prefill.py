@@ -6,15 +6,15 @@
 
 The sequence is the run's data, training and validation ids end to end. The loop takes one step a token, in
 fp32: for one token, converting the weights costs more than using them. Sweeps begin cold and go on until no
-token's context would change by more than a tolerance: in the precision in effect as far as its rounding lets
-them, from there on in fp32. Passes count the evaluations of an average token, sweeps those that depend on
-each other. Both ways make contexts alone, from embeddings that are there already. Errors are distances to the
-loop's contexts, relative to their norm: over all tokens, and of the worst one.
+token's context would change by more than a tolerance. Passes count the evaluations of an average token,
+sweeps those that depend on each other. Both ways make contexts alone, from embeddings that are there already.
+Errors are distances to the loop's contexts, relative to their norm: over all tokens, and of the worst one.
 """
 
 import contextlib
 import itertools
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -28,7 +28,6 @@ from newllm.errors import UserError, exit_on_user_error
 from newllm.fixed_point.diagnostics import cold_start_curve
 from newllm.fixed_point.solver import prefill
 from newllm.flags import flag, parse_args
-from newllm.memory import is_out_of_memory
 from newllm.models.baselines import build_model
 from newllm.models.pretrained import load_embedding
 from newllm.progress import Progress
@@ -36,7 +35,7 @@ from newllm.report.compare import table
 from newllm.report.pictures import prefill_speed
 from newllm.report.record import new_run_id
 from newllm.saving.trained import load_trained
-from newllm.training.runtime import StepFunction, describe_device, open_runtime, peak_memory_mb, reason_of
+from newllm.training.runtime import StepFunction, describe_device, open_runtime, peak_memory_mb
 
 LOOP_PIECE = 256  # tokens of the loop between two looks at the clock
 CURVE_TOKENS, CURVE_SWEEPS = 2048, 32  # of the curve of errors, in fp32
@@ -78,21 +77,18 @@ class Stream:
                 progress.update(last - first)
         return contexts, seconds
 
-    def stages(self, tolerance):
-        """[(precision, type, autocast, tolerance), ...] of sweeps, as low as the tolerance lets them be."""
-        exact = "fp32", torch.float32, contextlib.nullcontext, tolerance
-        dtype = self.runtime.storage_dtype
-        if dtype == torch.float32:
-            return [exact]
-        rounding = torch.finfo(dtype).eps
-        rough = self.runtime.precision, dtype, self.runtime.autocast, max(tolerance, rounding)
-        return [rough, exact] if tolerance < rounding else [rough]
-
     def swept(self, length, tolerance):
-        """Contexts [1, length, C] by sweeps, work by precision, whether they converged, seconds."""
-        contexts, work = None, {}
+        """Contexts [1, length, C] by sweeps, work by precision, whether they converged, seconds.
+
+        A tolerance below the rounding of the precision in effect is finished in fp32, from where that came to.
+        """
+        runtime, contexts, work = self.runtime, None, {}
+        exact = "fp32", torch.float32, contextlib.nullcontext, tolerance
+        rounding = torch.finfo(runtime.storage_dtype).eps
+        rough = runtime.precision, runtime.storage_dtype, runtime.autocast, max(tolerance, rounding)
+        stages = [rough, exact] if tolerance < rounding else [rough]
         started = self.clock()
-        for precision, dtype, autocast, enough in self.stages(tolerance):
+        for precision, dtype, autocast, enough in stages:
             tokens = self.embeddings[:, :length].to(dtype)
             with autocast():
                 contexts, _, stats = prefill(
@@ -134,18 +130,6 @@ def measure(stream, options, weights, say):
     return rows, cold_start_curve(stream.step.contexts, *first, min(CURVE_SWEEPS, options.max_sweeps))
 
 
-def surviving(stream, weights, say, measured):
-    """What `measured` returns, begun anew when the compiler fails: at the second time as written."""
-    while True:
-        try:
-            return measured()
-        except Exception as error:
-            if not stream.step.compiled or is_out_of_memory(error):
-                raise
-            reason = reason_of(error)
-        say(stream.step.survive(f"the contexts of the {weights} network", reason))
-
-
 def shown(row):
     """A row of the table."""
     passes = " + ".join(f"{done['passes']:.1f} {precision}" for precision, done in row["work"].items())
@@ -182,13 +166,12 @@ def report(config, options, say):
     ids, line = one_sequence(data, options.lengths[-1])
     model = build_model(config, data.vocab_size, pretrained).to(runtime.device).eval()
     made = {"device": describe_device(runtime), "sequence": line, "trained": None, "rows": [], "curves": {}}
-    say(f"device: {made['device']}\n" + "\n".join([*data.notes, line]))
+    say("\n".join([f"device: {made['device']}", *data.notes, line]))
 
     def add(weights):
         stream = Stream(model, ids.to(runtime.device), runtime, options)
-        rows, curve = surviving(stream, weights, say, lambda: measure(stream, options, weights, say))
+        rows, made["curves"][weights] = measure(stream, options, weights, say)
         made["rows"] += rows
-        made["curves"][weights] = curve
 
     if not options.trained:
         add("untrained")
@@ -199,10 +182,11 @@ def report(config, options, say):
     if made["trained"]:
         say(f"trained: {made['trained']}")
         add("trained")
-    elif options.trained:
-        raise UserError(f"{config.checkpoint_dir} holds no trained weights of these settings: {reason}")
     else:
-        say(f"trained: no weights of these settings in {config.checkpoint_dir}: {reason}")
+        line = f"{config.checkpoint_dir} holds no trained weights of these settings: {reason}"
+        if options.trained:
+            raise UserError(line)
+        say(line)
     return made | {"peak_memory_mb": peak_memory_mb(), "config": config.to_dict()}
 
 
@@ -210,32 +194,31 @@ def main(config, options):
     """Measure, print and draw."""
     out = sys.stderr if options.json else sys.stdout  # with --json nothing but the object goes to stdout
     with contextlib.redirect_stdout(out):
-        made = report(config, options, (lambda line: None) if options.json else print)
+        made = report(config, options, print)
     usual = Path(config.checkpoint_dir) / "outputs" / "plots" / f"prefill_{new_run_id()}.png"
     path = Path(options.plot or usual)
-    try:
-        prefill_speed(made["rows"], made["curves"], path)
-        line = f"plot: {path}"
-    except OSError as error:  # a folder that refuses costs the picture, not the figures
-        line = f"warning: {path} cannot be written ({error.strerror or error})"
     if options.json:
         print(json.dumps(made))
     else:
         print("\n" + "\n".join(table(COLUMNS, map(shown, made["rows"]))))
         print(f"\npeak memory: {made['peak_memory_mb']:,.0f} MB")
-    print(line, file=out)
+    try:
+        prefill_speed(made["rows"], made["curves"], path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): choose another --plot.") from error
+    print(f"plot: {path}", file=out)
 
 
-def numbers(kind, low, high, descending=False):
-    """Parser of `a,b,c`: different numbers within bounds, in order."""
+def numbers(kind, low, descending=False):
+    """Parser of `a,b,c`: different numbers from a lowest one on, in order."""
 
     def parse(text):
         try:
             values = sorted({kind(word.replace("_", "")) for word in text.split(",")}, reverse=descending)
         except ValueError:
-            values = []
-        if not values or not low <= min(values) <= max(values) <= high:
-            raise UserError(f"numbers from {low:g} to {high:g} with commas between are wanted, not '{text}'.")
+            values = [0]
+        if not low <= min(values) <= max(values) < math.inf:
+            raise UserError(f"numbers from {low:g} on with commas between are wanted, not '{text}'.")
         return values
 
     return parse
@@ -243,14 +226,11 @@ def numbers(kind, low, high, descending=False):
 
 def flags(parser):
     """The command's own flags."""
-    add, most = parser.add_argument, 10**9
-    lengths, tolerances = numbers(int, 1, most), numbers(float, 1e-6, 1, descending=True)
-    small = "relative changes of a sweep that are small enough, comma-separated"
-    add("--lengths", type=lengths, default="1000,10000,100000", help="tokens, comma-separated")
-    add("--tolerance", type=tolerances, default="1e-2,1e-3,1e-4", help=small)
-    whole = Range(1, most)
-    add("--max_sweeps", type=flag("max_sweeps", int, whole), default=64, help="of a piece, at most")
-    add("--piece", type=flag("piece", int, whole), default=4096, help="tokens swept at once")
+    add, small = parser.add_argument, "relative changes of a sweep that are small enough, comma-separated"
+    add("--lengths", type=numbers(int, 1), default="1000,10000,100000", help="tokens, comma-separated")
+    add("--tolerance", type=numbers(float, 1e-6, descending=True), default="1e-2,1e-3,1e-4", help=small)
+    add("--max_sweeps", type=flag("max_sweeps", int, Range(1)), default=64, help="of a piece, at most")
+    add("--piece", type=flag("piece", int, Range(1)), default=4096, help="tokens swept at once")
     add("--trained", action="store_true", help="trained weights alone; without them an error")
     add("--json", action="store_true", help="one JSON object instead of a table")
     add("--plot", type=expanded, help="PNG file (default: in outputs/plots of checkpoint_dir)")
