@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,21 +67,13 @@ def test_the_seed_decides_the_draws_and_the_filters_narrow_them(model):
         assert list(generate(model, [1], 20, seed=5, **narrow)) == greedy
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory, corpus_file):
-    """Folder of a complete run."""
-    room = tmp_path_factory.mktemp("run")
-    sizes = dict(num_samples=12, val_samples=6, max_seq_length=24, context_dim=16, embed_dim=16, num_layers=1)
-    rounds = dict(phase1_max_iterations=1, phase2_epochs=1, min_batches=3, untrained_control=False)
-    places = dict(
-        data_source=str(corpus_file), cache_dir=str(room / "cache"), checkpoint_dir=str(room / "runs")
+def test_the_command_writes_with_what_was_trained(tiny_settings, tmp_path, capsys, monkeypatch):
+    """From a folder, a checkpoint and a model file, greedy the same; a conversation; a sentence for nothing."""
+    trained = Path(tiny_settings["checkpoint_dir"])
+    train(
+        ResidualConfig(**tiny_settings | dict(artifacts=True, untrained_control=False, freeze_context=True))
     )
-    train(ResidualConfig(tokenizer="bpe", vocab_size=300, device="cpu", **sizes, **rounds, **places))
-    return room / "runs"
-
-
-def test_the_command_writes_with_what_was_trained(trained, tmp_path, capsys, monkeypatch):
-    """From a folder, a checkpoint and a model file, greedy the same; a conversation; a sentence for nothing there."""
+    capsys.readouterr()
     [file] = trained.glob("*/models/*.pth")
     texts = []
     for path in (trained, trained / "model_best.pt", file):
