@@ -3,11 +3,10 @@
     python3 -m scripts.bench                  # the network of config.py; every setting is a flag
     python3 -m scripts.bench --json
 
-Parts are timed one after the other in one process, on random ids; a speed is the median of a few steps, with
-the slowest and the fastest. The matrix rates are those of the same process at the shapes used (forward and
-both gradients), so a share says what is left to gain on this machine; only matrix products count as
-arithmetic. Switches are compared before that, each in a process of its own, whose peak memory is then its own
-too; the last two are the baseline Transformer, end to end, with either backend of its attention.
+Parts are timed on random ids; a speed is the median of a few steps, with the slowest and the fastest. Matrix
+rates are those of the same process at the shapes used (forward and both gradients), so a share says what is
+left to gain on this machine; only matrix products count as arithmetic. Switches are compared each in a
+process of its own; the last two are the baseline Transformer, with either backend of its attention.
 """
 
 import contextlib
@@ -90,7 +89,6 @@ class Bench:
         samples = (ROUNDS + 1) * max(config.phase1_batch_size, config.phase2_batch_size)
         shape = samples, config.max_seq_length + 1
         self.ids = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).int()
-        self.token_bytes = torch.ones(vocab_size)
         self.model = build_model(config, vocab_size).to(self.device)
 
     def now(self):
@@ -122,14 +120,12 @@ class Bench:
 
     def per_token_loop(self, training):
         """One token at a time, each with its own call and, in training, its own backward pass."""
-        ids = self.ids.flatten()[:LOOP_TOKENS].long().to(self.device)
-        tokens = self.model.embed(ids).detach()
-        start = torch.zeros(self.config.context_dim, device=self.device)
+        tokens = self.model.embed(self.ids.flatten()[:LOOP_TOKENS].long().to(self.device)).detach()
 
         def loop():
-            context = start
-            for token in tokens:
-                with torch.set_grad_enabled(training):
+            context = tokens.new_zeros(self.config.context_dim)
+            with torch.set_grad_enabled(training):
+                for token in tokens:
                     context, _ = self.model.step(context.detach(), token)
                     if training:
                         context.square().mean().backward()
@@ -139,8 +135,8 @@ class Bench:
     def sweep_forward(self):
         """One sweep over a batch, without gradient."""
         ids = self.ids[: self.config.phase1_batch_size, :-1].long().to(self.device)
-        contexts = torch.randn(*ids.shape, self.config.context_dim, device=self.device)
-        contexts = contexts.to(self.runtime.storage_dtype)
+        shape = *ids.shape, self.config.context_dim
+        contexts = torch.randn(shape, device=self.device).to(self.runtime.storage_dtype)
 
         def once():
             with torch.no_grad(), self.runtime.autocast():
@@ -151,8 +147,8 @@ class Bench:
     def sequential(self, sequences):
         """Step by step, with so many sequences at once."""
         ids = self.ids[:1].expand(sequences, -1)
-        how = self.runtime.autocast, self.device, self.runtime.storage_dtype
-        return self.rates(ids[:, 1:].numel(), lambda: trajectories(self.model, ids, *how))
+        exact = self.runtime.autocast, self.device, self.runtime.storage_dtype
+        return self.rates(ids[:, 1:].numel(), lambda: trajectories(self.model, ids, *exact))
 
     def generation(self):
         """Greedy, one sequence, in fp32: for one token, converting the weights costs more than using them."""
@@ -165,7 +161,7 @@ class Bench:
         """
         ids = self.ids[: (ROUNDS + 1) * getattr(self.config, f"phase{phase}_batch_size")]
         config = dataclasses.replace(self.config, num_samples=len(ids), **TWO_EPOCHS)
-        samples = SimpleNamespace(train=ids, val=ids[:1], token_bytes=self.token_bytes)
+        samples = SimpleNamespace(train=ids, val=ids[:1], token_bytes=torch.ones(self.model.vocab_size))
         folder, ends = tempfile.gettempdir(), []
         if phase == 1:
             made = Phase1(self.model, ids, config, self.runtime, folder)
