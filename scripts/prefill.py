@@ -75,7 +75,7 @@ class Stream:
     def swept(self, length, tolerance):
         """Contexts [1, length, C] by sweeps, work by precision, whether they converged, seconds.
 
-        A tolerance below the rounding of the precision in effect is finished in fp32, from where that came to.
+        A tolerance below the rounding of the precision in effect is finished in fp32.
         """
         runtime, contexts, work = self.runtime, None, {}
         rounding = torch.finfo(runtime.storage_dtype).eps

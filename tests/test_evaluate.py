@@ -53,7 +53,7 @@ def predict(model, ids, autocast=contextlib.nullcontext, features=None):
 
 @pytest.mark.parametrize("at_once", [5, 256])
 def test_the_metrics_are_those_of_the_whole_logits(model, monkeypatch, at_once):
-    """Mean nats, its exponential, right argmaxes, bits over the targets' bytes; of samples in uneven parts."""
+    """Mean nats, its exponential, right argmaxes, bits over the targets' bytes; in uneven parts."""
     monkeypatch.setattr(evaluate, "SEQUENCES_AT_A_TIME", at_once)
     ids = samples(12)
     targets = ids[:, 1:].long()
@@ -114,7 +114,7 @@ def test_a_cut_context_is_made_of_the_last_tokens_alone(model):
 
 
 def test_context_metrics_are_plain_and_the_same_twice(model):
-    """Numbers and curves that JSON can hold, of equally many tokens of both splits; bars end at their totals."""
+    """Numbers and curves that JSON can hold, of as many tokens of both splits; bars end at their totals."""
     bars = []
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness gives an exported folder the figures of our own model, by the task and command of the docs."""
+"""lm-evaluation-harness gives an exported folder our own figures, by the task and command of the docs."""
 
 import contextlib
 import importlib

@@ -119,7 +119,7 @@ def test_a_sequence_longer_than_the_data_repeats_it_and_says_so():
 
 
 def test_bad_input_is_a_sentence(tiny_settings):
-    """A baseline has nothing to sweep; lengths ascend, the loosest tolerance is first, anything else is named."""
+    """A baseline has nothing to sweep; lengths ascend, the loosest tolerance is first, else a sentence."""
     with pytest.raises(UserError, match="'gru' has no context to sweep"):
         prefill.report(ResidualConfig(**tiny_settings | {"model_type": "gru"}), options(), print)
 

@@ -1,5 +1,4 @@
-"""The model behaves as transformers' own do: cache, padding, decoding, ends, refusals, labels, Trainer,
-sizes, folders."""
+"""The model behaves as transformers' own do: cache, padding, decoding, refusals, labels, Trainer, sizes."""
 
 import importlib.metadata
 import logging
@@ -56,8 +55,7 @@ def test_greedy_is_the_same_with_and_without_cache_and_by_our_own_generation(mod
 
 
 def test_padding_on_the_left_and_company_change_nothing(model, ids):
-    """A text alone, in a batch, and behind padding of any content: the same logits and the same
-    continuation."""
+    """A text alone, in a batch, and behind padding of any content: the same logits and continuation."""
     lengths = torch.tensor([T, T - 4, T - 1])
     mask = (torch.arange(T) >= T - lengths[:, None]).long()
     padded = torch.where(mask > 0, ids, 7)
@@ -71,8 +69,7 @@ def test_padding_on_the_left_and_company_change_nothing(model, ids):
 
 @pytest.mark.parametrize("name", ["cache", "cache_params", "past_key_values"])
 def test_a_cache_continues_a_text(model, ids, name):
-    """In one piece, in two, one by one, by each of the names that transformers has had for it; the state
-    has one size."""
+    """In pieces, by each of the names that transformers has had for it; the state has one size."""
     whole, cache, pieces = model(ids).logits, None, []
     for start, end in ((0, 4), (4, 5), (5, T)):
         output = model(ids[:, start:end], **{name: cache})
@@ -225,8 +222,10 @@ def sized(request):
     ids=str,
 )
 def test_another_number_of_tokens(sized, tmp_path, options, size):
-    """Ids that stay have the logits they had, new ones are no likelier than the least likely. Saved and
-    loaded by the Auto classes every tensor is the same, and the model generates and trains."""
+    """Ids that stay have the logits they had, new ones are no likelier than the least likely.
+
+    Saved and loaded by the Auto classes every tensor is the same, and the model generates and trains.
+    """
     ids = torch.randint(0, V - 20, (2, T), generator=torch.Generator().manual_seed(0))
     before = sized(ids).logits
     sized.resize_token_embeddings(**options)
