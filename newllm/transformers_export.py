@@ -17,15 +17,12 @@ from newllm.report.summary import language_rows
 from newllm.saving.trained import load_model
 from newllm.transformers_model import NewLLMConfig, NewLLMForCausalLM
 
+MODEL = "modeling_newllm"
 CODE = {  # file of the folder: the module it is copied from
-    "modeling_newllm.py": "transformers_model.py",
+    f"{MODEL}.py": "transformers_model.py",
     "network.py": "models/network.py",
     "solver.py": "fixed_point/solver.py",
     "versions.py": "versions.py",
-}
-CLASSES = {
-    "AutoConfig": "modeling_newllm.NewLLMConfig",
-    "AutoModelForCausalLM": "modeling_newllm.NewLLMForCausalLM",
 }
 NEEDED = ("torch", "transformers", "tokenizers")  # to load an exported folder
 # Writes a dialogue as the data's `render` does, and raises where that does: encode() on lone surrogates.
@@ -62,7 +59,7 @@ def export_folder(saved, record, folder):
     """
     model, tokenizer = to_transformers(saved)
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()) and not is_export(folder):
+    if any(folder.glob("[!.]*")) and not is_export(folder):
         raise UserError(f"{folder} holds other files, which would be replaced: choose a new folder.")
     with written_together(folder) as new:
         model.save_pretrained(new)
@@ -107,7 +104,9 @@ def to_transformers(saved):
         embed_dim=settings["embed_dim"], num_hidden_layers=settings["num_layers"],
         token_layers=settings["token_layers"], keeps_embedding=network.context_embedding is not None,
         tie_word_embeddings=settings["tie_weights"], seed=settings["seed"],
-        eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id, auto_map=CLASSES,
+        eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id,
+        auto_map={"AutoConfig": f"{MODEL}.NewLLMConfig",
+                  "AutoModelForCausalLM": f"{MODEL}.NewLLMForCausalLM"},
     )  # fmt: skip
     model = NewLLMForCausalLM(config)
     model.network.load_state_dict(network.state_dict())
@@ -153,7 +152,7 @@ def written_together(folder):
 
 def model_card(record):
     """The folder's README.md, from what the run has written down: data, figures beside others, limits."""
-    config, summary, start = record.config, record.summary, record.start
+    config, summary = record.config, record.summary
     table = "\n".join(f"| {name} | {ppl:.1f} | {bpb:.3f} |" for name, ppl, bpb in language_rows(summary))
     return f"""---
 library_name: transformers
@@ -167,10 +166,9 @@ A research model, trained from scratch on {summary["train_tokens"]:,} tokens of 
 far too few to be useful for anything but studying it. It will make things up and say what its data say.
 
 - Network: {config["num_layers"]} layers, context {config["context_dim"]}, embedding {config["embed_dim"]},
-  {summary["parameters"]:,} parameters; {summary["vocab_size"]:,} ids of tokenizer {summary["tokenizer"]};
-  trained on samples of {config["max_seq_length"]} tokens.
-- Training: next-token prediction, best of {summary["phase2_best_epoch"]} epochs, contexts
-  {summary["contexts"]}; seed {config["seed"]}; commit {start.get("git_commit")}.
+  {summary["parameters"]:,} parameters; {summary["vocab_size"]:,} ids of tokenizer {summary["tokenizer"]}.
+- Training: samples of {config["max_seq_length"]} tokens, contexts {summary["contexts"]}, best epoch
+  {summary["phase2_best_epoch"]}, seed {config["seed"]}, commit {record.start.get("git_commit")}.
 
 | held-out dialogues | perplexity | bits per byte |
 |---|---|---|

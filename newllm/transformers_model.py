@@ -74,7 +74,6 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = NewLLMConfig
     base_model_prefix = "network"
-    main_input_name = "input_ids"
     _is_stateful = True  # transformers then refuses what would roll a cache back
     _no_split_modules = ("ContextMap",)
 
@@ -158,7 +157,14 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
                 "this model reads input_ids on from the cache that it returned (cache, or cache_params): it "
                 "takes neither inputs_embeds nor another model's cache."
             )
-        self._require_known(input_ids)
+        known = self.network.vocab_size
+        if (
+            input_ids.shape[1] > 1 and input_ids.max() >= known
+        ):  # generation draws single ones from the logits
+            raise ValueError(
+                f"input_ids hold {input_ids.max()}, and this model has the ids 0 to {known - 1}: after "
+                "tokenizer.add_tokens call model.resize_token_embeddings(len(tokenizer))."
+            )
         mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
         if mask is not None and mask.all():
             mask = None
@@ -167,8 +173,7 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         logits = self.network.logits(contexts[:, keep], streams[:, keep])
         loss = None
         if labels is not None:
-            size = self.config.vocab_size
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **kwargs)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=known, **kwargs)
         if self.config.use_cache if use_cache is None else use_cache:
             cache.context = contexts[:, -1].detach()
         else:
@@ -194,15 +199,6 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
             if all(stats.converged):
                 return contexts, streams
         return sequential(step, tokens, width, state)
-
-    def _require_known(self, ids):
-        """Say which id is too large, but of single tokens: generation has drawn them from the logits."""
-        known = self.network.vocab_size
-        if ids.shape[1] > 1 and ids.max() >= known:
-            raise ValueError(
-                f"input_ids hold {ids.max()}, and this model has the ids 0 to {known - 1}: after "
-                "tokenizer.add_tokens call model.resize_token_embeddings(len(tokenizer))."
-            )
 
 
 if __name__.startswith("newllm."):  # in an exported folder the configuration names the classes
