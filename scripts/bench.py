@@ -61,7 +61,7 @@ TRANSFORMER = dict(model_type="transformer", freeze_context=False, whiten_contex
 
 
 def speed(values):
-    return "{:,.0f} ({:,.0f} to {:,.0f})".format(*values)
+    return f"{median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
 
 
 PART_COLUMNS = {
@@ -183,8 +183,8 @@ def bench_parts(config):
     """Time all parts.
 
     Returns:
-        Rows: part, tok_per_s [median, lowest, highest], gflops, share (of its time, that its products take at
-        the rates measured for their shapes, in the precision in effect), ratio (to the per-token loop).
+        Rows: part, tok_per_s (list), gflops, share (of its time, that its products take at the rates measured
+        for their shapes, in the precision in effect), ratio (to the per-token loop).
     """
     main, rates = Bench(config, VOCABULARIES[0]), {}
     used, flops = main.runtime.precision, main.flops
@@ -205,7 +205,7 @@ def bench_parts(config):
         gflops = middle * sum(flops for flops, _ in work) / 1e9
         share = middle * sum(flops / rate for flops, rate in work)
         ratio = middle / median(base) if base else None
-        rows.append(dict(part=part, tok_per_s=spread(speeds), gflops=gflops, share=share, ratio=ratio))
+        rows.append(dict(part=part, tok_per_s=speeds, gflops=gflops, share=share, ratio=ratio))
 
     single, rate = rates["fp32", "map"], rates[used, "map"]
     loop, training_loop = main.per_token_loop(False), main.per_token_loop(True)
@@ -235,10 +235,12 @@ def time_switch(config, attention=None):
     timed = Bench(config, VOCABULARIES[0])
     if attention:
         timed.model.body.set_attn_implementation(attention)
-    phase1 = None if attention else spread(timed.training(1))
-    phase2 = spread(timed.training(2))
-    peak = peak_memory_mb()
-    return dict(phase1_tok_per_s=phase1, phase2_tok_per_s=phase2, loss=timed.loss, peak_memory_mb=peak)
+    return {
+        "phase1_tok_per_s": None if attention else timed.training(1),
+        "phase2_tok_per_s": timed.training(2),
+        "loss": timed.loss,
+        "peak_memory_mb": peak_memory_mb(),
+    }
 
 
 def bench_switches(config):
@@ -248,10 +250,6 @@ def bench_switches(config):
         transformer = dataclasses.replace(config, **TRANSFORMER)
         runs[f"Transformer, attention {backend}"] = time_switch, transformer, backend
     return [{"switch": name} | call_apart(*run) for name, run in runs.items()]
-
-
-def spread(speeds):
-    return [median(speeds), min(speeds), max(speeds)]
 
 
 def print_table(columns, rows):
