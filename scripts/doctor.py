@@ -3,10 +3,13 @@
     python3 -m scripts.doctor                        # the values of config.py
     python3 -m scripts.doctor --num_samples 781      # every setting is a flag, as in train.py
     python3 -m scripts.doctor --memory               # what that run holds in memory, by stage, and its peak
+    python3 -m scripts.doctor --measure              # the same, beside what two rounds of each stage take
 
 Needs no GPU and changes nothing; folders that a run would make are made.
 """
 
+import contextlib
+import dataclasses
 import importlib.metadata
 import importlib.util
 import os
@@ -19,7 +22,9 @@ from pathlib import Path
 
 import torch
 
+import train
 from config import ResidualConfig
+from newllm.apart import call_apart
 from newllm.data.dialogues import open_corpus
 from newllm.data.tokens import choose_tokenizer, tokenizer_choice
 from newllm.errors import UserError, exit_on_user_error
@@ -29,6 +34,7 @@ from newllm.report.compare import table
 from newllm.report.summary import batches, cadence, trainable
 from newllm.saving.checkpoint import require_space
 from newllm.saving.files import COLAB_DRIVE, usable_folder
+from newllm.saving.stop import Interrupt
 from newllm.training import memory_estimate
 from newllm.training.effects import training_samples
 from newllm.training.memory_estimate import sketch, usable_memory, vocabulary
@@ -37,6 +43,8 @@ from newllm.training.runtime import allocator_setting, describe_device, open_run
 from newllm.versions import outside
 
 MARGIN = 0.9  # share of the memory that a run may be predicted to take
+# Saves and best weights lie beside training from the second round on.
+ROUNDS = dict(phase1_max_iterations=2, phase2_epochs=2, load_checkpoint=False, artifacts=False, backup_dir="")
 INSTALL = "`pip install -q -e .`"
 
 
@@ -167,8 +175,14 @@ def main(config):
     return not causes
 
 
-def print_memory(config):
-    """What a run holds in each stage, its predicted peak, and whether this machine has it."""
+def measure(config):
+    """Peak MB of this process after two rounds of each stage."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        return train.main(dataclasses.replace(config, checkpoint_dir=folder, **ROUNDS))["peak_memory_mb"]
+
+
+def print_memory(config, measuring):
+    """What a run holds in each stage, its predicted and measured peak, and whether this machine has it."""
     runtime = open_runtime(config)
     print(f"device: {describe_device(runtime)}; vocabulary {vocabulary(config):,}\n")
     stages = memory_estimate.memory_table(config, vocabulary(config), runtime)
@@ -178,18 +192,23 @@ def print_memory(config):
     peak, usable = max(sums), usable_memory(config, runtime.device)
     bound = "a lower bound" if config.compile or runtime.device.type == "cuda" else "give or take 15 %"
     print(f"\npredicted peak: {peak:,.0f} MB, {bound}")
+    if measuring:
+        with Interrupt():
+            measured = call_apart(measure, config)
+        print(f"measured peak: {measured:,.0f} MB, so the estimate is {peak / measured - 1:+.1%} off")
     verdict = "fits" if peak <= usable else "does not fit"
     print(f"memory of this machine: {usable:,.0f} MB, so the run {verdict}: margin {usable - peak:,.0f} MB")
 
 
 def flags(parser):
     parser.add_argument("--memory", action="store_true", help="only what a run holds in memory, by stage")
+    parser.add_argument("--measure", action="store_true", help="the same, beside what two rounds really take")
 
 
 if __name__ == "__main__":
     with exit_on_user_error():
         config, arguments = parse_args(ResidualConfig, description=__doc__.splitlines()[0], extra=flags)
-        if arguments.memory:
-            print_memory(config)
+        if arguments.memory or arguments.measure:
+            print_memory(config, arguments.measure)
         else:
             sys.exit(0 if main(config) else 1)

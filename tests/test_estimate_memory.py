@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import as_flags, run, write_dialogues
+from helpers import as_flags, write_dialogues
 
 from config import ResidualConfig
 from newllm.models.baselines import BASELINES, build_model
@@ -74,7 +74,7 @@ def test_contexts_and_features_by_hand(precision, width):
 def test_a_run_has_the_stages_of_its_kind_and_a_table_of_them(kind, capsys, monkeypatch):
     """Only the context map has an untrained row and a Phase 1. The largest sum is the peak."""
     config = settings(model_type=kind, untrained_control=True)
-    doctor.print_memory(config)
+    doctor.print_memory(config, measuring=False)
     text = capsys.readouterr().out.replace("|", " ")
     stages = ["untrained", "phase1", "phase2"] if kind == "context" else ["phase2"]
     assert f"MB {' '.join(stages)}" in " ".join(text.split())
@@ -82,7 +82,7 @@ def test_a_run_has_the_stages_of_its_kind_and_a_table_of_them(kind, capsys, monk
     peak = re.search("predicted peak: (.*) MB, give or take", text)[1].replace(",", "")
     assert float(peak) == pytest.approx(max(sums), abs=1) and "the run fits: margin" in text
     monkeypatch.setattr(memory_estimate, "memory_of", lambda device: 10**8)
-    doctor.print_memory(dataclasses.replace(config, compile=True))
+    doctor.print_memory(dataclasses.replace(config, compile=True), measuring=False)
     text = capsys.readouterr().out
     assert "MB, a lower bound" in text and "the run does not fit: margin -" in text
 
@@ -108,18 +108,14 @@ def test_more_of_anything_is_never_less_memory(kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["context", "transformer"])
 def test_the_estimate_of_a_middle_sized_run_meets_its_measured_peak(kind, tmp_path):
-    """`doctor --memory` of a network 256 wide, 2 layers, 32 samples: within 20 % of what two rounds take."""
+    """`doctor --measure` of a network 256 wide, 2 layers, 32 samples: within 20 %."""
+    data = write_dialogues(tmp_path / "dialogues.jsonl", 400)
     sizes = dict(context_dim=256, embed_dim=256, num_layers=2, num_samples=32, val_samples=16, vocab_size=300)
-    rounds = dict(phase1_max_iterations=2, phase2_epochs=2, artifacts=False)
-    chosen = sizes | dict(model_type=kind, tokenizer="bpe", device="cpu", min_batches=4, cache_dir=tmp_path)
-    chosen["data_source"] = write_dialogues(tmp_path / "dialogues.jsonl", 400)
-    command = [sys.executable, "-m", "scripts.doctor", "--memory", *as_flags(chosen)]
-    predicted = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    done = run("train.py", chosen | rounds | dict(checkpoint_dir=tmp_path / "checkpoints"))
-    measured = float(re.search(r"peak_memory_mb: (.*)", done.stdout)[1])
-    assert float(re.search("predicted peak: (.*) MB", predicted)[1].replace(",", "")) == pytest.approx(
-        measured, rel=0.2
-    )
+    chosen = dict(model_type=kind, data_source=data, tokenizer="bpe", device="cpu", cache_dir=tmp_path)
+    chosen["min_batches"] = 4
+    command = [sys.executable, "-m", "scripts.doctor", "--measure", *as_flags(sizes | chosen)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert abs(float(re.search(r"the estimate is ([+-].*)% off", text)[1])) < 20
 
 
 def test_a_run_is_predicted_no_less_than_its_process_holds_already(monkeypatch):
