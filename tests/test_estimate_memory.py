@@ -80,7 +80,7 @@ def test_a_run_has_the_stages_of_its_kind_and_a_table_of_them(kind, capsys, monk
     """Only the context map has an untrained row and a Phase 1. The largest sum is the peak."""
     config = settings(model_type=kind, untrained_control=True)
     doctor.print_memory(config, measuring=False)
-    text = capsys.readouterr().out
+    text = capsys.readouterr().out.replace("|", " ")
     stages = ["untrained", "phase1", "phase2"] if kind == "context" else ["phase2"]
     assert f"MB {' '.join(stages)}" in " ".join(text.split())
     sums = [float(number.replace(",", "")) for number in re.search("sum (.*)", text)[1].split()]

@@ -253,7 +253,7 @@ def test_prefill_text_and_export(settings, tmp_path):
     config = ResidualConfig(**settings | dict(artifacts=True))
     with pretended_cuda(T4):
         main(config)
-        options = dict(lengths=[20, 40], tolerance=[1e-2, 1e-4], max_sweeps=64, piece=16, trained=True)
+        options = dict(lengths=[20, 40], tolerance=[1e-2, 1e-4], trained=True)
         rows = prefill_command.report(config, SimpleNamespace(**options), lambda line: None)["rows"]
     assert len(rows) == 4
     assert all(row["converged"] and row["error"] < 2 * row["tolerance"] + 2e-3 for row in rows)

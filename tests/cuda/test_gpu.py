@@ -181,7 +181,7 @@ def figures(config, lengths):
     for stage, flops in work.items():
         speed = summary[f"tok_per_s_{stage}"]
         lines.append(f"{stage}: {speed:,.0f} tok/s, {speed * flops / rate:.1%} of the matrix rate")
-    options = dict(lengths=lengths, tolerance=[1e-2, 1e-3], max_sweeps=64, piece=4096, trained=True)
+    options = dict(lengths=lengths, tolerance=[1e-2, 1e-3], trained=True)
     rows = prefill_command.report(config, SimpleNamespace(**options), lambda line: None)["rows"]
     lines += [" | ".join(prefill_command.shown(row)) for row in rows]
     return [
