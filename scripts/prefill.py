@@ -25,7 +25,7 @@ from config import ResidualConfig
 from newllm.config import Range, expanded
 from newllm.data.samples import load_data
 from newllm.errors import UserError, exit_on_user_error
-from newllm.fixed_point.diagnostics import cold_start_curve
+from newllm.fixed_point.diagnostics import cold_start
 from newllm.fixed_point.solver import prefill
 from newllm.flags import flag, parse_args
 from newllm.memory import is_out_of_memory
@@ -131,7 +131,8 @@ def measure(stream, options, weights, say):
         })  # fmt: skip
         say(" | ".join(shown(rows[-1])))
     first = stream.embeddings[:, :CURVE_TOKENS], reference[:, :CURVE_TOKENS]
-    return rows, cold_start_curve(stream.step.contexts, *first, min(CURVE_SWEEPS, options.max_sweeps))
+    errors, _ = cold_start(stream.step.contexts, *first, min(CURVE_SWEEPS, options.max_sweeps))
+    return rows, errors
 
 
 def surviving(stream, weights, say, measured):

@@ -10,8 +10,8 @@ import math
 import torch
 from einops import rearrange
 
-from newllm.fixed_point.losses import covariance
-from newllm.fixed_point.solver import sequential, solve
+from newllm.fixed_point.losses import covariance, squared_change
+from newllm.fixed_point.solver import sequential, sweep
 
 HORIZON_LEVEL = 1e-2  # relative change of a later context that still counts as remembering
 PROBE_LAGS = 40  # tokens back that the past capacity looks
@@ -33,7 +33,6 @@ def rank_of(shares):
 
 
 def effective_rank(contexts_NC):
-    """Effective rank of contexts: 1 ... C."""
     return rank_of(spectrum(contexts_NC))
 
 
@@ -43,12 +42,24 @@ def effective_rank_ceiling(num_tokens, context_dim, seed=0):
     return effective_rank(torch.randn(num_tokens, context_dim, generator=generator))
 
 
-def cold_start_curve(step, tokens_BTE, trajectory_BTC, max_sweeps):
-    """|G^k(0) - trajectory| / |trajectory| over all tokens, for k = 1 ... max_sweeps, with fixed weights."""
-    _, stats = solve(
-        step, tokens_BTE, trajectory_BTC.shape[-1], max_sweeps, 0.0, ratio=2.0, trajectory_BTC=trajectory_BTC
-    )
-    return stats.error
+def cold_start(step, tokens_BTE, trajectory_BTC, sweeps, threshold=0.0):
+    """Sweep from nothing, K = 0, with fixed weights. A chaotic map does not come near; the figures say so.
+
+    Returns:
+        For each sweep k, |G^k(0) - trajectory| / |trajectory| over all tokens, and the share of tokens whose
+        squared change in it is below the threshold: two lists.
+    """
+    errors, converged = [], []
+    contexts = torch.zeros_like(trajectory_BTC)
+    for _ in range(sweeps):
+        new, _ = sweep(step, contexts, tokens_BTE)
+        error = (new - trajectory_BTC).norm() / trajectory_BTC.norm()
+        share = (squared_change(new, contexts) < threshold).double().mean()
+        error, share = torch.stack([error.double(), share]).tolist()  # one wait for the device a sweep
+        errors.append(error)
+        converged.append(share)
+        contexts = new
+    return errors, converged
 
 
 def contraction_factor(errors, floor=1e-5):

@@ -5,6 +5,8 @@ the next context and a token stream, which the head turns into logits.
 Shapes: `...` any leading axes, B sequences, T tokens, C context width, E embedding width, V vocabulary.
 """
 
+import functools
+
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -93,7 +95,6 @@ class NoContext(nn.Module):
     """c_t = 0, u_t = e_t: what the current token alone is good for."""
 
     def forward(self, context, token, stream=True):
-        """(c_{t-1} [..., C], e_t [..., E]) -> (0, e_t)."""
         return torch.zeros_like(context), token
 
 
@@ -111,7 +112,7 @@ class Dropout(nn.Module):
         if not self.training or not self.dropped:
             return values
         if values.device.type != "cpu":
-            return functional.dropout(values, self.dropped / 256)
+            return functional.dropout(values, self.dropped / 256)  # one kernel there
         # Eight bytes a draw: with its gradient 0.3 to 0.45 of the time of torch's, which shows in a step.
         words = torch.randint(-(2**63), 2**63 - 1, [values.numel() // 8 + 1])
         kept = words.view(torch.uint8)[: values.numel()].view(values.shape) >= self.dropped
@@ -142,13 +143,8 @@ class TokenLayer(nn.Module):
     def __init__(self, context_dim, embed_dim, dropout):
         super().__init__()
         width = context_dim + embed_dim
-        self.mlp = nn.Sequential(
-            Dropout(dropout),
-            nn.Linear(width, width),
-            nn.GELU(),
-            Dropout(dropout),
-            nn.Linear(width, embed_dim),
-        )
+        wide, narrow = nn.Linear(width, width), nn.Linear(width, embed_dim)
+        self.mlp = nn.Sequential(Dropout(dropout), wide, nn.GELU(), Dropout(dropout), narrow)
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, context, stream):
@@ -202,16 +198,28 @@ class TokenPredictor(nn.Module):
         scale = ALIGNED_LOGIT / (self.embed_dim**0.5 * vectors.norm(dim=1).mean())
         self.embedding.weight = nn.Parameter(scale * vectors, requires_grad=False)
 
+    def context_parameters(self):
+        """Parameters that move the contexts: what Phase 1 trains. Here none."""
+        return []
+
+    def head_parameters(self):
+        """All others that may train: token layers, output, and the embedding where it may."""
+        context = {id(parameter) for parameter in self.context_parameters()}
+        return [p for p in self.parameters() if p.requires_grad and id(p) not in context]
+
     def frozen_state(self):
         """The part of the state dict that no training changes, by name."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name in self._frozen()}
+        names = self._frozen_names()
+        return {name: tensor for name, tensor in self.state_dict().items() if name in names}
 
     def trained_state(self):
         """The rest of the state dict; the two together are what `load_state_dict` wants."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name not in self._frozen()}
+        names = self._frozen_names()
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in names}
 
-    def _frozen(self):
-        return [] if self.embedding.weight.requires_grad else ["embedding.weight"]
+    def _frozen_names(self):
+        learned = self.embedding.weight.requires_grad
+        return {"context_embedding"} if learned else {"context_embedding", "embedding.weight"}
 
 
 # The language model
@@ -235,11 +243,13 @@ class LanguageModel(TokenPredictor):
             self.context_map = NoContext()
         else:
             self.context_map = ContextMap(settings.context_dim, settings.embed_dim, settings.num_layers)
+        learns_context = settings.model_type == "context"
+        self.embed_norm.requires_grad_(learns_context)
         init_weights(self, settings.init_scale, settings.seed)
         if pretrained is not None:
             self.freeze_embedding(pretrained)
         self.register_buffer("context_embedding", None)
-        if settings.freeze_context or settings.model_type != "context":
+        if settings.freeze_context or not learns_context:
             self.keep_context_embedding()
 
     def keep_context_embedding(self):
@@ -261,10 +271,9 @@ class LanguageModel(TokenPredictor):
     def cast_step(self):
         """`step` for the many calls of one batch: on CUDA under autocast F's weights are cast here, once."""
         kind = self.output_bias.device.type
-        learned = any(True for _ in self.context_map.parameters())
-        if kind == "cpu" or not torch.is_autocast_enabled(kind) or not learned:
+        if kind == "cpu" or not torch.is_autocast_enabled(kind):
             return self.step
-        weights = cast_parameters(self.context_map)
+        weights = {name: in_compute_type(weight) for name, weight in self.context_map.named_parameters()}
 
         def step(context, token, stream=True):
             return functional_call(self.context_map, weights, (context, token), {"stream": stream})
@@ -289,37 +298,24 @@ class LanguageModel(TokenPredictor):
             return added
         return [*self.embed_norm.parameters(), *learned.values()]
 
-    def head_parameters(self):
-        """All other parameters that may train: token layers, output, and the embedding where it may."""
-        context = {id(p) for p in (*self.embed_norm.parameters(), *self.context_map.parameters())}
-        return [p for p in self.parameters() if id(p) not in context and p.requires_grad]
-
-    def _frozen(self):
-        own = [] if self.context_embedding is None else ["context_embedding"]
-        return own + super()._frozen()
-
 
 @torch.no_grad()
 def init_weights(model, init_scale, seed):
-    """Initialise every parameter, from a generator of its own so that nothing else can shift the draw.
+    """Draw every matrix, from a generator of its own so that nothing else can shift the draw.
 
     Matrices of F: normal, std init_scale / sqrt(fan-in): small enough for F to contract, unlike a fixed std.
-    Other matrices: std 1 / sqrt(fan-in). Embeddings and output: EMBEDDING_STD. Norms: identity. Biases: zero.
+    Of the head: std 1 / sqrt(fan-in). Embedding and output: EMBEDDING_STD. Biases: zero.
     """
-    generator = torch.Generator().manual_seed(seed)
-    in_context_map = {id(m.mix) for m in model.modules() if isinstance(m, ResidualLayer)}
-    # The head last: it must not shift the draw of the context map.
-    parts = (model.embedding, model.embed_norm, model.context_map, model.token_layers, model.output)
-    for module in (module for part in parts if part is not None for module in part.modules()):
-        if isinstance(module, nn.Embedding) or module is model.output:
-            module.weight.normal_(0, EMBEDDING_STD, generator=generator)
-        elif isinstance(module, nn.Linear):
-            scale = init_scale if id(module) in in_context_map else 1.0
-            module.weight.normal_(0, scale / module.in_features**0.5, generator=generator)
-        elif isinstance(module, nn.LayerNorm):
-            module.weight.fill_(1)
-        if getattr(module, "bias", None) is not None:
-            module.bias.zero_()
+    draw = functools.partial(torch.Tensor.normal_, generator=torch.Generator().manual_seed(seed))
+    draw(model.embedding.weight, 0, EMBEDDING_STD)
+    # The head after F: it must not shift the draw of the context map.
+    for part, scale in ((model.context_map, init_scale), (model.token_layers, 1.0)):
+        for layer in part.modules():
+            if isinstance(layer, nn.Linear):
+                draw(layer.weight, 0, scale / layer.in_features**0.5)
+                layer.bias.zero_()
+    if model.output is not None:
+        draw(model.output.weight, 0, EMBEDDING_STD)
 
 
 # Types under autocast
@@ -340,33 +336,3 @@ def normed(norm, values):
     with torch.autocast(values.device.type, enabled=False):
         weight, bias = norm.weight.to(values.dtype), norm.bias.to(values.dtype)
         return functional.layer_norm(values, norm.normalized_shape, weight, bias, norm.eps)
-
-
-def cast_parameters(module):
-    """{name: fp32 parameter in the type that autocast computes in here}, with gradient to the parameters."""
-    names, parameters = zip(*module.named_parameters(), strict=True)
-    kind = torch.get_autocast_dtype(parameters[0].device.type)
-    return dict(zip(names, _Cast.apply(kind, *parameters), strict=True))
-
-
-class _Cast(torch.autograd.Function):
-    """fp32 tensors in another type, in one launch for all of them; so are their gradients on the way back."""
-
-    @staticmethod
-    def forward(ctx, kind, *tensors):
-        ctx.set_materialize_grads(False)  # a weight that nothing has read costs no zeros
-        narrow = _converted(tensors, kind)
-        pairs = zip(narrow, tensors, strict=True)
-        ctx.mark_non_differentiable(*(new for new, tensor in pairs if not tensor.requires_grad))
-        return tuple(narrow)
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        wide = iter(_converted([g for g in gradients if g is not None], torch.float32))
-        return None, *(None if g is None else next(wide) for g in gradients)
-
-
-def _converted(tensors, kind):
-    new = [torch.empty_like(tensor, dtype=kind) for tensor in tensors]
-    torch._foreach_copy_(new, list(tensors))
-    return new

@@ -35,13 +35,13 @@ def load_embedding(source, vocab_size, embed_dim):
 
     try:
         weight = _read_wordllama() if source == "wordllama" else _read_model(source)
+        if not weight.isfinite().all() or not weight.any():
+            raise ValueError("its vectors are all zeros or not finite")
     except (hub.Unreachable, OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"embeddings '{source}' cannot be had ({hub.describe(error)}): give a folder with the "
             "weights, connect to the hub, or use --embeddings random."
         ) from error
-    if not weight.isfinite().all() or not weight.any():
-        raise UserError(f"embeddings '{source}' are all zeros or not finite: take others.")
     rows, width = weight.shape
     if rows < vocab_size or width != embed_dim:
         raise UserError(
@@ -49,6 +49,27 @@ def load_embedding(source, vocab_size, embed_dim):
             f"set --embed_dim {width}, and --tokenizer to the one that these embeddings belong to."
         )
     return weight[:vocab_size].float().clone()
+
+
+def _read_wordllama():
+    from safetensors.torch import load_file
+
+    package = importlib.util.find_spec("wordllama")
+    if package is None:
+        raise ValueError("its package is missing; pip install newllm[wordllama] brings it")
+    return load_file(Path(package.origin).parent / WORDLLAMA_FILE)[WORDLLAMA_TENSOR]
+
+
+def _read_model(source):
+    from transformers import AutoModel
+
+    name = (GPT2, GPT2_REVISION) if source == "gpt2" else (source,)
+    model, loading = hub.load_model(AutoModel.from_pretrained, *name, output_loading_info=True)
+    layer = model.get_input_embeddings()
+    # transformers fills a matrix that the files lack with random numbers, and only warns.
+    if any(model.get_parameter(key) is layer.weight for key in loading["missing_keys"]):
+        raise ValueError("its files hold no token embedding")
+    return layer.weight.detach()
 
 
 def require_own_ids(embeddings, tokenizer):
@@ -74,37 +95,12 @@ def _vocabulary(choice):
     return json.loads(choose_tokenizer(choice)[0].to_json())["model"]["vocab"]
 
 
-def _read_wordllama():
-    from safetensors.torch import load_file
-
-    package = importlib.util.find_spec("wordllama")
-    if package is None:
-        raise ValueError("its package is missing; pip install newllm[wordllama] brings it")
-    return load_file(Path(package.origin).parent / WORDLLAMA_FILE)[WORDLLAMA_TENSOR]
-
-
-def _read_model(source):
-    from transformers import AutoModel
-
-    name = (GPT2, GPT2_REVISION) if source == "gpt2" else (source,)
-    model, loading = hub.load_model(AutoModel.from_pretrained, *name, output_loading_info=True)
-    layer = model.get_input_embeddings()
-    # transformers fills a matrix that the files lack with random numbers, and only warns.
-    if any(model.get_parameter(key) is layer.weight for key in loading["missing_keys"]):
-        raise ValueError("its files hold no token embedding")
-    return layer.weight.detach()
-
-
 # Low-rank additions to the matrices of F (LoRA, Hu et al. 2021, arXiv 2106.09685). While they are there they
 # alone of F train; merged at the end of training they leave a model like any other.
 
 
 def require_peft():
-    """Refuse what needs the library where it is not.
-
-    Raises:
-        UserError: peft is not installed.
-    """
+    """Raise UserError where the library is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise UserError(
             "context_adapter 'lora' needs the package peft: pip install newllm[lora], or leave it out."
@@ -117,7 +113,7 @@ def adapter_rank(asked, memory):
 
 
 def has_adapter(state):
-    """Whether the names of a state dict are those of a model with an adapter."""
+    """Whether a state dict is that of a model with an adapter."""
     return any(".lora_A." in name for name in state)
 
 

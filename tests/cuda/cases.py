@@ -16,8 +16,9 @@ import torch
 from pretended import DEVICE, OnDevice, Refused, pretended_cuda
 
 from config import ResidualConfig
+from newllm.fixed_point.diagnostics import cold_start
 from newllm.fixed_point.losses import phase1_loss
-from newllm.fixed_point.solver import prefill, sequential, solve
+from newllm.fixed_point.solver import prefill, sequential
 from newllm.generate import generate
 from newllm.models.network import ContextMap, LanguageModel
 from newllm.models.pretrained import add_adapter
@@ -302,8 +303,8 @@ def test_evaluation_and_sweeps_wait_once_a_part(settings):
         model, tokens = ContextMap(8, 8, 1).to("cuda"), torch.randn(2, 6, 8).to("cuda")
         reference = sequential(model, tokens, 8)[0].detach()
         before = counts.waits
-        _, stats = solve(model, tokens, 8, 4, threshold=0.0, ratio=2.0, trajectory_BTC=reference)
-    assert counts.waits - before == 4 == len(stats.error) == len(stats.residual) == len(stats.converged)
+        errors, converged = cold_start(model, tokens, reference, 4)
+    assert counts.waits - before == 4 == len(errors) == len(converged)
 
 
 @pytest.mark.parametrize("card", [T4, A100], ids=["T4", "A100"])

@@ -1,5 +1,4 @@
-"""The network: formulas, size, initialisation, causality, which parameters move what; the controls that
-train nothing."""
+"""The network: formulas, initialisation, causality, which parameters move what; controls that train nothing."""
 
 import math
 
@@ -22,8 +21,8 @@ def small_model(vocab_size=V, pretrained=None, **changes):
     return LanguageModel(ResidualConfig(**sizes | changes), vocab_size, pretrained).eval()
 
 
-def random_ids(*shape, vocab_size=V, seed=1):
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+def random_ids(*shape, vocab_size=V):
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(1))
 
 
 def contexts_of(model, ids):
@@ -39,8 +38,7 @@ def loss_of(model, ids):
 
 
 def test_the_map_is_its_formula_on_any_leading_axes():
-    """o = ReLU(W [c; e] + b); c <- LN(c + o_c); e <- LN(e + o_e), layer after layer; without stream the
-    same context."""
+    """o = ReLU(W [c; e] + b); c <- LN(c + o_c); e <- LN(e + o_e); without stream the same context."""
     torch.manual_seed(0)
     step = ContextMap(C, E, 3).double()
     context, token = torch.randn(2, 3, C).double(), torch.randn(2, 3, E).double()
@@ -57,28 +55,26 @@ def test_the_map_is_its_formula_on_any_leading_axes():
 
 def test_a_window_holds_its_tokens_and_forgets_the_rest():
     """The lags are projections of the last tokens, to the bit; the averages reach further."""
-    window, tokens, found = Window(32, 16, seed=0), torch.randn(30, 16), []
+    window, tokens, contexts = Window(32, 16, seed=0), torch.randn(30, 16), []
     for first in (tokens[0], tokens[0] + 10):
         context = torch.zeros(32)
         for token in (first, *tokens[1:]):
             context, stream = window(context, token)
-        found.append(context)
+        contexts.append(context)
         assert torch.equal(stream, tokens[-1])
     expected = (tokens.flip(0)[: Window.LAGS] @ window.lag).flatten()
-    lags = len(expected)
-    assert torch.allclose(found[0][:lags], expected, atol=1e-6) and torch.equal(
-        found[0][:lags], found[1][:lags]
-    )
-    assert not torch.allclose(found[0][lags:], found[1][lags:])
+    (lags, averages), (others, moved) = (context.tensor_split([len(expected)]) for context in contexts)
+    torch.testing.assert_close(lags, expected, rtol=0, atol=1e-6)
+    assert torch.equal(lags, others) and not torch.allclose(averages, moved)
 
 
 def test_the_averages_of_a_window_keep_their_variance():
     """a <- l a + sqrt(1 - l^2) Q e of white tokens has the variance of Q e, for every time constant."""
-    window, context = Window(64, 16, seed=0), torch.zeros(2000, 64)
+    window, context = Window(64, 16, seed=0), torch.zeros(1000, 64)
     for _ in range(2 * max(Window.TIME_CONSTANTS)):
-        context, _ = window(context, torch.randn(2000, 16))
+        context, _ = window(context, torch.randn(1000, 16))
     expected = window.slow.square().sum(0)
-    assert torch.allclose(context[:, -len(expected) :].var(0), expected, rtol=0.2)
+    assert torch.allclose(context[:, -len(expected) :].var(0), expected, rtol=0.25)
 
 
 def test_controls_train_nothing_of_the_context():
@@ -105,24 +101,15 @@ def test_the_seed_preset_has_the_published_number_of_parameters():
 
 @pytest.mark.parametrize("head", HEADS)
 def test_initialisation_is_a_function_of_the_seed_alone(head):
-    """Neither the global generator nor the head shifts the draw of embedding and F; another seed is another
-    network."""
-    states = []
-    for global_seed in (1, 2):
-        torch.manual_seed(global_seed)
-        states.append(small_model(**head).state_dict())
-    assert states[0].keys() == states[1].keys()
-    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    """Neither the global generator nor the head shifts the draw of embedding and F."""
+    torch.manual_seed(1)
+    state = small_model(**head).state_dict()
+    torch.manual_seed(2)
+    again, other = small_model(**head).state_dict(), small_model(seed=2, **head).state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in state.items())
+    assert not any(torch.equal(other[name], tensor) for name, tensor in state.items() if tensor.dim() > 1)
     plain = small_model().state_dict()
-    assert all(
-        torch.equal(plain[name], t)
-        for name, t in states[0].items()
-        if name.startswith(("embed", "context_map"))
-    )
-    pairs = zip(
-        small_model(seed=1, **head).parameters(), small_model(seed=2, **head).parameters(), strict=True
-    )
-    assert not any(torch.equal(a, b) for a, b in pairs if a.dim() > 1)
+    assert all(torch.equal(plain[n], state[n]) for n in plain if n.startswith(("embed", "context_map")))
 
 
 def test_init_scale_scales_the_matrices_of_the_context_map_alone():
@@ -139,16 +126,14 @@ def test_init_scale_scales_the_matrices_of_the_context_map_alone():
 @torch.no_grad()
 def test_the_first_loss_is_the_logarithm_of_the_vocabulary(head):
     """An untrained network prefers no token: within 0.3 nats of ln V, at full width too."""
-    vocab_size = 4096 if "num_layers" in head else 1000
-    model = small_model(vocab_size, **dict(context_dim=32, embed_dim=32) | head)
-    first = loss_of(model, random_ids(8, T + 1, vocab_size=vocab_size)).item()
-    assert first == pytest.approx(math.log(vocab_size), abs=0.3)
+    model = small_model(1000, **dict(context_dim=32, embed_dim=32) | head)
+    first = loss_of(model, random_ids(8, T + 1, vocab_size=1000)).item()
+    assert first == pytest.approx(math.log(1000), abs=0.3)
 
 
 @pytest.mark.parametrize("kind", ["context", "gru", "transformer"])
 def test_before_training_a_token_is_as_likely_as_it_is_frequent(kind):
-    """Whatever the head reads; ids that never occur are unlikely, not impossible; the bias trains from
-    there on."""
+    """Whatever the head reads; ids that never occur are unlikely, not impossible; the bias trains on."""
     sizes = dict(context_dim=16, embed_dim=16, num_layers=1, max_seq_length=32)
     model = build_model(ResidualConfig(model_type=kind, **sizes), V).eval()
     ids = torch.tensor([[1] * 600 + [2] * 300 + [3] * 100]).int()
@@ -157,8 +142,6 @@ def test_before_training_a_token_is_as_likely_as_it_is_frequent(kind):
     logits = model.logits(torch.zeros(1000, model.context_dim), streams)
     expected = (torch.bincount(ids[0].long(), minlength=V) + 1) / (1000 + V)
     torch.testing.assert_close(logits.softmax(-1).mean(0), expected, rtol=0.2, atol=1e-4)
-    entropy = -(expected[ids[0].long()].log().mean())
-    assert functional.cross_entropy(logits, ids[0].long()).item() == pytest.approx(entropy.item(), abs=0.05)
     assert any(p is model.output_bias for p in model.head_parameters())
     assert "output_bias" in model.trained_state() and "output_bias" not in model.frozen_state()
 
@@ -167,19 +150,17 @@ def test_before_training_a_token_is_as_likely_as_it_is_frequent(kind):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("sweeps", [None, 3, T])
+@pytest.mark.parametrize("sweeps", [None, 3])
 @torch.no_grad()
 def test_nothing_before_a_token_depends_on_it(head, sweeps):
     """Another token at t leaves contexts and logits before t bit-identical, step by step and in sweeps."""
 
     def run(ids):
-        embeddings = model.embed(ids)
-        if sweeps is None:
-            contexts, streams = sequential(model.step, embeddings, model.context_dim)
-        else:
-            contexts = torch.zeros(*ids.shape, model.context_dim)
-            for _ in range(sweeps):
-                contexts, streams = sweep(model.step, contexts, embeddings)
+        contexts, streams = contexts_of(model, ids)
+        if sweeps:
+            contexts = torch.zeros_like(contexts)
+        for _ in range(sweeps or 0):
+            contexts, streams = sweep(model.step, contexts, model.embed(ids))
         return contexts, streams, model.logits(contexts, streams)
 
     model, ids, changed_at = small_model(**head), random_ids(B, T), 5
@@ -197,8 +178,7 @@ def test_nothing_before_a_token_depends_on_it(head, sweeps):
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("pretrained", [None, torch.ones(V, E)], ids=["random", "pretrained"])
 def test_context_and_head_parameters_are_all_that_trains_each_once(head, pretrained, freeze):
-    """None twice, none forgotten. An embedding trains if logits or moving contexts read it, and is not a
-    given one."""
+    """An embedding trains if logits or moving contexts read it, and is not a given one."""
     model = small_model(pretrained=pretrained, freeze_context=freeze, **head)
     listed = [id(p) for p in [*model.context_parameters(), *model.head_parameters()]]
     assert len(listed) == len(set(listed))
@@ -235,8 +215,7 @@ def test_contexts_that_move_learn_to_read_the_embedding():
 
 
 def test_a_kept_embedding_is_the_one_of_the_moment_and_travels_with_the_weights():
-    """From then on contexts stay, whatever becomes of the embedding; another network given the state has
-    the same."""
+    """Contexts stay, whatever becomes of the embedding; another network given the state has the same."""
     model, ids = small_model(), random_ids(B, T)
     before = model.embed(ids)
     model.keep_context_embedding()
@@ -248,26 +227,37 @@ def test_a_kept_embedding_is_the_one_of_the_moment_and_travels_with_the_weights(
     assert torch.equal(other.logits(*contexts_of(other, ids)), model.logits(*contexts_of(model, ids)))
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_a_pretrained_embedding_is_copied_scaled_for_logits_and_frozen(head):
+    """In fp32; nothing trains it, and the rest is as drawn and trains."""
+    given = torch.randn(V, E, generator=torch.Generator().manual_seed(0)).double()
+    model = small_model(pretrained=given, freeze_context=True, **head)
+    expected = functional.normalize(given.float(), dim=None)
+    given.zero_()
+    weight = model.embedding.weight
+    assert weight.dtype == torch.float32 and torch.equal(model.context_embedding, weight)
+    torch.testing.assert_close(functional.normalize(weight, dim=None), expected)
+    aligned = functional.layer_norm(weight, [E]) * weight  # a normed stream along each vector
+    assert 0.7 * ALIGNED_LOGIT < aligned.sum(1).mean() < 1.05 * ALIGNED_LOGIT
+    loss_of(model, random_ids(B, T + 1)).backward()
+    assert weight.grad is None and all(p.grad is not None for p in model.head_parameters())
+    pairs = zip(small_model(**head).named_parameters(), model.named_parameters(), strict=True)
+    assert [name for (name, a), (_, b) in pairs if not torch.equal(a, b)] == ["embedding.weight"]
+
+
 # Head
 
 
-@pytest.mark.parametrize("token_layers", [0, 1])
-def test_token_layers_are_how_the_head_reads_the_context(token_layers):
-    """Without them the logits are a function of the token stream alone."""
-    model = small_model(token_layers=token_layers)
-    contexts, streams = contexts_of(model, random_ids(B, T))
-    logits = model.logits(contexts, streams)
-    assert torch.equal(logits, model.logits(contexts + 1, streams)) == (token_layers == 0)
-    assert not torch.equal(logits, model.logits(contexts, streams + streams.roll(1, -1)))
-
-
 @pytest.mark.parametrize("head", HEADS)
-def test_logits_are_linear_in_the_hidden_state(head):
+def test_logits_are_linear_in_the_hidden_state_and_only_token_layers_read_the_context(head):
     """logits = h @ matrix.T + bias with what `output_weights` gives: the chunked loss sees the same model."""
     model, ids = small_model(**head), random_ids(B, T + 1)
-    logits = model.logits(*contexts_of(model, ids[:, :-1]))
+    contexts, streams = contexts_of(model, ids[:, :-1])
+    logits = model.logits(contexts, streams)
     expected = functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
     assert loss_of(model, ids).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.equal(logits, model.logits(contexts + 1, streams)) == (head.get("token_layers") == 0)
+    assert not torch.equal(logits, model.logits(contexts, streams + streams.roll(1, -1)))
 
 
 def test_dropout_acts_on_the_head_in_training_only():
@@ -284,8 +274,7 @@ def test_dropout_acts_on_the_head_in_training_only():
 
 
 def test_token_dropout_hides_whole_tokens_in_training_alone():
-    """About the share asked for, all of a vector by the same other one; what is left is as it was; none in
-    evaluation."""
+    """About the share asked for, all of a vector by the same other one; what is left is as it was."""
     torch.manual_seed(0)
     drop, embeddings = TokenDropout(0.2, 8), 3 * torch.randn(40, 50, 8)
     seen = drop(embeddings)
@@ -302,30 +291,8 @@ def test_hidden_first_tokens_do_not_blow_up_the_gradient_of_a_deep_untrained_net
     model = LanguageModel(config, V).train()
     torch.manual_seed(0)
     tokens = model.token_dropout(model.embed(torch.randint(V, (8, 12))))
-    contexts, streams = truncated(model.step, tokens, 64, 3)
+    with torch.no_grad():
+        trajectory, _ = sequential(model.step, tokens, 64)
+    contexts, streams = truncated(model.step, tokens, trajectory, 3, model.step)
     model.hidden(contexts, streams).square().sum(-1).mean().backward()
     assert 0 < torch.stack([p.grad.norm() for p in model.context_parameters()]).norm() < 1e3
-
-
-# Pretrained embedding
-
-
-@pytest.mark.parametrize("head", HEADS)
-def test_a_pretrained_embedding_is_shared_by_value_and_frozen(head):
-    """The given matrix at a scale for logits, copied, in fp32; nothing trains it, and the rest is as drawn
-    and trains."""
-    given = torch.randn(V, E, generator=torch.Generator().manual_seed(0)).double()
-    model = small_model(pretrained=given, freeze_context=True, **head)
-    expected = functional.normalize(given.float(), dim=None)
-    given.zero_()
-    weight = model.embedding.weight
-    assert weight.dtype == torch.float32 and torch.equal(model.context_embedding, weight)
-    torch.testing.assert_close(functional.normalize(weight, dim=None), expected)
-    aligned = functional.layer_norm(weight, [E]) * weight  # a normed stream along each vector
-    assert 0.7 * ALIGNED_LOGIT < aligned.sum(1).mean() < 1.05 * ALIGNED_LOGIT
-    loss_of(model, random_ids(B, T + 1)).backward()
-    assert weight.grad is None and all(p.grad is not None for p in model.head_parameters())
-    for (name, a), (_, b) in zip(
-        small_model(**head).named_parameters(), model.named_parameters(), strict=True
-    ):
-        assert torch.equal(a, b) != (name == "embedding.weight"), name
