@@ -1,15 +1,14 @@
 """From (model, data) to metrics: the same code before, during and after training, and in test.py.
 
-Contexts here are always the trajectory itself, evaluated step by step from c_0 = 0 with many sequences at
-once: it is exact for any map, converging or not, and on short samples cheaper than the sweeps to reach it.
-Arguments of all functions: ids [B, T+1], samples whose last id is only a target; autocast, function that
-gives the context manager of the precision. Shapes: B sequences, T tokens, C and E widths, V vocabulary.
+Contexts here are the trajectory itself, step by step from c_0 = 0 for many sequences at once: exact for any
+map, converging or not, and on short samples cheaper than the sweeps to reach it.
+Arguments: ids [B, T+1], samples whose last id is only a target; autocast, function that gives the context
+manager of the precision. Shapes: B sequences, T tokens, C and E widths, V vocabulary.
 """
 
 import math
 
 import torch
-from einops import rearrange
 
 from newllm.fixed_point import diagnostics
 from newllm.fixed_point.solver import sequential, sweep
@@ -132,14 +131,12 @@ def evaluate_contexts(model, data, settings, device, progress=silent):
     enough = [share >= settings.phase1_min_converged_ratio for share in converged]
     capacity = diagnostics.past_capacity(train, val)
     tokens = min(RANK_TOKENS, count * length)  # as many of both sides: a rank depends on their number
-    of_train, of_val = (
-        diagnostics.spectrum(rearrange(contexts, "b t c -> (b t) c")[:tokens]) for contexts, _ in (train, val)
-    )
-    shares = of_val.tolist()
-    ranks = sorted({round(1 + i * (len(shares) - 1) / SPECTRUM_POINTS) for i in range(SPECTRUM_POINTS + 1)})
+    spectra = [diagnostics.spectrum(contexts.flatten(0, 1)[:tokens]) for contexts, _ in (train, val)]
+    shares = spectra[1].tolist()
+    ranks = sorted({round(1 + i * (width - 1) / SPECTRUM_POINTS) for i in range(SPECTRUM_POINTS + 1)})
     return {
-        "er_train": diagnostics.rank_of(of_train) / width,
-        "er_val": diagnostics.rank_of(of_val) / width,
+        "er_train": diagnostics.rank_of(spectra[0]) / width,
+        "er_val": diagnostics.rank_of(spectra[1]) / width,
         "er_ceiling": diagnostics.effective_rank_ceiling(tokens, width) / width,
         "rank_tokens": tokens,
         "converged_ratio": converged[9],
@@ -160,8 +157,8 @@ def evaluate_contexts(model, data, settings, device, progress=silent):
 def bpb_by_context(model, ids, token_bytes, autocast, device, progress=silent):
     """Bits per byte with contexts that are made of the last k tokens alone: k sweeps from a cold start.
 
-    Where the curve is flat, what lies further back is not used, whatever a horizon says. Other arguments as
-    above; the model has a `step`, and the first CURVE_SEQUENCES samples count.
+    Where the curve is flat, what lies further back is not used, whatever a horizon says. The model has a
+    `step`, and the first CURVE_SEQUENCES samples count.
 
     Returns:
         {k: bits per byte} for k = 1, 2, 4, ... below T, and T, where nothing is cut off.

@@ -62,7 +62,7 @@ class Window(nn.Module):
 
     c_t = [P e_t, ..., P e_{t-7}; leaky averages of Q e], u_t = e_t, with fixed random projections P and Q.
     Half of the width goes to the lags (a delay line: sweeps are exact after as many), half to the averages,
-    a <- l a + sqrt(1 - l^2) Q e. What evaluates a ContextMap evaluates it too.
+    a <- l a + sqrt(1 - l^2) Q e.
     """
 
     LAGS = 8  # tokens kept in order
@@ -73,10 +73,9 @@ class Window(nn.Module):
         super().__init__()
         self.lag_dim = max(1, context_dim // 2 // self.LAGS)
         slow_dim = context_dim - self.LAGS * self.lag_dim
-        generator = torch.Generator().manual_seed(seed)
-        for name, width in (("lag", self.lag_dim), ("slow", slow_dim)):
-            projection = torch.randn(embed_dim, width, generator=generator) / embed_dim**0.5
-            self.register_buffer(name, projection)
+        draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+        self.register_buffer("lag", draw(embed_dim, self.lag_dim) / embed_dim**0.5)
+        self.register_buffer("slow", draw(embed_dim, slow_dim) / embed_dim**0.5)
         repeats = -(-slow_dim // len(self.TIME_CONSTANTS))
         constants = torch.tensor(self.TIME_CONSTANTS).repeat_interleave(repeats)[:slow_dim]
         self.register_buffer("decay", torch.exp(-1 / constants))
@@ -156,18 +155,16 @@ class TokenPredictor(nn.Module):
 
     Args:
         settings: embed_dim, token_layers, dropouts, tie_weights (newllm.config.ModelSettings).
-        vocab_size: number of token ids V.
-        context_dim: width C of the context that the head reads; None: no context, and no layers to read one.
+        vocab_size: V. context_dim: C of what the head reads; None: no context, and no layers to read one.
     """
 
     def __init__(self, settings, vocab_size, context_dim):
         super().__init__()
         self.vocab_size, self.context_dim, self.embed_dim = vocab_size, context_dim or 0, settings.embed_dim
         self.embedding = nn.Embedding(vocab_size, settings.embed_dim)
-        layers = 0 if context_dim is None else settings.token_layers
-        self.token_layers = nn.ModuleList(
-            TokenLayer(context_dim, self.embed_dim, settings.dropout) for _ in range(layers)
-        )
+        self.token_layers = nn.ModuleList()
+        for _ in range(0 if context_dim is None else settings.token_layers):
+            self.token_layers.append(TokenLayer(context_dim, self.embed_dim, settings.dropout))
         self.output = None if settings.tie_weights else nn.Linear(settings.embed_dim, vocab_size, bias=False)
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
         self.token_dropout = TokenDropout(settings.token_dropout, settings.embed_dim)
@@ -204,22 +201,20 @@ class TokenPredictor(nn.Module):
 
     def head_parameters(self):
         """All others that may train: token layers, output, and the embedding where it may."""
-        context = {id(parameter) for parameter in self.context_parameters()}
-        return [p for p in self.parameters() if p.requires_grad and id(p) not in context]
+        context = set(self.context_parameters())
+        return [p for p in self.parameters() if p.requires_grad and p not in context]
 
     def frozen_state(self):
         """The part of the state dict that no training changes, by name."""
-        names = self._frozen_names()
+        names = {"context_embedding"}
+        if not self.embedding.weight.requires_grad:
+            names.add("embedding.weight")
         return {name: tensor for name, tensor in self.state_dict().items() if name in names}
 
     def trained_state(self):
         """The rest of the state dict; the two together are what `load_state_dict` wants."""
-        names = self._frozen_names()
-        return {name: tensor for name, tensor in self.state_dict().items() if name not in names}
-
-    def _frozen_names(self):
-        learned = self.embedding.weight.requires_grad
-        return {"context_embedding"} if learned else {"context_embedding", "embedding.weight"}
+        frozen = self.frozen_state()
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in frozen}
 
 
 # The language model
@@ -229,22 +224,20 @@ class LanguageModel(TokenPredictor):
     """Next-token predictor whose memory is the context c_t.
 
     Args:
-        settings: widths, depths, dropout, tying and initial scale (newllm.config.ModelSettings).
-        vocab_size: number of token ids V.
+        settings: newllm.config.ModelSettings. vocab_size: V.
         pretrained: optional embedding matrix [V, E]; it is then frozen.
     """
 
     def __init__(self, settings, vocab_size, pretrained=None):
         super().__init__(settings, vocab_size, settings.context_dim)
-        self.embed_norm = nn.LayerNorm(settings.embed_dim)
+        learns_context = settings.model_type == "context"
+        self.embed_norm = nn.LayerNorm(settings.embed_dim).requires_grad_(learns_context)
         if settings.model_type == "window":
             self.context_map = Window(settings.context_dim, settings.embed_dim, settings.seed)
         elif settings.model_type == "token":
             self.context_map = NoContext()
         else:
             self.context_map = ContextMap(settings.context_dim, settings.embed_dim, settings.num_layers)
-        learns_context = settings.model_type == "context"
-        self.embed_norm.requires_grad_(learns_context)
         init_weights(self, settings.init_scale, settings.seed)
         if pretrained is not None:
             self.freeze_embedding(pretrained)
@@ -288,10 +281,7 @@ class LanguageModel(TokenPredictor):
         return self.logits(context, stream), context
 
     def context_parameters(self):
-        """Parameters that move the contexts: what Phase 1 trains. Of an adapter alone while there is one.
-
-        A window and an empty context have none.
-        """
+        """What Phase 1 trains. Of an adapter alone while there is one; a window and no context have none."""
         learned = dict(self.context_map.named_parameters())
         added = [parameter for name, parameter in learned.items() if ".lora_" in name]
         if added or not learned:

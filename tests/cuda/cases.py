@@ -320,7 +320,7 @@ def test_the_map_stays_in_the_compute_type(card):
 
 
 def test_weights_are_cast_once_for_all_steps_of_a_batch():
-    """With gradient through 20 steps: one launch forth, one back, the gradient of casting each time."""
+    """With gradient through 20 steps: a launch a weight forth and back, and the gradient of casting each time."""
     config = ResidualConfig(context_dim=8, embed_dim=8, num_layers=2)
     with pretended_cuda(T4) as counts:
         model = LanguageModel(config, 20).to("cuda")
@@ -335,7 +335,7 @@ def test_weights_are_cast_once_for_all_steps_of_a_batch():
             casts = (counts.launched - before)["_to_copy"]
             trained = [weight for weight in model.context_map.parameters() if weight.grad is not None]
             gradients.append([weight.grad.cpu() for weight in trained])
-            assert (casts < 5) == once
+            assert (casts <= 2 * len(trained)) == once
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=0.05, atol=1e-3)
     assert LanguageModel(config, 20).cast_step().__name__ == "step"  # a CPU's kernels take both types

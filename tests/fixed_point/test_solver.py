@@ -37,16 +37,14 @@ def gradients(step, evaluate):
 
 
 def test_sequential_is_the_recurrence_from_zero_or_a_given_context():
-    """c_1 = F(0, e_1), c_t = F(c_{t-1}, e_t), sequence by sequence; cut in two it is the whole one."""
+    """c_1 = F(0, e_1), c_t = F(c_{t-1}, e_t); cut in two it is the whole one."""
     step, tokens = network(C, E), random_tokens(B, T, E)
     contexts, streams = sequential(step, tokens, C)
     assert contexts.shape == (B, T, C) and streams.shape == (B, T, E)
-    for b in range(B):
-        context = torch.zeros(C, dtype=torch.float64)
-        for t in range(T):
-            context, stream = step(context, tokens[b, t])
-            close(contexts[b, t], context)
-            close(streams[b, t], stream)
+    context = torch.zeros(B, C, dtype=torch.float64)
+    for t in range(T):
+        context, stream = step(context, tokens[:, t])
+        close((contexts[:, t], streams[:, t]), (context, stream))
     rest, _ = sequential(step, tokens[:, 3:], C, contexts[:, 2])
     close(rest, contexts[:, 3:], 0)
 
@@ -62,7 +60,7 @@ def test_the_trajectory_is_the_fixed_point_of_the_sweep_and_t_sweeps_reach_it():
     close(gradients(step, lambda tokens: swept(step, tokens, C, T)), reference, 1e-10)
 
 
-@pytest.mark.parametrize("count", range(1, T + 1))
+@pytest.mark.parametrize("count", [1, 2, 5, T])
 def test_sweep_k_is_exact_for_the_first_k_tokens_and_a_function_of_the_last_k(count):
     """Jacobi iteration: the others are not exact yet. Another token at s changes s ... s+k-1 and no other."""
     step, tokens, changed_at = network(C, E), random_tokens(B, T, E), 2
@@ -89,46 +87,43 @@ def test_no_context_knows_a_later_token_or_another_sequence(evaluate):
         assert not torch.equal(before[1, changed_at], after[1, changed_at])
 
 
-@pytest.mark.parametrize("sweeps", [1, 2, 4, T])
-@pytest.mark.parametrize("step", [leaky(0.9), network(C, C)], ids=["linear", "network"])
-def test_truncated_has_the_reference_s_values_and_a_gradient_over_as_many_tokens_as_sweeps(step, sweeps):
+@pytest.mark.parametrize("sweeps", [1, 2, 4])
+def test_truncated_has_the_reference_s_values_and_a_gradient_over_as_many_tokens_as_sweeps(sweeps):
     """c_t depends, in gradient, on tokens t-k+1 ... t as through time, and on those before not at all."""
-    found, values = [], []
-    for evaluate in (lambda t: through(step, t, C, sweeps), lambda t: sequential(step, t, C)):
-        tokens = random_tokens(1, T, C).requires_grad_()
-        values.append(evaluate(tokens))
-        weights = random_tokens(C, seed=2)  # the sum of a normalised context has no gradient
-        found.append(torch.autograd.grad((values[-1][0][0, T - 1] * weights).sum(), tokens)[0][0])
+    step, tokens = network(C, E), random_tokens(1, T, E).requires_grad_()
+    values = through(step, tokens, C, sweeps), sequential(step, tokens, C)
     close(*values)
-    truncation, through_time = found
+    weights = random_tokens(C, seed=2)  # the sum of a normalised context has no gradient
+    losses = [(contexts[0, T - 1] * weights).sum() for contexts, _ in values]
+    truncation, through_time = (torch.autograd.grad(loss, tokens)[0][0] for loss in losses)
     assert (truncation[: T - sweeps] == 0).all() and (through_time.abs().sum(-1) > 0).all()
     close(truncation[T - sweeps :], through_time[T - sweeps :], 1e-10)
 
 
-def test_truncated_through_all_sweeps_has_the_gradient_through_time():
-    """T sweeps reach back to the first token: every parameter's and input's gradient is the reference's."""
+@pytest.mark.parametrize("sweeps", [T, T + 2])
+def test_truncated_through_all_sweeps_has_the_gradient_through_time(sweeps):
+    """They reach back to the first token: every parameter's and input's gradient is the reference's."""
     step = network(C, E)
     reference = gradients(step, lambda tokens: sequential(step, tokens, C))
-    for sweeps in (T, T + 2):
-        close(gradients(step, lambda tokens, k=sweeps: through(step, tokens, C, k)), reference, 1e-10)
+    close(gradients(step, lambda tokens: through(step, tokens, C, sweeps)), reference, 1e-10)
 
 
 # Prefill
 
 
-def relative(difference, values):
-    """Largest over tokens."""
-    return (difference.norm(dim=-1) / values.norm(dim=-1)).max().item()
+def worst(contexts, others):
+    """Largest relative difference of a token."""
+    return ((contexts - others).norm(dim=-1) / others.norm(dim=-1)).max().item()
 
 
-@pytest.mark.parametrize("piece", [1, 20, 64, 1000])
+@pytest.mark.parametrize("piece", [1, 64, 1000])
 def test_prefill_comes_within_the_tolerance_whatever_the_pieces(piece):
     """Contexts obey the recurrence to within the tolerance, and a contraction by 0.5 errs by twice that."""
     step, tokens, tolerance = leaky(0.5), random_tokens(2, 150, 30), 1e-3
     contexts, streams, stats = prefill(step, tokens, 30, tolerance, 40, piece)
     reference, _ = sequential(step, tokens, 30)
-    assert relative(sweep(step, contexts, tokens)[0] - contexts, contexts) <= tolerance * 1.01
-    assert relative(contexts - reference, reference) < 2 * tolerance * 1.5
+    assert worst(sweep(step, contexts, tokens)[0], contexts) <= tolerance * 1.01
+    assert worst(contexts, reference) < 2 * tolerance * 1.5
     assert all(stats.converged) and len(stats.sweeps) == -(-150 // piece) and torch.equal(streams, tokens)
 
 

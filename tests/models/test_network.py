@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from config import ResidualConfig
-from newllm.fixed_point.solver import sequential, sweep, truncated
+from newllm.fixed_point.solver import sequential, truncated
 from newllm.models.baselines import build_model
 from newllm.models.cross_entropy import linear_cross_entropy
 from newllm.models.network import ALIGNED_LOGIT, ContextMap, LanguageModel, TokenDropout, Window
@@ -60,8 +60,8 @@ def test_a_window_holds_its_tokens_and_forgets_the_rest():
         context = torch.zeros(32)
         for token in (first, *tokens[1:]):
             context, stream = window(context, token)
+            assert torch.equal(stream, token)
         contexts.append(context)
-        assert torch.equal(stream, tokens[-1])
     expected = (tokens.flip(0)[: Window.LAGS] @ window.lag).flatten()
     (lags, averages), (others, moved) = (context.tensor_split([len(expected)]) for context in contexts)
     torch.testing.assert_close(lags, expected, rtol=0, atol=1e-6)
@@ -138,8 +138,7 @@ def test_before_training_a_token_is_as_likely_as_it_is_frequent(kind):
     model = build_model(ResidualConfig(model_type=kind, **sizes), V).eval()
     ids = torch.tensor([[1] * 600 + [2] * 300 + [3] * 100]).int()
     model.start_at_frequencies(ids)
-    streams = torch.randn(1000, 16, generator=torch.Generator().manual_seed(0))
-    logits = model.logits(torch.zeros(1000, model.context_dim), streams)
+    logits = model.logits(torch.zeros(1000, model.context_dim), torch.randn(1000, 16))
     expected = (torch.bincount(ids[0].long(), minlength=V) + 1) / (1000 + V)
     torch.testing.assert_close(logits.softmax(-1).mean(0), expected, rtol=0.2, atol=1e-4)
     assert any(p is model.output_bias for p in model.head_parameters())
@@ -150,25 +149,18 @@ def test_before_training_a_token_is_as_likely_as_it_is_frequent(kind):
 
 
 @pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("sweeps", [None, 3])
 @torch.no_grad()
-def test_nothing_before_a_token_depends_on_it(head, sweeps):
-    """Another token at t leaves contexts and logits before t bit-identical, step by step and in sweeps."""
-
-    def run(ids):
-        contexts, streams = contexts_of(model, ids)
-        if sweeps:
-            contexts = torch.zeros_like(contexts)
-        for _ in range(sweeps or 0):
-            contexts, streams = sweep(model.step, contexts, model.embed(ids))
-        return contexts, streams, model.logits(contexts, streams)
-
-    model, ids, changed_at = small_model(**head), random_ids(B, T), 5
+def test_nothing_before_a_token_depends_on_it(head):
+    """Another token at t leaves contexts and logits before t bit-identical."""
+    model, ids = small_model(**head), random_ids(B, T)
     others = ids.clone()
-    others[:, changed_at] = (ids[:, changed_at] + 1) % V
-    for before, after in zip(run(ids), run(others), strict=True):
-        assert torch.equal(before[:, :changed_at], after[:, :changed_at])
-        assert not torch.equal(before[:, changed_at], after[:, changed_at])
+    others[:, 5] = (ids[:, 5] + 1) % V
+    contexts, changed = contexts_of(model, ids), contexts_of(model, others)
+    for before, after in zip(
+        (*contexts, model.logits(*contexts)), (*changed, model.logits(*changed)), strict=True
+    ):
+        assert torch.equal(before[:, :5], after[:, :5])
+        assert not torch.equal(before[:, 5], after[:, 5])
 
 
 # Parameters
@@ -189,18 +181,16 @@ def test_context_and_head_parameters_are_all_that_trains_each_once(head, pretrai
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_training_the_head_and_the_embedding_does_not_move_frozen_contexts(head):
-    """Contexts depend on every context parameter and on no other: F reads a frozen copy of the embedding."""
+def test_frozen_contexts_depend_on_every_context_parameter_and_on_no_other(head):
+    """F reads a frozen copy of the embedding: training that and the head moves no context."""
     model, ids = small_model(freeze_context=True, **head), random_ids(B, T + 1)
     before = contexts_of(model, ids)
     (before[0].square().sum() + (before[1] * torch.arange(E)).sum()).backward()
     assert all(p.grad is not None for p in model.context_parameters())
     assert all(p.grad is None for p in model.head_parameters())
-    weights = [p.detach().clone() for p in model.head_parameters()]
-    optimizer = torch.optim.AdamW(model.head_parameters(), lr=0.1)
-    loss_of(model, ids).backward()
-    optimizer.step()
-    assert any(not torch.equal(p, w) for p, w in zip(model.head_parameters(), weights, strict=True))
+    with torch.no_grad():
+        for parameter in model.head_parameters():
+            parameter.add_(1)
     assert all(torch.equal(old, new) for old, new in zip(before, contexts_of(model, ids), strict=True))
 
 
@@ -219,8 +209,7 @@ def test_a_kept_embedding_is_the_one_of_the_moment_and_travels_with_the_weights(
     model, ids = small_model(), random_ids(B, T)
     before = model.embed(ids)
     model.keep_context_embedding()
-    with torch.no_grad():
-        model.embedding.weight.add_(torch.randn_like(model.embedding.weight))
+    model.embedding.weight.data.add_(torch.randn(V, E))
     assert torch.equal(model.embed(ids), before)
     other = small_model(seed=2, freeze_context=True)
     other.load_state_dict(model.frozen_state() | model.trained_state())
@@ -232,11 +221,9 @@ def test_a_pretrained_embedding_is_copied_scaled_for_logits_and_frozen(head):
     """In fp32; nothing trains it, and the rest is as drawn and trains."""
     given = torch.randn(V, E, generator=torch.Generator().manual_seed(0)).double()
     model = small_model(pretrained=given, freeze_context=True, **head)
-    expected = functional.normalize(given.float(), dim=None)
-    given.zero_()
     weight = model.embedding.weight
     assert weight.dtype == torch.float32 and torch.equal(model.context_embedding, weight)
-    torch.testing.assert_close(functional.normalize(weight, dim=None), expected)
+    torch.testing.assert_close(weight / weight.norm(), (given / given.norm()).float())
     aligned = functional.layer_norm(weight, [E]) * weight  # a normed stream along each vector
     assert 0.7 * ALIGNED_LOGIT < aligned.sum(1).mean() < 1.05 * ALIGNED_LOGIT
     loss_of(model, random_ids(B, T + 1)).backward()
