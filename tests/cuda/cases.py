@@ -275,7 +275,7 @@ def test_launches_and_waits_of_a_step(settings, monkeypatch, record_property):
 
     monkeypatch.setattr(RunLog, "status", status)
     monkeypatch.setattr(cuda_graph, "record", recording)
-    ceilings = {"phase1": (250, 2), "untrained": (100, 2), "phase2": (700, 2)}
+    ceilings = {"phase1": (300, 2), "untrained": (100, 2), "phase2": (700, 2)}
     for layers in (2, 6):
         at.clear()
         recorded.clear()
@@ -294,7 +294,7 @@ def test_launches_and_waits_of_a_step(settings, monkeypatch, record_property):
             assert launches <= ceiling[0] and waits <= ceiling[1], said
         said = f"{layers} layers, recording the trajectory: {max(recorded):.1f} launches a token"
         record_property("counts", said)
-        assert max(recorded) <= {2: 40, 6: 45}[layers], said
+        assert max(recorded) <= {2: 42, 6: 52}[layers], said
 
 
 def test_evaluation_and_sweeps_wait_once_a_part(settings):
@@ -335,7 +335,7 @@ def test_weights_are_cast_once_for_all_steps_of_a_batch():
             casts = (counts.launched - before)["_to_copy"]
             trained = [weight for weight in model.context_map.parameters() if weight.grad is not None]
             gradients.append([weight.grad.cpu() for weight in trained])
-            assert (casts <= 2 * len(trained)) == once
+            assert (casts <= 2 * len(trained) + 2) == once  # beside them, what comes out
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=0.05, atol=1e-3)
     assert LanguageModel(config, 20).cast_step().__name__ == "step"  # a CPU's kernels take both types

@@ -62,29 +62,17 @@ def test_the_trajectory_is_the_fixed_point_of_the_sweep_and_t_sweeps_reach_it():
 
 @pytest.mark.parametrize("count", [1, 2, 5, T])
 def test_sweep_k_is_exact_for_the_first_k_tokens_and_a_function_of_the_last_k(count):
-    """Jacobi iteration: the others are not exact yet. Another token at s changes s ... s+k-1 and no other."""
+    """The others are not exact yet. Another token at s changes s ... s+k-1 of its sequence and no other."""
     step, tokens, changed_at = network(C, E), random_tokens(B, T, E), 2
     before = swept(step, tokens, C, count)[0]
     difference = (before - sequential(step, tokens, C)[0]).abs().amax((0, 2))
     assert difference[:count].max() < 1e-12
     assert (difference[count:] > 1e-6).all()
     others = tokens.clone()
-    others[:, changed_at] += 1
-    after = swept(step, others, C, count)[0]
-    changed = [t for t in range(T) if not torch.equal(before[:, t], after[:, t])]
-    assert changed == list(range(changed_at, min(T, changed_at + count)))
-
-
-@pytest.mark.parametrize("evaluate", [sequential, lambda *args: swept(*args, 4)], ids=["steps", "sweeps"])
-def test_no_context_knows_a_later_token_or_another_sequence(evaluate):
-    """Another token at t leaves everything before t bit-identical, another sequence the rest of the batch."""
-    step, tokens, changed_at = network(C, E), random_tokens(B, T, E), 4
-    others = tokens.clone()
     others[1, changed_at] += 1
-    for before, after in zip(evaluate(step, tokens, C), evaluate(step, others, C), strict=True):
-        assert torch.equal(before[:, :changed_at], after[:, :changed_at])
-        assert torch.equal(before[[0, 2]], after[[0, 2]])
-        assert not torch.equal(before[1, changed_at], after[1, changed_at])
+    changed = (before != swept(step, others, C, count)[0]).any(-1)
+    assert changed[1].nonzero().flatten().tolist() == list(range(changed_at, min(T, changed_at + count)))
+    assert not changed[[0, 2]].any()
 
 
 @pytest.mark.parametrize("sweeps", [1, 2, 4])

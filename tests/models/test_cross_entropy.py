@@ -77,14 +77,6 @@ def test_under_autocast_products_are_bf16_and_sums_are_fp32(chunk):
         assert (ours - torchs).norm() < 2e-2 * torchs.norm()
 
 
-def test_huge_logits_do_not_overflow():
-    """exp of 1e4 is infinite; the loss and its gradient are not."""
-    hidden, weight, bias, targets = layer(torch.float32)
-    loss = linear_cross_entropy(1e4 * hidden, weight, bias, targets)
-    assert loss.isfinite()
-    assert all(gradient.isfinite().all() for gradient in gradients(loss, [hidden, weight, bias]))
-
-
 def test_token_nll_is_torchs_and_its_hits_are_the_argmax(chunk):
     """Per token, shaped like the targets, fp32, without gradient."""
     *inputs, targets = layer()

@@ -68,15 +68,6 @@ def test_a_window_holds_its_tokens_and_forgets_the_rest():
     assert torch.equal(lags, others) and not torch.allclose(averages, moved)
 
 
-def test_the_averages_of_a_window_keep_their_variance():
-    """a <- l a + sqrt(1 - l^2) Q e of white tokens has the variance of Q e, for every time constant."""
-    window, context = Window(64, 16, seed=0), torch.zeros(1000, 64)
-    for _ in range(2 * max(Window.TIME_CONSTANTS)):
-        context, _ = window(context, torch.randn(1000, 16))
-    expected = window.slow.square().sum(0)
-    assert torch.allclose(context[:, -len(expected) :].var(0), expected, rtol=0.25)
-
-
 def test_controls_train_nothing_of_the_context():
     """There is no Phase 1 for them, and the head does not move what feeds them; no context is zeros."""
     for kind in ("window", "token"):

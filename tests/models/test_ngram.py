@@ -98,17 +98,6 @@ def test_equals_the_slow_definition(order, seed):
             assert abs(np.exp(-fast[i, t - 1]) - slow.probability(sample[:t], sample[t])) < 1e-12
 
 
-def test_contexts_never_cross_samples():
-    """Neighbours change nothing; a start is predicted as after an unseen oldest id."""
-    train, val = zipf_samples(20, 12, 30, seed=6), zipf_samples(5, 12, 30, seed=7)
-    model = KneserNey(4, 40).fit(train)
-    turned = KneserNey(4, 40).fit(train[::-1]).nll(val[::-1])[::-1]
-    np.testing.assert_allclose(turned, model.nll(val), rtol=0, atol=1e-12)
-    np.testing.assert_array_equal(model.nll(val[2:3]), model.nll(val)[2:3])
-    for context in ([0], [0, 3], [2, 17]):
-        np.testing.assert_array_equal(distribution(model, context), distribution(model, [39, *context]))
-
-
 def test_discounts_stay_between_zero_and_the_count():
     """0 < D_r <= r, so no probability is negative and every backoff weight is positive."""
     rng = np.random.default_rng(11)
