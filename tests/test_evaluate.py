@@ -66,8 +66,7 @@ def predict(model, ids, autocast=contextlib.nullcontext, features=None):
 
 
 def test_trajectories_are_the_sequential_ones(model, small_parts):
-    """Contexts and streams of all samples but their last ids, in parts that do not show, in the type asked
-    for."""
+    """Of all ids but each sample's last, in parts that do not show, in the type asked for."""
     ids = samples(12)
     expected = sequential(model.step, model.embed(ids[:, :-1].long()), C)
     exact = trajectories(model, ids, *EXACT)
@@ -78,8 +77,7 @@ def test_trajectories_are_the_sequential_ones(model, small_parts):
 
 
 def test_the_metrics_are_those_of_the_whole_logits(model, small_parts):
-    """Mean nats, its exponential, the share of right argmaxes, bits over the targets' bytes; nats of each
-    sample."""
+    """Mean nats, its exponential, right argmaxes, bits over the targets' bytes; nats of each sample."""
     ids = samples(12)
     targets = ids[:, 1:].long()
     with torch.no_grad():
@@ -98,23 +96,12 @@ def test_the_metrics_are_those_of_the_whole_logits(model, small_parts):
     assert again == pytest.approx(metrics, rel=1e-6)
 
 
-def test_accuracy_counts_hits(model):
-    """Samples made of the model's own predictions are all right."""
-    ids = samples(4)
-    for t in range(L):
-        logits = model.logits(*trajectories(model, ids, *EXACT))
-        ids[:, t + 1] = logits[:, t].argmax(-1)
-    assert predict(model, ids)["acc"] == 1
-
-
 def test_prediction_changes_nothing_and_knows_no_dropout():
-    """In the middle of training too: the same number twice, no weight, gradient or random state that is
-    another."""
+    """In the middle of training too: the same number twice, no random state or gradient that is another."""
     model = LanguageModel(settings(dropout=0.9), V).train()
-    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    state = torch.get_rng_state()
     first = predict(model, samples(3))
     assert predict(model.train(), samples(3)) == first
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), state) and all(p.grad is None for p in model.parameters())
 
 
@@ -127,8 +114,7 @@ def test_half_precision_is_close_and_a_hopeless_loss_finite(model):
 
 
 def test_a_cut_context_is_made_of_the_last_tokens_alone(model):
-    """The point at k is what prediction gives when each context comes from the last k tokens in a sample of
-    their own."""
+    """The point at k is what prediction gives when each context comes from a sample of the last k tokens."""
     ids = samples(4)
     curve = bpb_by_context(model, ids, BYTES, *EXACT)
     assert list(curve) == [1, 2, 4, 8, L]
@@ -173,8 +159,7 @@ def delayed(context, token):
     ids=["memoryless", "delay line"],
 )
 def test_context_metrics_of_maps_known_by_hand(step, width, horizon, past, current, sweeps):
-    """c_t = e_t has no past and is all token; [e_t, e_{t-1}, e_{t-2}] has two. Exact, then seen to stand
-    still."""
+    """c_t = e_t has no past and is all token; [e_t, e_{t-1}, e_{t-2}] has two."""
     metrics = evaluate_contexts(map_of(step, width), data(60, 60), settings(), "cpu")
     assert metrics["memory_horizon"] == horizon and metrics["sweeps_to_convergence"] == sweeps
     assert metrics["past_capacity"] == pytest.approx(past, abs=0.1)
@@ -200,8 +185,7 @@ def test_rank_is_measured_on_equally_many_tokens_of_both_splits(monkeypatch):
 
 
 def test_progress_of_the_evaluations_ends_at_its_total(model):
-    """Tokens that the bars are told of are what they expected, but for sequences in which no token could be
-    replaced."""
+    """Tokens told are those expected, but for sequences in which no token could be replaced."""
     bars = []
 
     @contextlib.contextmanager

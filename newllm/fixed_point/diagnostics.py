@@ -13,6 +13,7 @@ from einops import rearrange
 from newllm.fixed_point.losses import covariance, squared_change
 from newllm.fixed_point.solver import sequential, sweep
 
+ROUNDING = 1e-5  # relative error of contexts that says no more about the map
 HORIZON_LEVEL = 1e-2  # relative change of a later context that still counts as remembering
 PROBE_LAGS = 40  # tokens back that the past capacity looks
 PROBE_DIMS = 64  # random projections of an embedding that a probe predicts
@@ -36,9 +37,9 @@ def effective_rank(contexts_NC):
     return rank_of(spectrum(contexts_NC))
 
 
-def effective_rank_ceiling(num_tokens, context_dim, seed=0):
+def effective_rank_ceiling(num_tokens, context_dim):
     """Effective rank of an isotropic Gaussian of the same N and C: what N tokens can show at best."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     return effective_rank(torch.randn(num_tokens, context_dim, generator=generator))
 
 
@@ -62,9 +63,9 @@ def cold_start(step, tokens_BTE, trajectory_BTC, sweeps, threshold=0.0):
     return errors, converged
 
 
-def contraction_factor(errors, floor=1e-5):
+def contraction_factor(errors):
     """Per-sweep decay of a cold-start curve: exp of the least-squares slope of log error above rounding."""
-    logs = [math.log(e) for e in errors if e > floor]
+    logs = [math.log(e) for e in errors if e > ROUNDING]
     if len(logs) < 2:
         return 0.0
     centre = (len(logs) - 1) / 2
@@ -118,8 +119,8 @@ def ridge_r2(fit_inputs, fit_targets, inputs, targets):
     return 1 - residual / (targets - targets.mean(0)).square().sum((0, 2)).clamp(min=1e-12)
 
 
-def past_capacity(fit, held_out, max_lag=PROBE_LAGS):
-    """Held-out R^2 of linear probes from c_t to the embedding of token t - j, for j = 1 ... max_lag.
+def past_capacity(fit, held_out):
+    """Held-out R^2 of linear probes from c_t to the embedding of token t - j, for j = 1 ... PROBE_LAGS.
 
     The embedding is seen through PROBE_DIMS fixed random projections; negative R^2 counts as zero.
 
@@ -130,7 +131,7 @@ def past_capacity(fit, held_out, max_lag=PROBE_LAGS):
         R^2 by lag; their sum is the past capacity (Dambre et al. 2012).
     """
     embed_dim, length = fit[1].shape[-1], fit[1].shape[1]
-    max_lag = min(max_lag, length // 2)
+    max_lag = min(PROBE_LAGS, length // 2)  # every lag is probed on as many tokens
     generator = torch.Generator().manual_seed(0)
     projection = torch.randn(embed_dim, min(PROBE_DIMS, embed_dim), generator=generator).to(fit[1].device)
 
