@@ -22,9 +22,9 @@ def load_embedding(source, vocab_size, embed_dim):
     """Input embedding [V, E] of a pretrained model, or None for "random".
 
     Args:
-        source: "random", "gpt2" (the hub or its cache), "wordllama" (the package: 256 dimensions, out of
-            Llama models), or a folder or hub name in transformers' format.
-        vocab_size: ids of the tokenizer; rows beyond them, which some models have for speed, are left out.
+        source: "random", "gpt2", "wordllama" (the package: 256 dimensions, out of Llama models), or a folder
+            or hub name in transformers' format.
+        vocab_size: V; rows beyond these ids, which some models have for speed, are left out.
 
     Raises:
         UserError: it cannot be had, or its shape is not [vocab_size, embed_dim].
@@ -76,7 +76,7 @@ def require_own_ids(embeddings, tokenizer):
     """Refuse vectors for ids that stand for other tokens than those they were learned for.
 
     Args:
-        embeddings, tokenizer: as the settings of these names; tokenizer as `tokenizer_choice` gives it.
+        embeddings: as the setting. tokenizer: as `tokenizer_choice` gives it.
 
     Raises:
         UserError: the tokenizer is not that of the embeddings, or one of the two cannot be had.
@@ -108,7 +108,7 @@ def require_peft():
 
 
 def adapter_rank(asked, memory):
-    """The setting, or by the device's memory in bytes."""
+    """The rank asked for, or for 0 that of the device's memory in bytes."""
     return asked or next(rank for limit, rank in RANKS if memory < limit)
 
 
@@ -136,8 +136,7 @@ def add_adapter(model, rank, generator=None):
     inject_adapter_in_model(settings, model.context_map)
     for name, parameter in model.context_map.named_parameters():
         if ".lora_A." in name:  # peft draws from the global generator
-            drawn = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
-            parameter.data.copy_(drawn)
+            parameter.data = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
     model.context_map.to(model.embedding.weight.device)
 
 

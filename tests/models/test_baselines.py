@@ -87,22 +87,8 @@ def test_a_window_too_wide_for_its_context_is_refused():
 # Attention
 
 
-def test_the_kernel_in_effect_is_named_or_refused(recwarn):
-    """What torch picks, what was asked for, and what a CPU does not have: flash attention with dropout."""
-    cpu, named = torch.device("cpu"), {}
-    for name in ("auto", "flash", "math"):
-        model = Baseline(settings("transformer", attention=name), V)
-        named[name] = model.attention_in_effect(cpu, torch.float32)
-    assert named == {"auto": "flash_attention", "flash": "flash_attention", "math": "math"}
-    assert Baseline(settings("gru"), V).attention_in_effect(cpu, torch.float32) is None
-    with pytest.raises(UserError, match="take --attention auto"):
-        dropping = settings("transformer", attention="flash", dropout=0.1)
-        Baseline(dropping, V).attention_in_effect(cpu, torch.float32)
-    assert not recwarn
-
-
-def test_the_kernel_asked_for_runs_and_kernels_agree(monkeypatch):
-    """A Transformer uses the attention asked for, backward too; logits differ by rounding alone."""
+def test_the_kernel_asked_for_runs_and_kernels_agree(monkeypatch, recwarn):
+    """It is the one that is named, backward too; logits differ by rounding alone."""
     used, made = [], []
     real = functional.scaled_dot_product_attention
 
@@ -111,9 +97,20 @@ def test_the_kernel_asked_for_runs_and_kernels_agree(monkeypatch):
         return real(query, key, value, **options)
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", watch)
-    for name, kernel in KERNELS.items():
+    for name, kernel in {"auto": KERNELS["flash"], **KERNELS}.items():
+        model = Baseline(settings("transformer", attention=name), V).eval()
+        assert model.attention_in_effect(torch.device("cpu"), torch.float32) == kernel.name.lower()
         used.clear()
-        made.append(logits(Baseline(settings("transformer", attention=name), V).eval(), ids()))
+        made.append(logits(model, ids()))
         made[-1].sum().backward()
-        assert used and set(used) == {kernel.value}
-    assert (made[0] - made[1]).abs().max() < 1e-5
+        assert set(used) == {kernel.value}
+    torch.testing.assert_close(made[1], made[2], rtol=0, atol=1e-5)
+    assert not recwarn
+
+
+def test_a_kernel_that_is_not_there_is_one_sentence():
+    """A CPU has no flash attention with dropout; a GRU has no attention."""
+    dropping = Baseline(settings("transformer", attention="flash", dropout=0.1), V)
+    with pytest.raises(UserError, match="take --attention auto"):
+        dropping.attention_in_effect(torch.device("cpu"), torch.float32)
+    assert Baseline(settings("gru"), V).attention_in_effect(torch.device("cpu"), torch.float32) is None
