@@ -136,7 +136,8 @@ def add_adapter(model, rank, generator=None):
     inject_adapter_in_model(settings, model.context_map)
     for name, parameter in model.context_map.named_parameters():
         if ".lora_A." in name:  # peft draws from the global generator
-            parameter.data = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
+            drawn = torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5
+            parameter.data.copy_(drawn)
     model.context_map.to(model.embedding.weight.device)
 
 
