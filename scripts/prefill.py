@@ -22,7 +22,7 @@ from config import ResidualConfig
 from newllm.config import expanded
 from newllm.data.samples import load_data
 from newllm.errors import UserError, exit_on_user_error
-from newllm.fixed_point.diagnostics import cold_start_curve
+from newllm.fixed_point.diagnostics import cold_start
 from newllm.fixed_point.solver import prefill
 from newllm.flags import parse_args
 from newllm.models.baselines import build_model
@@ -120,7 +120,8 @@ def measure(stream, weights, lengths, tolerances):
             "speed_up": loop / seconds if converged else None,  # else what the loop gives was not reached
         })  # fmt: skip
     first = stream.embeddings[:, :CURVE_TOKENS], reference[:, :CURVE_TOKENS]
-    return rows, cold_start_curve(stream.step.contexts, *first, CURVE_SWEEPS)
+    errors, _ = cold_start(stream.step.contexts, *first, CURVE_SWEEPS)
+    return rows, errors
 
 
 def shown(row):

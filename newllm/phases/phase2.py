@@ -98,8 +98,9 @@ class Phase2:
         cast_step = step.for_batch()
         if not sweeps:
             return sequential(cast_step, tokens, model.context_dim)
+        trajectory = step.trajectory(tokens, tokens.new_zeros(len(tokens), model.context_dim))
         contexts_alone = functools.partial(cast_step, stream=False)
-        return truncated(cast_step, tokens, model.context_dim, sweeps, contexts_alone, step.trajectory)
+        return truncated(cast_step, tokens, trajectory, sweeps, contexts_alone)
 
     def after_step(self, batch, loss, made):
         """The batch's loss, weighted by its share of the samples."""

@@ -17,8 +17,9 @@ from pretended import DEVICE, OnDevice, Refused, pretended_cuda
 
 from config import ResidualConfig
 from newllm import evaluate
+from newllm.fixed_point.diagnostics import cold_start
 from newllm.fixed_point.losses import phase1_loss
-from newllm.fixed_point.solver import prefill, sequential, solve
+from newllm.fixed_point.solver import prefill, sequential
 from newllm.generate import generate
 from newllm.models.network import ContextMap, LanguageModel
 from newllm.report.page import artifact_paths
@@ -305,8 +306,8 @@ def test_evaluation_and_sweeps_wait_once_a_part():
         model, tokens = ContextMap(8, 8, 1).to("cuda"), torch.randn(2, 6, 8).to("cuda")
         reference = sequential(model, tokens, 8)[0].detach()
         before = counts.waits
-        _, stats = solve(model, tokens, 8, 4, threshold=0.0, ratio=2.0, trajectory_BTC=reference)
-    assert counts.waits - before == 4 == len(stats.error) == len(stats.residual) == len(stats.converged)
+        errors, converged = cold_start(model, tokens, reference, 4)
+    assert counts.waits - before == 4 == len(errors) == len(converged)
 
 
 @pytest.mark.parametrize("card", [T4, A100], ids=["T4", "A100"])
@@ -322,7 +323,7 @@ def test_the_map_stays_in_the_compute_type(card):
 
 
 def test_weights_are_cast_once_for_all_steps_of_a_batch():
-    """With gradient through 20 steps: one launch forth, one back, the gradient of casting each time."""
+    """With gradient through 20 steps: a launch a weight forth and back, and the gradient of casting each time."""
     config = ResidualConfig(context_dim=8, embed_dim=8, num_layers=2)
     with pretended_cuda(T4) as counts:
         model = LanguageModel(config, 20).to("cuda")
