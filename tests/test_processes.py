@@ -24,7 +24,7 @@ LONG = dict(phase1_max_iterations=2000, phase1_convergence_threshold=1e-12)
 
 
 def child(settings, rank, port, path):
-    """A forked process, of two that train together, so that torch is imported once; its output is appended."""
+    """A forked process, of two that train together, so that torch is imported once; output is appended."""
     process = os.fork()
     if process:
         return process

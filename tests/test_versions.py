@@ -1,4 +1,4 @@
-"""Every dependency has a floor and a ceiling, every package imported is one, constraints.txt is one exact set."""
+"""Dependencies have a floor and a ceiling, imported packages are declared, constraints.txt is one exact set."""
 
 import ast
 import re

@@ -95,7 +95,7 @@ def poll():
 
 
 def interruptible(function, *arguments, tick=lambda: None):
-    """What function(*arguments) returns, else LeftBehind: a library's long call hears no signal before its end.
+    """What function(*arguments) returns, or LeftBehind: a library's long call hears no signal itself.
 
     Args:
         tick: called now and then meanwhile.

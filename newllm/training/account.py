@@ -5,6 +5,8 @@ import time
 from datetime import UTC, datetime
 from pathlib import Path
 
+from accelerate.tracking import filter_trackers
+
 from newllm.clock import timed
 from newllm.errors import UserError
 from newllm.models.baselines import Baseline
@@ -19,7 +21,6 @@ from newllm.saving.trained import save_model
 from newllm.training.memory_estimate import usable_memory
 from newllm.training.plan import make_plan, unused_lines
 from newllm.training.runtime import compile_cost, describe_device, peak_memory_mb
-from newllm.training.tracking import start_tracking
 
 
 def in_effect(config, runtime, data, model, notes):
@@ -53,6 +54,40 @@ def announce(config, runtime, data, model, log, notes):
     for line in notes:
         if line.startswith("warning"):
             log.log("warning", message=line)
+
+
+def start_tracking(accelerator, name, folder, config, warn):
+    """Begin to send the rows of a run's record to a tracker, through accelerate; it cannot stop a run.
+
+    Args:
+        folder: the tracker's. warn: function of a line.
+
+    Returns:
+        Function of (stage, values) for RunLog. At the first failure, also the last, `warn` gets a line.
+    """
+
+    def attempt(function, *arguments):
+        try:
+            function(*arguments)
+        except Exception as error:  # whatever a service or its client raises
+            accelerator.trackers.clear()
+            warn(f"warning: {name} failed ({type(error).__name__}: {error}); the run goes on without it")
+
+    def begin():
+        accelerator.project_configuration.set_directories(str(folder))
+        accelerator.log_with = filter_trackers(name, str(folder))
+        if not accelerator.log_with:
+            raise ImportError(f"pip install {name}")
+        accelerator.init_trackers("newllm", config)
+
+    def follow(stage, values):
+        numbers = {f"{stage}/{key}": value for key, value in values.items() if type(value) in (int, float)}
+        step = values.get("steps", values.get("iteration", values.get("epoch")))  # the finest of its counts
+        if step is not None:
+            attempt(accelerator.log, numbers, step)
+
+    attempt(begin)
+    return follow
 
 
 def preview(config, runtime, data, model, peak):

@@ -323,7 +323,7 @@ def test_the_map_stays_in_the_compute_type(card):
 
 
 def test_weights_are_cast_once_for_all_steps_of_a_batch():
-    """With gradient through 20 steps: a launch a weight forth and back, and the gradient of casting each time."""
+    """With gradient through 20 steps: one launch for all weights each way."""
     config = ResidualConfig(context_dim=8, embed_dim=8, num_layers=2)
     with pretended_cuda(T4) as counts:
         model = LanguageModel(config, 20).to("cuda")

@@ -1,4 +1,4 @@
-"""The network: formulas, initialisation, causality, which parameters move what; controls that train nothing."""
+"""The network: formulas, initialisation, causality, which parameters move what; untrained controls."""
 
 import pytest
 import torch

@@ -32,7 +32,7 @@ class Watched:
 
 
 class Faults:
-    """Faults below one folder: `before(operation, path, bytes)` comes ahead of "open MODE", "write", "name"."""
+    """Faults in a folder: `before(operation, path, bytes)` comes before "open MODE", "write", "name"."""
 
     def __init__(self, folder, monkeypatch):
         self.folder, self.before = f"{folder}/", lambda operation, path, size: None

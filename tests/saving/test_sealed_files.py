@@ -38,7 +38,7 @@ def assert_refused_untouched(path, content):
 
 
 def test_what_was_saved_is_loaded(tmp_path):
-    """Tensors of several types and empty ones, plain values; torch alone opens it, and zipfile has no fault."""
+    """Tensors of several types and empty ones, plain values; torch alone opens it, zipfile finds no fault."""
     path, kinds = tmp_path / "x.pt", (torch.float16, torch.bfloat16, torch.float64, torch.uint8)
     tensors = [*(torch.tensor([1, 2]).to(kind) for kind in kinds), torch.zeros(0, 3)]
     plain = {"a": [1, 2.5, None, True, "text", (3, b"raw")], "big": 2**100}
