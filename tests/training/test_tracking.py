@@ -5,7 +5,7 @@ from accelerate.tracking import GeneralTracker
 
 from config import ResidualConfig
 from newllm.report.record import find_records, read_record
-from newllm.training import tracking
+from newllm.training import account
 from train import main as train
 
 
@@ -47,7 +47,7 @@ class Flaky(GeneralTracker):
 )
 def test_a_tracker_that_fails_costs_a_line(tiny_settings, capsys, monkeypatch, trackers, reason):
     """No further calls of it, and the run ends as it would."""
-    monkeypatch.setattr(tracking, "filter_trackers", lambda name, folder: trackers)
+    monkeypatch.setattr(account, "filter_trackers", lambda name, folder: trackers)
     train(ResidualConfig(**tiny_settings | dict(trackers="wandb")))
     text = capsys.readouterr().out
     assert text.count("warning: wandb") == 1 and f"warning: wandb failed {reason}" in text
