@@ -1,4 +1,4 @@
-"""Dependencies have a floor and a ceiling, imported packages are declared, constraints.txt is one exact set."""
+"""Dependencies have a floor and a ceiling, imports are declared, constraints.txt is one exact set."""
 
 import ast
 import re

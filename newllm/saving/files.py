@@ -47,7 +47,7 @@ def usable_folder(path, purpose, make=True):
 
 
 def second_folder(path, first, purpose):
-    """A folder for another disk than `first`: in an existing one, not in `first` or around it; not made here."""
+    """A folder for another disk than `first`: in an existing one, neither in `first` nor around it."""
     path = usable_folder(path, purpose, make=False)
     if path == first or path in first.parents or first in path.parents:
         raise UserError(f"{first} and {path} ({purpose}) must not lie in each other: choose another folder.")
