@@ -6,38 +6,39 @@ python3 train.py --dry_run            # what a run would do and take; trains and
 """
 
 import copy
+from dataclasses import dataclass
 
 from config import ResidualConfig
 from newllm.clock import Clock, timed
-from newllm.config import (
-    DataSettings,
-    MachineSettings,
-    ModelSettings,
-    Phase1Settings,
-    Phase2Settings,
-    SharedSettings,
-)
-from newllm.data.samples import load_data
+from newllm.config import DataSettings, MachineSettings, ModelSettings, Phase1Settings, Phase2Settings
+from newllm.data.samples import TokenData, load_data
 from newllm.data.tokens import tokenizer_choice
 from newllm.errors import UserError, exit_on_user_error
 from newllm.evaluate import bpb_by_context, evaluate_contexts
 from newllm.flags import parse_args
 from newllm.memory import free_memory
 from newllm.models.baselines import Baseline, build_model
+from newllm.models.network import TokenPredictor
 from newllm.models.ngram import ngram_rows
 from newllm.models.pretrained import load_embedding, require_own_ids, require_peft
 from newllm.phases.phase1 import Phase1
 from newllm.phases.phase2 import Phase2
 from newllm.progress import Progress
 from newllm.report.record import RunLog, new_run_id
-from newllm.report.summary import context_line
+from newllm.report.summary import TITLES, context_line
 from newllm.saving.checkpoint import Checkpointer, require_space
 from newllm.saving.stop import Interrupt
-from newllm.training.account import announce, leave_model, report
-from newllm.training.dry_run import preview
+from newllm.training.account import announce, leave_model, preview, report
 from newllm.training.loop import EpochLoop
 from newllm.training.memory_estimate import predicted_peak
-from newllm.training.runtime import describe_device, gpu_utilization, open_runtime, peak_memory_mb
+from newllm.training.runtime import (
+    Runtime,
+    describe_device,
+    gpu_utilization,
+    open_runtime,
+    peak_memory_mb,
+    skip_loaded_code,
+)
 
 
 def main(config, dry_run=False):
@@ -53,7 +54,8 @@ def main(config, dry_run=False):
         UserError: bad settings, data, checkpoint or a training that diverged.
         Stopped: a signal or max_minutes ended the run early; everything is saved.
     """
-    with Interrupt(config.max_minutes, config.save_checkpoint) as interrupt, Clock():
+    Clock.current = Clock()
+    with Interrupt(config.max_minutes) as interrupt:
         with timed("loading"):
             runtime = open_runtime(config.part(MachineSettings))
         group = runtime.group
@@ -61,13 +63,21 @@ def main(config, dry_run=False):
         with group.run():
             with timed("loading"):
                 data, model, peak = load(config, runtime)
+                skip_loaded_code()
             if dry_run:
                 return preview(config, runtime, data, model, peak)
             with Checkpointer(config, data.fingerprint, new_run_id(), group) as checkpointer:
                 if checkpointer.writes:
                     require_space(checkpointer.folder, model, config, runtime.storage_dtype)
-                whose = dict(writes=group.is_main, owns=lambda: checkpointer.owns, gauge=gpu_utilization)
-                with RunLog(config.checkpoint_dir, data.source, checkpointer.run_id, **whose) as log:
+                log = RunLog(
+                    config.checkpoint_dir,
+                    data.source,
+                    checkpointer.run_id,
+                    writes=group.is_main,
+                    owns=lambda: checkpointer.owns,
+                    gauge=gpu_utilization,
+                )
+                with log:
                     log.mend(checkpointer.record)
                     announce(config, runtime, data, model, log, checkpointer.notes)
                     run = Run(config, runtime, data, model, checkpointer, log)
@@ -101,19 +111,20 @@ def load(config, runtime):
     return data, model, peak
 
 
+@dataclass
 class Run:
     """The stages of a run. One that an earlier session has completed is left out."""
 
-    def __init__(self, config, runtime, data, model, checkpointer, log):
-        self.config = config
-        self.runtime = runtime
-        self.data = data
-        self.model = model
-        self.checkpointer = checkpointer
-        self.log = log
-        self.device = describe_device(runtime)
-        self.learns_context = bool(model.context_parameters())
-        self.has_steps = not isinstance(model, Baseline)
+    config: ResidualConfig
+    runtime: Runtime
+    data: TokenData
+    model: TokenPredictor
+    checkpointer: Checkpointer
+    log: RunLog
+
+    @property
+    def learns_context(self):
+        return bool(self.model.context_parameters())
 
     def untrained_row(self):
         """What every later figure stands beside: counting, and the same network and head without Phase 1."""
@@ -132,46 +143,42 @@ class Run:
             control = copy.deepcopy(self.model)
             control.keep_context_embedding()
             log.say(context_line("untrained", results["contexts"]))
-            with timed("untrained control"):
-                results["head"] = self.train_head(control, "untrained", freeze_context=True)
+            results["head"] = self.train_head(control, "untrained", freeze_context=True)
             del control
         self.complete("untrained", results)
 
     def phase1(self):
         """The context map by sweeps, without labels."""
-        config, log = self.config, self.log
         if self.checkpointer.is_done("phase1"):
             return
-        if not self.learns_context:
-            self.complete("phase1", {})
-            return
-        log.say("\n== Phase 1: contexts ==")
-        with timed("Phase 1"):
-            folder = self.checkpointer.folder
-            settings = config.part(Phase1Settings)
+        results = {}
+        if self.learns_context:
+            self.log.say("\n== Phase 1: contexts ==")
+            settings, folder = self.config.part(Phase1Settings), self.checkpointer.folder
             training = self.train(Phase1(self.model, self.data.train, settings, self.runtime, folder))
-        contexts = self.measure_contexts()
-        log.say(context_line("untrained", self.checkpointer.results["untrained"]["contexts"]))
-        log.say(context_line("phase 1", contexts))
-        self.complete("phase1", {"training": training, "contexts": contexts, "device": self.device})
+            contexts = self.measure_contexts()
+            self.log.say(context_line("untrained", self.checkpointer.results["untrained"]["contexts"]))
+            self.log.say(context_line("phase 1", contexts))
+            results = {"training": training, "contexts": contexts, "device": describe_device(self.runtime)}
+        self.complete("phase1", results)
 
     def phase2(self):
         """The language model on these contexts; the best of its epochs is kept."""
         config, runtime, data, model, log = self.config, self.runtime, self.data, self.model, self.log
         if config.phase != "both" or self.checkpointer.is_done("phase2"):
             return
-        frozen = self.has_steps and (config.freeze_context or not self.learns_context)
+        has_steps = not isinstance(model, Baseline)
+        frozen = has_steps and (config.freeze_context or not self.learns_context)
         kind = f"model type {config.model_type}"
         if self.learns_context:
             kind += f", contexts {'frozen' if frozen else 'fine-tuned'}"
         log.say(f"\n== Phase 2: next-token prediction, {kind} ==")
-        with timed("Phase 2"):
-            head = self.train_head(model, "phase2", frozen)
-        results = {"head": head, "device": self.device}
+        head = self.train_head(model, "phase2", frozen)
+        results = {"head": head, "device": describe_device(runtime)}
         if self.learns_context and not frozen:
             results["contexts"] = self.measure_contexts()
             log.say(context_line("phase 2", results["contexts"]))
-        if self.has_steps and not config.whiten_context:
+        if has_steps and not config.whiten_context:
             log.say("measuring what the model uses of its context")
             with timed("contexts"):
                 results["bpb_by_context"] = bpb_by_context(
@@ -182,14 +189,12 @@ class Run:
         self.complete("phase2", results)
 
     def train_head(self, model, stage, freeze_context):
-        folder = self.checkpointer.folder
-        settings = self.config.part(Phase2Settings)
-        phase = Phase2(model, self.data, settings, self.runtime, folder, stage, freeze_context)
-        return self.train(phase)
+        settings, folder = self.config.part(Phase2Settings), self.checkpointer.folder
+        return self.train(Phase2(model, self.data, settings, self.runtime, folder, stage, freeze_context))
 
     def train(self, phase):
-        shared = self.config.part(SharedSettings)
-        return EpochLoop(phase, shared, self.runtime, self.log, self.checkpointer).run()
+        with timed(TITLES[phase.stage]):
+            return EpochLoop(phase, phase.settings, self.runtime, self.log, self.checkpointer).run()
 
     @timed("contexts")
     def measure_contexts(self):
@@ -210,8 +215,8 @@ class Run:
 
 
 def flags(parser):
-    what = "say what is in effect, memory, disk and checkpoint, and end before the first step"
-    parser.add_argument("--dry_run", action="store_true", help=what)
+    help_text = "say what is in effect, memory, disk and checkpoint, and end before the first step"
+    parser.add_argument("--dry_run", action="store_true", help=help_text)
 
 
 if __name__ == "__main__":

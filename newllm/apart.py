@@ -14,25 +14,23 @@ def call_apart(function, *arguments):
     """What function(*arguments) returns, called in a fresh process, where its memory and a crash stay.
 
     Args:
-        function: importable by name; it and what it takes, returns and raises can be pickled.
+        function: importable by name; it and what it takes and returns can be pickled.
 
     Raises:
-        UserError: the function raised it, or its process ended without an answer.
-        BrokenPipeError: nobody reads its output.
-        Stopped: the function raised it, or it was interrupted because this process is to stop.
+        UserError, Stopped, BrokenPipeError: as the function raised them.
+        UserError: its process ended without an answer. Stopped: it did so because this process is to stop.
     """
     context = multiprocessing.get_context("spawn")
-    answer, sender = context.Pipe(duplex=False)
+    receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, arguments))
     process.start()
     sender.close()
-    asked = False
-    while not answer.poll(POLL_SECONDS):
-        if stop_reason() and not asked:
+    while not receiver.poll(POLL_SECONDS):
+        if stop_reason():
             process.terminate()  # once: a second signal would end it without a save
-            asked = True
+            break
     try:
-        result, error = answer.recv()
+        answer, error = receiver.recv()
     except EOFError:
         process.join()
         if reason := stop_reason():
@@ -41,7 +39,7 @@ def call_apart(function, *arguments):
     process.join()
     if error:
         raise error
-    return result
+    return answer
 
 
 def _answer(sender, function, arguments):

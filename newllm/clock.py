@@ -2,30 +2,21 @@
 
 import contextlib
 import time
+from collections import Counter
 
 
 class Clock:
-    """Counts the seconds of the thread that trains. As a context manager it is the clock of `timed`."""
-
-    current = None
+    """Counts the seconds of the thread that trains. `timed` counts for the current one, new with each run."""
 
     def __init__(self):
-        self._parts = {}
-        self._open = ["other"]
-        self._since = time.monotonic()
-
-    def __enter__(self):
-        self._outer, Clock.current = Clock.current, self
-        return self
-
-    def __exit__(self, *_):
-        Clock.current = self._outer
+        self.counted, self.open = Counter(), ["other"]
+        self.since = time.monotonic()
 
     @property
     def parts(self):
         """{part: seconds} so far; "other" is the time in which no part was open."""
-        self._turn()
-        return dict(self._parts)
+        self.turn()
+        return dict(self.counted)
 
     @property
     def seconds(self):
@@ -33,23 +24,26 @@ class Clock:
 
     def add(self, parts):
         """Count what an earlier session of the run has counted."""
-        for part, seconds in parts.items():
-            self._parts[part] = self._parts.get(part, 0.0) + seconds
+        self.counted.update(parts)
 
-    def _turn(self):
+    def turn(self):
+        """Count the time since the last turn for the part that is open."""
         now = time.monotonic()
-        self.add({self._open[-1]: now - self._since})
-        self._since = now
+        self.counted[self.open[-1]] += now - self.since
+        self.since = now
+
+
+Clock.current = Clock()
 
 
 @contextlib.contextmanager
 def timed(part):
     """Count a block's, or a function's, seconds for a part; what is timed within it counts for its own."""
-    clock = Clock.current or Clock()  # outside of a run one that nobody reads
-    clock._turn()
-    clock._open.append(part)
+    clock = Clock.current
+    clock.turn()
+    clock.open.append(part)
     try:
         yield
     finally:
-        clock._turn()
-        clock._open.pop()
+        clock.turn()
+        clock.open.pop()

@@ -23,7 +23,7 @@ def _end(error):
     if isinstance(error, KeyboardInterrupt):
         line, status = "interrupted before the run began", 130
     if isinstance(error, Stopped):
-        advice = "run the same command again to continue" if error.goes_on else "nothing was to be saved"
+        advice = "run the same command again, it goes on from what is saved"
         line, status = f"stopped: {error}; {advice}", EXIT_STATUS
     print(line, file=sys.stderr)
     if isinstance(error, LeftBehind):
@@ -69,12 +69,12 @@ def exit_on_user_error():
 def open_streams():
     """Lead closed streams (`>&-`) to nowhere; show escaped what a terminal lacks, keep odd input bytes."""
     for name in ("stdin", "stdout", "stderr"):
-        stream, errors = getattr(sys, name), "surrogateescape" if name == "stdin" else "backslashreplace"
+        stream = getattr(sys, name)
         if stream is None:
-            mode = "r" if name == "stdin" else "w"
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8", errors=errors))  # noqa: SIM115
-        elif hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors=errors)
+            stream = open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8")  # noqa: SIM115
+            setattr(sys, name, stream)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="surrogateescape" if name == "stdin" else "backslashreplace")
 
 
 def silence_broken_streams():

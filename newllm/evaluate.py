@@ -1,18 +1,17 @@
 """From (model, data) to metrics: the same code before, during and after training, and in test.py.
 
-Contexts here are always the trajectory itself, evaluated step by step from c_0 = 0 with many sequences at
-once: it is exact for any map, converging or not, and on short samples cheaper than the sweeps to reach it.
-Arguments of all functions: ids [B, T+1], samples whose last id is only a target; autocast, function that
-gives the context manager of the precision. Shapes: B sequences, T tokens, C and E widths, V vocabulary.
+Contexts here are the trajectory itself, step by step from c_0 = 0 for many sequences at once: exact for any
+map, converging or not, and on short samples cheaper than the sweeps to reach it.
+Arguments: ids [B, T+1], samples whose last id is only a target; autocast, function that gives the context
+manager of the precision. Shapes: B sequences, T tokens, C and E widths, V vocabulary.
 """
 
 import math
 
 import torch
-from einops import rearrange
 
 from newllm.fixed_point import diagnostics
-from newllm.fixed_point.solver import sequential, solve, sweep
+from newllm.fixed_point.solver import sequential, sweep
 from newllm.memory import map_parts
 from newllm.models.baselines import Baseline
 from newllm.models.cross_entropy import linear_token_nll
@@ -43,26 +42,24 @@ def trajectories(model, ids, autocast, device, dtype=torch.float32):
             contexts, streams = encode(model, ids[part, :-1].to(device).long())
         return contexts.to(dtype), streams.to(dtype)
 
-    parts = map_parts(evaluated, len(ids), SEQUENCES_AT_A_TIME)
-    return tuple(torch.cat(side) for side in zip(*parts, strict=True))
-
-
-def text_bytes(ids, token_bytes):
-    """UTF-8 bytes of the text that the targets of samples stand for; token_bytes [V]: of each id."""
-    return token_bytes[ids[:, 1:].cpu().long()].sum().item()
+    contexts, streams = zip(*map_parts(evaluated, len(ids), SEQUENCES_AT_A_TIME), strict=True)
+    return torch.cat(contexts), torch.cat(streams)
 
 
 @torch.no_grad()
-def _of_parts(reduce, model, ids, autocast, device, features):
-    """[reduce(nats [b, T], hits [b, T]), ...] of the targets of some samples at a time."""
+def token_scores(model, ids, autocast, device, features=None):
+    """[(nats [b, T], hits [b, T]), ...] of the targets of some samples at a time.
+
+    Args:
+        features: function of a slice of the samples to their (contexts, streams), when these are at hand.
+    """
     model.eval()
 
     def scored(part):
-        given = features(part) if features else trajectories(model, ids[part], autocast, device)
+        contexts, streams = features(part) if features else trajectories(model, ids[part], autocast, device)
         targets = ids[part, 1:].to(device).long()
         with autocast():
-            nats, hits = linear_token_nll(model.hidden(*given), *model.output_weights(), targets)
-        return reduce(nats, hits)
+            return linear_token_nll(model.hidden(contexts, streams), *model.output_weights(), targets)
 
     return map_parts(scored, len(ids), SEQUENCES_AT_A_TIME)
 
@@ -71,20 +68,16 @@ def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None
     """Next-token loss on samples.
 
     Args:
-        token_bytes: UTF-8 bytes of each id [V].
-        features: function of a slice of the samples to their (contexts, streams), when these are at hand.
+        token_bytes: UTF-8 bytes of each id [V]. features: as above.
         totals: function of several sums that adds those over other samples, which other processes evaluate.
 
     Returns:
         {"loss": nats a token, "ppl": its exponential, "acc": share of right argmaxes, "bpb": bits a byte}.
     """
-
-    def sums(nats, hits):
-        return torch.stack([nats.double().sum(), hits.double().sum()]).tolist()
-
-    scores = torch.tensor(_of_parts(sums, model, ids, autocast, device, features), dtype=torch.float64)
-    scores = scores.view(-1, 2).sum(0).tolist()  # the view: a process may own no sample
-    nats, right, count, size = totals(*scores, ids[:, 1:].numel(), text_bytes(ids, token_bytes))
+    parts = token_scores(model, ids, autocast, device, features)
+    sums = [torch.stack([nats.double().sum(), hits.double().sum()]).tolist() for nats, hits in parts]
+    sums = torch.tensor(sums, dtype=torch.float64).view(-1, 2)  # the view: a process may own no sample
+    nats, right, count, size = totals(*sums.sum(0).tolist(), ids[:, 1:].numel(), text_bytes(ids, token_bytes))
     loss = nats / count
     perplexity = math.exp(min(loss, 700))  # fp64 ends at exp(709)
     return {"loss": loss, "ppl": perplexity, "acc": right / count, "bpb": nats / math.log(2) / size}
@@ -92,8 +85,13 @@ def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None
 
 def sample_nats(model, ids, autocast, device, features=None):
     """Nats of each sample over all its targets, for paired comparisons: fp64 [B]. Features as above."""
-    sums = _of_parts(lambda nats, hits: nats.double().sum(-1), model, ids, autocast, device, features)
-    return torch.cat([torch.empty(0, device=device), *sums])
+    parts = token_scores(model, ids, autocast, device, features)
+    return torch.cat([torch.empty(0, device=device), *(nats.double().sum(-1) for nats, _ in parts)])
+
+
+def text_bytes(ids, token_bytes):
+    """UTF-8 bytes of the text that the targets of samples stand for; token_bytes [V]: of each id."""
+    return token_bytes[ids[:, 1:].cpu().long()].sum().item()
 
 
 @torch.no_grad()
@@ -101,14 +99,13 @@ def evaluate_contexts(model, data, settings, device, progress=silent):
     """Rank, convergence and memory of the contexts on equally many training and validation tokens, in fp32.
 
     Args:
+        settings: phase1_convergence_threshold and phase1_min_converged_ratio (newllm.config.Phase1Settings).
         progress: function of (label, total tokens) to a context manager, whose `update` gets the tokens done.
 
     Returns:
-        Dict of floats and curves: er_train, er_val and er_ceiling as shares of C, over rank_tokens;
-        converged_ratio after 10 cold sweeps and sweeps_to_convergence (None: not within MAX_SWEEPS), by the
-        thresholds of the configuration; cold_start_error_10, cold_start_curve, contraction, memory_horizon,
-        memory_curve, past_capacity, past_capacity_by_lag, identity_r2; spectrum: {rank: share of the sum of
-        singular values}, of validation tokens.
+        Dict of floats and curves. er_train, er_val and er_ceiling: shares of C, over rank_tokens; spectrum:
+        {rank: share of the sum of singular values}, of validation tokens; converged_ratio: after 10 cold
+        sweeps; sweeps_to_convergence: None where it takes more than MAX_SWEEPS; the others as in diagnostics.
     """
     model.eval()
     width, length = model.context_dim, data.val.shape[1] - 1
@@ -118,39 +115,40 @@ def evaluate_contexts(model, data, settings, device, progress=silent):
     total = 2 * count * length + few * (MAX_SWEEPS * length + length - length // 2 + 1)
     with progress("contexts", total) as bar:
 
-        def step(context, *others, **options):
+        def step(context, token):
             bar.update(context[..., 0].numel())
-            return model.step(context, *others, **options)
+            return model.step(context, token)
 
-        sides = {}
-        for name, ids in (("train", data.train[:count]), ("val", data.val[:count])):
-            embeddings = model.embed(ids[:, :-1].to(device).long())
-            sides[name] = sequential(step, embeddings, width)[0], embeddings
-        contexts, embeddings = (part[:CURVE_SEQUENCES] for part in sides["val"])
+        def probed(ids):
+            embeddings = model.embed(ids[:count, :-1].to(device).long())
+            return sequential(step, embeddings, width)[0], embeddings
+
+        train, val = probed(data.train), probed(data.val)
+        contexts, embeddings = (part[:few] for part in val)
         threshold = settings.phase1_convergence_threshold
-        _, cold = solve(step, embeddings, width, MAX_SWEEPS, threshold, ratio=2.0, trajectory_BTC=contexts)
+        errors, converged = diagnostics.cold_start(step, embeddings, contexts, MAX_SWEEPS, threshold)
         memory = diagnostics.memory_curve(step, embeddings, contexts)
-    enough = [share >= settings.phase1_min_converged_ratio for share in cold.converged]
-    capacity = diagnostics.past_capacity(sides["train"], sides["val"])
+    enough = [share >= settings.phase1_min_converged_ratio for share in converged]
+    capacity = diagnostics.past_capacity(train, val)
     tokens = min(RANK_TOKENS, count * length)  # as many of both sides: a rank depends on their number
-    train, val = (diagnostics.spectrum(rearrange(c, "b t c -> (b t) c")[:tokens]) for c, _ in sides.values())
-    shares = val.tolist()
-    ranks = sorted({round(1 + i * (len(shares) - 1) / SPECTRUM_POINTS) for i in range(SPECTRUM_POINTS + 1)})
+    spectra = [diagnostics.spectrum(contexts.flatten(0, 1)[:tokens]) for contexts, _ in (train, val)]
+    shares = spectra[1].tolist()
+    ranks = sorted({round(1 + i * (width - 1) / SPECTRUM_POINTS) for i in range(SPECTRUM_POINTS + 1)})
     return {
-        "er_train": diagnostics.rank_of(train) / width,
-        "er_val": diagnostics.rank_of(val) / width,
+        "er_train": diagnostics.rank_of(spectra[0]) / width,
+        "er_val": diagnostics.rank_of(spectra[1]) / width,
         "er_ceiling": diagnostics.effective_rank_ceiling(tokens, width) / width,
         "rank_tokens": tokens,
-        "converged_ratio": cold.converged[9],
+        "converged_ratio": converged[9],
         "sweeps_to_convergence": enough.index(True) + 1 if any(enough) else None,
-        "cold_start_error_10": cold.error[9],
-        "cold_start_curve": cold.error,
-        "contraction": diagnostics.contraction_factor(cold.error),
+        "cold_start_error_10": errors[9],
+        "cold_start_curve": errors,
+        "contraction": diagnostics.contraction_factor(errors),
         "memory_horizon": diagnostics.memory_horizon(memory),
         "memory_curve": memory,
         "past_capacity": sum(capacity),
         "past_capacity_by_lag": capacity,
-        "identity_r2": diagnostics.identity_r2(sides["train"], sides["val"]),
+        "identity_r2": diagnostics.identity_r2(train, val),
         "spectrum": {rank: shares[rank - 1] for rank in ranks},
     }
 
@@ -159,8 +157,8 @@ def evaluate_contexts(model, data, settings, device, progress=silent):
 def bpb_by_context(model, ids, token_bytes, autocast, device, progress=silent):
     """Bits per byte with contexts that are made of the last k tokens alone: k sweeps from a cold start.
 
-    Where the curve is flat, what lies further back is not used, whatever a horizon says. Other arguments as
-    above; the model has a `step`, and the first CURVE_SEQUENCES samples count.
+    Where the curve is flat, what lies further back is not used, whatever a horizon says. The model has a
+    `step`, and the first CURVE_SEQUENCES samples count.
 
     Returns:
         {k: bits per byte} for k = 1, 2, 4, ... below T, and T, where nothing is cut off.
@@ -172,24 +170,20 @@ def bpb_by_context(model, ids, token_bytes, autocast, device, progress=silent):
 
     def nats_of(part):
         """Of these samples, at each cut and without one."""
-        ids_BT, nats = ids[part].to(device).long(), []
-
-        def score(contexts, streams):
-            hidden = model.hidden(contexts, streams)
-            each, _ = linear_token_nll(hidden, *model.output_weights(), ids_BT[:, 1:])
-            nats.append(each.double().sum().item())
-
+        ids_BT = ids[part].to(device).long()
         with autocast():
             tokens = model.embed(ids_BT[:, :-1])
-            contexts = tokens.new_zeros(*tokens.shape[:2], model.context_dim)
+            contexts, made = tokens.new_zeros(*tokens.shape[:2], model.context_dim), []
             for sweeps in range(1, cuts[-1] + 1):
                 poll()
                 contexts, streams = sweep(model.step, contexts, tokens)
                 bar.update(ids_BT[:, 1:].numel())
                 if sweeps in cuts:
-                    score(contexts, streams)
-            score(*sequential(model.step, tokens, model.context_dim))
-        return nats
+                    made.append((contexts, streams))
+            made.append(sequential(model.step, tokens, model.context_dim))
+            hidden = [model.hidden(contexts, streams) for contexts, streams in made]
+            scores = [linear_token_nll(h, *model.output_weights(), ids_BT[:, 1:])[0] for h in hidden]
+        return [nats.double().sum().item() for nats in scores]
 
     with progress("bits per byte", len(ids) * length * cuts[-1]) as bar:
         nats = torch.tensor(map_parts(nats_of, len(ids), CURVE_SEQUENCES), dtype=torch.float64).sum(0)

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import itertools
 
 import torch
 from accelerate.utils.memory import clear_device_cache
@@ -27,16 +26,11 @@ def free_memory():
 def split(count, parts):
     """`count` rows as at most `parts` consecutive slices of nearly equal length."""
     parts = min(parts, count)
-    bounds = [count * part // max(1, parts) for part in range(parts + 1)]
-    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+    return [slice(count * part // parts, count * (part + 1) // parts) for part in range(parts)]
 
 
 def map_parts(work, count, size):
-    """[work(slice), ...] over `count` rows, `size` at a time; from where memory runs out, half as many.
-
-    Raises:
-        the error itself, when a single row does not fit.
-    """
+    """[work(slice), ...] over `count` rows, `size` at a time; from where memory runs out, half as many."""
     results, start = [], 0
     while start < count:
         part = slice(start, min(start + size, count))

@@ -19,39 +19,32 @@ class Progress:
     """Context manager around a loop over `total` tokens, `done` of which an earlier session has processed."""
 
     def __init__(self, label, total, done=0, unit="tok"):
-        self.label, self.unit = label, unit
-        self.total, self.done, self.resumed_at = total, done, done
-        self.bar = None
+        self.unit, self.total, self.done, self.resumed_at = unit, total, done, done
+        look = dict(unit=unit, unit_scale=True, leave=False, dynamic_ncols=True)
+        self.bar = tqdm(desc=label, total=total, initial=done, file=sys.stdout, disable=None, **look)
+        self.started = self.last_line = time.monotonic()
 
     def __enter__(self):
-        self.started = self.last_line = time.monotonic()
-        if sys.stdout.isatty():
-            counts = dict(total=self.total, initial=self.done, unit=self.unit, unit_scale=True)
-            self.bar = tqdm(desc=self.label, **counts, leave=False, file=sys.stdout, dynamic_ncols=True)
         return self
 
-    def __exit__(self, *error):
-        if self.bar is not None:
-            self.bar.close()
+    def __exit__(self, *_):
+        self.bar.close()
 
     def update(self, tokens):
         self.done += tokens
-        if self.bar is not None:
-            self.bar.update(tokens)
-        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+        self.bar.update(tokens)
+        # In place of a bar: `Progress: 10,000/100,000 (10.0%) | Speed: 1200 tok/s | ETA: 75s`.
+        if self.bar.disable and time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
             self.last_line = time.monotonic()
-            print(self.line, flush=True)
-
-    @property
-    def line(self):
-        """`Progress: 10,000/100,000 (10.0%) | Speed: 1200 tok/s | ETA: 75s`."""
-        counts = f"{self.done:,}/{self.total:,} ({self.done / self.total:.1%})"
-        left = (self.total - self.done) / max(self.speed, 1e-9)
-        return f"Progress: {counts} | Speed: {self.speed:.0f} {self.unit}/s | ETA: {left:.0f}s"
+            counts = f"{self.done:,}/{self.total:,} ({self.done / self.total:.1%})"
+            left = (self.total - self.done) / max(self.speed, 1e-9)
+            print(
+                f"Progress: {counts} | Speed: {self.speed:.0f} {self.unit}/s | ETA: {left:.0f}s", flush=True
+            )
 
     @property
     def seconds(self):
-        """Since this session entered the loop."""
+        """Of this session in the loop."""
         return time.monotonic() - self.started
 
     @property

@@ -1,8 +1,8 @@
 """The model as a transformers model: its context is the recurrent state that generation keeps.
 
-It wraps newllm.models.network.LanguageModel; there is no second implementation. A folder written by
-`scripts.export --format transformers` carries this file and those it needs, so transformers alone can load
-it. Shapes: B sequences, T tokens, C context width, E embedding width, V vocabulary.
+A folder written by `scripts.export --format transformers` carries this file and those it needs, so that
+transformers alone can load it. Shapes: B sequences, T tokens, C and E widths of context and embedding,
+V vocabulary.
 """
 
 import warnings
@@ -17,19 +17,19 @@ from newllm.models.network import LanguageModel
 from newllm.versions import TESTED, outside
 
 MAX_SWEEPS = 64  # of a piece; a map that has not converged by then is evaluated step by step
-# What the installed transformers calls a cache: since 5.24 "cache", before that "past_key_values".
+# Its name in the installed transformers: since 5.24 "cache", before that "past_key_values".
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class NewLLMConfig(PreTrainedConfig):
-    """Shape of the network; hidden_size is the context width C, num_hidden_layers those of F."""
+    """Shape of the network."""
 
     model_type = "newllm"
     network: str = "context"  # or "window", "token": model_type in config.py
     vocab_size: int = 4096
-    hidden_size: int = 768
+    hidden_size: int = 768  # of the context
     embed_dim: int = 768
-    num_hidden_layers: int = 6
+    num_hidden_layers: int = 6  # of the context map F
     token_layers: int = 1  # of the head
     keeps_embedding: bool = False  # whether F reads a copy of the embedding, as with frozen contexts
     seed: int = 42  # of a window's projections
@@ -43,17 +43,13 @@ class NewLLMConfig(PreTrainedConfig):
 
 
 class ContextCache:
-    """The context after the last token of each text, [B, C], in the form of a cache: a list of one layer."""
+    """The context after the last token of each text, [B, C], in the form of a cache."""
 
     is_compileable = is_croppable = False  # a context cannot be rolled back
     is_linear = (True,)  # as for other recurrent models, input_ids are those that it has not read
 
-    def __init__(self, context=None):
-        self.recurrent_states = [context]
-
-    @property
-    def layers(self):
-        return [self]
+    def __init__(self):
+        self.context = None
 
     def get_seq_length(self, layer_idx=0):
         """No token's keys and values are kept."""
@@ -61,8 +57,7 @@ class ContextCache:
 
     def reorder_cache(self, rows):
         """Take the rows [B'] of the batch, as beams do."""
-        [state] = self.recurrent_states
-        self.recurrent_states = [state.index_select(0, rows.to(state.device))]
+        self.context = self.context.index_select(0, rows.to(self.context.device))
 
 
 class NewLLMOutput(CausalLMOutputWithPast):
@@ -79,7 +74,6 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = NewLLMConfig
     base_model_prefix = "network"
-    main_input_name = "input_ids"
     _is_stateful = True  # transformers then refuses what would roll a cache back
     _no_split_modules = ("ContextMap",)
 
@@ -101,7 +95,7 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls):
-        return False  # `forward` makes its own: it holds no keys and values
+        return False  # `forward` makes its own
 
     def get_input_embeddings(self):
         return self.network.embedding
@@ -116,24 +110,19 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.network.output = value
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
-        """As in transformers, and what else has a row an id. New ids are as likely as the least likely were.
+        """As in transformers, always with mean_resizing; new ids are as likely as the least likely were.
 
         Raises:
             ValueError: the end-of-text id, or every id, would go; nothing has changed.
         """
         network = self.network
-        last = max([0, *_ids(self.config.eos_token_id), *_ids(self.config.pad_token_id)])
+        needed = [self.config.eos_token_id, self.config.pad_token_id, 0]
+        last = max(token for token in needed if isinstance(token, int))
         if new_num_tokens is not None and new_num_tokens <= last:
-            raise ValueError(
-                f"resize_token_embeddings({new_num_tokens}): this model needs its ids up to {last}, so at "
-                f"least {last + 1} tokens."
-            )
-        embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+            raise ValueError(f"this model needs its ids up to {last}, so at least {last + 1} tokens.")
+        embedding = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of)
         size = embedding.num_embeddings
         kept = min(network.vocab_size, size)
-        if not mean_resizing:  # transformers leaves new rows to _init_weights
-            for layer in (embedding, network.output or embedding):
-                layer.weight.data[kept:].normal_(0, layer.weight.data[:kept].std().item())
         bias = network.output_bias.detach()
         bias = torch.cat([bias[:kept], bias.min().expand(size - kept)])
         network.output_bias = torch.nn.Parameter(bias, requires_grad=network.output_bias.requires_grad)
@@ -160,29 +149,35 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: given inputs_embeds or another model's cache, or an id that the model lacks.
         """
-        given = [each for each in (cache, cache_params, past_key_values) if each is not None]
-        ours = all(isinstance(each, ContextCache) for each in given)
-        if kwargs.get("inputs_embeds") is not None or not ours:
+        names = cache, cache_params, past_key_values
+        given = next((value for value in names if value is not None), None)
+        cache = ContextCache() if given is None else given
+        if kwargs.get("inputs_embeds") is not None or not isinstance(cache, ContextCache):
             raise ValueError(
                 "this model reads input_ids on from the cache that it returned (cache, or cache_params): it "
                 "takes neither inputs_embeds nor another model's cache."
             )
-        cache = given[0] if given else ContextCache()
-        self._require_known(input_ids)
-        mask = None
-        if attention_mask is not None and not attention_mask[:, -input_ids.shape[1] :].all():
-            mask = attention_mask[:, -input_ids.shape[1] :]
-        contexts, streams = self.read(self.network.embed(input_ids), cache.recurrent_states[0], mask)
-        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits, loss = self.network.logits(contexts[:, keep], streams[:, keep]), None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+        known = self.network.vocab_size
+        if (
+            input_ids.shape[1] > 1 and input_ids.max() >= known
+        ):  # generation draws single ones from the logits
+            raise ValueError(
+                f"input_ids hold {input_ids.max()}, and this model has the ids 0 to {known - 1}: after "
+                "tokenizer.add_tokens call model.resize_token_embeddings(len(tokenizer))."
             )
+        mask = None if attention_mask is None else attention_mask[:, -input_ids.shape[1] :]
+        if mask is not None and mask.all():
+            mask = None
+        contexts, streams = self.read(self.network.embed(input_ids), cache.context, mask)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.network.logits(contexts[:, keep], streams[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=known, **kwargs)
         if self.config.use_cache if use_cache is None else use_cache:
-            cache.recurrent_states = [contexts[:, -1].detach()]
-        elif not given:
-            cache = None
+            cache.context = contexts[:, -1].detach()
+        else:
+            cache = given
         hidden = (contexts,) if output_hidden_states else None
         output = NewLLMOutput(loss=loss, logits=logits, hidden_states=hidden, **{CACHE: cache})
         return output if return_dict else output.to_tuple()
@@ -204,24 +199,6 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
             if all(stats.converged):
                 return contexts, streams
         return sequential(step, tokens, width, state)
-
-    def _require_known(self, ids):
-        """Say which id is too large, but of single tokens: generation has drawn them from the logits."""
-        if ids.shape[1] == 1 or torch.compiler.is_compiling():
-            return
-        largest = ids.max().item()
-        if largest >= self.network.vocab_size:
-            raise ValueError(
-                f"input_ids hold {largest}, and this model has the ids 0 to {self.network.vocab_size - 1}: "
-                "after tokenizer.add_tokens call model.resize_token_embeddings(len(tokenizer))."
-            )
-
-
-def _ids(value):
-    """An id, several or none, as a list."""
-    if value is None:
-        return []
-    return value if isinstance(value, list) else [value]
 
 
 if __name__.startswith("newllm."):  # in an exported folder the configuration names the classes

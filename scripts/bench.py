@@ -3,12 +3,10 @@
     python3 -m scripts.bench                  # the network of config.py; every setting is a flag
     python3 -m scripts.bench --json
 
-Parts are timed one after the other in one process, on random ids. The matrix rates are those of the same
-process at the shapes used (forward and both gradients), so a share says what is left to gain on this machine,
-whatever machine it is. Only matrix products count as arithmetic. Switches are compared before that, each in a
-process of its own, whose peak memory is then its own too; the last two are the baseline Transformer, end to
-end, with either backend of its attention. A speed is the median of a few steps, with the slowest and the
-fastest.
+Parts are timed on random ids; a speed is the median of a few steps, with the slowest and the fastest. Matrix
+rates are those of the same process at the shapes used (forward and both gradients), so a share says what is
+left to gain on this machine; only matrix products count as arithmetic. Switches are compared each in a
+process of its own; the last two are the baseline Transformer, with either backend of its attention.
 """
 
 import contextlib
@@ -47,44 +45,50 @@ TWO_EPOCHS = dict(
     min_batches=1, phase1_max_iterations=2, phase2_epochs=2, patience=2, save_checkpoint=False,
     phase1_convergence_threshold=1e-9, val_quick_every_n_batches=0,
 )  # fmt: skip
+LARGE, NEAR = dict(phase1_batch_size=48, phase2_batch_size=48), {"gradient_sweeps": 1}
 SWITCHES = {  # name: settings that differ
     "as configured": {},
     "precision fp32": {"precision": "fp32"},
     "compile": {"compile": True},
-    "batches of 8": {"phase1_batch_size": 8, "phase2_batch_size": 8},
-    "batches of 48": {"phase1_batch_size": 48, "phase2_batch_size": 48},
+    "batches of 8": dict(phase1_batch_size=8, phase2_batch_size=8),
+    "batches of 48": LARGE,
     "gradient through the whole sample": {"gradient_sweeps": 0},
-    "gradient through 1 sweep": {"gradient_sweeps": 1},
-    "all together": {"compile": True, "phase1_batch_size": 48, "phase2_batch_size": 48, "gradient_sweeps": 1},
+    "gradient through 1 sweep": NEAR,
+    "all together": {"compile": True} | LARGE | NEAR,
 }
 ATTENTION = ("sdpa", "eager")  # names of transformers; training always takes the first
 TRANSFORMER = dict(model_type="transformer", freeze_context=False, whiten_context=False)
-PART_COLUMNS = ("part", "tok/s", "GFLOP/s", "of matrix rate", "x per-token loop")
-SWITCH_COLUMNS = ("one switch at a time", "Phase 1 tok/s", "Phase 2 tok/s", "loss", "peak MB")
-LOSS_NOTE = (
-    "loss: of the second epoch over the same random ids; rows of equal batches differ in it by rounding.\n"
-    "Which switch is the first to a given validation loss is for scripts.compare."
-)
+
+
+def speed(values):
+    return f"{median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
+
+
+PART_COLUMNS = {
+    "part": ("part", str),
+    "tok/s": ("tok_per_s", speed),
+    "GFLOP/s": ("gflops", "{:,.1f}".format),
+    "of matrix rate": ("share", "{:.1%}".format),
+    "x per-token loop": ("ratio", "{:,.1f}".format),
+}
+SWITCH_COLUMNS = {
+    "one switch at a time": ("switch", str),
+    "Phase 1 tok/s": ("phase1_tok_per_s", speed),
+    "Phase 2 tok/s": ("phase2_tok_per_s", speed),
+    "loss": ("loss", "{:.4f}".format),
+    "peak MB": ("peak_memory_mb", "{:,.0f}".format),
+}
 
 
 class Bench:
-    """A configuration's network, random ids and runtime, and how long each of its parts takes.
-
-    Each part is a list of tokens per second. A baseline has no Phase 1 and no steps: of its parts there is
-    `phase2` alone.
-
-    Attributes:
-        loss: training loss of the last epoch of Phase 2 that was timed; None before.
-    """
+    """A configuration's network and random ids, and the tokens a second of its parts, a list of each."""
 
     def __init__(self, config, vocab_size):
         self.config, self.runtime, self.flops = config, open_runtime(config), Flops(config, vocab_size)
-        self.device, self.loss = self.runtime.device, None
+        self.device, self.loss = self.runtime.device, None  # loss: of the last epoch of Phase 2 timed here
         samples = (ROUNDS + 1) * max(config.phase1_batch_size, config.phase2_batch_size)
-        generator = torch.Generator().manual_seed(0)
         shape = samples, config.max_seq_length + 1
-        self.ids = torch.randint(vocab_size, shape, generator=generator).int()
-        self.token_bytes = torch.ones(vocab_size)
+        self.ids = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0)).int()
         self.model = build_model(config, vocab_size).to(self.device)
 
     def now(self):
@@ -116,25 +120,23 @@ class Bench:
 
     def per_token_loop(self, training):
         """One token at a time, each with its own call and, in training, its own backward pass."""
-        ids = self.ids.flatten()[:LOOP_TOKENS].long().to(self.device)
-        tokens = self.model.embed(ids).detach()
-        old = torch.zeros(len(ids), self.config.context_dim, device=self.device)
+        tokens = self.model.embed(self.ids.flatten()[:LOOP_TOKENS].long().to(self.device)).detach()
 
         def loop():
-            context = old[0]
-            for token, before in zip(tokens, old, strict=True):
-                with torch.set_grad_enabled(training):
+            context = tokens.new_zeros(self.config.context_dim)
+            with torch.set_grad_enabled(training):
+                for token in tokens:
                     context, _ = self.model.step(context.detach(), token)
                     if training:
-                        (context - before).square().mean().backward()
+                        context.square().mean().backward()
 
         return self.rates(LOOP_TOKENS, loop)
 
     def sweep_forward(self):
         """One sweep over a batch, without gradient."""
         ids = self.ids[: self.config.phase1_batch_size, :-1].long().to(self.device)
-        contexts = torch.randn(*ids.shape, self.config.context_dim, device=self.device)
-        contexts = contexts.to(self.runtime.storage_dtype)
+        shape = *ids.shape, self.config.context_dim
+        contexts = torch.randn(shape, device=self.device).to(self.runtime.storage_dtype)
 
         def once():
             with torch.no_grad(), self.runtime.autocast():
@@ -144,83 +146,73 @@ class Bench:
 
     def sequential(self, sequences):
         """Step by step, with so many sequences at once."""
-        ids, runtime = self.ids[:1].expand(sequences, -1), self.runtime
-
-        def once():
-            trajectories(self.model, ids, runtime.autocast, runtime.device, runtime.storage_dtype)
-
-        return self.rates(sequences * self.config.max_seq_length, once)
+        ids = self.ids[:1].expand(sequences, -1)
+        exact = self.runtime.autocast, self.device, self.runtime.storage_dtype
+        return self.rates(ids[:, 1:].numel(), lambda: trajectories(self.model, ids, *exact))
 
     def generation(self):
         """Greedy, one sequence, in fp32: for one token, converting the weights costs more than using them."""
+        return self.rates(LOOP_TOKENS, lambda: list(generate(self.model, [0], LOOP_TOKENS, 0, temperature=0)))
 
-        def once():
-            list(generate(self.model, [0], LOOP_TOKENS, seed=0, temperature=0))
+    def training(self, phase, freeze_context=False):
+        """Steps of Phase 1 or 2 as train.py runs them: from one batch's end to the next one's.
 
-        return self.rates(LOOP_TOKENS, once)
-
-    def phase1(self):
-        """Phase 1's steps as train.py runs them."""
-        config, samples = self._training(self.config.phase1_batch_size)
-        phase = Phase1(self.model, samples.train, config, self.runtime, tempfile.gettempdir())
-        return self._train(phase, config)
-
-    def phase2(self, freeze_context):
-        """Phase 2's steps as train.py runs them."""
-        config, samples = self._training(self.config.phase2_batch_size)
-        folder = tempfile.gettempdir()
-        phase = Phase2(self.model, samples, config, self.runtime, folder, "phase2", freeze_context)
-        return self._train(phase, config)
-
-    def _training(self, batch_size):
-        ids = self.ids[: (ROUNDS + 1) * batch_size]
+        Two epochs of full batches are trained, and those of the second are timed.
+        """
+        ids = self.ids[: (ROUNDS + 1) * getattr(self.config, f"phase{phase}_batch_size")]
         config = dataclasses.replace(self.config, num_samples=len(ids), **TWO_EPOCHS)
-        return config, SimpleNamespace(train=ids, val=ids[:1], token_bytes=self.token_bytes)
-
-    def _train(self, phase, config):
-        """Two epochs of full batches: speeds from one batch's end to the next one's, within the second."""
-        ends = []
+        samples = SimpleNamespace(train=ids, val=ids[:1], token_bytes=torch.ones(self.model.vocab_size))
+        folder, ends = tempfile.gettempdir(), []
+        if phase == 1:
+            made = Phase1(self.model, ids, config, self.runtime, folder)
+        else:
+            made = Phase2(self.model, samples, config, self.runtime, folder, "phase2", freeze_context)
 
         def watch(epoch, tokens):
-            ends.append((epoch, tokens, self.now()))
+            if epoch == 1:
+                ends.append((tokens, self.now()))
 
-        loop = EpochLoop(phase, config, self.runtime, watch=watch)
+        loop = EpochLoop(made, config, self.runtime, watch=watch)
         with contextlib.redirect_stdout(sys.stderr):  # progress is no result, and would spoil the JSON
             loop.run()
         self.loss = loop.history.get("train_loss", [None])[-1]
-        second = [(tokens, end) for epoch, tokens, end in ends if epoch == 1]
-        pairs = itertools.pairwise(second)
-        return [(tokens - before) / (end - start) for (before, start), (tokens, end) in pairs]
+        return [(last - first) / (end - start) for (first, start), (last, end) in itertools.pairwise(ends)]
 
 
-def bench(config, say):
-    """Time all parts; `say` takes a line of progress.
+def bench_parts(config):
+    """Time all parts.
 
     Returns:
-        List of rows: part, tok_per_s [median, lowest, highest], gflops, share (of its time, that its products
-        take at the rates measured for their shapes, in the precision in effect), ratio (to the per-token
-        loop; None where that has no counterpart).
+        Rows: part, tok_per_s (list), gflops, share (of its time, that its products take at the rates measured
+        for their shapes, in the precision in effect), ratio (to the per-token loop).
     """
-    main, rows = Bench(config, VOCABULARIES[0]), []
-    rates = _matrix_rates(main, rows, say)
+    main, rates = Bench(config, VOCABULARIES[0]), {}
+    used, flops = main.runtime.precision, main.flops
+    width, batch = config.context_dim + config.embed_dim, config.phase2_batch_size * config.max_seq_length
+    shapes = {"map": (config.phase1_batch_size * config.max_seq_length, width, width)}
+    for vocab_size in VOCABULARIES:
+        shapes[vocab_size] = min(batch, CHUNK_ELEMENTS // vocab_size), config.embed_dim, vocab_size
+    rows = []
+    for precision in dict.fromkeys(("fp32", used)):
+        for name, shape in shapes.items():
+            rate = rates[precision, name] = main.matrix_rate(*shape, precision)
+            part = f"products {precision}, {shape[0]} x {shape[1]} x {shape[2]}"
+            rows.append(dict(part=part, tok_per_s=None, gflops=rate / 1e9, share=1.0, ratio=None))
 
     def add(part, speeds, *work, base=None):
         """A row; work: (FLOP a token, FLOP/s of products of that shape), one pair a shape."""
-        tok_per_s = median(speeds)
-        row = {"part": part, "tok_per_s": spread(speeds)}
-        row["gflops"] = tok_per_s * sum(flops for flops, _ in work) / 1e9
-        row["share"] = tok_per_s * sum(flops / rate for flops, rate in work)
-        row["ratio"] = tok_per_s / median(base) if base else None
-        rows.append(row)
-        say(f"{part}: {tok_per_s:,.0f} tok/s, {row['share']:.0%} of the matrix rate")
+        middle = median(speeds)
+        gflops = middle * sum(flops for flops, _ in work) / 1e9
+        share = middle * sum(flops / rate for flops, rate in work)
+        ratio = middle / median(base) if base else None
+        rows.append(dict(part=part, tok_per_s=speeds, gflops=gflops, share=share, ratio=ratio))
 
-    used, flops = main.runtime.precision, main.flops
     single, rate = rates["fp32", "map"], rates[used, "map"]
     loop, training_loop = main.per_token_loop(False), main.per_token_loop(True)
     add("per-token loop, forward", loop, (flops.map, single), base=loop)
     add("per-token loop, forward + backward", training_loop, (3 * flops.map, single), base=training_loop)
     add("Phase 1 sweep, forward", main.sweep_forward(), (flops.map, rate), base=loop)
-    add("Phase 1, loss + backward + step", main.phase1(), (flops.phase1, rate), base=training_loop)
+    add("Phase 1, loss + backward + step", main.training(1), (flops.phase1, rate), base=training_loop)
     for sequences in (1, config.num_samples):
         part = f"step by step, {sequences} sequences at once"
         add(part, main.sequential(sequences), (flops.map, rate), base=loop)
@@ -228,26 +220,10 @@ def bench(config, say):
         other, logits = Bench(config, vocab_size), 3 * 2 * config.embed_dim * vocab_size
         head = logits, rates[used, vocab_size]
         frozen, fine_tuned = other.flops.frozen - logits, other.flops.fine_tuned - logits
-        add(f"Phase 2 frozen, V = {vocab_size:,}", other.phase2(True), (frozen, rate), head)
-        add(f"Phase 2 fine-tuned, V = {vocab_size:,}", other.phase2(False), (fine_tuned, rate), head)
+        add(f"Phase 2 frozen, V = {vocab_size:,}", other.training(2, True), (frozen, rate), head)
+        add(f"Phase 2 fine-tuned, V = {vocab_size:,}", other.training(2), (fine_tuned, rate), head)
         add(f"generation, V = {vocab_size:,}", other.generation(), (other.flops.generation, single))
     return rows
-
-
-def _matrix_rates(main, rows, say):
-    """{(precision, "map" or a size of the vocabulary): FLOP/s of products of that shape}, each also a row."""
-    config, rates = main.config, {}
-    width, batch = config.context_dim + config.embed_dim, config.phase2_batch_size * config.max_seq_length
-    shapes = {"map": (config.phase1_batch_size * config.max_seq_length, width, width)}
-    for vocab_size in VOCABULARIES:
-        shapes[vocab_size] = min(batch, CHUNK_ELEMENTS // vocab_size), config.embed_dim, vocab_size
-    for precision in dict.fromkeys(("fp32", main.runtime.precision)):
-        for name, (tokens, inputs, outputs) in shapes.items():
-            rate = rates[precision, name] = main.matrix_rate(tokens, inputs, outputs, precision)
-            part = f"products {precision}, {tokens} x {inputs} x {outputs}"
-            rows.append(dict(part=part, tok_per_s=None, gflops=rate / 1e9, share=1.0, ratio=None))
-            say(f"{part}: {rate / 1e9:,.0f} GFLOP/s")
-    return rates
 
 
 def time_switch(config, attention=None):
@@ -260,61 +236,46 @@ def time_switch(config, attention=None):
     if attention:
         timed.model.body.set_attn_implementation(attention)
     return {
-        "phase1_tok_per_s": None if attention else spread(timed.phase1()),
-        "phase2_tok_per_s": spread(timed.phase2(False)),
+        "phase1_tok_per_s": None if attention else timed.training(1),
+        "phase2_tok_per_s": timed.training(2),
         "loss": timed.loss,
         "peak_memory_mb": peak_memory_mb(),
     }
 
 
-def bench_switches(config, say):
+def bench_switches(config):
     """Training with one setting changed at a time: rows of the switch, and what its process measured."""
     runs = {name: (time_switch, dataclasses.replace(config, **changes)) for name, changes in SWITCHES.items()}
-    transformer = dataclasses.replace(config, **TRANSFORMER)
     for backend in ATTENTION:
+        transformer = dataclasses.replace(config, **TRANSFORMER)
         runs[f"Transformer, attention {backend}"] = time_switch, transformer, backend
-    rows = []
-    for name, run in runs.items():
-        rows.append({"switch": name} | call_apart(*run))
-        say(" | ".join(shown_switch(rows[-1])))
-    return rows
+    return [{"switch": name} | call_apart(*run) for name, run in runs.items()]
 
 
-def spread(speeds):
-    return [median(speeds), min(speeds), max(speeds)]
-
-
-def shown_speed(speed):
-    return "{:,.0f} ({:,.0f} to {:,.0f})".format(*speed) if speed else ""
-
-
-def shown_part(row):
-    ratio = f"{row['ratio']:,.1f}" if row["ratio"] else ""
-    return row["part"], shown_speed(row["tok_per_s"]), f"{row['gflops']:,.1f}", f"{row['share']:.1%}", ratio
-
-
-def shown_switch(row):
-    speeds = shown_speed(row["phase1_tok_per_s"]), shown_speed(row["phase2_tok_per_s"])
-    return row["switch"], *speeds, f"{row['loss']:.4f}", f"{row['peak_memory_mb']:,.0f}"
+def print_table(columns, rows):
+    """Rows by name as a table; columns: {title: (name, function of a value to its text)}."""
+    cells = [
+        ["" if row[name] is None else form(row[name]) for name, form in columns.values()] for row in rows
+    ]
+    print("\n".join(table(columns, cells)) + "\n", flush=True)
 
 
 def main(config, as_json=False, switches=True):
     """Time and print."""
-    say = (lambda line: None) if as_json else (lambda line: print(line, flush=True))
-    device = describe_device(open_runtime(config))
-    say(f"device: {device}; samples of {config.max_seq_length} tokens\n")
-    changed = []
+    device, changed = describe_device(open_runtime(config)), []
     if switches:
         # Before the parts: a process begins with the peak of the one that started it, still small here.
         with Interrupt():
-            changed = bench_switches(config, say)
-    parts = bench(config, say)
+            changed = bench_switches(config)
+    parts = bench_parts(config)
     if as_json:
         print(json.dumps({"device": device, "config": config.to_dict(), "parts": parts, "switches": changed}))
         return
-    print("\n" + "\n".join(table(PART_COLUMNS, map(shown_part, parts))))
+    print(f"device: {device}; samples of {config.max_seq_length} tokens\n")
+    print_table(PART_COLUMNS, parts)
     if changed:
-        print("\n" + "\n".join([*table(SWITCH_COLUMNS, map(shown_switch, changed)), LOSS_NOTE]))
+        print_table(SWITCH_COLUMNS, changed)
+        print("loss: of the second epoch over the same random ids; rows of equal batches differ by rounding.")
 
 
 def flags(parser):

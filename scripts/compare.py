@@ -24,7 +24,7 @@ from newllm.config import EARLIER, Range, expanded
 from newllm.errors import UserError, exit_on_user_error
 from newllm.flags import flag, parse_args
 from newllm.report import compare as tables
-from newllm.report.compare import Comparison, append_row, markdown, read_results
+from newllm.report.compare import Comparison, append_row, read_results
 from newllm.report.pictures import comparison_points, context_curves
 from newllm.report.series import make_series, whole_numbers
 from newllm.saving.files import usable_folder, write_text
@@ -69,17 +69,13 @@ def plan(arms, seeds, budgets, tuned):
     """{name of a run: its arm, its settings} for all arms, seeds and numbers of samples."""
     runs = {}
     for samples, seed, arm in itertools.product(budgets, range(seeds), arms):
-        chosen = tuned.get((samples, TUNED_AS.get(arm, arm)), {})
+        chosen = settings_at(tuned.get((samples, TUNED_AS.get(arm, arm))))
         runs[f"{arm}-{samples}-{seed}"] = arm, dict(num_samples=samples, seed=seed) | ARMS[arm][1] | chosen
     return runs
 
 
 def tune(config, arms, budgets, path):
-    """Walk each arm's grid from TUNING_START until no neighbour is better on dialogues held back.
-
-    Raises:
-        UserError, Stopped: as `make`.
-    """
+    """Walk each arm's grid from TUNING_START until no neighbour is better on dialogues held back."""
     for samples, arm in itertools.product(budgets, [arm for arm in arms if arm not in TUNED_AS]):
         split = ARMS[arm][1] | dict(num_samples=samples, tune_share=TUNE_SHARE, seed=TUNE_SEED)
         points = {TUNING_START}
@@ -115,9 +111,9 @@ def tried(rows):
     return points
 
 
-def choose(rows):
-    """{(samples, arm): settings at the best point of the grid}."""
-    return {key: dict(zip(GRID, place(best), strict=True)) for key, (best, *_) in tried(rows).items()}
+def settings_at(rows):
+    """Settings at the best point of the grid; none where nothing was tried."""
+    return dict(zip(GRID, place(rows[0]), strict=True)) if rows else {}
 
 
 def make(config, runs, path, keep=False):
@@ -141,16 +137,22 @@ def make(config, runs, path, keep=False):
     def done():
         rows = {row["run"]: row for row in read_results(path) if row["run"] in runs}
         for name, row in rows.items():
-            require_same(f"{path}: {name}", EARLIER | row["settings"], configs[name].to_dict())
+            before, now = meaning(EARLIER | row["settings"]), meaning(configs[name].to_dict())
+            if changed := [key for key in before | now if before.get(key) != now.get(key)]:
+                others = ", ".join(changed)
+                raise UserError(
+                    f"{path}: {name} was made with other settings ({others}): choose another --results."
+                )
         return rows
 
     def work(name):
-        if name in done():  # in the meantime, by another process
-            return done()[name]
+        rows = done()
+        if name in rows:  # in the meantime, by another process
+            return rows[name]
         summary = call_apart(train.main, configs[name])
-        summary["val_sample_nats"] = [round(nats, 3) for nats in summary["val_sample_nats"]]
         arm, changes = runs[name]
         row = dict(run=name, arm=arm, seed=configs[name].seed, changes=changes) | summary
+        row["val_sample_nats"] = [round(nats, 3) for nats in summary["val_sample_nats"]]
         row["settings"] = meaning(configs[name].to_dict())
         append_row(path, row)
         for checkpoint in (*(folder / name).glob("model_*.pt"), folder / name / "manifest.json"):
@@ -165,15 +167,6 @@ def make(config, runs, path, keep=False):
 def meaning(settings):
     """The settings that shape a run's figures. The folder of its text and the machine do not."""
     return shaping(settings) | {"data_source": Path(settings["data_source"]).name}
-
-
-def require_same(name, before, now):
-    """Raise UserError where settings that shape a run's figures differ from those of its row."""
-    before, now = meaning(before), meaning(now)
-    changed = [key for key in before | now if before.get(key) != now.get(key)]
-    if changed:
-        others = ", ".join(changed)
-        raise UserError(f"{name} was made with other settings ({others}): choose another --results.")
 
 
 def page_lines(comparison, tuning, pictures):
@@ -191,20 +184,16 @@ def page_lines(comparison, tuning, pictures):
 
 def tuning_table(rows):
     """Markdown: the best point of the grid for each number of samples and arm, and how many were tried."""
-    chosen = []
+    lines = []
     for (samples, arm), made in sorted(tried(rows).items()):
-        point = {name: f"{value:g}" for name, value in zip(GRID, place(made[0]), strict=True)}
-        figures = {"perplexity on the tuning split": f"{made[0]['val_ppl']:.1f}", "points tried": len(made)}
-        chosen.append({"samples": samples, "arm": arm} | point | figures)
-    return markdown(chosen)
+        point = [f"{value:g}" for value in place(made[0])]
+        lines.append([samples, arm, *point, f"{made[0]['val_ppl']:.1f}", len(made)])
+    header = ["samples", "arm", *GRID, "perplexity on the tuning split", "points tried"]
+    return tables.markdown(header, lines)
 
 
 def report(results):
-    """Make and print the tables, draw the pictures; the project's own page is docs/results.md.
-
-    Raises:
-        UserError: there are no rows.
-    """
+    """Make and print the tables, draw the pictures; the project's own page is docs/results.md."""
     rows = read_results(results / ROWS)
     if not rows:
         raise UserError(f"there are no results in {results}: run scripts.compare without --report first.")
@@ -222,43 +211,31 @@ def report(results):
 
 def main(config, arguments):
     """Make what is missing, choose or report."""
-    arms, results = chosen_arms(arguments.arms), usable_folder(arguments.results, "results")
+    arms = list(ARMS) if arguments.arms == "all" else arguments.arms.split(",")
+    if unknown := [arm for arm in arms if arm not in ARMS]:
+        raise UserError(f"there is no arm '{unknown[0]}': choose from {', '.join(ARMS)}.")
+    results = usable_folder(arguments.results, "results")
     budgets = [tokens // config.max_seq_length for tokens in arguments.tokens]
     if arguments.tune:
         tune(config, arms, budgets, results / TUNING_ROWS)
         print("\n".join(tuning_table(read_results(results / TUNING_ROWS))))
         return
     if not arguments.report:
-        tuned = choose(read_results(results / TUNING_ROWS))
-        make(config, plan(arms, arguments.seeds, budgets, tuned), results / ROWS, arguments.keep)
+        runs = plan(arms, arguments.seeds, budgets, tried(read_results(results / TUNING_ROWS)))
+        make(config, runs, results / ROWS, arguments.keep)
     report(results)
-
-
-def chosen_arms(text):
-    """Names of arms from "a,b,c"; all of them from "all".
-
-    Raises:
-        UserError: there is no such arm.
-    """
-    arms = list(ARMS) if text == "all" else text.split(",")
-    for arm in arms:
-        if arm not in ARMS:
-            raise UserError(f"there is no arm '{arm}': choose from {', '.join(ARMS)}.")
-    return arms
 
 
 def flags(parser):
     """The command's own flags."""
-    parser.add_argument("--arms", default="all", help=f"comma-separated, of {', '.join(ARMS)}")
-    parser.add_argument("--seeds", type=flag("seeds", int, Range(1)), default=5, help="seeds 0 ... N-1")
-    tokens = dict(type=whole_numbers("--tokens"), default=(100_000,), help="training tokens, comma-separated")
-    parser.add_argument("--tokens", **tokens)
-    parser.add_argument(
-        "--results", type=expanded, default="results", help="folder of the rows, pictures, page"
-    )
-    parser.add_argument("--keep", action="store_true", help="keep models and pictures, in checkpoint_dir/RUN")
-    parser.add_argument("--tune", action="store_true", help="choose each arm's rate and dropout, from a grid")
-    parser.add_argument("--report", action="store_true", help="train nothing, make tables and pictures")
+    add, tokens = parser.add_argument, whole_numbers("--tokens")
+    add("--arms", default="all", help=f"comma-separated, of {', '.join(ARMS)}")
+    add("--seeds", type=flag("seeds", int, Range(1)), default=5, help="seeds 0 ... N-1")
+    add("--tokens", type=tokens, default=(100_000,), help="training tokens, comma-separated")
+    add("--results", type=expanded, default="results", help="folder of the rows, pictures, page")
+    add("--keep", action="store_true", help="keep models and pictures, in checkpoint_dir/RUN")
+    add("--tune", action="store_true", help="choose each arm's rate and dropout, from a grid")
+    add("--report", action="store_true", help="train nothing, make tables and pictures")
 
 
 if __name__ == "__main__":

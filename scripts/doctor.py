@@ -3,7 +3,7 @@
     python3 -m scripts.doctor                        # the values of config.py
     python3 -m scripts.doctor --num_samples 781      # every setting is a flag, as in train.py
     python3 -m scripts.doctor --memory               # what that run holds in memory, by stage, and its peak
-    python3 -m scripts.doctor --measure              # runs two rounds of each stage too, and compares
+    python3 -m scripts.doctor --measure              # the same, beside what two rounds of each stage take
 
 Needs no GPU and changes nothing; folders that a run would make are made.
 """
@@ -25,21 +25,19 @@ import torch
 import train
 from config import ResidualConfig
 from newllm.apart import call_apart
-from newllm.data import hub
-from newllm.data.dialogues import ULTRACHAT, ULTRACHAT_REVISION, open_corpus
+from newllm.data.dialogues import open_corpus
 from newllm.data.tokens import choose_tokenizer, tokenizer_choice
 from newllm.errors import UserError, exit_on_user_error
 from newllm.flags import parse_args
-from newllm.models.baselines import Baseline
 from newllm.models.pretrained import require_own_ids
+from newllm.report.compare import table
 from newllm.report.summary import batches, cadence, trainable
 from newllm.saving.checkpoint import require_space
 from newllm.saving.files import COLAB_DRIVE, usable_folder
 from newllm.saving.stop import Interrupt
 from newllm.training import memory_estimate
-from newllm.training.effects import training_samples, unused_lines
 from newllm.training.memory_estimate import sketch, usable_memory, vocabulary
-from newllm.training.plan import make_plan
+from newllm.training.plan import make_plan, training_samples
 from newllm.training.runtime import allocator_setting, describe_device, open_runtime
 from newllm.versions import outside
 
@@ -55,18 +53,14 @@ class Note(Exception):
 
 def check_packages(config):
     try:
-        needed = importlib.metadata.requires("newllm")
-        own = [text for text in needed if "extra ==" not in text]
-        names = [re.match(r"[\w.-]+", text)[0] for text in own]
+        needed = [text for text in importlib.metadata.requires("newllm") if "extra ==" not in text]
+        names = [re.match(r"[\w.-]+", text)[0] for text in needed]
         versions = [f"{name} {importlib.metadata.version(name)}" for name in names]
     except importlib.metadata.PackageNotFoundError as missing:
-        if missing.name == "newllm":
-            raise Note(f"newllm is not installed, so versions are not checked: run {INSTALL}.") from None
-        raise UserError(f"{missing.name} is not installed: run {INSTALL}.") from None
-    if wrong := outside(own):
+        kind = Note if missing.name == "newllm" else UserError  # from its own folder it runs all the same
+        raise kind(f"{missing.name} is not installed: run {INSTALL}.") from None
+    if wrong := outside(needed):
         raise UserError(f"{'; '.join(wrong)}, the range it was tested with: {INSTALL} again.")
-    if wrong := outside(set(needed) - set(own)):
-        raise Note(f"{'; '.join(sorted(set(wrong)))}, the range that optional parts were tested with.")
     return f"python {platform.python_version()}, " + ", ".join(versions)
 
 
@@ -81,32 +75,19 @@ def check_device(config):
     return f"GPU Available: True, Device: {card.name}, {size}, native bf16: {native}"
 
 
-def check_settings(config):
-    choice = tokenizer_choice(config)
-    require_own_ids(config.embeddings, choice)
-    on_cpu = open_runtime(config).device.type == "cpu"
-    unused = unused_lines(config, on_cpu, "bpe" if choice == "auto" else choice)
-    if unused:
-        raise Note("; ".join(line.removeprefix("warning: ") for line in unused))
-    return "each that was given has an effect"
-
-
 def check_in_effect(config):
-    runtime, model = open_runtime(config), sketch(config, vocabulary(config))
-    plan = make_plan(config, training_samples(config), model, runtime.device)
-    attention = "none"
-    if isinstance(model, Baseline):
-        attention = model.attention_in_effect(runtime.device, runtime.storage_dtype) or "none"
+    runtime = open_runtime(config)
+    plan = make_plan(config, training_samples(config), sketch(config, vocabulary(config)), runtime)
     return (
-        f"{describe_device(runtime)}; attention {attention}; trainable parameters: {trainable(plan)}; "
-        f"batches: {batches(plan)}; {cadence(config)}; allocator {allocator_setting() or 'as torch has it'}"
+        f"{describe_device(runtime)}; trainable parameters: {trainable(plan)}; batches: {batches(plan)}; "
+        f"{cadence(config)}; allocator {allocator_setting() or 'as torch has it'}"
     )
 
 
 def check_memory(config):
     runtime = open_runtime(config)
     peak = memory_estimate.predicted_peak(config, vocabulary(config), runtime)
-    usable = usable_memory(config, runtime.device)
+    usable = usable_memory(config, runtime)
     said = f"predicted peak {peak:,.0f} MB of {usable:,.0f} MB"
     if peak > MARGIN * usable:
         advice = "take smaller batches, a smaller vocabulary or fewer layers (--memory says what is large)"
@@ -121,15 +102,15 @@ def check_folders(config):
         path = Path(getattr(config, name))
         folder = usable_folder(path, name)
         try:
-            with tempfile.TemporaryFile(dir=folder) as file:
-                file.write(b"newllm")
+            tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            reason = f"cannot be written ({error.strerror}): choose another folder."
-            raise UserError(f"{folder} ({name}) {reason}") from error
-        for nested in (folder / folder.name, folder / path.name):
-            if nested.is_symlink():
-                raise Note(f"{nested} is a link in its own folder, by a repeated `ln -s`: delete that link.")
-        said.append(f"{path} is a link to {folder}" if path.is_symlink() else f"{path} is {folder}")
+            refused = f"{folder} ({name}) cannot be written ({error.strerror})"
+            raise UserError(f"{refused}: choose another folder.") from error
+        if (folder / folder.name).is_symlink():
+            raise Note(
+                f"{folder / folder.name} is a link that a repeated `ln -s` has made: delete that link."
+            )
+        said.append(f"{path} is {'a link to ' if path.is_symlink() else ''}{folder}")
     return ", ".join(said)
 
 
@@ -152,15 +133,6 @@ def check_drive(config):
     return f"mounted; checkpoints go to {here}"
 
 
-def check_hub(config):
-    try:
-        hub.probe(f"api/datasets/{ULTRACHAT}/revision/{ULTRACHAT_REVISION}")
-    except hub.Unreachable as reason:
-        instead = "data and tokenizer come from the cache or what is embedded"
-        raise Note(f"cannot be reached ({reason}); {instead}.") from None
-    return "reachable"
-
-
 def check_data(config):
     corpus = open_corpus(config.data_source, config.data_split, config.data_column)
     next(corpus.train())
@@ -168,32 +140,26 @@ def check_data(config):
 
 
 def check_tokenizer(config):
-    tokenizer, reason = choose_tokenizer(tokenizer_choice(config))
+    choice = tokenizer_choice(config)
+    require_own_ids(config.embeddings, choice)
+    tokenizer, reason = choose_tokenizer(choice)
     if tokenizer:
         return f"{tokenizer.name}, {tokenizer.vocab_size:,} ids"
     trained = f"a byte-level BPE of {config.vocab_size:,} ids, trained on the training dialogues"
     return f"{trained} ({reason})" if reason else trained
 
 
-CHECKS = {
-    "packages": check_packages,
-    "device": check_device,
-    "settings": check_settings,
-    "in effect": check_in_effect,
-    "memory": check_memory,
-    "folders": check_folders,
-    "disk": check_disk,
-    "Drive": check_drive,
-    "hub": check_hub,
-    "data": check_data,
-    "tokenizer": check_tokenizer,
-}
+CHECKS = (
+    check_packages, check_device, check_in_effect, check_memory, check_folders, check_disk, check_drive,
+    check_data, check_tokenizer,
+)  # fmt: skip
 
 
 def main(config):
     """Make all checks, a line each; whether a run could begin. A second failure of one cause is a note."""
     causes = {}
-    for name, check in CHECKS.items():
+    for check in CHECKS:
+        name = check.__name__.removeprefix("check_").replace("_", " ")
         try:
             verdict, said = "OK", check(config)
         except Note as note:
@@ -210,26 +176,19 @@ def main(config):
 
 def measure(config):
     """Peak MB of this process after two rounds of each stage."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        open(os.devnull, "w", encoding="utf-8") as nowhere,
-        contextlib.redirect_stdout(nowhere),
-    ):
-        config = dataclasses.replace(config, checkpoint_dir=folder, **ROUNDS)
-        return train.main(config)["peak_memory_mb"]
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        return train.main(dataclasses.replace(config, checkpoint_dir=folder, **ROUNDS))["peak_memory_mb"]
 
 
 def print_memory(config, measuring):
     """What a run holds in each stage, its predicted and measured peak, and whether this machine has it."""
-    runtime, vocab_size = open_runtime(config), vocabulary(config)
-    table = memory_estimate.memory_table(config, vocab_size, runtime)
-    sums = {stage: sum(held.values()) for stage, held in table.items()}
-    print(f"device: {describe_device(runtime)}; vocabulary {vocab_size:,}\n")
-    print(f"{'MB':20}" + "".join(f"{stage:>12}" for stage in table))
-    rows = {thing: [held[thing] for held in table.values()] for thing in memory_estimate.THINGS}
-    for name, sizes in (rows | {"sum": sums.values()}).items():
-        print(f"{name:20}" + "".join(f"{size:12,.1f}" for size in sizes))
-    peak, usable = max(sums.values()), usable_memory(config, runtime.device)
+    runtime = open_runtime(config)
+    print(f"device: {describe_device(runtime)}; vocabulary {vocabulary(config):,}\n")
+    stages = memory_estimate.memory_table(config, vocabulary(config), runtime)
+    rows = [(thing, *(f"{held[thing]:,.1f}" for held in stages.values())) for thing in memory_estimate.THINGS]
+    sums = [sum(held.values()) for held in stages.values()]
+    print("\n".join(table(("MB", *stages), [*rows, ("sum", *(f"{size:,.1f}" for size in sums))])))
+    peak, usable = max(sums), usable_memory(config, runtime)
     bound = "a lower bound" if config.compile or runtime.device.type == "cuda" else "give or take 15 %"
     print(f"\npredicted peak: {peak:,.0f} MB, {bound}")
     if measuring:

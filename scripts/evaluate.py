@@ -11,6 +11,7 @@ import contextlib
 import json
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from config import ResidualConfig
 from newllm.config import EARLIER, Range, expanded
@@ -35,14 +36,15 @@ def evaluate(path, data_source="", samples=0):
     """
     model, tokenizer, saved = open_model(path)
     config = EARLIER | saved["config"]
-    own = [config["data_source"], config["data_split"], config["data_column"]]
-    corpus, count = open_corpus(*([data_source] if data_source else own)), samples or config["val_samples"]
-    ids, _, _ = pack(enumerate(corpus.held_out()), tokenizer, count, config["max_seq_length"])
+    own = config["data_source"], config["data_split"], config["data_column"]
+    corpus = open_corpus(data_source) if data_source else open_corpus(*own)
+    count = samples or config["val_samples"]
+    ids, _ = pack(corpus.held_out(), tokenizer, count, config["max_seq_length"])
     if len(ids) < count:
         raise UserError(f"{corpus.name} gives {len(ids)} samples, not {count}: ask for fewer by --samples.")
     cpu, parameters = torch.device("cpu"), list(model.parameters())
     metrics = evaluate_prediction(model, ids, tokenizer.token_bytes(), contextlib.nullcontext, cpu)
-    figures = {
+    return {
         "model_type": config["model_type"],
         "run_id": saved["run_id"],
         "parameters": sum(parameter.numel() for parameter in parameters),
@@ -53,61 +55,37 @@ def evaluate(path, data_source="", samples=0):
         "val_tokens": ids[:, 1:].numel(),
         **{f"val_{name}": value for name, value in metrics.items()},
     }
-    then = metrics_in(saved)
-    return figures | ({"val_loss_of_the_run": then["loss"]} if "loss" in then else {})
 
 
 def inspect(path):
-    """What a model file or a checkpoint holds, as a dict of plain values; nothing else is read.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """What a model file or a checkpoint holds, as a dict of plain values; UserError if it cannot be read."""
     _, saved = open_saved(path)
-    state, metrics, usual = saved.get("stage_state") or {}, metrics_in(saved), ResidualConfig().to_dict()
-    place = state | (saved.get("position") or {})
-    weights, everything = tensors(saved["model_state_dict"]), tensors(saved)
-    histories = [name for name in ("phase1_history", "phase2_history") if saved.get(name)]
-    lengths = [f"{name} of {len(next(iter(saved[name].values())))}" for name in histories]
+    usual, state = ResidualConfig().to_dict(), saved.get("stage_state") or {}
+    metrics = saved.get("metrics") or saved.get("best") or state.get("best") or {}  # of the best epoch
+    weights = list(saved["model_state_dict"].values())
+    everything = [leaf for leaf in tree_leaves(saved) if isinstance(leaf, torch.Tensor)]
     differing = [f"{name} = {value!r}" for name, value in saved["config"].items() if usual.get(name) != value]
-    listed = {
+    return {
         "kind": "model file" if "tokenizer" in saved else "checkpoint",
-        "run_id": saved["run_id"],
-        "saved_at": saved.get("saved_at"),
         "phase": saved.get("stage", "complete"),
-        "label": saved.get("epoch"),
-        "goes_on": saved.get("restart"),
-        **{name: place.get(name) for name in ("iteration", "epoch", "batch", "steps", "tokens")},
-        "step": saved.get("step"),
-        "seconds": saved.get("seconds"),
-        **{f"val_{name}": metrics.get(name) for name in ("loss", "ppl", "bpb", "acc", "epoch")},
+        "label": saved.get("epoch", "best"),
+        **plain(saved),
+        **plain(state),
+        **plain(saved.get("position") or {}),
+        **{f"val_{name}": value for name, value in plain(metrics).items()},
         "model_tensors": len(weights),
         "model_mb": sum(tensor.nbytes for tensor in weights) / 1e6,
         "all_tensors": len(everything),
         "all_mb": sum(tensor.nbytes for tensor in everything) / 1e6,
         "optimizer": "yes" if "optimizer" in state else "no",
-        "histories": ", ".join(lengths),
-        "results_of": ", ".join(saved.get("results", {})),
-        "data_fingerprint": saved.get("data_fingerprint"),
         "versions": ", ".join(f"{name} {version}" for name, version in saved.get("versions", {}).items()),
-        "git_commit": saved.get("git_commit"),
         "differs_from_config.py": ", ".join(differing),
     }
-    return {name: value for name, value in listed.items() if value not in (None, "")}
 
 
-def metrics_in(saved):
-    """Validation figures that a file carries: of its own weights, else of the best epoch; {} without any."""
-    state = saved.get("stage_state") or {}
-    return saved.get("metrics") or saved.get("best") or state.get("best") or {}
-
-
-def tensors(value):
-    """All tensors within a nested structure."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return [tensor for part in parts for tensor in tensors(part)]
+def plain(values):
+    """Those values of a dict that fit on a line."""
+    return {name: value for name, value in values.items() if isinstance(value, str | int | float)}
 
 
 def main(arguments=None):
@@ -122,10 +100,8 @@ def main(arguments=None):
     add("--json", action="store_true", help="one JSON object instead of lines")
     options = parser.parse_args(arguments)
     with Interrupt():
-        if options.inspect:
-            figures = inspect(options.model_path)
-        else:
-            figures = evaluate(options.model_path, options.data_source, options.samples)
+        path = options.model_path
+        figures = inspect(path) if options.inspect else evaluate(path, options.data_source, options.samples)
     if options.json:
         print(json.dumps(figures))
     else:

@@ -2,7 +2,8 @@
 
 python3 -m scripts.export                  # the latest complete run with a model, as a .zip here
 python3 -m scripts.export RUN --output my.zip
-python3 -m scripts.export --refresh FOLDER # an exported transformers folder: the code of today
+python3 -m scripts.export --format transformers --output model
+python3 -m scripts.export --refresh model  # an exported transformers folder: the code of today
 """
 
 import os
@@ -18,6 +19,10 @@ from newllm.report.record import complete, find_run, runs_in
 from newllm.saving.trained import open_saved
 
 
+def paths_of(record):
+    return artifact_paths(record.folder, record.kind, record.run)
+
+
 def latest_with_model(folder):
     """The latest complete run that left a model; the latest of all where none did."""
     records = complete(runs_in(folder), folder)
@@ -27,41 +32,17 @@ def latest_with_model(folder):
     return (having or records)[-1]
 
 
-def paths_of(record):
-    return artifact_paths(record.folder, record.kind, record.run)
-
-
-def refresh(options):
-    """Rewrite the code of a folder exported before.
-
-    Raises:
-        UserError: it is no such folder, or it is given beside something to export.
-    """
-    if options.run or options.output:
-        raise UserError("--refresh rewrites one folder in place: give neither a run nor --output beside it.")
-    from newllm.transformers_export import refresh_folder
-
-    refresh_folder(options.refresh)
-    print(f"{options.refresh}: its code is that of this project now; weights and tokenizer are as they were")
-
-
 def write_zip(target, folder, paths):
-    """Put files into an archive under their names below a folder; it takes its name when it is whole.
-
-    Raises:
-        UserError: it cannot be written, or a file cannot be read.
-    """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    """Put files into an archive under their names from a folder on; it takes its name when it is whole."""
+    unfinished = target.with_name(f".{target.name}.tmp")
     try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_DEFLATED) as archive:
             for path in paths:
-                archive.write(path, Path(folder.name) / path.relative_to(folder))
-        os.replace(temporary, target)
+                archive.write(path, path.relative_to(folder.parent))
+        os.replace(unfinished, target)
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{target} cannot be written ({reason}): choose another --output.") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
+        raise UserError(f"{target} cannot be written ({error.strerror}): choose another --output.") from error
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
     for entry in archive.infolist():
         print(f"  {entry.filename} {entry.file_size / 1e6:.2f} MB")
@@ -72,36 +53,37 @@ def main(arguments=None):
     parser = Parser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("run", nargs="?", help="id of a run; none: the latest")
-    folder = ResidualConfig().checkpoint_dir
-    add("--checkpoint_dir", type=expanded, default=folder, help="folder of the runs")
+    usual = ResidualConfig().checkpoint_dir
+    add("--checkpoint_dir", type=expanded, default=usual, help="folder of the runs")
     add("--format", choices=("zip", "transformers"), default="zip", help="what to write")
     add("--output", type=expanded, help="the file, or the folder, to write")
-    code = "rewrite the code in a folder of --format transformers"
-    add("--refresh", type=expanded, metavar="FOLDER", help=code)
+    add("--refresh", type=expanded, metavar="FOLDER", help="only rewrite the code in an exported folder")
     options = parser.parse_args(arguments)
     if options.refresh is not None:
-        refresh(options)
+        from newllm.transformers_export import refresh_folder  # here: transformers is slow to import
+
+        refresh_folder(options.refresh)
+        print(f"{options.refresh}: its code is that of this project now; all else is as it was")
         return
-    folder = options.checkpoint_dir
     if options.run:
-        [record] = complete([find_run(folder, options.run)], folder)
+        [record] = complete([find_run(options.checkpoint_dir, options.run)], options.checkpoint_dir)
     else:
-        record = latest_with_model(folder)
+        record = latest_with_model(options.checkpoint_dir)
     paths = paths_of(record)
-    if not paths["model"].exists():
-        none = f"run {record.run} left no model (as after --phase 1, --no-artifacts or --no-save_checkpoint)"
-        if options.format == "transformers":
-            raise UserError(f"{none}: name another run, or train one to its end.")
-        print(f"{none}: the file holds its record alone")
-    name = f"newllm_{record.kind}_{record.run}"
+    target = Path(options.output or f"newllm_{record.kind}_{record.run}")
+    none = f"run {record.run} left no model (as after --phase 1, --no-artifacts or --no-save_checkpoint)"
+    missing = not paths["model"].exists()
     if options.format == "zip":
+        if missing:
+            print(f"{none}: the file holds its record alone")
+        target = target if options.output else target.with_name(f"{target.name}.zip")
         files = [path for path in (record.path, *paths.values()) if path.exists()]
-        write_zip(Path(options.output or f"{name}.zip"), record.folder, files)
+        write_zip(target, record.folder, files)
         return
-    # Here alone: transformers is slow to import.
+    if missing:
+        raise UserError(f"{none}: name another run, or train one to its end.")
     from newllm.transformers_export import export_folder
 
-    target = Path(options.output or name)
     export_folder(open_saved(paths["model"])[1], record, target)
     print(f"{target}: AutoModelForCausalLM.from_pretrained({str(target)!r}, trust_remote_code=True)")
 

@@ -2,33 +2,29 @@
 
     python3 -m scripts.prefill --num_samples 781    # untrained, and trained where checkpoint_dir has the run
     python3 -m scripts.prefill --trained --lengths 1000,10000 --tolerance 1e-2
-    python3 -m scripts.prefill --json
 
 The sequence is the run's data, training and validation ids end to end. The loop takes one step a token, in
 fp32: for one token, converting the weights costs more than using them. Sweeps begin cold and go on until no
-token's context would change by more than a tolerance: in the precision in effect as far as its rounding lets
-them, from there on in fp32. Passes count the evaluations of an average token, sweeps those that depend on
-each other. Both ways make contexts alone, from embeddings that are there already. Errors are distances to the
-loop's contexts, relative to their norm: over all tokens, and of the worst one.
+token's context would change by more than a tolerance. Passes count the evaluations of an average token,
+sweeps those that depend on each other. Both ways make contexts alone, from embeddings that are there already.
+Errors are distances to the loop's contexts, relative to their norm: over all tokens, and of the worst one.
 """
 
 import contextlib
 import itertools
-import json
-import sys
+import math
 import time
 from pathlib import Path
 
 import torch
 
 from config import ResidualConfig
-from newllm.config import Range, expanded
+from newllm.config import expanded
 from newllm.data.samples import load_data
 from newllm.errors import UserError, exit_on_user_error
-from newllm.fixed_point.diagnostics import cold_start_curve
+from newllm.fixed_point.diagnostics import cold_start
 from newllm.fixed_point.solver import prefill
-from newllm.flags import flag, parse_args
-from newllm.memory import is_out_of_memory
+from newllm.flags import parse_args
 from newllm.models.baselines import build_model
 from newllm.models.pretrained import load_embedding
 from newllm.progress import Progress
@@ -36,23 +32,23 @@ from newllm.report.compare import table
 from newllm.report.pictures import prefill_speed
 from newllm.report.record import new_run_id
 from newllm.saving.trained import load_trained
-from newllm.training.runtime import StepFunction, describe_device, open_runtime, peak_memory_mb, reason_of
+from newllm.training.runtime import describe_device, open_runtime, peak_memory_mb
+from newllm.training.step_function import StepFunction
 
+PIECE, MAX_SWEEPS = 4096, 64  # tokens swept at once, and sweeps of these at most
 LOOP_PIECE = 256  # tokens of the loop between two looks at the clock
 CURVE_TOKENS, CURVE_SWEEPS = 2048, 32  # of the curve of errors, in fp32
-COLUMNS = ("weights", "tokens", "tolerance", "passes", "sweeps", "error", "worst token", "loop s", "sweeps s")
-COLUMNS += ("loop tok/s", "sweeps tok/s", "speed-up")
+COLUMNS = (
+    "weights", "tokens", "tolerance", "passes", "sweeps", "error", "worst token", "loop s", "sweeps s",
+    "loop tok/s", "sweeps tok/s", "speed-up",
+)  # fmt: skip
 
 
 class Stream:
-    """One long sequence and a network: its contexts by the loop and by sweeps, and what each takes.
+    """One long sequence, int64 [T] on the device, and a network: its contexts by the loop and by sweeps."""
 
-    Args:
-        ids: int64 [T] on the device. options: max_sweeps and piece.
-    """
-
-    def __init__(self, model, ids, runtime, options):
-        self.width, self.runtime, self.options = model.context_dim, runtime, options
+    def __init__(self, model, ids, runtime):
+        self.width, self.runtime = model.context_dim, runtime
         self.step = StepFunction(model.step, runtime.compile)
         self.embeddings = model.embed(ids)[None]
 
@@ -66,8 +62,7 @@ class Stream:
         length = self.embeddings.shape[1]
         contexts, seconds = self.embeddings.new_zeros(1, length, self.width), {}
         state = contexts[:, 0]
-        # Not timed: first calls allocate and compile.
-        self.step.trajectory(self.embeddings[:, :LOOP_PIECE], state)
+        self.step.trajectory(self.embeddings[:, :LOOP_PIECE], state)  # not timed: it allocates and compiles
         bounds = sorted({*range(0, length, LOOP_PIECE), *lengths, length})
         with Progress(label, length) as progress:
             started = self.clock()
@@ -78,27 +73,23 @@ class Stream:
                 progress.update(last - first)
         return contexts, seconds
 
-    def stages(self, tolerance):
-        """[(precision, type, autocast, tolerance), ...] of sweeps, as low as the tolerance lets them be."""
-        exact = "fp32", torch.float32, contextlib.nullcontext, tolerance
-        dtype = self.runtime.storage_dtype
-        if dtype == torch.float32:
-            return [exact]
-        rounding = torch.finfo(dtype).eps
-        rough = self.runtime.precision, dtype, self.runtime.autocast, max(tolerance, rounding)
-        return [rough, exact] if tolerance < rounding else [rough]
-
     def swept(self, length, tolerance):
-        """Contexts [1, length, C] by sweeps, work by precision, whether they converged, seconds."""
-        contexts, work = None, {}
+        """Contexts [1, length, C] by sweeps, work by precision, whether they converged, seconds.
+
+        A tolerance below the rounding of the precision in effect is finished in fp32.
+        """
+        runtime, contexts, work = self.runtime, None, {}
+        rounding = torch.finfo(runtime.storage_dtype).eps
+        stages = [(runtime.precision, runtime.storage_dtype, runtime.autocast, max(tolerance, rounding))]
+        if tolerance < rounding:
+            stages.append(("fp32", torch.float32, contextlib.nullcontext, tolerance))
         started = self.clock()
-        for precision, dtype, autocast, enough in self.stages(tolerance):
+        for precision, dtype, autocast, enough in stages:
             tokens = self.embeddings[:, :length].to(dtype)
             with autocast():
                 contexts, _, stats = prefill(
-                    self.step.contexts, tokens, self.width, enough, self.options.max_sweeps,
-                    self.options.piece, guess_BTC=contexts,
-                )  # fmt: skip
+                    self.step.contexts, tokens, self.width, enough, MAX_SWEEPS, PIECE, guess_BTC=contexts
+                )
             work[precision] = {"passes": stats.passes, "sweeps": max(stats.sweeps)}
             if not all(stats.converged):
                 break
@@ -106,15 +97,15 @@ class Stream:
 
 
 @torch.no_grad()
-def measure(stream, options, weights, say):
+def measure(stream, weights, lengths, tolerances):
     """Errors and speeds of one network, a row for each length and tolerance, and its curve of cold sweeps.
 
     A tolerance that sweeps do not reach is the last of its length: a tighter one would make the same sweeps.
     """
-    reference, loop_seconds = stream.loop(options.lengths, f"loop, {weights}")
-    stream.swept(min(options.lengths[0], options.piece), options.tolerance[0])  # not timed
+    reference, loop_seconds = stream.loop(lengths, f"loop, {weights}")
+    stream.swept(min(lengths[0], PIECE), tolerances[0])  # not timed
     rows = []
-    for length, tolerance in itertools.product(options.lengths, options.tolerance):
+    for length, tolerance in itertools.product(lengths, tolerances):
         if rows and rows[-1]["tokens"] == length and not rows[-1]["converged"]:
             continue
         contexts, work, converged, seconds = stream.swept(length, tolerance)
@@ -126,36 +117,23 @@ def measure(stream, options, weights, say):
             "error": (difference.norm() / truth.norm()).item(),
             "worst_token_error": (difference.norm(dim=-1) / truth.norm(dim=-1)).max().item(),
             "loop_seconds": loop, "sweeps_seconds": seconds,
-            "loop_tok_per_s": length / loop, "sweeps_tok_per_s": length / seconds,
             "speed_up": loop / seconds if converged else None,  # else what the loop gives was not reached
         })  # fmt: skip
-        say(" | ".join(shown(rows[-1])))
     first = stream.embeddings[:, :CURVE_TOKENS], reference[:, :CURVE_TOKENS]
-    return rows, cold_start_curve(stream.step.contexts, *first, min(CURVE_SWEEPS, options.max_sweeps))
-
-
-def surviving(stream, weights, say, measured):
-    """What `measured` returns, begun anew when the compiler fails: at the second time as written."""
-    while True:
-        try:
-            return measured()
-        except Exception as error:
-            if not stream.step.compiled or is_out_of_memory(error):
-                raise
-            reason = reason_of(error)
-        say(stream.step.survive(f"the contexts of the {weights} network", reason))
+    errors, _ = cold_start(stream.step.contexts, *first, CURVE_SWEEPS)
+    return rows, errors
 
 
 def shown(row):
     """A row of the table."""
     passes = " + ".join(f"{done['passes']:.1f} {precision}" for precision, done in row["work"].items())
     sweeps = " + ".join(str(done["sweeps"]) for done in row["work"].values())
+    tokens, loop, seconds = row["tokens"], row["loop_seconds"], row["sweeps_seconds"]
     return (
-        row["weights"], f"{row['tokens']:,}", f"{row['tolerance']:g}", passes,
+        row["weights"], f"{tokens:,}", f"{row['tolerance']:g}", passes,
         sweeps if row["converged"] else f"not in {sweeps}",
-        f"{row['error']:.1e}", f"{row['worst_token_error']:.1e}",
-        f"{row['loop_seconds']:.2f}", f"{row['sweeps_seconds']:.2f}",
-        f"{row['loop_tok_per_s']:,.0f}", f"{row['sweeps_tok_per_s']:,.0f}",
+        f"{row['error']:.1e}", f"{row['worst_token_error']:.1e}", f"{loop:.2f}", f"{seconds:.2f}",
+        f"{tokens / loop:,.0f}", f"{tokens / seconds:,.0f}",
         f"{row['speed_up']:.1f}x" if row["converged"] else "-",
     )  # fmt: skip
 
@@ -170,7 +148,10 @@ def one_sequence(data, length):
 
 
 def report(config, options, say):
-    """All that the command says, as a dict of plain values.
+    """Measure the untrained network and the trained one, as far as asked for and there.
+
+    Returns:
+        {"rows": of both, "curves": {weights: errors after 1, 2, ... sweeps}}.
 
     Raises:
         UserError: bad data or checkpoint, no contexts in the model, or no trained weights where asked for.
@@ -181,61 +162,54 @@ def report(config, options, say):
     pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
     ids, line = one_sequence(data, options.lengths[-1])
     model = build_model(config, data.vocab_size, pretrained).to(runtime.device).eval()
-    made = {"device": describe_device(runtime), "sequence": line, "trained": None, "rows": [], "curves": {}}
-    say(f"device: {made['device']}\n" + "\n".join([*data.notes, line]))
+    say("\n".join([f"device: {describe_device(runtime)}", *data.notes, line]))
+    rows, curves = [], {}
 
     def add(weights):
-        stream = Stream(model, ids.to(runtime.device), runtime, options)
-        rows, curve = surviving(stream, weights, say, lambda: measure(stream, options, weights, say))
-        made["rows"] += rows
-        made["curves"][weights] = curve
+        stream = Stream(model, ids.to(runtime.device), runtime)
+        more, curves[weights] = measure(stream, weights, options.lengths, options.tolerance)
+        rows.extend(more)
 
     if not options.trained:
         add("untrained")
+    trained, reason = None, "run train.py first."
     try:
-        made["trained"], reason = load_trained(config, model, data.fingerprint), "run train.py first."
+        trained = load_trained(config, model, data.fingerprint)
     except UserError as error:  # what was measured untrained is worth as much beside another run
         reason = str(error)
-    if made["trained"]:
-        say(f"trained: {made['trained']}")
+    line = f"{config.checkpoint_dir} holds no trained weights of these settings: {reason}"
+    if options.trained and not trained:
+        raise UserError(line)
+    say(f"trained: {trained or line}")
+    if trained:
         add("trained")
-    elif options.trained:
-        raise UserError(f"{config.checkpoint_dir} holds no trained weights of these settings: {reason}")
-    else:
-        say(f"trained: no weights of these settings in {config.checkpoint_dir}: {reason}")
-    return made | {"peak_memory_mb": peak_memory_mb(), "config": config.to_dict()}
+    return {"rows": rows, "curves": curves}
 
 
 def main(config, options):
     """Measure, print and draw."""
-    out = sys.stderr if options.json else sys.stdout  # with --json nothing but the object goes to stdout
-    with contextlib.redirect_stdout(out):
-        made = report(config, options, (lambda line: None) if options.json else print)
+    made = report(config, options, print)
+    print("\n" + "\n".join(table(COLUMNS, map(shown, made["rows"]))))
+    print(f"\npeak memory: {peak_memory_mb():,.0f} MB")
     usual = Path(config.checkpoint_dir) / "outputs" / "plots" / f"prefill_{new_run_id()}.png"
     path = Path(options.plot or usual)
     try:
         prefill_speed(made["rows"], made["curves"], path)
-        line = f"plot: {path}"
-    except OSError as error:  # a folder that refuses costs the picture, not the figures
-        line = f"warning: {path} cannot be written ({error.strerror or error})"
-    if options.json:
-        print(json.dumps(made))
-    else:
-        print("\n" + "\n".join(table(COLUMNS, map(shown, made["rows"]))))
-        print(f"\npeak memory: {made['peak_memory_mb']:,.0f} MB")
-    print(line, file=out)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}): choose another --plot.") from error
+    print(f"plot: {path}")
 
 
-def numbers(kind, low, high, descending=False):
-    """Parser of `a,b,c`: different numbers within bounds, in order."""
+def numbers(kind, low, descending=False):
+    """Parser of `a,b,c`: different numbers from a lowest one on, in order."""
 
     def parse(text):
         try:
-            values = sorted({kind(word.replace("_", "")) for word in text.split(",")}, reverse=descending)
+            values = sorted({kind(word) for word in text.split(",")}, reverse=descending)
         except ValueError:
-            values = []
-        if not values or not low <= min(values) <= max(values) <= high:
-            raise UserError(f"numbers from {low:g} to {high:g} with commas between are wanted, not '{text}'.")
+            values = [0]
+        if not low <= min(values) <= max(values) < math.inf:
+            raise UserError(f"numbers from {low:g} on with commas between are wanted, not '{text}'.")
         return values
 
     return parse
@@ -243,16 +217,10 @@ def numbers(kind, low, high, descending=False):
 
 def flags(parser):
     """The command's own flags."""
-    add, most = parser.add_argument, 10**9
-    lengths, tolerances = numbers(int, 1, most), numbers(float, 1e-6, 1, descending=True)
-    small = "relative changes of a sweep that are small enough, comma-separated"
-    add("--lengths", type=lengths, default="1000,10000,100000", help="tokens, comma-separated")
-    add("--tolerance", type=tolerances, default="1e-2,1e-3,1e-4", help=small)
-    whole = Range(1, most)
-    add("--max_sweeps", type=flag("max_sweeps", int, whole), default=64, help="of a piece, at most")
-    add("--piece", type=flag("piece", int, whole), default=4096, help="tokens swept at once")
+    add, small = parser.add_argument, "relative changes of a sweep that are small enough, comma-separated"
+    add("--lengths", type=numbers(int, 1), default="1000,10000,100000", help="tokens, comma-separated")
+    add("--tolerance", type=numbers(float, 1e-6, descending=True), default="1e-2,1e-3,1e-4", help=small)
     add("--trained", action="store_true", help="trained weights alone; without them an error")
-    add("--json", action="store_true", help="one JSON object instead of a table")
     add("--plot", type=expanded, help="PNG file (default: in outputs/plots of checkpoint_dir)")
 
 

@@ -1,9 +1,8 @@
 """What a folder of runs holds, how a run went, how fast, and how two runs differ.
 
     python3 -m scripts.report  # the latest run, so far or complete, and what lies in the folder
-    python3 -m scripts.report RUN  # another one: its id, its metrics_*.jsonl, or a folder of runs
-    python3 -m scripts.report RUN OTHER          # two side by side, also of two folders
-    python3 -m scripts.report --remake           # tables, pictures and page once more, from the record
+    python3 -m scripts.report RUN                # another one
+    python3 -m scripts.report RUN OTHER          # two side by side
     python3 -m scripts.report --runs             # the runs whose checkpoints the folder holds
     python3 -m scripts.report --remove RUN_ID    # delete the checkpoints of one of them
     python3 -m scripts.report --draw_docs  # the drawings of the documents: idea.png and architecture.png
@@ -18,10 +17,10 @@ from newllm.config import expanded
 from newllm.errors import UserError, exit_on_user_error
 from newllm.flags import Parser
 from newllm.report.compare import table
-from newllm.report.page import artifact_paths, write_artifacts
+from newllm.report.page import artifact_paths
 from newllm.report.pictures import COUNTED, REFERENCE, TRAINED, TRAINING_DATA, UNTRAINED, figure
 from newllm.report.record import complete, find_run, format_value, read_status, runs_in
-from newllm.report.summary import so_far_lines, speed_lines, summary_lines
+from newllm.report.summary import speed_lines, summary_lines
 from newllm.saving.files import Corrupt, verify_seal
 from newllm.saving.runs import remove, run_rows
 
@@ -31,6 +30,9 @@ PATTERNS = {
     "pages": "outputs/*.html",
     "training summaries": "logs/training_summary_*.txt",
 }
+BLUE, ORANGE, GREEN, PINK, GREY = (
+    style["color"] for style in (TRAINED, UNTRAINED, COUNTED, TRAINING_DATA, REFERENCE)
+)
 
 
 def main(arguments=None):
@@ -39,26 +41,23 @@ def main(arguments=None):
     add = parser.add_argument
     add("runs", nargs="*", metavar="RUN", help="id of a run, or of two; none: the latest")
     add("--checkpoint_dir", type=expanded, default=ResidualConfig().checkpoint_dir, help="folder of the runs")
-    add("--remake", action="store_true", help="make the artefacts of the run again")
     add("--runs", dest="list", action="store_true", help="list the runs whose checkpoints the folder holds")
     add("--remove", metavar="RUN_ID", help="delete the checkpoints of a run beside the one at the top")
     add("--draw_docs", nargs="?", const="docs", type=expanded, help="draw the pictures of the documents")
     options = parser.parse_args(arguments)
-    if options.draw_docs:
-        return draw_docs(Path(options.draw_docs))
-    if options.list or options.remove:
-        return list_runs(options.checkpoint_dir, options.remove)
-    if len(options.runs) > 2:
-        raise UserError("name one run, or two to compare.")
     folder = options.checkpoint_dir
-    chosen = [find_run(folder, run) for run in options.runs] or runs_in(folder)[-1:]
-    if len(chosen) == 2:
-        one, other = (complete([record], record.path)[0] for record in chosen)
+    if options.draw_docs:
+        draw_docs(Path(options.draw_docs))
+    elif options.list or options.remove:
+        list_runs(folder, options.remove)
+    elif len(options.runs) < 2:
+        run = find_run(folder, options.runs[0]) if options.runs else runs_in(folder)[-1]
+        show(run)
+    elif len(options.runs) == 2:
+        one, other = (complete([find_run(folder, run)], folder)[0] for run in options.runs)
         print("\n".join(compare(one, other)))
-    elif options.remake:
-        remake(chosen[0])
     else:
-        show(chosen[0], latest=not options.runs)
+        raise UserError("name one run, or two to compare.")
 
 
 def list_runs(folder, removed):
@@ -70,21 +69,16 @@ def list_runs(folder, removed):
     print("\n".join(table(columns, run_rows(folder))))
 
 
-def show(record, latest):
-    """Print how a run went or how far it is, and what lies in its folder.
-
-    Args:
-        latest: it was not asked for by name: if it is not complete, the latest complete one is shown too.
-    """
+def show(record):
+    """Print how a run went or how far it is, and what lies in its folder."""
     folder = record.folder.parent
     ended = [other for other in runs_in(folder) if other.summary]
-    if not record.summary:
-        print("\n".join(so_far_lines(record, status_of(record), ended[-1] if ended else None)) + "\n")
-    shown = record if record.summary else ended[-1] if latest and ended else None
-    if shown:
-        paths = artifact_paths(shown.folder, shown.kind, shown.run)
-        print("\n".join([*summary_lines(shown, paths), "", *speed_lines(shown)]) + "\n")
-    print("\n".join(listing(folder, ended)) + "\n")
+    if record.summary:
+        paths = artifact_paths(record.folder, record.kind, record.run)
+        print("\n".join(summary_lines(record, paths)) + "\n")
+    baseline = ended[-1] if ended and not record.summary else None
+    print("\n".join(speed_lines(record, status_of(record), baseline)) + "\n")
+    print("\n".join(listing(folder, ended)))
 
 
 def status_of(record):
@@ -93,21 +87,7 @@ def status_of(record):
         fields = read_status(record.folder.parent)
     except UserError:  # the record alone says something too
         return {}
-    return fields if fields.get("run_id") == record.run else {}
-
-
-def remake(record):
-    """Write a run's artefacts again.
-
-    Raises:
-        UserError: one cannot be written.
-    """
-    try:
-        written = write_artifacts(record)
-    except OSError as error:
-        refused = f"{error.filename} cannot be written ({error.strerror or error})"
-        raise UserError(f"{refused}: make room and run it again.") from error
-    print("\n".join(f"{name}: {path}" for name, path in written.items()))
+    return fields if fields["run_id"] == record.run else {}
 
 
 def listing(folder, records):
@@ -133,7 +113,7 @@ def digest(path):
 
 
 def compare(one, other):
-    """Two runs beside each other: settings that differ, then every figure with the ratio of the second."""
+    """Two complete runs: settings that differ, then every figure with the ratio of the second."""
     settings, figures = [], []
     for name in one.config | other.config:
         pair = one.config.get(name), other.config.get(name)
@@ -144,14 +124,9 @@ def compare(one, other):
         if name not in one.config and all(isinstance(value, int | float) for value in pair):
             ratio = f"{pair[1] / pair[0]:.3f}" if pair[0] else ""
             figures.append((name, *map(format_value, pair), ratio))
-    names = (one.run, other.run) if one.run != other.run else (str(one.path), str(other.path))
+    names = (one.run, other.run)
     lines = table(("settings that differ", *names), settings) if settings else ["the settings are the same"]
     return [*lines, "", *table(("figure", *names, "ratio"), figures)]
-
-
-BLUE, ORANGE, GREEN, PINK, GREY = (
-    style["color"] for style in (TRAINED, UNTRAINED, COUNTED, TRAINING_DATA, REFERENCE)
-)
 
 
 def draw_docs(folder):
@@ -159,97 +134,80 @@ def draw_docs(folder):
     for draw in (idea, architecture):
         path = folder / f"{draw.__name__}.png"
         with figure(path, 1, 2) as (panels,):
+            for panel in panels:
+                panel.set(xlim=(0, 9.4), ylim=(0, 6.6), aspect="equal")
+                panel.axis("off")
             draw(*panels)
         print(path)
 
 
 def idea(loop, sweeps):
     """Left: the loop over tokens. Right: sweeps over all at once, and which contexts are right after each."""
-    words = ("User", ":", "how", "do", "I", "boil", "an", "egg")
-    bare(loop, "Step by step: one token after the other")
-    for t, word in enumerate(words):
-        x = 1.2 + t
-        box(loop, x, 4.0, f"$c_{t + 1}$", BLUE, 0.7, 0.7, filled=True)
-        loop.text(x, 2.2, word, ha="center", va="center")
-        arrow(loop, (x, 2.5), (x, 3.6))
-        if t:
-            arrow(loop, (x - 0.65, 4.0), (x - 0.36, 4.0), BLUE)
-    loop.text(4.7, 5.5, r"$c_t = F(c_{t-1}, e_t)$", ha="center", fontsize=11)
-    count = f"{len(words)} dependent steps; 100,000 tokens: 100,000"
-    loop.text(4.7, 0.9, count, ha="center", color=GREY)
-    bare(sweeps, "By sweeps: all tokens at once, again and again")
-    for k in range(5):
-        y = 5.4 - k
-        sweeps.text(0.1, y, f"sweep {k + 1}", va="center", fontsize=8, color=GREY)
-        for t in range(len(words)):
-            x = 1.9 + t
-            exact = t <= k
-            box(sweeps, x, y, "", BLUE if exact else ORANGE, 0.6, 0.5, filled=exact)
-            if k < 4 and t < len(words) - 1:
-                arrow(sweeps, (x + 0.2, y - 0.27), (x + 0.8, y - 0.72), linewidth=0.9)
-    for t, word in enumerate(words):
+    loop.set_title("Step by step: one token after the other")
+    sweeps.set_title("By sweeps: all tokens at once, again and again")
+    above, previous = [], None
+    for t, word in enumerate(("User", ":", "how", "do", "I", "boil", "an", "egg")):
+        context = box(loop, 1.2 + t, 4.0, f"$c_{t + 1}$", BLUE, filled=True)
+        arrow(box(loop, 1.2 + t, 2.2, word, "none"), context)
+        if previous:
+            arrow(previous, context, BLUE)
+        previous = context
+        column = []
+        for k in range(5):
+            column.append(box(sweeps, 1.9 + t, 5.4 - k, "     ", BLUE if t <= k else ORANGE, filled=t <= k))
+        for start, end in zip(above, column[1:], strict=False):
+            arrow(start, end)
+        above = column
         sweeps.text(1.9 + t, 0.75, word, ha="center", va="center")
+    loop.text(4.7, 5.5, r"$c_t = F(c_{t-1}, e_t)$", ha="center", fontsize=11)
+    loop.text(4.7, 0.9, "8 dependent steps; 100,000 tokens: 100,000", ha="center", color=GREY)
+    for k in range(5):
+        sweeps.text(0.1, 5.4 - k, f"sweep {k + 1}", va="center", color=GREY)
     legend = "full: exact, whatever F is; empty: close, the closer the more F forgets"
     sweeps.text(5.4, 0.1, legend, ha="center", color=GREY, fontsize=8)
 
 
 def architecture(model, phases):
     """From an id to logits: which part each phase trains."""
-    bare(model, "One step of the model")
+    model.set_title("One step of the model")
     maps = "$c \\leftarrow \\mathrm{LN}(c + o_c)$\n$e \\leftarrow \\mathrm{LN}(e + o_e)$"
-    for x, y, text, color, width, height in (
-        (1.5, 0.9, "token $t$", GREY, 1.6, 0.5),
-        (1.5, 2.2, "embedding\n$e_t$", PINK, 1.6, 0.9),
-        (4.6, 2.7, f"context map $F$\nlayers of\n$o = \\mathrm{{ReLU}}(W[c; e])$\n{maps}", BLUE, 2.9, 2.4),
-        (1.5, 3.9, "$c_{t-1}$", BLUE, 1.0, 0.5),
-        (4.6, 5.0, "$c_t$", BLUE, 1.0, 0.5),
-        (7.9, 3.2, "head\n$u \\leftarrow \\mathrm{LN}(u +$\n$\\mathrm{MLP}[c_t; u])$", GREEN, 2.1, 1.5),
-        (7.9, 5.4, "next token\n$h E^T + b$", PINK, 2.1, 0.9),
-    ):
-        box(model, x, y, text, color, width, height)
+    layers = f"layers of\n$o = \\mathrm{{ReLU}}(W[c; e])$\n{maps}"
+    step = "$u \\leftarrow \\mathrm{LN}(u +$\n$\\mathrm{MLP}[c_t; u])$"
+    token = box(model, 1.5, 0.9, "token $t$", GREY)
+    embedding = box(model, 1.5, 2.3, "embedding\n$e_t$", PINK)
+    before = box(model, 1.5, 3.9, "$c_{t-1}$", BLUE)
+    context_map = box(model, 4.6, 2.7, f"context map $F$\n{layers}", BLUE)
+    after = box(model, 4.6, 5.0, "$c_t$", BLUE)
+    head = box(model, 7.9, 3.2, f"head\n{step}", GREEN)
+    logits = box(model, 7.9, 5.4, "next token\n$h E^T + b$", PINK)
     for start, end in (
-        ((1.5, 1.15), (1.5, 1.75)),
-        ((2.3, 2.2), (3.15, 2.2)),
-        ((2.0, 3.9), (3.15, 3.2)),
-        ((4.6, 3.9), (4.6, 4.75)),
-        ((6.05, 2.6), (6.85, 2.9)),
-        ((5.1, 5.0), (6.85, 3.7)),
-        ((7.9, 3.95), (7.9, 4.95)),
-    ):
-        arrow(model, start, end)
-    model.text(6.3, 2.35, "$u_t$")
-    bare(phases, "What trains when")
-    stored = "no label: sweeps over stored contexts"
+        (token, embedding), (embedding, context_map), (before, context_map), (context_map, after),
+        (context_map, head), (after, head), (head, logits),
+    ):  # fmt: skip
+        arrow(start, end)
+    model.text(6.2, 3.1, "$u_t$")
+    phases.set_title("What trains when")
     for y, name, data, loss, color, trained in (
-        (5.3, "Phase 1", stored, "fixed-point consistency + spread", BLUE, "$F$"),
+        (5.3, "Phase 1", "no label: sweeps over stored contexts", "consistency + spread", BLUE, "$F$"),
         (3.3, "Phase 2, frozen", "contexts computed once", "next token", GREEN, "head, embedding"),
         (1.3, "Phase 2, fine-tuned", "gradient through the last sweeps", "next token", ORANGE, "everything"),
     ):
-        box(phases, 1.9, y, name, color, 3.2, 0.8, filled=True)
-        phases.text(3.8, y + 0.42, data, va="center")
-        phases.text(3.8, y, f"loss: {loss}", va="center")
-        phases.text(3.8, y - 0.42, f"trains: {trained}", va="center", color=color)
+        box(phases, 1.9, y, name, color, filled=True)
+        phases.text(4.0, y, f"{data}\nloss: {loss}\ntrains: {trained}", va="center", linespacing=1.6)
 
 
-def bare(panel, title):
-    """A panel to draw on, without axes."""
-    panel.set(title=title, xlim=(0, 9.4), ylim=(0, 6.6), aspect="equal")
-    panel.axis("off")
+def box(panel, x, y, text, color, filled=False):
+    """A text around (x, y) in a rounded box."""
+    inside, ink = (color, "white") if filled else ("white", "black")
+    look = dict(boxstyle="round,pad=0.45", edgecolor=color, facecolor=inside, linewidth=1.6)
+    return panel.text(x, y, text, ha="center", va="center", color=ink, bbox=look)
 
 
-def box(panel, x, y, text, color, width, height, filled=False):
-    """A rounded box around (x, y) with a text."""
-    from matplotlib.patches import FancyBboxPatch
-
-    corner, face = (x - width / 2, y - height / 2), color if filled else "white"
-    look = dict(boxstyle="round,pad=0,rounding_size=0.12", edgecolor=color, facecolor=face, linewidth=1.6)
-    panel.add_patch(FancyBboxPatch(corner, width, height, **look))
-    panel.text(x, y, text, ha="center", va="center", color="white" if filled else "black")
-
-
-def arrow(panel, start, end, color=GREY, linewidth=1.3):
-    look = dict(arrowstyle="-|>", color=color, linewidth=linewidth, shrinkA=0, shrinkB=0)
-    panel.annotate("", end, start, arrowprops=look)
+def arrow(start, end, color=GREY):
+    """From the edge of a box to that of another."""
+    look = dict(arrowstyle="-|>", color=color, linewidth=1.2, shrinkA=0, shrinkB=0)
+    look |= dict(patchA=start.get_bbox_patch(), patchB=end.get_bbox_patch())
+    start.axes.annotate("", end.get_position(), start.get_position(), arrowprops=look)
 
 
 if __name__ == "__main__":

@@ -14,26 +14,28 @@ from newllm.config import expanded
 from newllm.errors import exit_on_user_error
 from newllm.flags import Parser
 from newllm.report.record import STATUS_NAME, read_status, status_lines
-from newllm.report.series import read_series, series_lines
+from newllm.report.series import progress_line, read_series
 
 
 def main(arguments=None):
     """Print the status of the run or the series of runs in a folder."""
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--checkpoint_dir", type=expanded, default=ResidualConfig().checkpoint_dir, help="folder of the run"
-    )
+    default = ResidualConfig().checkpoint_dir
+    parser.add_argument("--checkpoint_dir", type=expanded, default=default, help="folder of the run")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of lines")
     options = parser.parse_args(arguments)
-    folder, series = Path(options.checkpoint_dir), read_series(options.checkpoint_dir)
+    folder, series, lines = Path(options.checkpoint_dir), read_series(options.checkpoint_dir), []
     if series:
-        running = [run["folder"] for run in series["runs"] if run["status"] == "running"]
-        folder = folder / running[0] if running else folder
+        lines = [f"{progress_line(series)} ({series['state']})"]
+        for run in series["runs"]:
+            lines.append(f"  {run['name']}: {run['status']}")
+            if run["status"] == "running":
+                folder = folder / run["folder"]
     fields = read_status(folder) if not series or (folder / STATUS_NAME).exists() else {}
     if options.json:
         print(json.dumps(fields | ({"series": series} if series else {})))
     else:
-        print("\n".join((series_lines(series) if series else []) + (status_lines(fields) if fields else [])))
+        print("\n".join(lines + (status_lines(fields) if fields else [])))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The bits of small runs: `python3 -m tests.bits [CHECKOUT]` prints one line a run, to compare two versions of the code.
+"""The bits of small runs: `python3 -m tests.bits [CHECKOUT]` prints a line a run, to compare versions.
 
-Weights and curves are a function of settings, data, seed, machine, torch and number of threads, so lines of one machine
-compare. The last run of each precision is stopped after some steps and continued until it is complete.
+Weights and curves are a function of settings, data, seed, machine, torch and number of threads, so lines of
+one machine compare. The last run of each precision is stopped again and again until it is complete.
 """
 
 import hashlib
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -13,35 +14,11 @@ from pathlib import Path
 
 import torch
 
-TINY = [
-    "--data_source",
-    "chitchat",
-    "--tokenizer",
-    "bpe",
-    "--vocab_size",
-    "512",
-    "--num_samples",
-    "40",
-    "--val_samples",
-    "12",
-    "--max_seq_length",
-    "32",
-    "--context_dim",
-    "48",
-    "--embed_dim",
-    "48",
-    "--num_layers",
-    "2",
-    "--phase1_max_iterations",
-    "4",
-    "--phase2_epochs",
-    "3",
-    "--no-artifacts",
-    "--save_every_n_batches",
-    "5",
-    "--save_min_seconds",
-    "0",
-]
+TINY = shlex.split("""
+--data_source chitchat --tokenizer bpe --vocab_size 512 --num_samples 40 --val_samples 12 --max_seq_length 32
+--context_dim 48 --embed_dim 48 --num_layers 2 --phase1_max_iterations 4 --phase2_epochs 3 --no-artifacts
+--save_every_n_batches 5 --save_min_seconds 0
+""")
 ARMS = {
     "frozen": ["--freeze_context"],
     "fine-tuned": ["--gradient_sweeps", "0", "--no-untrained_control"],
@@ -53,13 +30,13 @@ MOST_SESSIONS = 60
 
 
 def digest(checkpoint):
-    """First 16 hex digits of the SHA-256 over a state's weights, in the order of their names, and its curves."""
-    found = torch.load(checkpoint, weights_only=True)
+    """16 hex digits of the SHA-256 over a state's weights, in the order of their names, and its curves."""
+    state = torch.load(checkpoint, weights_only=True)
     total = hashlib.sha256()
-    for name, tensor in sorted(found["model_state_dict"].items()):
+    for name, tensor in sorted(state["model_state_dict"].items()):
         total.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
     for history in ("phase1_history", "phase2_history"):
-        for name, values in sorted(found[history].items()):
+        for name, values in sorted(state[history].items()):
             if "second" not in name and "tok_per_s" not in name:
                 total.update(f"{name} {values}".encode())
     return total.hexdigest()[:16]
@@ -70,11 +47,9 @@ def run(checkout, folder, flags, stop=False):
     places = ["--checkpoint_dir", f"{folder}/checkpoints", "--cache_dir", f"{folder}/../cache"]
     limit = ["--max_minutes", "0.03"] if stop else []
     command = [sys.executable, "train.py", *TINY, *flags, *places, *limit]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    options = dict(cwd=checkout, env=os.environ | {"OMP_NUM_THREADS": "1"}, encoding="utf-8")
     for session in range(1, MOST_SESSIONS):
-        done = subprocess.run(
-            command, cwd=checkout, env=environment, capture_output=True, text=True, encoding="utf-8"
-        )
+        done = subprocess.run(command, capture_output=True, text=True, **options)
         if done.returncode == 0:
             return digest(Path(folder) / "checkpoints" / "model_latest.pt"), session
         if not stop or done.returncode != STOPPED:
@@ -87,14 +62,12 @@ def main(checkout):
         for precision in ("fp32", "bf16"):
             for arm, flags in ARMS.items():
                 for seed in range(3):
-                    folder = Path(base) / f"{precision}_{arm}_{seed}"
-                    found, _ = run(checkout, folder, [*flags, "--seed", str(seed), "--precision", precision])
-                    print(f"{precision} {arm} {seed}: {found}", flush=True)
-            folder = Path(base) / f"{precision}_stopped"
-            found, sessions = run(
-                checkout, folder, [*ARMS["sweeps"], "--seed", "0", "--precision", precision], stop=True
-            )
-            print(f"{precision} sweeps 0, stopped: {found} ({sessions} sessions)", flush=True)
+                    flags_of_run = [*flags, "--seed", str(seed), "--precision", precision]
+                    bits, _ = run(checkout, f"{base}/{precision}_{arm}_{seed}", flags_of_run)
+                    print(f"{precision} {arm} {seed}: {bits}", flush=True)
+            flags_of_run = [*ARMS["sweeps"], "--seed", "0", "--precision", precision]
+            bits, sessions = run(checkout, f"{base}/{precision}_stopped", flags_of_run, stop=True)
+            print(f"{precision} sweeps 0, stopped: {bits} ({sessions} sessions)", flush=True)
 
 
 if __name__ == "__main__":

@@ -18,23 +18,24 @@ def corpus_file(tmp_path_factory):
 def tiny_settings(tmp_path, corpus_file):
     """Settings of a run that takes about a second, all of whose files lie in tmp_path."""
     return dict(
-        data_source=str(corpus_file), tokenizer="bpe", vocab_size=300, num_samples=12, val_samples=6, max_seq_length=24,
-        context_dim=16, embed_dim=16, num_layers=1, phase1_max_iterations=3, phase1_batch_size=4, phase2_epochs=3,
-        phase2_batch_size=4, phase2_learning_rate=0.002, dropout=0.3, min_batches=3, precision="fp32", device="cpu", save_every_n_batches=2, save_min_seconds=0.0,
-        cache_dir=str(tmp_path / "cache"), checkpoint_dir=str(tmp_path / "checkpoints"),
-        artifacts=False,
+        data_source=str(corpus_file), tokenizer="bpe", vocab_size=300, num_samples=12, val_samples=6,
+        max_seq_length=24, context_dim=16, embed_dim=16, num_layers=1, phase1_max_iterations=3,
+        phase1_batch_size=4, phase2_epochs=3, phase2_batch_size=4, phase2_learning_rate=0.002, dropout=0.3,
+        min_batches=3, precision="fp32", device="cpu", save_every_n_batches=2, save_min_seconds=0.0,
+        cache_dir=str(tmp_path / "cache"), checkpoint_dir=str(tmp_path / "checkpoints"), artifacts=False,
     )  # fmt: skip
 
 
 def pytest_xdist_auto_num_workers(config):
-    """Of `-n auto`: a process a core, four at most, as each takes about a gigabyte; GPU tests share one device, so one by one."""
+    """Of `-n auto`: a process a core, four at most (each takes about a gigabyte); GPU tests one by one."""
     return 0 if "gpu" in (config.option.markexpr or "") else min(4, os.cpu_count())
 
 
 LONG = (  # files that take longest are begun first, so that no process is left alone with one at the end
-    "test_compilation", "test_pretended_cuda", "test_commands", "test_notebook", "test_kills", "test_processes",
-    "test_effects", "test_compare", "test_generate", "test_train", "test_contexts", "test_transformers_export",
-    "test_stop", "test_batch_sizes", "test_lost_machine", "test_scale_check", "test_leaks", "test_estimate_memory",
+    "test_compilation", "test_pretended_cuda", "test_commands", "test_notebook", "test_kills",
+    "test_processes", "test_plan", "test_compare", "test_generate", "test_contexts",
+    "test_transformers_export", "test_stop", "test_batch_sizes", "test_lost_machine", "test_scale_check",
+    "test_leaks", "test_estimate_memory",
 )  # fmt: skip
 
 

@@ -1,10 +1,12 @@
-"""A small language to write corpora in, settings as flags, a command, and a file that does harm to who unpickles it."""
+"""A small language to write corpora in, settings as flags, commands, a file that harms who unpickles it."""
 
 import hashlib
 import io
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ WORDS = [f"{first}{last}" for first in ("ba", "do", "ki", "lu") for last in ("n"
 
 
 def write_dialogues(path, count, seed=0):
-    """A .jsonl file of `count` dialogues from a small bigram-like language: learnable, and different in every line."""
+    """A .jsonl file of `count` dialogues in a small bigram-like language: learnable, each line different."""
     source = random.Random(seed)
     with open(path, "w") as file:
         for number in range(count):
@@ -29,23 +31,42 @@ def write_dialogues(path, count, seed=0):
                 word = WORDS[(WORDS.index(word) * 3 + source.choice((1, 1, 1, 2, 7))) % len(WORDS)]
                 words.append(word)
             turns = [" ".join(words[:20]) + f" {number}", " ".join(words[20:])]
-            messages = [
-                {"role": role, "content": text}
-                for role, text in zip(("user", "assistant"), turns, strict=True)
-            ]
+            roles = ("user", "assistant")
+            messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]
             file.write(json.dumps({"messages": messages}) + "\n")
     return path
+
+
+TINY_FILE = dict(
+    data_source="dialogues.jsonl", tokenizer="bpe", vocab_size=300, max_seq_length=24, val_samples=6,
+    context_dim=8, embed_dim=8, num_layers=1, phase1_max_iterations=1, phase2_epochs=1, min_batches=1,
+    precision="fp32",
+)  # fmt: skip
+
+
+def tiny_checkout(folder):
+    """A copy of the project with a tiny config.py and data of its own, as commands and notebook use it."""
+    left_out = shutil.ignore_patterns(
+        ".*", "__pycache__", "tests", "cache", "checkpoints", "build", "*.egg-info"
+    )
+    shutil.copytree(ROOT, folder, ignore=left_out)
+    write_dialogues(folder / "dialogues.jsonl", 200)
+    text = (folder / "config.py").read_text()
+    for name, value in TINY_FILE.items():
+        text, count = re.subn(rf"^    {name} = \S+", f"    {name} = {value!r}", text, flags=re.MULTILINE)
+        assert count == 1, name
+    (folder / "config.py").write_text(text)
+    return folder
 
 
 def as_flags(settings):
     """Settings as command line arguments."""
     flags = []
     for name, value in settings.items():
-        flags += (
-            [f"--{name}" if value else f"--no_{name}"]
-            if isinstance(value, bool)
-            else [f"--{name}", str(value)]
-        )
+        if isinstance(value, bool):
+            flags.append(f"--{name}" if value else f"--no_{name}")
+        else:
+            flags += [f"--{name}", str(value)]
     return flags
 
 
@@ -53,9 +74,8 @@ def run(command, settings, *extra):
     """train.py or test.py as a user runs it, offline. Returns the ended process."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     arguments = [sys.executable, command, *as_flags(settings), *extra]
-    return subprocess.run(
-        arguments, cwd=ROOT, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+    options = dict(cwd=ROOT, env=environment, stdin=subprocess.DEVNULL)
+    return subprocess.run(arguments, capture_output=True, text=True, **options)
 
 
 def stop_after(config, batches):
@@ -87,7 +107,7 @@ class Evil:
 
 
 def write_evil(path, harm, sealed=True):
-    """A torch archive whose unpickling would make the folder `harm`; `sealed` with the checksum that belongs to it."""
+    """A torch archive whose unpickling would make the folder `harm`; `sealed` with its right checksum."""
     buffer = io.BytesIO()
     torch.save({"model_state_dict": Evil(harm)}, buffer)
     path.write_bytes(seal(buffer.getvalue()) if sealed else buffer.getvalue())

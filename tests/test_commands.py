@@ -1,28 +1,23 @@
-"""README and docs as a newcomer uses them: each command as printed, in order, in one checkout and one folder of runs."""
+"""README and docs as a newcomer uses them: each command as printed, in order, in one checkout."""
 
+import json
 import os
 import re
-import shutil
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from helpers import write_dialogues
+from helpers import ROOT, tiny_checkout
 
-ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
-PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-TINY = dict(
-    data_source="dialogues.jsonl", tokenizer="bpe", vocab_size=300, max_seq_length=24, val_samples=6, context_dim=8,
-    embed_dim=8, num_layers=1, phase1_max_iterations=1, phase2_epochs=1, min_batches=1, precision="fp32",
-)  # fmt: skip
 SMALLER = {  # what a command says in print: what it says here, where its size or its place is not config.py's
     "--num_samples 781": "--num_samples 12",
     "--num_samples 78 ": "--num_samples 6 ",
     "--ladder": "--ladder 6,12",
-    "--seeds 5 --tokens 6400,100000": "--seeds 1 --arms untrained_frozen,gru --tokens 144,288",
+    "--seeds 5 --tokens 6400,100000": "--seeds 1 --arms gru --tokens 144,288",
     "--preset seed": "--preset seed --tokenizer bpe --context_dim 8 --embed_dim 8 --num_layers 1",
     "/content/drive/MyDrive/newllm": "../drive",
     "scripts.bench": "scripts.bench --no_switches",
@@ -35,8 +30,30 @@ ELSEWHERE = (  # needs what no test can count on
     "accelerate launch --cpu",  # an example of what does not work
     "lm_eval",  # an optional package; tests/test_lm_eval.py
     "pytest",  # this
+    "NAME",  # any of them
 )  # fmt: skip
 STATUS = {"test.py": (0, 1), "doctor": (0, 1)}  # else 0: these say by it what they found
+# A fresh Python that has imported the libraries already, which takes most of a small command's time: it
+# forks for each command `[arguments, file for the output]` that it reads, and writes the exit status.
+PYTHON = """
+import json, os, runpy, sys
+import accelerate, datasets, matplotlib.pyplot, torch, transformers
+for line in sys.stdin:
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    arguments, output = json.loads(line)
+    for stream, path in enumerate((os.devnull, output, output)):
+        os.dup2(os.open(path, os.O_RDWR | os.O_APPEND), stream)
+    sys.stdin, sys.argv, sys.path[0] = open(0), arguments, os.getcwd()
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    sys.exit()
+"""
 
 
 def printed_commands():
@@ -46,68 +63,69 @@ def printed_commands():
         text = re.sub(
             r"^## Quick start\n+```\n.*?\n```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL
         )
-        found = re.findall(
-            r"`((?:python3|torchrun|accelerate launch) [^`\n]+)`|^!?((?:python3|torchrun) .+)",
-            text,
-            re.MULTILINE,
-        )
-        commands += [inline or line for inline, line in found]
-    return [
-        c for c in dict.fromkeys(commands) if not any(word in c for word in ELSEWHERE) and "NAME" not in c
-    ]
+        pattern = r"`((?:python3|torchrun|accelerate launch) [^`\n]+)`|^!?((?:python3|torchrun) .+)"
+        commands += [inline or line for inline, line in re.findall(pattern, text, re.MULTILINE)]
+    return [line for line in dict.fromkeys(commands) if not any(word in line for word in ELSEWHERE)]
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory):
-    """A copy of the project, with a tiny config.py and the data that the pages speak of."""
-    folder = tmp_path_factory.mktemp("home") / "checkout"
-    left_out = shutil.ignore_patterns(
-        ".*", "__pycache__", "tests", "cache", "checkpoints", "build", "*.egg-info"
-    )
-    shutil.copytree(ROOT, folder, ignore=left_out)
-    write_dialogues(folder / "dialogues.jsonl", 200)
-    text = (folder / "config.py").read_text()
-    for name, value in TINY.items():
-        text, count = re.subn(rf"^    {name} = \S+", f"    {name} = {value!r}", text, flags=re.MULTILINE)
-        assert count == 1, name
-    (folder / "config.py").write_text(text)
+def execute(tmp_path_factory):
+    """Function: a line, as in the terminal of somebody without hub and GPU -> (exit status, output).
+
+    All in a copy of the project, with a tiny config.py and the data that the pages speak of.
+    """
+    folder = tiny_checkout(tmp_path_factory.mktemp("home") / "checkout")
     (folder.parent / "drive").mkdir()
-    return folder
-
-
-def execute(command, folder):
-    """Run it as in a terminal of somebody who has no hub, one thread, and no GPU."""
-    places = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    environment = {
-        "PATH": places,
+    output = folder.parent / "output"
+    environment = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "ACCELERATE_USE_CPU": "true",
     }
-    options = dict(capture_output=True, text=True, encoding="utf-8", stdin=subprocess.DEVNULL, timeout=300)
-    return subprocess.run(command, cwd=folder, env=os.environ | environment, **options)
+    options = dict(cwd=folder, env=environment, text=True, encoding="utf-8")
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", PYTHON], **options, **pipes) as python:
 
+        def execute(line):
+            output.write_text("")
+            program, *arguments = shlex.split(line)
+            if program == "python3" and "&&" not in arguments:
+                python.stdin.write(json.dumps([arguments, str(output)]) + "\n")
+                python.stdin.flush()
+                status = int(python.stdout.readline())
+            else:
+                with output.open("w") as file:
+                    command, null = ["bash", "-c", line], subprocess.DEVNULL
+                    status = subprocess.call(command, stdin=null, stdout=file, stderr=file, **options)
+            return status, output.read_text(encoding="utf-8")
 
-def test_the_pages_have_commands():
-    """Else the next test would test nothing."""
-    assert len(printed_commands()) >= 25
+        yield execute
 
 
 @pytest.mark.parametrize("command", printed_commands())
-def test_command_runs_as_printed(command, checkout):
+def test_command_runs_as_printed(command, execute):
     """It ends as documented, whatever ran before it, and with nothing that looks like an accident."""
     small = command
     for large, other in SMALLER.items():
         small = small.replace(large, other)
-    done = execute(["bash", "-c", small], checkout)
+    status, output = execute(small)
     allowed = next((codes for word, codes in STATUS.items() if word in command), (0,))
-    assert done.returncode in allowed, f"{small}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-    assert "Traceback" not in done.stdout + done.stderr, done.stderr
-    assert done.stdout.strip()
+    assert status in allowed and output.strip() and "Traceback" not in output, f"{small}\n{output[-4000:]}"
+
+
+def test_python_blocks_run(execute):
+    """In order, in one process, in the folder in which the commands ran."""
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", "\n".join(map(Path.read_text, PAGES)), re.MULTILINE | re.DOTALL
+    )
+    assert len(blocks) >= 2 and len(printed_commands()) >= 25
+    status, output = execute(f"true && python3 -c {shlex.quote(''.join(blocks))}")  # by a shell
+    assert status == 0 and output.splitlines()[-1].startswith("phase2_complete "), output
 
 
 def test_quick_start_has_two_commands_that_do_their_own_setup():
-    """One runs the main job, one the tests; each makes its environment and installs the tested set of versions."""
+    """One runs the main job, one the tests; each makes its environment, of the tested set of versions."""
     block = re.search(r"^## Quick start\n+```\n(.*?)\n```", README.read_text(), re.MULTILINE | re.DOTALL)[1]
     train, test = block.splitlines()
     start = "python3 -m venv .venv && . .venv/bin/activate && pip install -q -c constraints.txt -e "
@@ -116,16 +134,7 @@ def test_quick_start_has_two_commands_that_do_their_own_setup():
 
 
 def test_colab_keeps_the_torch_it_has():
-    """Its lines install without the exact set, which has a torch of its own, and can be pasted as they are."""
+    """Its lines install without the exact set, which has a torch of its own, and can be pasted."""
     pages = "\n".join(page.read_text() for page in PAGES)
     block = re.search(r"^```\n(from google.colab.*?)^```", pages, re.MULTILINE | re.DOTALL)[1]
     assert "pip install -q -e ." in block and "constraints" not in block and "ADDRESS" not in block
-
-
-def test_python_blocks_run(checkout):
-    """In order, in one process, in the folder in which the commands ran."""
-    blocks = PYTHON_BLOCK.findall("\n".join(page.read_text() for page in PAGES))
-    assert len(blocks) >= 2
-    done = execute([sys.executable, "-c", "\n".join(blocks)], checkout)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("phase2_complete ")

@@ -1,5 +1,4 @@
-"""Generation: the same logits as reading the whole text at once, greedy without chance, draws that the seed
-decides."""
+"""Generation: the logits of reading the whole text at once, greedy without chance, draws by the seed."""
 
 import contextlib
 import fcntl
@@ -23,8 +22,8 @@ from newllm.errors import UserError
 from newllm.evaluate import encode
 from newllm.generate import generate
 from newllm.models.baselines import build_model
-from newllm.saving import trained
 from newllm.saving.stop import Stopped, poll
+from newllm.saving.trained import open_saved
 from scripts import generate as script
 from train import main as train
 
@@ -67,48 +66,48 @@ def test_the_seed_decides_the_draws_and_the_filters_narrow_them(model):
         assert list(generate(model, [1], 20, seed=5, **narrow)) == greedy
 
 
-@pytest.mark.parametrize("settings", [{"freeze_context": True}, {"model_type": "gru"}], ids=["frozen", "gru"])
-def test_the_command_writes_with_what_was_trained(tiny_settings, tmp_path, capsys, monkeypatch, settings):
-    """From a folder, a checkpoint and a model file, greedy the same; a conversation; a sentence where there
-    is nothing."""
-    train(ResidualConfig(**tiny_settings | dict(artifacts=True, untrained_control=False), **settings))
-    folder = tiny_settings["checkpoint_dir"]
-    [alone] = Path(folder).glob("*/models/*.pth")
-    alone, texts = alone.rename(tmp_path / "alone.pth"), []
-    for path in (folder, f"{folder}/model_best.pt", alone):
-        if path is alone:
+def test_the_command_writes_with_what_was_trained(tiny_settings, tmp_path, capsys, monkeypatch):
+    """From a folder, a checkpoint, a file, greedy the same; a conversation; a sentence where nothing is."""
+    trained = Path(tiny_settings["checkpoint_dir"])
+    train(
+        ResidualConfig(**tiny_settings | dict(artifacts=True, untrained_control=False, freeze_context=True))
+    )
+    capsys.readouterr()
+    [file] = trained.glob("*/models/*.pth")
+    texts = []
+    for path in (trained, trained / "model_best.pt", file):
+        if path is file:
             monkeypatch.setattr("newllm.saving.trained.load_data", None)  # it needs nothing else
-        capsys.readouterr()
         script.main(["--prompt=User: hello", "--temperature=0", "--max_tokens=12", f"--model_path={path}"])
         texts.append(capsys.readouterr().out)
     assert (
         texts[0].startswith("User: hello") and len(texts[0]) > len("User: hello\n") and len(set(texts)) == 1
     )
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand more\n"))
-    script.main(["--chat", "--max_tokens", "5", "--model_path", str(alone)])
+    script.main(["--chat", "--max_tokens", "5", "--model_path", str(file)])
     assert "User:" not in capsys.readouterr().out
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no whole checkpoint"):
         script.main(["--model_path", str(tmp_path / "empty")])
-    files, saved = trained.open_saved(folder)
-    monkeypatch.setattr(trained, "open_saved", lambda path: (files, saved | {"stage": "untrained"}))
+    folder, saved = open_saved(trained)
+    monkeypatch.setattr(
+        "newllm.saving.trained.open_saved", lambda path: (folder, saved | {"stage": "untrained"})
+    )
     with pytest.raises(UserError, match="has trained nothing yet"):
-        script.main(["--model_path", folder])
+        script.main(["--model_path", str(trained)])
 
 
 @pytest.mark.parametrize(
     "flag, values, words",
     [
-        ("temperature", ("nan", "-inf"), "temperature must be a finite number, not "),
-        ("temperature", ("-1", "-1e-9"), "temperature must be >= 0, not "),
-        ("temperature", ("hot", ""), "temperature must be of type float, not '"),
+        ("temperature", ("nan",), "temperature must be a finite number, not "),
+        ("temperature", ("-1e-9",), "temperature must be >= 0, not "),
         ("top_k", ("-1",), "top_k must be >= 0, not -1"),
-        ("top_p", ("0", "2", "-1"), "top_p must be > 0 and <= 1, not "),
-        ("max-tokens", ("0", "-1"), "max_tokens must be >= 1, not "),
+        ("top_p", ("0", "2"), "top_p must be > 0 and <= 1, not "),
+        ("max-tokens", ("0",), "max_tokens must be >= 1, not "),
         ("max_tokens", ("1.5", "many"), "max_tokens must be of type int, not '"),
         ("seed", ("-1", "9" * 20), "seed must be >= 0 and <= "),
-        ("seed", ("9" * 5000,), "seed must be of type int, not '9"),
-        ("prompt", ("\udcff", "\ud83d"), "--prompt is not UTF-8 text: '"),
+        ("prompt", ("\udcff",), "--prompt is not UTF-8 text: '"),
         ("temprature", ("1",), "unrecognized arguments: --temprature=1; see --help"),
     ],
 )
@@ -124,16 +123,14 @@ def test_a_bad_flag_is_one_sentence(flag, values, words):
     ("pieces", "answer"),
     [
         (["so", "\ufffd"], "so\ufffd"),
-        (["Us"], "Us"),
         (["a\n", "Use", "r"], "a\nUser"),
-        (["\nUser"], "\nUser"),
         (["hi\n", "User", ": x", "more"], "hi"),
         (["hi\n\nUser:"], "hi\n"),
     ],
 )
 def test_an_answer_ends_before_the_next_turn_and_loses_nothing(capsys, pieces, answer):
     """What began like the end of an answer and was none is printed at the end."""
-    assert script.write(script.until(script.TURN, pieces)) == answer == capsys.readouterr().out[:-1]
+    assert script.write(pieces, script.TURN) == answer == capsys.readouterr().out[:-1]
 
 
 def test_ctrl_c_ends_an_answer_and_sigterm_the_conversation(capsys):
@@ -160,16 +157,13 @@ def test_ctrl_c_ends_an_answer_and_sigterm_the_conversation(capsys):
 
 
 def of_a_terminal():
-    """In a new process: the terminal is its own, and keys are heard even if the tests run in a background
-    that hears none."""
+    """In a new process: the terminal is its own, and keys are heard even where the tests hear none."""
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-@pytest.mark.parametrize(("keys", "expected"), [(b"\x03", 130), (b"\x04", 0)], ids=["Ctrl-C", "Ctrl-D"])
-def test_a_key_at_the_prompt_leaves_at_once(keys, expected):
-    """The first one, where --chat waits for a line in a terminal; without a traceback or another line
-    typed."""
+def test_ctrl_c_at_the_prompt_leaves_at_once():
+    """The first one, where --chat waits for a line in a terminal; without another line."""
     code = (
         "from newllm.errors import exit_on_user_error\nfrom scripts import generate\n"
         "generate.open_model = lambda *options: print('ready', flush=True) or (None, None, None)\n"
@@ -185,10 +179,10 @@ def test_a_key_at_the_prompt_leaves_at_once(keys, expected):
     while b"ready" not in said:
         said += os.read(ours, 1000)
     time.sleep(0.3)
-    os.write(ours, keys)
+    os.write(ours, b"\x03")
     started = time.monotonic()
     status = process.wait(timeout=60)
     with contextlib.suppress(OSError):  # nothing was said, and the other end is closed
         said += os.read(ours, 1000)
     os.close(ours)
-    assert status == expected and b"Traceback" not in said and time.monotonic() - started < 10, said
+    assert status == 130 and b"Traceback" not in said and time.monotonic() - started < 10, said

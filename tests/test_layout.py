@@ -14,6 +14,7 @@ SOURCES = [
     *sorted((ROOT / "scripts").glob("*.py")),
 ]
 WIDEST = 110  # columns
+SHORTEST = 60  # lines of a module with a single user
 LONGEST = 60  # lines of a function, without its docstring, that can still be read at a glance
 
 # A module may import from the package only what stands here (longest matching prefix counts).
@@ -30,28 +31,34 @@ MAY_IMPORT = {
     "newllm.config": {"newllm.errors"},
     "newllm.flags": {"newllm.config", "newllm.errors"},
     "newllm.data": {
-        "newllm.data", "newllm.errors", "newllm.saving.files", "newllm.saving.stop", "newllm.seeding", "newllm.config", "newllm.progress",
+        "newllm.data", "newllm.errors", "newllm.saving.files", "newllm.saving.stop", "newllm.seeding",
+        "newllm.config", "newllm.progress",
     },
     "newllm.models": {"newllm.models", "newllm.errors"},
     "newllm.models.pretrained": {"newllm.data.hub", "newllm.data.tokens", "newllm.errors"},
     "newllm.fixed_point": {"newllm.fixed_point"},
-    "newllm.evaluate": {"newllm.fixed_point", "newllm.models", "newllm.saving.stop", "newllm.memory", "newllm.progress"},
+    "newllm.evaluate": {
+        "newllm.fixed_point", "newllm.models", "newllm.saving.stop", "newllm.memory", "newllm.progress",
+    },
     "newllm.generate": {"newllm.saving.stop"},
     "newllm.transformers_model": {"newllm.models", "newllm.fixed_point", "newllm.versions"},
     "newllm.transformers_export": {
-        "newllm.transformers_model", "newllm.saving", "newllm.training", "newllm.report", "newllm.errors", "newllm.versions",
+        "newllm.transformers_model", "newllm.saving", "newllm.training", "newllm.report", "newllm.errors",
+        "newllm.versions",
     },
     "newllm.report": {"newllm.report", "newllm.saving.files", "newllm.errors"},
     "newllm.saving": {
-        "newllm.saving", "newllm.data", "newllm.models", "newllm.training.contexts", "newllm.errors", "newllm.config", "newllm.clock", "newllm",
+        "newllm.saving", "newllm.data", "newllm.models", "newllm.training.contexts", "newllm.errors",
+        "newllm.config", "newllm.clock", "newllm",
     },
     "newllm.phases": {
-        "newllm.fixed_point", "newllm.models", "newllm.evaluate", "newllm.seeding", "newllm.training.contexts", "newllm.training.step",
+        "newllm.fixed_point", "newllm.models", "newllm.evaluate", "newllm.seeding",
+        "newllm.training.contexts",
     },
     "newllm.training": {
-        "newllm.training", "newllm.saving", "newllm.data", "newllm.models", "newllm.fixed_point", "newllm.evaluate",
-        "newllm.report", "newllm.seeding", "newllm.errors", "newllm.memory", "newllm.config", "newllm.progress",
-        "newllm.clock", "newllm",
+        "newllm.training", "newllm.saving", "newllm.data", "newllm.models", "newllm.fixed_point",
+        "newllm.evaluate", "newllm.report", "newllm.seeding", "newllm.errors", "newllm.memory",
+        "newllm.config", "newllm.progress", "newllm.clock", "newllm",
     },
 }  # fmt: skip
 
@@ -73,43 +80,50 @@ def imports(path):
 
 
 def belongs(name, prefixes):
-    return any(
-        name == prefix or (prefix != "newllm" and name.startswith(prefix + ".")) for prefix in prefixes
-    )
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes if prefix != "newllm")
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=module_name)
 def test_imports_go_one_way(path):
-    """A module imports only from its own layer and those below; nothing in the package reads the root files."""
+    """A module imports only from its layer and those below, a phase not the other; none reads the root."""
     name = module_name(path)
-    allowed = (
-        MAY_IMPORT[max((p for p in MAY_IMPORT if belongs(name, [p])), key=len)] if name != "newllm" else set()
-    )
+    prefixes = [prefix for prefix in MAY_IMPORT if belongs(name, [prefix])]
+    allowed = MAY_IMPORT[max(prefixes, key=len)] if prefixes else ()
     for imported in imports(path):
-        assert imported.split(".")[0] not in ("config", "train", "test", "scripts"), (
-            f"{name} imports {imported}"
-        )
-        if imported.split(".")[0] == "newllm":
-            assert belongs(imported, allowed), f"{name} must not import {imported}"
+        top = imported.split(".")[0]
+        assert top not in ("config", "train", "test", "scripts"), f"{name} imports {imported}"
+        fine = top != "newllm" or imported in allowed or belongs(imported, allowed)
+        assert fine, f"{name} must not import {imported}"
 
 
-def test_phases_do_not_import_each_other():
-    """Each phase reads from top to bottom without the other."""
-    for one, other in (("phase1", "phase2"), ("phase2", "phase1")):
-        assert f"newllm.phases.{other}" not in set(imports(ROOT / "newllm" / "phases" / f"{one}.py"))
+def test_a_small_module_has_several_users():
+    """One that a single other imports is part of that, unless it is long enough for a subject of its own."""
+    users = {}
+    for path in SOURCES:
+        for name in set(imports(path)):
+            users.setdefault(name, []).append(path)
+    for path in PACKAGE:
+        small = len(path.read_text().splitlines()) < SHORTEST and path.name != "__init__.py"
+        assert not small or len(users[module_name(path)]) > 1, f"{path} belongs to its one user"
+
+
+def test_lines_of_tests_are_short_too():
+    """As in what they test."""
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for number, line in enumerate(path.read_text().splitlines(), start=1):
+            assert len(line) <= WIDEST, f"{path}:{number}"
 
 
 def test_reporting_imports_no_models():
     """Reports are made from plain numbers; they need no torch."""
     for path in (ROOT / "newllm" / "report").glob("*.py"):
-        assert not {name.split(".")[0] for name in imports(path)} & {"torch", "transformers", "accelerate"}, (
-            path
-        )
+        libraries = {name.split(".")[0] for name in imports(path)}
+        assert not libraries & {"torch", "transformers", "accelerate"}, path
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_a_file_is_a_room(path):
-    """One subject, readable in one sitting, said in its first line; ASCII; no history or to-do in the code."""
+    """One subject, said in its first line; ASCII; no history or to-do in the code."""
     text = path.read_text()
     assert text.isascii()
     assert max(map(len, text.splitlines()), default=0) <= WIDEST
@@ -130,7 +144,7 @@ def test_a_function_is_read_at_a_glance(path):
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_files_are_utf8_and_flags_one_sentence(path):
-    """Whatever the locale: text files name their encoding. Every command has the parser whose errors are sentences."""
+    """Text files name their encoding. Every command has the parser whose errors are sentences."""
     for node in ast.walk(ast.parse(path.read_text())):
         if not isinstance(node, ast.Call):
             continue
@@ -144,12 +158,12 @@ def test_files_are_utf8_and_flags_one_sentence(path):
         else:
             text = name in ("run", "Popen", "check_output") and "text" in given
         assert not text or "encoding" in given, f"{path}:{node.lineno} names no encoding"
-        if module_name(path) != "newllm.flags":
-            assert name != "ArgumentParser", f"{path}:{node.lineno}: use newllm.flags.Parser"
+        fine = name != "ArgumentParser" or module_name(path) == "newllm.flags"
+        assert fine, f"{path}:{node.lineno}: use newllm.flags.Parser"
 
 
 def test_public_functions_say_what_they_do():
-    """Every public function and class of the package has a docstring, except one-liners whose name says it all."""
+    """Every public function and class of the package has a docstring, except the shortest."""
     for path in PACKAGE:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):

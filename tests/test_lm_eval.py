@@ -1,4 +1,4 @@
-"""lm-evaluation-harness gives an exported folder the figures of our own model, by the task and command of the docs."""
+"""lm-evaluation-harness gives an exported folder our own figures, by the task and command of the docs."""
 
 import contextlib
 import importlib
@@ -18,8 +18,6 @@ from helpers import write_dialogues
 from config import ResidualConfig
 from newllm.data.dialogues import open_corpus
 from newllm.evaluate import encode, sample_nats
-from newllm.report.page import artifact_paths
-from newllm.report.record import find_records, read_record
 from newllm.saving.trained import load_model, open_saved
 from scripts import export
 from train import main as train
@@ -43,44 +41,40 @@ metric_list: [{metric: acc}]
 
 @pytest.fixture
 def own(tiny_settings, tmp_path, monkeypatch):
-    """(model, tokenizer) of a run exported to `model`, in a folder with the tasks and their held-out data."""
+    """(model, tokenizer) of a run exported to `model`, in a folder with the tasks."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "huggingface_hub.constants.HF_HUB_OFFLINE", True
-    )  # the harness asks it for the model's revision
+    # The harness would ask the hub for the model's revision.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     train(ResidualConfig(**tiny_settings | dict(artifacts=True, phase2_epochs=20, phase2_learning_rate=0.01)))
-    export.main(
-        ["--format", "transformers", "--output", "model", "--checkpoint_dir", tiny_settings["checkpoint_dir"]]
-    )
-    texts = open_corpus(str(write_dialogues(tmp_path / "other.jsonl", 16, seed=1))).train()
-    contexts, replies = zip(*(text.split("\nAssistant: ") for text in texts), strict=True)
-    replying = [
-        dict(context=f"{context}\nAssistant:", choices=replies[i - i % 3 :][:3], right=i % 3)
-        for i, context in enumerate(contexts[:12])
-    ]
-    for name, content in dict(held_out=[dict(text=text) for text in texts], replies=replying).items():
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    export.main(["--format", "transformers", "--output", "model", "--checkpoint_dir", "checkpoints"])
     Path("tasks").mkdir()
     Path("tasks/dialogues.yaml").write_text(ROLLING)
     Path("tasks/replies.yaml").write_text(CHOICE)
-    record = read_record(find_records(tiny_settings["checkpoint_dir"])[-1])
-    model, tokenizer = load_model(
-        open_saved(artifact_paths(record.folder, record.kind, record.run)["model"])[1]
-    )
+    [path] = Path("checkpoints").glob("*/models/*.pth")
+    model, tokenizer = load_model(open_saved(path)[1])
     return model.eval(), tokenizer
 
 
-def read(name):
-    return [json.loads(line) for line in Path(f"{name}.jsonl").read_text().splitlines()]
+def held_out():
+    """Dialogues and, of each, a choice among three replies, also written as files."""
+    texts = list(open_corpus(str(write_dialogues("other.jsonl", 16, seed=1))).train())
+    contexts, replies = zip(*(text.split("\nAssistant: ") for text in texts), strict=True)
+    choices = [
+        dict(context=f"{context}\nAssistant:", choices=replies[i - i % 3 :][:3], right=i % 3)
+        for i, context in enumerate(contexts[:12])
+    ]
+    Path("held_out.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    Path("replies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in choices))
+    return texts, choices
 
 
-def bits_per_byte(model, tokenizer):
+def bits_per_byte(model, tokenizer, texts):
     """By the project's evaluation, of each text after an end of text."""
-    texts, device = [row["text"] for row in read("held_out")], torch.device("cpu")
     samples = [torch.tensor([[tokenizer.eos_id, *tokenizer.encode(text)]]) for text in texts]
-    nats = sum(sample_nats(model, ids, contextlib.nullcontext, device).item() for ids in samples)
+    exact = contextlib.nullcontext, torch.device("cpu")
+    nats = sum(sample_nats(model, ids, *exact).item() for ids in samples)
     return nats / math.log(2) / sum(len(text.encode()) for text in texts)
 
 
@@ -94,16 +88,18 @@ def likelihood(model, tokenizer, context, choice):
 
 @pytest.mark.slow
 def test_the_harness_gives_our_own_figures(own):
-    """Bits per byte, likelihoods and choices; alone and padded on the right in batches, by steps and by sweeps."""
-    expected, rows = bits_per_byte(*own), read("replies")
+    """Bits per byte, likelihoods and choices; alone and padded in batches, by steps and by sweeps.
+
+    The command of the docs, in a process of its own with the code of the folder, gives the same.
+    """
+    texts, rows = held_out()
+    expected = bits_per_byte(*own, texts)
     scores = [[likelihood(*own, row["context"], choice) for choice in row["choices"]] for row in rows]
-    right = sum(
-        chances.index(max(chances)) == row["right"] for chances, row in zip(scores, rows, strict=True)
-    )
+    chosen = [chances.index(max(chances)) for chances in scores]
+    right = sum(choice == row["right"] for choice, row in zip(chosen, rows, strict=True))
     assert 0 < right < len(rows)
-    manager = importlib.import_module("lm_eval.tasks").TaskManager(
-        include_path="tasks", include_defaults=False
-    )
+    tasks = importlib.import_module("lm_eval.tasks")
+    manager = tasks.TaskManager(include_path="tasks", include_defaults=False)
     for batch_size, prefill in ((1, "steps"), (4, "steps"), (4, "sweeps")):
         given = dict(pretrained="model", trust_remote_code=True, max_length=100_000, prefill=prefill)
         found = lm_eval.simple_evaluate(
@@ -115,25 +111,11 @@ def test_the_harness_gives_our_own_figures(own):
         for sample in found["samples"]["replies"]:
             chances = [chance for chance, _ in sample["filtered_resps"]]
             assert chances == pytest.approx(scores[sample["doc_id"]], rel=1e-4)
-
-
-@pytest.mark.slow
-def test_the_command_of_the_docs_gives_our_own_figure(own):
-    """In a process of its own, with the code of the folder."""
     caches = {name: str(Path(name).absolute()) for name in ("HF_HOME", "HF_MODULES_CACHE")}
     environment = os.environ | caches | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "lm_eval",
-        *shlex.split(COMMAND),
-        "--output_path",
-        "results",
-        "--device",
-        "cpu",
-    ]
+    command = [sys.executable, "-m", "lm_eval", *shlex.split(COMMAND), "--output_path=out", "--device=cpu"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    [path] = Path("results").rglob("results_*.json")
+    [path] = Path("out").rglob("results_*.json")
     found = json.loads(path.read_text())["results"]["dialogues"]
-    assert found["bits_per_byte,none"] == pytest.approx(bits_per_byte(*own), rel=1e-4)
+    assert found["bits_per_byte,none"] == pytest.approx(expected, rel=1e-4)

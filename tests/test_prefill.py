@@ -1,7 +1,6 @@
 """The command measures what it says: the loop's contexts and those of sweeps, of the weights it names, and
 writes nothing else."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -13,29 +12,35 @@ from newllm.errors import UserError
 from newllm.fixed_point.solver import sequential
 from newllm.flags import parse_args
 from newllm.models.network import LanguageModel
-from newllm.training import runtime as device
-from newllm.training.runtime import StepFunction, open_runtime
+from newllm.training.runtime import open_runtime
 from scripts import prefill
 
 LENGTHS = [20, 50]
 
 
 def options(**changes):
-    usual = dict(lengths=LENGTHS, tolerance=[1e-2, 1e-4], max_sweeps=64, piece=16)
-    return SimpleNamespace(**usual | dict(trained=False, json=False, plot=None) | changes)
+    return SimpleNamespace(
+        **dict(lengths=LENGTHS, tolerance=[1e-2, 1e-4], trained=False, plot=None) | changes
+    )
 
 
-def stream(length=40, precision="fp32", **changes):
+@pytest.fixture(autouse=True)
+def pieces(monkeypatch):
+    """So short that sequences have several."""
+    monkeypatch.setattr(prefill, "PIECE", 16)
+    monkeypatch.setattr(prefill, "LOOP_PIECE", 16)
+
+
+def stream(length=40, precision="fp32"):
     """A tiny untrained network on random ids."""
     config = ResidualConfig(context_dim=16, embed_dim=16, num_layers=1, device="cpu", precision=precision)
     ids = torch.randint(300, (length,), generator=torch.Generator().manual_seed(0))
-    return prefill.Stream(LanguageModel(config, 300), ids, open_runtime(config), options(**changes))
+    return prefill.Stream(LanguageModel(config, 300), ids, open_runtime(config))
 
 
 @torch.no_grad()
-def test_the_loop_is_the_reference_with_a_time_for_every_length(monkeypatch):
+def test_the_loop_is_the_reference_with_a_time_for_every_length():
     """In pieces that go on from each other, whatever the lengths are; what comes later has taken longer."""
-    monkeypatch.setattr(prefill, "LOOP_PIECE", 16)
     long = stream()
     contexts, seconds = long.loop([5, 20, 40], "loop")
     assert torch.equal(contexts, sequential(long.step.contexts, long.embeddings, 16)[0])
@@ -44,12 +49,7 @@ def test_the_loop_is_the_reference_with_a_time_for_every_length(monkeypatch):
 
 @pytest.mark.parametrize(
     ("precision", "tolerance", "stages"),
-    [
-        ("fp32", 1e-5, ["fp32"]),
-        ("bf16", 1e-2, ["bf16"]),
-        ("bf16", 1e-3, ["bf16", "fp32"]),
-        ("bf16", 1e-5, ["bf16", "fp32"]),
-    ],
+    [("fp32", 1e-5, ["fp32"]), ("bf16", 1e-2, ["bf16"]), ("bf16", 1e-5, ["bf16", "fp32"])],
 )
 @torch.no_grad()
 def test_sweeps_reach_the_tolerance_in_as_low_a_precision_as_it_allows(precision, tolerance, stages):
@@ -62,12 +62,11 @@ def test_sweeps_reach_the_tolerance_in_as_low_a_precision_as_it_allows(precision
     assert all(0 < done["passes"] <= done["sweeps"] <= 16 for done in work.values())
 
 
-def test_a_tolerance_that_is_not_reached_is_the_last_of_its_length():
-    """Two sweeps are not enough: one row a length, without a speed-up, with the error of what was made, and
-    nothing in fp32."""
-    long = stream(precision="bf16", length=50, max_sweeps=2)
-    rows, curve = prefill.measure(long, long.options, "untrained", lambda line: None)
-    assert [row["tokens"] for row in rows] == LENGTHS and len(curve) == 2
+def test_a_tolerance_that_is_not_reached_is_the_last_of_its_length(monkeypatch):
+    """Two sweeps are not enough: one row a length, without a speed-up, with the error of what was made."""
+    monkeypatch.setattr(prefill, "MAX_SWEEPS", 2)
+    rows, _ = prefill.measure(stream(precision="bf16", length=50), "untrained", LENGTHS, [1e-2, 1e-4])
+    assert [row["tokens"] for row in rows] == LENGTHS
     for row in rows:
         assert not row["converged"] and row["speed_up"] is None and list(row["work"]) == ["bf16"]
         assert 0.01 < row["error"] <= row["worst_token_error"]
@@ -77,20 +76,19 @@ def test_a_tolerance_that_is_not_reached_is_the_last_of_its_length():
 def test_trained_and_untrained_weights_are_measured_and_the_run_is_left_alone(
     tiny_settings, tmp_path, capsys
 ):
-    """Rows of both for each length and tolerance, a picture, one JSON object; --trained leaves one out.
-    Without a run, or beside one of other settings, untrained rows are there, or a sentence for --trained."""
+    """Rows of both for each length and tolerance, and a picture; --trained leaves one out.
+
+    Beside a run of other settings, untrained rows are there, or a sentence for --trained.
+    """
     config, said = ResidualConfig(**tiny_settings | dict(untrained_control=False)), []
-
-    def without_trained_rows(config, reason):
-        found = prefill.report(config, options(), said.append)
-        assert {row["weights"] for row in found["rows"]} == {"untrained"} and found["trained"] is None
-        assert said[-1].startswith("trained: no weights of these settings in ") and reason in said[-1]
-        with pytest.raises(UserError, match=f"holds no trained weights of these settings: .*{reason}"):
-            prefill.report(config, options(trained=True), said.append)
-
-    without_trained_rows(config, r"run train.py first.")
     train.main(config)
-    without_trained_rows(ResidualConfig(**tiny_settings | {"num_samples": 10}), "num_samples 12 -> 10")
+    other = ResidualConfig(**tiny_settings | {"num_samples": 10})
+    found = prefill.report(other, options(), said.append)
+    assert {row["weights"] for row in found["rows"]} == {"untrained"}
+    assert "holds no trained weights" in said[-1]
+    reason = r"checkpoints holds no trained weights of these settings: .*num_samples 12 -> 10"
+    with pytest.raises(UserError, match=reason):
+        prefill.report(other, options(trained=True), said.append)
 
     folder = tmp_path / "checkpoints"
     before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
@@ -103,63 +101,34 @@ def test_trained_and_untrained_weights_are_measured_and_the_run_is_left_alone(
     picture = lines[-1].removeprefix("plot: ")
     assert (tmp_path / picture).exists() and "outputs/plots/prefill_" in picture
 
-    picture = tmp_path / "own" / "picture.png"
-    prefill.main(config, options(json=True, plot=picture))
-    found = json.loads(capsys.readouterr().out)
+    found = prefill.report(config, options(), said.append)
     keys = [(row["weights"], row["tokens"], row["tolerance"]) for row in found["rows"]]
     assert keys == [(w, n, t) for w in ("untrained", "trained") for n in LENGTHS for t in (1e-2, 1e-4)]
     for row in found["rows"]:
         assert row["converged"] and row["error"] < 5 * row["tolerance"]
         assert row["speed_up"] == pytest.approx(row["loop_seconds"] / row["sweeps_seconds"])
-    assert found["curves"]["trained"] != found["curves"]["untrained"] and picture.exists()
+    assert found["curves"]["trained"] != found["curves"]["untrained"]
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 
 
 def test_a_sequence_longer_than_the_data_repeats_it_and_says_so():
     """Training ids, then validation ids, then all again."""
     train, val = torch.tensor([[1, 2], [3, 4]]), torch.tensor([[5, 6]])
-    data = SimpleNamespace(train=train, val=val, source="somewhere")
-    ids, line = prefill.one_sequence(data, 15)
+    ids, line = prefill.one_sequence(SimpleNamespace(train=train, val=val, source="somewhere"), 15)
     assert ids.tolist() == [1, 2, 3, 4, 5, 6, 1, 2, 3, 4, 5, 6, 1, 2, 3] and "repeated 2.5 times" in line
-    ids, line = prefill.one_sequence(data, 5)
-    assert ids.tolist() == [1, 2, 3, 4, 5] and "repeated" not in line
 
 
-def test_a_model_without_contexts_is_refused(tiny_settings):
-    """A baseline has nothing to sweep."""
+def test_bad_input_is_a_sentence(tiny_settings):
+    """A baseline has nothing to sweep; lengths ascend, the loosest tolerance is first, else a sentence."""
     with pytest.raises(UserError, match="'gru' has no context to sweep"):
         prefill.report(ResidualConfig(**tiny_settings | {"model_type": "gru"}), options(), print)
-
-
-def test_flags_are_numbers_in_order():
-    """Lengths ascending, the loosest tolerance first; anything else is a sentence."""
 
     def parsed(*argv):
         return parse_args(ResidualConfig, argv, extra=prefill.flags)[1]
 
-    given = parsed("--lengths", "10_000,100", "--tolerance", "1e-4,0.01", "--piece", "8")
+    given = parsed("--lengths", "10_000,100", "--tolerance", "1e-4,0.01")
     assert (given.lengths, given.tolerance) == ([100, 10000], [0.01, 1e-4])
-    assert (given.piece, given.max_sweeps) == (8, 64)
     assert parsed().lengths == [1000, 10000, 100000] and parsed().tolerance == [1e-2, 1e-3, 1e-4]
-    for argv in ("--lengths=0", "--lengths=1,x", "--tolerance=0", "--tolerance=2", "--piece="):
-        with pytest.raises(UserError, match=r"are wanted, not|must be of type int, not"):
+    for argv in ("--lengths=0", "--lengths=1,x", "--tolerance=0", "--tolerance=nan"):
+        with pytest.raises(UserError, match="are wanted, not"):
             parsed(argv)
-
-
-def test_a_failing_compiler_costs_lines_and_no_result(monkeypatch):
-    """Two failures, in the shared cache and in an empty one: then the figures are those of the step as
-    written."""
-
-    def compiled(*inputs, **options):
-        raise RuntimeError("backend failed")
-
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compiled)
-    monkeypatch.setattr(device, "leave_shared_cache", iter(["/shared", None]).__next__)
-    long, lines = stream(), []
-    long.step = StepFunction(long.step.eager, True)
-    few = options(lengths=[20])
-    rows, _ = prefill.surviving(
-        long, "untrained", lines.append, lambda: prefill.measure(long, few, "untrained", print)
-    )
-    assert len(lines) == 2 and "RuntimeError: backend failed" in lines[0] and "delete /shared" in lines[0]
-    assert lines[1].endswith("going on without it") and rows[0]["error"] < 1e-2

@@ -1,19 +1,21 @@
 """Two processes on the CPU train what one would, stop together, and do not outlive each other."""
 
 import os
-import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 from helpers import as_flags
 
 from config import ResidualConfig
+from newllm.errors import exit_on_user_error
 from newllm.saving.files import load_sealed
-from newllm.saving.stop import EXIT_STATUS
 from train import main
 
 ROOT = Path(__file__).parent.parent
@@ -21,104 +23,103 @@ SAME = dict(dropout=0.0, phase1_convergence_threshold=1e-6)  # dropout masks dep
 LONG = dict(phase1_max_iterations=2000, phase1_convergence_threshold=1e-12)
 
 
-def launch(settings):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "train.py",
-        *as_flags(settings),
-    ]
-    piped = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    return subprocess.Popen(command, cwd=ROOT, env=environment, text=True, **piped)
+def child(settings, rank, port, path):
+    """A forked process, of two that train together, so that torch is imported once; output is appended."""
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        ours = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        os.environ |= ours | dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        sys.stdout = sys.stderr = open(path, "a", buffering=1)  # noqa: SIM115
+        AcceleratorState._reset_state(reset_partial_state=True)  # of runs before the fork
+        with exit_on_user_error():
+            main(ResidualConfig(**settings))
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
 
 
-def finished(process):
-    output, errors = process.communicate(timeout=120)
-    return process.returncode, output, errors
+def two(settings, path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    return [child(settings, rank, port, path) for rank in "01"]
+
+
+def ended(processes):
+    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
 
 
 def latest(settings):
     return load_sealed(Path(settings["checkpoint_dir"]) / "model_latest.pt")
 
 
-def summary_of(output):
-    return dict(line.split(": ", 1) for line in output.split("\n---\n")[1].splitlines())
-
-
-@pytest.mark.parametrize(
-    ("freeze", "megabytes"), [(True, 0), (False, 512)], ids=["frozen, in files", "fine-tuned"]
-)
-def test_two_processes_train_what_one_does(tiny_settings, freeze, megabytes):
-    """Losses, figures, order and steps, to float tolerance; one of the two speaks and writes."""
-    settings = tiny_settings | SAME | dict(freeze_context=freeze, context_memory_mb=megabytes)
-    expected = main(ResidualConfig(**settings))
-    one = latest(settings)
-    settings["checkpoint_dir"] += "_two"
-    status, output, errors = finished(launch(settings))
-    assert status == 0, errors
-    two, found = latest(settings), summary_of(output)
-    assert output.count("\n---\n") == 1 and found["sample_order"] == expected["sample_order"]
-    for name in ("phase1_steps", "phase2_steps", "phase2_best_epoch"):
+def agrees(output, expected):
+    """The closing block, printed once, holds a run's figures, to float tolerance."""
+    assert output.count("\n---\n") == 1
+    found = dict(line.split(": ", 1) for line in output.split("\n---\n")[1].splitlines())
+    assert found["sample_order"] == expected["sample_order"]
+    for name in ("phase1_steps", "phase1_iterations", "phase2_steps", "phase2_best_epoch"):
         assert int(found[name]) == expected[name]
     for name in ("val_loss", "val_bpb", "er_train", "val_ppl_untrained_context", "phase1_param_change"):
         # Not closer, because Adam makes much of gradients that are nearly zero.
         assert float(found[name]) == pytest.approx(expected[name], rel=5e-3), name
+
+
+def test_two_processes_train_what_one_does(tiny_settings, tmp_path):
+    """Fine-tuned, contexts of Phase 1 in files: losses, figures, order and steps; one of the two writes."""
+    settings = tiny_settings | SAME | dict(freeze_context=False, context_memory_mb=0)
+    expected = main(ResidualConfig(**settings))
+    one, alone = latest(settings), settings["checkpoint_dir"]
+    settings["checkpoint_dir"] += "_two"
+    assert ended(two(settings, tmp_path / "output")) == [0, 0]
+    agrees((tmp_path / "output").read_text(), expected)
+    found = latest(settings)
     for history in ("phase1_history", "phase2_history"):
-        assert one[history].keys() == two[history].keys()
+        assert one[history].keys() == found[history].keys()
         for name in {"cvfp", "dist_reg", "grad_norm", "train_loss", "val_loss"} & one[history].keys():
-            assert two[history][name] == pytest.approx(one[history][name], rel=1e-3), name
-    assert not list(Path(settings["checkpoint_dir"]).glob("contexts_*.bin"))
+            assert found[history][name] == pytest.approx(one[history][name], rel=1e-3), name
+    for folder in (alone, settings["checkpoint_dir"]):
+        assert not list(Path(folder).glob("contexts_*.bin"))
 
 
-def stop_behind(process, line):
-    """Read the launcher's output up to a line of the run's own that begins so."""
-    for found in process.stdout:
-        if found.startswith(line):
-            return
-    raise AssertionError(process.stderr.read())
-
-
-def test_a_signal_stops_both_with_one_state_and_another_number_goes_on(tiny_settings):
-    """Stopped in Phase 1 as two, continued as one, and again as two: every sample has its context."""
+def test_a_signal_stops_both_with_one_state_and_another_number_goes_on(tiny_settings, tmp_path):
+    """Stopped in Phase 1 as two, continued as one, Phase 2 on frozen contexts again as two, as one has it."""
     settings = tiny_settings | SAME | LONG
-    process = launch(settings)
-    stop_behind(process, "phase 1 | iteration  2")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "train.py"]
+    own = dict(cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, start_new_session=True, text=True)
+    piped = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen([*launcher, *as_flags(settings)], **own, **piped)
+    while not (line := process.stdout.readline()).startswith("phase 1 | iteration  2"):
+        assert line, process.stderr.read()
     process.send_signal(signal.SIGTERM)
-    _, _, errors = finished(process)
+    _, errors = process.communicate(timeout=120)
     assert errors.count("stopped: SIGTERM received") == 2, errors
     state = latest(settings)
-    assert state["stage"] == "phase1"
     done = state["stage_state"]["iteration"]
     assert done >= 2 and state["stage_state"]["contexts"].norm(dim=(1, 2)).min() > 0
 
     settings["phase1_max_iterations"] = done + 2  # a changed schedule is a warning
-    summary = main(ResidualConfig(**settings, phase="1"))
-    assert summary["phase1_iterations"] == done + 2
-    status, output, errors = finished(launch(settings))
-    assert status == 0, errors
-    assert summary_of(output)["phase1_iterations"] == str(done + 2)
+    assert main(ResidualConfig(**settings, phase="1"))["phase1_iterations"] == done + 2
+    alone = settings | dict(checkpoint_dir=settings["checkpoint_dir"] + "_alone")
+    shutil.copytree(settings["checkpoint_dir"], alone["checkpoint_dir"])
+    assert ended(two(settings, tmp_path / "output")) == [0, 0]
+    agrees((tmp_path / "output").read_text(), main(ResidualConfig(**alone)))
 
 
-def test_a_killed_process_ends_the_other_with_a_sentence(tiny_settings):
+def test_a_killed_process_ends_the_other_with_a_sentence(tiny_settings, tmp_path):
     """No hang, a status that is not zero, and the state is whole."""
-    settings = tiny_settings | SAME | LONG
-    process = launch(settings)
-    stop_behind(process, "phase 1 | iteration  2")
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    started = time.monotonic()
-    status, _, errors = finished(process)
-    assert status != 0 and time.monotonic() - started < 60
-    assert re.search(r"error: another process of this run has ended|Signal 9 \(SIGKILL\)", errors), errors
-    assert latest(settings)["stage"] == "phase1"
-
-
-def test_the_exit_status_of_each_is_that_of_a_stop(tiny_settings):
-    """max_minutes ends both in order; the launcher reports their status."""
-    status, _, errors = finished(launch(tiny_settings | SAME | LONG | dict(max_minutes=0.02)))
-    assert status != 0 and errors.count("stopped: max_minutes is over") == 2
-    assert f"exitcode  : {EXIT_STATUS}" in errors
+    output, deadline = tmp_path / "output", time.monotonic() + 60
+    output.touch()
+    processes = two(tiny_settings | SAME | LONG, output)
+    while "phase 1 | iteration  2" not in output.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(processes[1], signal.SIGKILL)
+    assert ended(processes) == [2, -signal.SIGKILL] and time.monotonic() < deadline + 60
+    assert "error: another process of this run has ended" in output.read_text()
+    assert latest(tiny_settings)["stage"] == "phase1"

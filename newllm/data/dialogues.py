@@ -4,18 +4,19 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
 from newllm.data import hub
-from newllm.data.rows import SUFFIXES, TABLES, read_rows, render
+from newllm.data.rows import SUFFIXES, TABLES, read_rows, render, unreadable
 from newllm.errors import UserError
-from newllm.saving.stop import poll
+from newllm.saving.stop import interruptible, poll
 
 ULTRACHAT = "HuggingFaceH4/ultrachat_200k"
 ULTRACHAT_REVISION = "8049631c405ae6576f93f445c6b8166f76f5505a"
@@ -27,49 +28,52 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 HELD_OUT_EVERY = 20  # rows of a stream that has no split to hold out
 
 
-class Texts:
-    """Rendered dialogues, anew at each call; empty ones are left out and counted.
-
-    Args:
-        rows: function that gives an iterator of (place, row). what: how to call what is left out.
-        column: as in `render`.
-    """
-
-    def __init__(self, rows, what, column=""):
-        self.rows = rows
-        self.what = what
-        self.column = column
-        self.seen = 0
-        self.empty = 0
-
-    def __call__(self):
-        self.seen = self.empty = 0
-        for place, row in self.rows():
-            poll()
-            text = render(row, place, self.column)
-            self.seen += 1
-            self.empty += not text
-            if text:
-                yield text
-
-    def remarks(self):
-        """What to say about the last reading: nothing, or a line, which warns if half of it was empty."""
-        loud = "warning: " if 2 * self.empty >= self.seen else ""
-        return [f"{loud}data: {self.empty:,} {self.what} left out, of {self.seen:,}"] if self.empty else []
-
-
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Corpus:
     """A source of dialogues as texts. Making one reads no dialogue, so a cached data set costs no parsing."""
 
     name: str  # short, fit for a file name
     identity: str  # what fixes the content: revision, package version or digest
     note: str  # one line: what is used, and why
-    train: Callable  # () -> iterator of str
-    held_out: Callable  # () -> iterator of str
-    remarks: Callable  # () -> list of str: what was chosen or left out on reading
-    size: Callable = lambda: None  # () -> dialogues in the one list behind both streams, None if they are two
-    reach: Callable = lambda: None  # asks the hub, if it is from there; raises hub.Unreachable
+    rows: Callable  # ("held out?") -> iterator of (place, row)
+    one_list: bool = False  # whether rows(False) are all rows, and the held-out ones their other end
+    opened: Callable = list  # () -> lines on what is read; asks the hub, if it is there: hub.Unreachable
+    column: str = ""  # as in `render`
+    counts: dict = field(default_factory=dict)  # "held out?" -> (rows, empty rows) of the last reading
+
+    def train(self):
+        """Texts to train on, an iterator of str, anew at each call."""
+        return iter(self._whole) if self.one_list else self._texts(held_out=False)
+
+    def held_out(self):
+        """Texts to hold out, an iterator of str, anew at each call; of one list, from its end."""
+        return reversed(self._whole) if self.one_list else self._texts(held_out=True)
+
+    def remarks(self):
+        """Lines on what was read and left out so far; it is a warning if half of the rows were empty."""
+        lines = self.opened()
+        seen, empty = map(sum, zip((0, 0), *self.counts.values(), strict=True))
+        if empty:
+            loud = "warning: " if 2 * empty >= seen else ""
+            lines.append(f"{loud}data: {empty:,} empty dialogues left out, of {seen:,} of {self.name}")
+        return lines
+
+    def _texts(self, held_out):
+        empty = 0
+        for number, (place, row) in enumerate(self.rows(held_out), 1):
+            poll()
+            text = render(row, place, self.column)
+            empty += not text
+            self.counts[held_out] = number, empty
+            if text:
+                yield text
+
+    @functools.cached_property
+    def _whole(self):
+        texts = list(self._texts(held_out=False))
+        if not texts:
+            raise UserError(f"{self.name} holds no dialogues: take other data.")
+        return texts
 
 
 def open_corpus(source, split="", column=""):
@@ -80,7 +84,7 @@ def open_corpus(source, split="", column=""):
 def available(corpus, source):
     """The corpus, once the hub has given it, else for "auto" the embedded one; else raises UserError."""
     try:
-        corpus.reach()
+        corpus.opened()
         return corpus
     except hub.Unreachable as reason:
         if source == "auto":
@@ -91,36 +95,36 @@ def available(corpus, source):
 def find_corpus(source, split="", column=""):
     """The corpus behind the settings `data_source`, `data_split` and `data_column`; "auto" is UltraChat here.
 
-    Args:
-        source: "auto", "ultrachat", "chitchat", the path of a file or folder, or of a hub dataset
-            "owner/name[:subset][@revision]", whose commit the hub is asked for. What exists as a path is one.
-        split: of a hub or saved dataset, the one to train on; "": "train", or the only one.
-        column: where a row has its dialogue, as in `render`; "": found by its name.
+    Of a hub dataset, "owner/name[:subset][@revision]", the hub is asked for the commit. What exists as a path
+    is a path.
 
     Raises:
         UserError: no such source, file or split; on reading, malformed content or a stream that breaks.
     """
-    if source in SOURCES and (split or column):
-        raise UserError(f"data_source '{source}' has no choice of data_split or data_column: leave them out.")
-    if column.count(",") > 1:
-        raise UserError(f"data_column is one name or two, as in prompt,response, not '{column}'.")
-    if source == "chitchat":
-        return _chitchat()
-    if source in ("auto", "ultrachat"):
-        dataset = (ULTRACHAT, None, ULTRACHAT_REVISION)
-        return _hub("ultrachat", ULTRACHAT_IDENTITY, ULTRACHAT_NOTE, dataset, "train_sft", "")
-    if source and os.path.exists(source):
-        path = Path(source)
-        inside = set(os.listdir(path)) if path.is_dir() else set()
-        saved = "dataset_dict.json" in inside or {"dataset_info.json", "state.json"} <= inside
-        return _saved(path, split, column) if saved else _files(path, split, column)
+    if source in SOURCES:
+        if split or column:
+            raise UserError(f"data_source '{source}' has no data_split or data_column: leave them out.")
+        if source == "chitchat":
+            return _chitchat()
+        dataset = ULTRACHAT, None, ULTRACHAT_REVISION
+        return _on_hub("ultrachat", ULTRACHAT_IDENTITY, ULTRACHAT_NOTE, dataset, "train_sft")
     named = ON_HUB.fullmatch(source)
-    if named and not source.endswith(SUFFIXES + TABLES):
-        return _named_on_hub(source, *named.groups(), split, column)
-    raise UserError(
-        f"data_source '{source}' is neither one of {', '.join(SOURCES)} nor an existing file or folder "
-        "nor a hub dataset, owner/name[:subset][@revision]: take one of these."
-    )
+    if source and os.path.exists(source):
+        corpus = _here(Path(source), split)
+    elif named and not source.endswith(SUFFIXES + TABLES):
+        corpus = _named_on_hub(source, *named.groups(), split)
+    else:
+        raise UserError(
+            f"data_source '{source}' is neither one of {', '.join(SOURCES)} nor an existing file or folder "
+            "nor a hub dataset, owner/name[:subset][@revision]: take one of these."
+        )
+    corpus.name = re.sub(r"[^A-Za-z0-9._-]+", "_", corpus.name).strip("._")[:60] or "data"
+    if corpus.name in SOURCES:  # the name stands in every result, where "ultrachat" is UltraChat itself
+        corpus.name += "-file"
+    if column:
+        corpus.column = column
+        corpus.identity += f" column {column}"
+    return corpus
 
 
 def _not_had(source, reason):
@@ -130,67 +134,18 @@ def _not_had(source, reason):
     )
 
 
-def _fit_name(text):
-    name = re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("._")[:60] or "data"
-    # It stands in every result, where "ultrachat" is UltraChat itself.
-    return f"{name}-file" if name in SOURCES else name
-
-
-def _with_column(identity, column):
-    return f"{identity} column {column}" if column else identity
-
-
-def _one_list(name, identity, note, texts, remarks=()):
-    """Corpus of one list: training takes it from the front, held-out from the back, whatever the budget."""
-
-    @functools.cache
-    def kept():
-        found = list(texts())
-        if not found:
-            raise UserError(f"{name} holds no dialogues, but {texts.empty:,} empty ones: take other data.")
-        return found
-
-    return Corpus(
-        name,
-        identity,
-        note,
-        train=lambda: iter(kept()),
-        held_out=lambda: reversed(kept()),
-        remarks=lambda: [*remarks, *texts.remarks()],
-        size=lambda: len(kept()),
-    )
-
-
-def _two_streams(name, identity, note, rows, where, column, choice, **more):
-    """Corpus of two streams; rows: function of "held out?" to an iterator of (place, row)."""
-    train = Texts(lambda: rows(False), f"empty training dialogues of {where}", column)
-    held_out = Texts(lambda: rows(True), f"empty held-out dialogues of {where}", column)
-
-    def remarks():
-        return [*choice(), *train.remarks(), *held_out.remarks()]
-
-    return Corpus(name, identity, note, train, held_out, remarks, **more)
-
-
 # The embedded corpus
 
 
 def _chitchat(why=""):
-    found = importlib.util.find_spec("chitchat_dataset")
-    path = Path(found.origin).with_name("dataset.json") if found else None
-    if path is None or not path.is_file():
-        raise UserError(
-            f"the embedded corpus is not installed{why}: `pip install chitchat-dataset==0.9.0`, "
-            "or give a file as --data_source."
-        )
+    path = Path(importlib.util.find_spec("chitchat_dataset").origin).with_name("dataset.json")
     version = importlib.metadata.version("chitchat-dataset")
-    texts = Texts(lambda: _chitchat_rows(path), "openings of chitchat that nobody answered")
-    note = f"data: chitchat-dataset {version}, human dialogues{why}"
-    return _one_list("chitchat", f"chitchat-dataset=={version}", note, texts)
+    identity, note = f"chitchat-dataset=={version}", f"data: chitchat-dataset {version}, human dialogues{why}"
+    return Corpus("chitchat", identity, note, lambda _: _chitchat_rows(path), one_list=True)
 
 
 def _chitchat_rows(path):
-    """Each turn is a list of texts of one sender. What nobody answered is no dialogue."""
+    """Each turn is a list of texts of one sender. An opening that nobody answered is no dialogue."""
     for number, dialogue in enumerate(json.loads(path.read_bytes()).values(), 1):
         turns = [turn for turn in dialogue["messages"] if turn]
         senders = [turn[0]["sender"] for turn in turns]
@@ -198,98 +153,64 @@ def _chitchat_rows(path):
         for sender, turn in zip(senders, turns, strict=True):
             role = "user" if sender == senders[0] else "assistant"
             messages.append({"role": role, "content": " ".join(part["text"] for part in turn)})
-        yield f"{path} dialogue {number}", {"messages": messages if len(set(senders)) > 1 else None}
+        if len(set(senders)) > 1:
+            yield f"{path} dialogue {number}", {"messages": messages}
 
 
-# Datasets with splits
+# The hub
 
 
-def _named_on_hub(source, dataset, subset, revision, split, column):
+def _named_on_hub(source, name, subset, revision, split):
     commit = revision or "main"
     if not COMMIT.fullmatch(commit):
         try:
-            commit = hub.probe(f"api/datasets/{dataset}/revision/{quote(commit, safe='')}")["sha"]
+            commit = hub.probe(f"api/datasets/{name}/revision/{quote(commit, safe='')}")["sha"]
         except hub.Unreachable as reason:
             raise _not_had(source, reason) from reason
-    named = f"{dataset}:{subset}" if subset else dataset
-    identity = _with_column(f"{named}@{commit}:{split or 'train'}", column)
-    note = f"data: {named}@{commit}"
-    return _hub(_fit_name(named), identity, note, (dataset, subset, commit), split, column)
+    named = f"{name}:{subset}@{commit}" if subset else f"{name}@{commit}"
+    identity = f"{named}:{split or 'train'}"
+    return _on_hub(named.partition("@")[0], identity, f"data: {named}", (name, subset, commit), split)
 
 
-def _hub(name, identity, note, dataset, split, column):
-    """A hub dataset (name, subset or None, commit); what is held out follows from these and `split`."""
-    where = dataset[0]
+def _on_hub(name, identity, note, dataset, split):
+    """Corpus of a hub dataset (name, subset or None, commit): streamed, as few samples need not all of it."""
+    where, subset, commit = dataset
 
     @functools.cache
+    def streams():
+        import datasets
+
+        hub.probe(f"api/datasets/{where}/revision/{commit}")
+        try:
+            by_name = datasets.load_dataset(where, subset, streaming=True, revision=commit)
+        except Exception as error:  # of many kinds
+            if subsets := re.search(r"(?:available configs|Available): \[(.+?)\]", str(error)):
+                raise UserError(
+                    f"{where} has the subsets {subsets[1]}: name one as {where}:SUBSET."
+                ) from error
+            raise hub.Unreachable(hub.describe(error)) from error
+        return by_name, *_choose_splits(by_name, split, where)
+
     def opened():
-        splits = _open_hub(*dataset)
-        return splits, *_choose_splits(splits, split, where)
-
-    def rows(held_out):
-        splits, train, other = opened()
-        chosen = other if other and held_out else train
-        for number, row in enumerate(_unbroken(splits[chosen], f"{where} {chosen}"), 1):
-            if other or (number % HELD_OUT_EVERY == 0) == held_out:
-                yield f"{where} {chosen} row {number}", row
-
-    def choice():
-        _, train, other = opened()
+        _, train, other = streams()
         every = f"every {HELD_OUT_EVERY}th row, as there is no split test or validation"
         return [f"data: trains on split {train}, holds out {f'split {other}' if other else every}"]
 
-    return _two_streams(name, identity, note, rows, where, column, choice, reach=opened)
-
-
-def _open_hub(name, subset, commit):
-    """Splits by name: from the datasets cache, else streamed, as few samples must not download it all.
-
-    Raises:
-        UserError: there is no such subset.
-        hub.Unreachable: the hub cannot give the dataset.
-    """
-    import datasets
-    from datasets.naming import camelcase_to_snakecase
-
-    owner, _, short = name.partition("/")
-    short = camelcase_to_snakecase(short)
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / f"{owner}___{short}" / (subset or "default")
-    prepared = {}
-    for file in sorted(folder.glob(f"*/{commit}/{short}-*.arrow")):
-        split = re.sub(r"-\d+-of-\d+$", "", file.stem.removeprefix(f"{short}-"))
-        prepared.setdefault(split, []).append(datasets.Dataset.from_file(str(file)))
-    if prepared:
-        return {split: datasets.concatenate_datasets(parts) for split, parts in prepared.items()}
-    hub.probe(f"api/datasets/{name}/revision/{commit}")
-    try:
-        return hub.retry(lambda: datasets.load_dataset(name, subset, streaming=True, revision=commit))
-    except Exception as error:
-        if found := re.search(r"(?:available configs|Available): \[(.+?)\]", str(error)):
-            raise UserError(f"{name} has the subsets {found[1]}: name one as {name}:SUBSET.") from error
-        raise hub.Unreachable(hub.describe(error)) from error
-
-
-def _unbroken(rows, where):
-    """The rows of a stream to its end: after a break it is opened again behind the last; else an error."""
-    done, reader = 0, iter(rows)
-
-    def next_row():
-        nonlocal reader
+    def rows(held_out):
+        by_name, train, other = streams()
+        chosen = other if other and held_out else train
+        number = 0
         try:
-            return next(reader, None)
-        except Exception:
-            reader = iter(rows.skip(done))
-            raise
+            for number, row in enumerate(by_name[chosen], 1):
+                if other or (number % HELD_OUT_EVERY == 0) == held_out:
+                    yield f"{where} {chosen} row {number}", row
+        except Exception as error:  # `datasets` has tried again by itself
+            raise UserError(
+                f"reading {where} {chosen} broke off after {number:,} dialogues ({hub.describe(error)}): run "
+                "again, or take --data_source chitchat or a file."
+            ) from error
 
-    try:
-        while (row := hub.retry(next_row)) is not None:
-            yield row
-            done += 1
-    except Exception as error:
-        raise UserError(
-            f"reading {where} broke off after {done:,} dialogues ({hub.describe(error)}); run again, or take "
-            "--data_source chitchat or a file."
-        ) from error
+    return Corpus(name, identity, note, rows, opened=opened)
 
 
 def _choose_splits(splits, split, where):
@@ -301,77 +222,67 @@ def _choose_splits(splits, split, where):
     return train, next((name for name in names if name in splits and name != train), None)
 
 
-def _saved(path, split, column):
-    """What `save_to_disk` wrote. Held out is another split, else the end of the only one."""
+# Files and folders
+
+
+def _here(path, split):
+    inside = os.listdir(path) if path.is_dir() else []
+    if "dataset_dict.json" in inside or {"dataset_info.json", "state.json"} <= set(inside):
+        return _saved(path, split)
+    if split:
+        raise UserError(f"{path} has no splits: leave out data_split.")
+    present = sorted(path / name for name in inside if not name.startswith(".")) or [path]
+    files = [file for file in present if file.name.endswith(SUFFIXES)]
+    files = files or [file for file in present if file.name.endswith(TABLES)]
+    if not files:
+        kinds = ", ".join(SUFFIXES + TABLES)
+        raise UserError(f"{path} is no data: give one of {kinds}, or a folder of them or of save_to_disk.")
+    digests = [[file.name, _digest(file)] for file in files]
+    digest, count, name = _digest_of(digests), f"{len(files)} files, ", path.resolve().name
+    if not path.is_dir():
+        digest, count, name = digests[0][1], "", re.sub(r"(\.jsonl\.gz|\.\w+)$", "", name)
+    unread = [file.name for file in present if file not in files]
+    return Corpus(
+        name,
+        f"sha256:{digest}",
+        f"data: {path} ({count}sha256 {digest[:12]})",
+        lambda _: itertools.chain.from_iterable(map(read_rows, files)),
+        one_list=True,
+        opened=lambda: [f"data: of {path} not read: {', '.join(unread)}"] if unread else [],
+    )
+
+
+def _saved(path, split):
+    """What `save_to_disk` wrote, read as needed. Held out is another split, else the end of the only one."""
     import datasets
 
     try:
         splits = datasets.load_from_disk(str(path), keep_in_memory=False)
     except Exception as error:
-        why = hub.describe(error)
-        raise UserError(f"{path} is no readable saved dataset ({why}); save it again.") from error
+        raise unreadable(path, "a saved dataset", error) from error
     splits = splits if isinstance(splits, dict) else {"train": splits}
     train, other = _choose_splits(splits, split, path)
     used = [train, other] if other else [train]
     files = [[file["filename"] for file in splits[name].cache_files] for name in used]
-    identity = _digest_of([[_digest(file) for file in of_split] for of_split in files])
-    count = len(splits[train])
-    backwards = range(count)[::-1]
+    digest = _digest_of([[_digest(file) for file in of_split] for of_split in files])
 
     def rows(held_out):
         chosen = other if other and held_out else train
-        for number in backwards if held_out and not other else range(len(splits[chosen])):
+        numbers = range(len(splits[chosen]))
+        for number in reversed(numbers) if held_out and not other else numbers:
             yield f"{path} {chosen} row {number + 1}", splits[chosen][number]
 
-    name = _fit_name(path.resolve().name)
-    note = f"data: {path} (split {' and '.join(used)}, sha256 {identity[:12]})"
-    identity = _with_column(f"sha256:{identity}", column)
-    size = None if other else count
-    return _two_streams(name, identity, note, rows, path, column, choice=list, size=lambda: size)
-
-
-# Files
-
-
-def _files(path, split, column):
-    if split:
-        raise UserError(f"{path} has no splits: leave out data_split.")
-    folder = path.is_dir()
-    found = sorted(file for file in path.iterdir() if not file.name.startswith(".")) if folder else [path]
-    files = [file for file in found if file.name.endswith(SUFFIXES)]
-    files = files or [file for file in found if file.name.endswith(TABLES)]
-    if not files:
-        kinds = ", ".join(SUFFIXES + TABLES)
-        raise UserError(f"{path} is no data: give one of {kinds}, or a folder of them or of save_to_disk.")
-    digests = [[file.name, _digest(file)] for file in files]
-    identity = _digest_of(digests) if folder else digests[0][1]
-    stem = path.resolve().name
-    for suffix in () if folder else SUFFIXES + TABLES:
-        stem = stem.removesuffix(suffix)
-    name = _fit_name(stem)
-    note = f"data: {path} ({f'{len(files)} files, ' if folder else ''}sha256 {identity[:12]})"
-    unread = [file.name for file in found if file not in files]
-    remarks = [f"data: of {path} not read: {', '.join(unread)}"] if unread else []
-
-    def rows():
-        for file in files:
-            yield from read_rows(file, column)
-
-    texts = Texts(rows, f"empty dialogues of {name}", column)
-    return _one_list(name, _with_column(f"sha256:{identity}", column), note, texts, remarks)
+    note = f"data: {path} (split {' and '.join(used)}, sha256 {digest[:12]})"
+    return Corpus(path.resolve().name, f"sha256:{digest}", note, rows)
 
 
 def _digest(path):
     """SHA-256 (hex) of a file's bytes."""
-    result = hashlib.sha256()
     try:
         with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                poll()
-                result.update(block)
+            return interruptible(hashlib.file_digest, file, "sha256").hexdigest()
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check its permissions.") from error
-    return result.hexdigest()
+        raise unreadable(path, "data", error) from error
 
 
 def _digest_of(value):

@@ -5,16 +5,17 @@ import time
 from urllib.parse import quote
 
 PROBE_SECONDS = 3.0
-TRANSIENT = {"TimeoutException", "TimeoutError", "RemoteProtocolError", "ReadError", "ConnectionResetError"}
-REASONS = {  # by class name: the errors of httpx with huggingface_hub 1 are those of httpx2 with 2
+PAUSES = (1.0, 2.0, 4.0, None)  # seconds after an attempt
+# By class name: the errors of httpx with huggingface_hub 1 are those of httpx2 with 2.
+PASSING = {"ReadTimeout", "TimeoutError", "RemoteProtocolError", "ReadError", "ConnectionResetError"}
+REASONS = {
     "OfflineModeIsEnabled": "offline mode is on (HF_HUB_OFFLINE or HF_DATASETS_OFFLINE)",
     "GatedRepoError": "it is gated: accept its terms on its page there and log in by `hf auth login`",
     "RepositoryNotFoundError": "it has none of this name, or a private one: `hf auth login` if it is yours",
     "RevisionNotFoundError": "it has no such revision",
-    "ConnectTimeout": "no internet connection: time-out",
+    "ConnectTimeout": "no internet connection",
     "ConnectError": "no internet connection",
     "TimeoutException": "time-out",
-    "TimeoutError": "time-out",
 }
 
 
@@ -22,36 +23,14 @@ class Unreachable(Exception):
     """The hub cannot give what was asked now; the message is the reason, without a full stop."""
 
 
-def retry(function, attempts=4):
-    """`function()`, again after 1, 2, 4 ... seconds while it fails with a transient error.
-
-    Raises:
-        The function's own error, when it is not transient or the attempts are used up.
-    """
-    for attempt in range(attempts - 1):
-        try:
-            return function()
-        except Exception as error:
-            if not is_transient(error):
-                raise
-            time.sleep(2.0**attempt)
-    return function()
-
-
-def is_transient(error):
-    """Whether trying again may help: HTTP 429 or 5xx, a time-out or break of a connection that stood."""
-    names, status = _causes(error)
-    if status:
-        return status == 429 or status >= 500
-    return "ConnectTimeout" not in names and not TRANSIENT.isdisjoint(names)
-
-
 def describe(error):
     """The reason in a few words, without a full stop."""
     names, status = _causes(error)
-    known = [reason for name, reason in REASONS.items() if name in names]
-    if known or status:
-        return known[0] if known else f"HTTP {status}"
+    for name, reason in REASONS.items():
+        if name in names:
+            return reason
+    if status:
+        return f"HTTP {status}"
     return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")[:200]
 
 
@@ -68,6 +47,8 @@ def _causes(error):
 def probe(path):
     """The hub's description (a dict; `sha`: commit) of `path`, such as "api/datasets/OWNER/NAME".
 
+    Asked again after HTTP 429 or 5xx, or when a connection that stood breaks.
+
     Raises:
         Unreachable: offline mode, no connection within seconds, or an answer that is not the thing.
     """
@@ -76,17 +57,18 @@ def probe(path):
 
     if constants.HF_HUB_OFFLINE:
         raise Unreachable(REASONS["OfflineModeIsEnabled"])
-
-    def ask():
-        url = f"{constants.ENDPOINT}/{path}"
-        answer = get_session().get(url, headers=build_hf_headers(), timeout=PROBE_SECONDS)
-        hf_raise_for_status(answer)
-        return answer.json()
-
-    try:
-        return retry(ask)
-    except Exception as error:
-        raise Unreachable(describe(error)) from error
+    for pause in PAUSES:
+        try:
+            url = f"{constants.ENDPOINT}/{path}"
+            answer = get_session().get(url, headers=build_hf_headers(), timeout=PROBE_SECONDS)
+            hf_raise_for_status(answer)
+            return answer.json()
+        except Exception as error:
+            names, status = _causes(error)
+            passes = status == 429 or status >= 500 or PASSING & names
+            if not passes or pause is None:
+                raise Unreachable(describe(error)) from error
+        time.sleep(pause)
 
 
 def load_model(load, source, revision="main", **options):
@@ -101,13 +83,14 @@ def load_model(load, source, revision="main", **options):
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    if not os.path.exists(source):
+    if os.path.exists(source):
+        return load(source, **options)
+    try:
+        probe(f"api/models/{quote(source)}/revision/{revision}")
+        return load(source, revision=revision, **options)
+    except Unreachable as reason:
         try:
-            probe(f"api/models/{quote(source)}/revision/{revision}")
-            options["revision"] = revision
-        except Unreachable as reason:
-            try:
-                source = snapshot_download(source, revision=revision, local_files_only=True)
-            except LocalEntryNotFoundError:
-                raise reason from None
-    return load(source, **options)
+            folder = snapshot_download(source, revision=revision, local_files_only=True)
+        except LocalEntryNotFoundError:
+            raise reason from None
+        return load(folder, **options)

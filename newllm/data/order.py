@@ -8,11 +8,7 @@ from newllm.seeding import derived_generator
 
 
 def epoch_order(num_samples, seed, stage, epoch):
-    """Order of the samples in an epoch: int64 [num_samples], a permutation.
-
-    It depends on the arguments alone, so resuming at any batch costs nothing for the batches before it, and
-    no global random state is involved.
-    """
+    """Order of the samples in an epoch: int64 [num_samples], a permutation that the arguments alone give."""
     return torch.randperm(num_samples, generator=derived_generator(num_samples, seed, stage, epoch))
 
 

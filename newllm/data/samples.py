@@ -1,6 +1,5 @@
 """Dialogues to packed samples of ids: packing, disjoint splits, the cache file."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -18,12 +17,9 @@ from newllm.progress import silent
 from newllm.saving.files import Corrupt, load_sealed, save_sealed, usable_folder
 from newllm.saving.stop import poll
 
-FORMAT_VERSION = (
-    1  # raise it when rendering, packing or the file's fields change: older files are passed over
-)
-BATCH = 256  # dialogues encoded in one call, at most
+FORMAT_VERSION = 1  # raise it when rendering, packing or the file's fields change: other files are not read
+BATCH = 32  # dialogues encoded in one call, at most
 MARGIN = 64  # ids before the end of a cut text that the cut may have changed: more than a word has
-CHARACTERS = 1 << 22  # encoded in one call, nearly always: each takes about 100 bytes of memory meanwhile
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,16 +28,11 @@ class TokenData:
 
     train: torch.Tensor  # int32 [num_samples, L+1]
     val: torch.Tensor  # int32 [val_samples, L+1]
-    train_dialogue: (
-        torch.Tensor
-    )  # int64 [num_samples]: index of a sample's first dialogue in the training stream
-    val_dialogue: torch.Tensor  # int64 [val_samples]: the same in the held-out stream
     tokenizer: Tokenizer
     token_bytes: torch.Tensor  # int32 [V]: UTF-8 bytes of each id
     source: str  # name of the corpus
     notes: list[str]  # lines to print: what is used and why
     fingerprint: str  # SHA-256 over ids and tokenizer: the identity of the data, for checkpoints
-    cache_hit: bool
 
     @property
     def vocab_size(self):
@@ -49,11 +40,10 @@ class TokenData:
 
 
 def load_data(settings, progress=silent):
-    """Samples for a configuration; with `tune_share`, the last training samples are held out instead.
+    """TokenData for newllm.config.DataSettings; with `tune_share`, the last training samples are held out.
 
     Args:
-        settings: newllm.config.DataSettings.
-        progress: function of (label, total tokens) to a context manager whose `update` gets the tokens made.
+        progress: as newllm.progress.Progress.
 
     Raises:
         UserError: the source, tokenizer or cache folder cannot be had, or there are too few dialogues.
@@ -71,8 +61,6 @@ def load_data(settings, progress=silent):
         data,
         train=data.train[:-count],
         val=data.train[-count:],
-        train_dialogue=data.train_dialogue[:-count],
-        val_dialogue=data.train_dialogue[-count:],
         notes=[*data.notes, note],
         fingerprint=hashlib.sha256(f"{data.fingerprint} {count}".encode()).hexdigest(),
     )
@@ -81,47 +69,29 @@ def load_data(settings, progress=silent):
 def _load_samples(settings, progress):
     """Training and held-out samples: from the cache, if possible without the hub, else built and cached."""
     folder = usable_folder(settings.cache_dir, "cache_dir")
-    choice = tokenizer_choice(settings)
-    chosen = functools.cache(lambda: choose_tokenizer(choice))
+    chosen = functools.cache(lambda: choose_tokenizer(tokenizer_choice(settings)))
     notes = []
-
-    def cached(corpus):
-        """(path, content or None) of the corpus's cache file."""
-        for kind in _kinds(choice, chosen):
-            path = _cache_path(folder, corpus, kind, settings)
-            if payload := _read_cache(path, notes):
-                break
-        return path, payload
-
-    corpus = find_corpus(settings.data_source, settings.data_split, settings.data_column)
-    path, payload = cached(corpus)
+    for corpus, kind in _preferences(settings, chosen):
+        path = _cache_path(folder, corpus, kind, settings)
+        if payload := _read_cache(path, notes):
+            notes.insert(0, f"cache hit: {path}")
+            break
     if payload is None:
-        wanted, corpus = corpus, available(corpus, settings.data_source)
-        if corpus is not wanted:
-            path, payload = cached(corpus)
-    hit = payload is not None
-    if hit:
-        notes.insert(0, f"cache hit: {path}")
-    else:
         payload = _build(corpus, chosen()[0], settings, progress) | {"recipe": path.name}
         try:
             save_sealed(payload, path)
         except OSError as error:
             notes.append(f"cache: {path} could not be written ({error}); the next run builds the data again")
-    if path.exists():
-        _clear_strays(path)
-    tokenizer = Tokenizer.from_json(payload["tokenizer_name"], payload["tokenizer_json"])
-    kind = f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} ids"
+    tokenizer = Tokenizer(payload["tokenizer_name"], payload["tokenizer_json"])
+    note = f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} ids"
     if tokenizer.name == "bpe":
         reason = chosen()[1]
-        kind += ", trained on the training dialogues" + (f" ({reason})" if reason else "")
-    names = ("train", "val", "train_dialogue", "val_dialogue", "source", "fingerprint")
+        note += ", trained on the training dialogues" + (f" ({reason})" if reason else "")
     return TokenData(
-        **{name: payload[name] for name in names},
+        **{name: payload[name] for name in ("train", "val", "source", "fingerprint")},
         tokenizer=tokenizer,
         token_bytes=tokenizer.token_bytes(),
-        notes=[corpus.note, kind, *payload["remarks"], *notes],
-        cache_hit=hit,
+        notes=[corpus.note, note, *payload["remarks"], *notes],
     )
 
 
@@ -134,27 +104,23 @@ def pack(dialogues, tokenizer, count, length, advance=lambda tokens: None):
     Each sample starts with a dialogue of its own; what does not fit of a sample's last dialogue is left out.
 
     Args:
-        dialogues: iterator of (index, text). No more are taken than the samples need.
+        dialogues: iterator of texts. No more are taken than the samples need.
         count: samples wanted; fewer come back when the dialogues run out.
         length: predictions per sample, L. advance: called with the tokens made, now and then.
 
     Returns:
-        (int32 [n, L+1] ids, int64 [n] index of each sample's first dialogue, digests of all texts taken).
+        (int32 [n, L+1] ids, digests of all texts taken).
     """
-    samples, first, taken, sample = [], [], [], []
-    at_once = min(BATCH, max(1, CHARACTERS // _start_size(length + 1)))
+    samples, taken, sample = [], [], []
     while len(samples) < count:
         poll()
         # Every sample still missing takes one dialogue at least, so this many are never too many.
-        batch = list(islice(dialogues, min(at_once, count - len(samples))))
+        batch = list(islice(dialogues, min(BATCH, count - len(samples))))
         if not batch:
             break
-        taken += [_text_digest(text) for _, text in batch]
+        taken += map(_text_digest, batch)
         before = len(samples)
-        starts = _starts(tokenizer, [text for _, text in batch], length + 1)
-        for (index, _), ids in zip(batch, starts, strict=True):
-            if not sample:
-                first.append(index)
+        for ids in _starts(tokenizer, batch, length + 1):
             sample += ids[: length + 1 - len(sample)]
             if len(sample) < length + 1:
                 sample.append(tokenizer.eos_id)
@@ -162,13 +128,7 @@ def pack(dialogues, tokenizer, count, length, advance=lambda tokens: None):
                 samples.append(torch.tensor(sample, dtype=torch.int32))
                 sample = []
         advance((len(samples) - before) * length)
-    ids = torch.stack(samples) if samples else torch.empty(0, length + 1, dtype=torch.int32)
-    return ids, torch.tensor(first[: len(samples)], dtype=torch.int64), taken
-
-
-def _start_size(count):
-    """Characters of a text in which `count` ids and the margin are nearly always found."""
-    return 8 * (count + MARGIN)
+    return torch.stack(samples) if samples else torch.empty(0, length + 1, dtype=torch.int32), taken
 
 
 def _starts(tokenizer, texts, count):
@@ -176,15 +136,15 @@ def _starts(tokenizer, texts, count):
 
     Of a long text no more is encoded than that takes. A cut changes only the ids just before it, thrown away.
     """
-    size, starts = _start_size(count), []
-    for text, ids in zip(texts, tokenizer.encode_batch([text[:size] for text in texts]), strict=True):
+    size = 8 * (count + MARGIN)  # characters in which so many ids are nearly always found
+    starts = tokenizer.encode_batch([text[:size] for text in texts])
+    for number, text in enumerate(texts):
         reach = size
-        while len(ids) < count + MARGIN and reach < len(text):
+        while len(starts[number]) < count + MARGIN and reach < len(text):
             poll()
             reach *= 2
-            (ids,) = tokenizer.encode_batch([text[:reach]])
-        starts.append(ids[:count])
-    return starts
+            (starts[number],) = tokenizer.encode_batch([text[:reach]])
+    return [ids[:count] for ids in starts]
 
 
 def _text_digest(text):
@@ -193,7 +153,7 @@ def _text_digest(text):
 
 def _build(corpus, tokenizer, settings, progress):
     """Both splits and the tokenizer (trained here if None) as the content of a cache file."""
-    wanted, length, size = settings.num_samples, settings.max_seq_length, corpus.size()
+    wanted, length = settings.num_samples, settings.max_seq_length
     stream = corpus.train()
     head, held, trained = [], set(), tokenizer is None
     # A bpe tokenizer sees the first num_samples training dialogues: each sample starts with a dialogue of its
@@ -205,8 +165,7 @@ def _build(corpus, tokenizer, settings, progress):
         lesson = [text for text in head if _text_digest(text) not in held]
         if trained:
             tokenizer = train_bpe(lesson, settings.vocab_size, progress)
-        held_out = enumerate(corpus.held_out())
-        val, val_dialogue, taken = pack(held_out, tokenizer, settings.val_samples, length)
+        val, taken = pack(corpus.held_out(), tokenizer, settings.val_samples, length)
         if set(taken).isdisjoint(map(_text_digest, lesson)):
             break
         held.update(taken)
@@ -214,47 +173,62 @@ def _build(corpus, tokenizer, settings, progress):
 
     def training_dialogues():
         nonlocal skipped
-        rest = None if size is None else max(0, size - len(taken))
-        for index, text in islice(enumerate(chain(head, stream)), rest):
+        for text in chain(head, stream):
             if _text_digest(text) in held:
                 skipped += 1
             else:
-                yield index, text
+                yield text
 
     with progress("data", wanted * length) as bar:
-        train, train_dialogue, train_taken = pack(training_dialogues(), tokenizer, wanted, length, bar.update)
+        train, train_taken = pack(training_dialogues(), tokenizer, wanted, length, bar.update)
     if len(train) < wanted or len(val) < settings.val_samples:
         raise UserError(
             f"{wanted:,} training + {settings.val_samples:,} validation samples of {length} tokens are more "
             f"than {corpus.name} gives ({len(train):,} + {len(val):,}): lower num_samples or val_samples."
         )
     assert held.isdisjoint(train_taken)
-    remarks = list(corpus.remarks())
+    remarks = corpus.remarks()
     if skipped:
         remarks.append(f"data: {skipped:,} training dialogues with the text of a held-out one left out")
-    text = tokenizer.to_json()
-    about = dict(source=corpus.name, remarks=remarks, fingerprint=_fingerprint(train, val, text))
-    about |= dict(tokenizer_name=tokenizer.name, tokenizer_json=text)
-    return about | dict(train=train, val=val, train_dialogue=train_dialogue, val_dialogue=val_dialogue)
+    return {
+        "source": corpus.name,
+        "remarks": remarks,
+        "fingerprint": _fingerprint(train, val, tokenizer.to_json()),
+        "tokenizer_name": tokenizer.name,
+        "tokenizer_json": tokenizer.to_json(),
+        "train": train,
+        "val": val,
+    }
+
+
+def _fingerprint(train, val, tokenizer_json):
+    digest = hashlib.sha256(tokenizer_json.encode())
+    for ids in (train, val):
+        digest.update(str(tuple(ids.shape)).encode() + ids.numpy().tobytes())
+    return digest.hexdigest()
 
 
 # Cache
 
 
-def _kinds(choice, chosen):
-    """Tokenizers to look for in the cache: "gpt2", "bpe", or another's fingerprint; the last is in use.
+def _preferences(settings, chosen):
+    """Pairs of corpus and tokenizer ("gpt2", "bpe" or a fingerprint), best first; the last can be had.
 
-    Args:
-        chosen: () -> what `choose_tokenizer` gives; called only where needed, as that may ask the hub.
+    What may ask the hub is done behind the pairs that need it not: opening the corpus, and `chosen`, a
+    function that gives the tokenizer as `choose_tokenizer`.
     """
-    if choice in ("gpt2", "bpe"):
-        yield choice
-    elif choice != "auto":
-        yield chosen()[0].fingerprint
-    else:
-        yield "gpt2"
-        if chosen()[0] is None:
-            yield "bpe"
+    choice = tokenizer_choice(settings)
+    corpus, reached = find_corpus(settings.data_source, settings.data_split, settings.data_column), None
+    while corpus is not reached:
+        if choice == "auto":
+            yield corpus, "gpt2"
+        if choice in ("gpt2", "bpe"):
+            yield corpus, choice
+        elif chosen()[0] is None:
+            yield corpus, "bpe"
+        elif choice != "auto":
+            yield corpus, chosen()[0].fingerprint
+        corpus, reached = available(corpus, settings.data_source), corpus
 
 
 def _cache_path(folder, corpus, kind, settings):
@@ -276,27 +250,10 @@ def _read_cache(path, notes):
         payload = load_sealed(path)
         if not isinstance(payload, dict) or payload.get("recipe") != path.name:
             raise Corrupt("made for another recipe")
-        ids = payload["train"], payload["val"]
-        if payload["fingerprint"] != _fingerprint(*ids, payload["tokenizer_json"]):
-            raise Corrupt("its ids are not those it was written with")
         return payload
     except FileNotFoundError:
         return None
-    except (Corrupt, OSError, KeyError) as error:
+    except (Corrupt, OSError) as error:
         why = str(error).removeprefix(f"{path} ")
         notes.append(f"cache: {path} was damaged or foreign ({why}) and is replaced when it is built")
         return None
-
-
-def _clear_strays(path):
-    """Delete temporary files of builders that were killed, or that lost the race to a file that is there."""
-    for stray in path.parent.glob(f".{path.name}.*.tmp"):
-        with contextlib.suppress(OSError):
-            stray.unlink()
-
-
-def _fingerprint(train, val, tokenizer_json):
-    digest = hashlib.sha256(tokenizer_json.encode())
-    for ids in (train, val):
-        digest.update(str(tuple(ids.shape)).encode() + ids.numpy().tobytes())
-    return digest.hexdigest()

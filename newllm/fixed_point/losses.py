@@ -1,7 +1,7 @@
 """Losses of Phase 1: fixed-point consistency and three distribution regularizers. All are bounded below.
 
 Everything is accumulated in fp32, because covariances summed in half precision lose their small eigenvalues.
-Shapes: N tokens, C context width.
+Shapes: B sequences, T tokens, N = B * T, C context width.
 """
 
 import contextlib
@@ -9,7 +9,10 @@ import math
 
 import torch
 
-from newllm.fixed_point.solver import squared_change
+
+def squared_change(new_BTC, old_BTC):
+    """Squared difference per token and dimension, in fp32 [B, T]: the CVFP residual of each token."""
+    return (new_BTC.float() - old_BTC.float()).square().mean(-1)
 
 
 def covariance(contexts_NC):
@@ -34,13 +37,15 @@ class _SteinLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, contexts_NC):
-        with torch.autocast(contexts_NC.device.type, enabled=False):
-            wide = contexts_NC.to(torch.promote_types(contexts_NC.dtype, torch.float32))
+        dtype, device = contexts_NC.dtype, contexts_NC.device.type
+        half = dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(device, enabled=False):
+            wide = contexts_NC.to(torch.promote_types(dtype, torch.float32))
             # Rounded as the contexts are, so that products at that precision make no further error.
-            centred = (wide - wide.mean(0)).to(contexts_NC.dtype).to(wide.dtype)
+            centred = (wide - wide.mean(0)).to(dtype).to(wide.dtype)
             tokens, size = centred.shape
             identity = torch.eye(size, device=wide.device, dtype=wide.dtype)
-            with _half_precision_products(contexts_NC):
+            with _rounded_products(device, half):
                 cov = centred.T @ centred / (tokens - 1) + 1e-3 * identity
             # The checked Cholesky would make the host wait for the device; a NaN loss stops the run as well.
             factor, failed = torch.linalg.cholesky_ex(cov)
@@ -49,13 +54,11 @@ class _SteinLoss(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 pull = (identity - torch.cholesky_inverse(factor)) * (2 / (tokens - 1) / size)
                 # With fewer tokens than dimensions the inverse is large, and cancels, off their span.
-                rounds = tokens >= 2 * size
-                with _half_precision_products(contexts_NC) if rounds else contextlib.nullcontext():
+                with _rounded_products(device, half and tokens >= 2 * size):
                     gradient = centred @ pull
                 # fp16 would lose numbers like 1e-7 before the loss scale, a factor of grad_output, comes.
-                kept = wide.dtype if contexts_NC.dtype == torch.float16 else contexts_NC.dtype
-                ctx.save_for_backward(gradient.to(kept))
-                ctx.dtype = contexts_NC.dtype
+                ctx.save_for_backward(gradient.to(wide.dtype if dtype == torch.float16 else dtype))
+                ctx.dtype = dtype
         return loss
 
     @staticmethod
@@ -64,16 +67,16 @@ class _SteinLoss(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _half_precision_products(contexts):
-    """For half-precision contexts: let fp32 products round their inputs to it, and accumulate in fp32.
+def _rounded_products(device, rounded):
+    """Let fp32 products round their inputs to half precision; they still accumulate in fp32.
 
-    The inputs have that rounding already, and the sums are what small eigenvalues need; it is much faster.
+    Contexts have that rounding already, and the sums are what small eigenvalues need; it is much faster.
     """
-    if contexts.dtype not in (torch.bfloat16, torch.float16):
+    if not rounded:
         yield
         return
     backend, precision = torch.backends.mkldnn, "bf16"
-    if contexts.is_cuda:
+    if device == "cuda":
         backend, precision = torch.backends.cuda, "tf32"
     before = backend.matmul.fp32_precision
     backend.matmul.fp32_precision = precision

@@ -4,11 +4,11 @@
 makes no streams gives None in their place, and so do the functions here.
 Shapes: B sequences, T tokens, C context width, E embedding width.
 
-The sweep is Jacobi iteration over time (Song et al. 2021, arXiv 2002.03629): sweep k is exact for the first k
-tokens, and from a cold start it makes every context a function of the last k tokens alone.
+A sweep is Jacobi iteration over time (Song et al. 2021, arXiv 2002.03629): sweep k is exact for the first k
+tokens, and from a cold start, K = 0, it makes every context a function of the last k tokens alone.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -19,117 +19,50 @@ def sequential(step, tokens_BTE, context_dim, start_BC=None):
     Returns:
         (contexts [B, T, C], streams [B, T, E]).
     """
-    context = tokens_BTE.new_zeros(tokens_BTE.shape[0], context_dim) if start_BC is None else start_BC
+    context = tokens_BTE.new_zeros(len(tokens_BTE), context_dim) if start_BC is None else start_BC
     contexts, streams = [], []
     for token_BE in tokens_BTE.unbind(1):
         context, stream = step(context, token_BE)
         contexts.append(context)
         streams.append(stream)
-    return torch.stack(contexts, 1), None if streams[-1] is None else torch.stack(streams, 1)
-
-
-def shift(contexts_BTC):
-    """Contexts one token later, led by c_0 = 0: what each token's step starts from."""
-    return torch.cat([torch.zeros_like(contexts_BTC[:, :1]), contexts_BTC[:, :-1]], dim=1)
+    return torch.stack(contexts, 1), None if stream is None else torch.stack(streams, 1)
 
 
 def sweep(step, contexts_BTC, tokens_BTE):
-    """G(K)_t = F(K_{t-1}, e_t) for all tokens at once.
+    """G(K)_t = F(K_{t-1}, e_t) for all tokens at once, with K_0 = 0.
 
     Returns:
         (G(K) [B, T, C], streams [B, T, E]).
     """
-    return step(shift(contexts_BTC), tokens_BTE)
+    before = torch.cat([torch.zeros_like(contexts_BTC[:, :1]), contexts_BTC[:, :-1]], dim=1)
+    return step(before, tokens_BTE)
 
 
-def squared_change(new_BTC, old_BTC):
-    """Squared difference per token and dimension, in fp32 [B, T]: the CVFP residual of each token."""
-    return (new_BTC.float() - old_BTC.float()).square().mean(-1)
-
-
-def truncated(step, tokens_BTE, context_dim, sweeps, context_step=None, trajectory=None):
+def truncated(step, tokens_BTE, trajectory_BTC, sweeps, context_step):
     """The trajectory, exact in value, with gradient through the last `sweeps` steps of time.
 
     Sweeping on from the trajectory changes nothing, but each sweep's gradient reaches one token further back,
     and all tokens' matrix products are one product (phantom gradient, arXiv 2111.05177, in time).
 
     Args:
-        context_step: the step without streams, which only the last sweep needs; default: the same step.
-        trajectory: function (tokens, start [B, C]) -> contexts that does what `sequential` does, faster.
+        context_step: the step without streams, which only the last sweep needs.
 
     Returns:
         (contexts [B, T, C], streams [B, T, E]).
     """
-    context_step = context_step or step
-    with torch.no_grad():
-        if trajectory:
-            contexts = trajectory(tokens_BTE, tokens_BTE.new_zeros(len(tokens_BTE), context_dim))
-        else:
-            contexts, _ = sequential(context_step, tokens_BTE, context_dim)
+    contexts = trajectory_BTC
     for _ in range(sweeps - 1):
         contexts, _ = sweep(context_step, contexts, tokens_BTE)
     return sweep(step, contexts, tokens_BTE)
 
 
 @dataclass
-class SweepStats:
-    """What each sweep of a solve did, one entry a sweep."""
-
-    residual: list = field(default_factory=list)  # mean squared change per dimension
-    converged: list = field(default_factory=list)  # share of tokens that change less than the threshold
-    error: list = field(default_factory=list)  # relative distance from a trajectory, where one was given
-
-    @property
-    def sweeps(self):
-        return len(self.residual)
-
-
-def solve(
-    step, tokens_BTE, context_dim, max_sweeps, threshold, ratio=1.0, start_BTC=None, trajectory_BTC=None
-):
-    """Sweep from a start (default: cold, K = 0) until a share `ratio` of tokens moves less than `threshold`.
-
-    A chaotic map does not converge; the stats say so, nothing is raised.
-
-    Args:
-        ratio: more than 1 for all `max_sweeps`. trajectory_BTC: what each sweep's error is measured from.
-
-    Returns:
-        (contexts [B, T, C], SweepStats).
-    """
-    contexts = start_BTC
-    if contexts is None:
-        contexts = tokens_BTE.new_zeros(*tokens_BTE.shape[:2], context_dim)
-    stats = SweepStats()
-    for _ in range(max_sweeps):
-        new, _ = sweep(step, contexts, tokens_BTE)
-        change_BT = squared_change(new, contexts)
-        figures = [change_BT.mean().double(), (change_BT < threshold).double().mean()]
-        if trajectory_BTC is not None:
-            figures.append(((new - trajectory_BTC).norm() / trajectory_BTC.norm()).double())
-        residual, converged, *error = torch.stack(figures).tolist()  # one wait for the device a sweep
-        stats.residual.append(residual)
-        stats.converged.append(converged)
-        stats.error.extend(error)
-        contexts = new
-        if converged >= ratio:
-            break
-    return contexts, stats
-
-
-@dataclass
 class PrefillStats:
     """What a prefill did."""
 
-    tokens: int  # of all sequences
-    evaluations: int = 0  # of F, over all tokens
-    sweeps: list = field(default_factory=list)  # of each piece
-    converged: list = field(default_factory=list)  # whether each piece did
-
-    @property
-    def passes(self):
-        """Evaluations of F for an average token: the work, where the loop's is 1."""
-        return self.evaluations / self.tokens
+    passes: float  # evaluations of F for an average token: the work, where the loop's is 1
+    sweeps: list  # of each piece
+    converged: list  # whether each piece did
 
 
 @torch.no_grad()
@@ -161,7 +94,7 @@ def prefill(step, tokens_BTE, context_dim, tolerance, max_sweeps, piece=4096, st
     if guess_BTC is not None:
         contexts[:, 1:] = guess_BTC
     streams = None  # allocated when the first ones tell their width
-    stats = PrefillStats(batch * length)
+    evaluations, sweeps_of_pieces, converged = 0, [], []
     for first in range(0, length, piece):
         last, sweeps = min(first + piece, length), 0
         # Pairs (b, t) to evaluate: at first all tokens of the piece, then those whose start has moved.
@@ -174,13 +107,14 @@ def prefill(step, tokens_BTE, context_dim, tolerance, max_sweeps, piece=4096, st
             if stream is not None:
                 streams = stream.new_empty(batch, length, stream.shape[-1]) if streams is None else streams
                 streams[b, t] = stream.to(streams.dtype)
-            stats.evaluations += len(t)
+            evaluations += len(t)
             sweeps += 1
             moved = ~((new - old).norm(dim=-1) <= tolerance * new.norm(dim=-1))  # NaN counts as moved
             # What moved less is not written, so that the tokens after it stand as they are.
             b, t = b[moved], t[moved] + 1
             contexts[b, t] = new[moved]
             b, t = b[t < last], t[t < last]
-        stats.sweeps.append(sweeps)
-        stats.converged.append(not len(t))
+        sweeps_of_pieces.append(sweeps)
+        converged.append(not len(t))
+    stats = PrefillStats(evaluations / (batch * length), sweeps_of_pieces, converged)
     return contexts[:, 1:], streams, stats

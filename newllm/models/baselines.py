@@ -32,7 +32,7 @@ def build_model(settings, vocab_size, pretrained=None):
 
 
 class Baseline(TokenPredictor):
-    """Embedding -> body -> head, with the interface and the arguments of LanguageModel.
+    """Embedding -> body -> head, with the interface and the arguments of LanguageModel; all in Phase 2.
 
     A GRU or LSTM stands where the context map does: its state is the context, the normalised embedding the
     token stream, and the same head reads both. A Transformer has its own way to join a token with what came
@@ -102,21 +102,12 @@ class Baseline(TokenPredictor):
     def _kernel(self):
         return contextlib.nullcontext() if self.attention == "auto" else sdpa_kernel(KERNELS[self.attention])
 
-    def context_parameters(self):
-        """None: there is no Phase 1."""
-        return []
-
-    def head_parameters(self):
-        """All parameters that may train."""
-        return [p for p in self.parameters() if p.requires_grad]
-
 
 def _recurrent(settings):
     kind = nn.GRU if settings.model_type == "gru" else nn.LSTM
-    between = settings.dropout if settings.num_layers > 1 else 0.0
-    return kind(
-        settings.embed_dim, settings.context_dim, settings.num_layers, batch_first=True, dropout=between
-    )
+    layers = settings.num_layers
+    dropout = settings.dropout if layers > 1 else 0.0  # it stands between layers
+    return kind(settings.embed_dim, settings.context_dim, layers, batch_first=True, dropout=dropout)
 
 
 def _transformer(settings):

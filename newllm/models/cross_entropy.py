@@ -29,14 +29,13 @@ def linear_cross_entropy(hidden, weight_VE, bias_V, targets):
 @torch.no_grad()
 def linear_token_nll(hidden, weight_VE, bias_V, targets):
     """Nats of each target (fp32) and whether it is the likeliest token (bool), without gradient."""
-    flat, wanted = hidden.flatten(0, -2), targets.flatten().long()
-    nll = torch.empty(len(flat), device=flat.device)
-    correct = torch.empty(len(flat), dtype=torch.bool, device=flat.device)
-    for part in _chunks(len(flat), len(weight_VE)):
-        logits = functional.linear(flat[part], weight_VE, bias_V).float()
-        nll[part] = functional.cross_entropy(logits, wanted[part], reduction="none")
-        correct[part] = logits.argmax(-1) == wanted[part]
-    return nll.view(targets.shape), correct.view(targets.shape)
+    nats, hits = [], []
+    size = _chunk_size(targets.numel(), len(weight_VE))
+    for part, wanted in zip(hidden.flatten(0, -2).split(size), targets.flatten().split(size), strict=True):
+        logits = functional.linear(part, weight_VE, bias_V).float()
+        nats.append(functional.cross_entropy(logits, wanted.long(), reduction="none"))
+        hits.append(logits.argmax(-1) == wanted)
+    return torch.cat(nats).view(targets.shape), torch.cat(hits).view(targets.shape)
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
@@ -45,31 +44,30 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_NE, weight_VE, bias_V, targets_N):
         hidden, weight, bias = in_compute_type(hidden_NE), in_compute_type(weight_VE), in_compute_type(bias_V)
-        vocab_size, on_cpu = len(weight), hidden.device.type == "cpu"
         with torch.autocast(hidden.device.type, enabled=False):
             loss = torch.zeros((), device=hidden.device)
             grad_hidden = torch.empty_like(hidden)
             # Sums over chunks are in the parameters' own type: in bf16 the late chunks would be rounded away.
             grad_weight = torch.zeros_like(weight_VE) if weight_VE.requires_grad else None
             grad_bias = torch.zeros_like(bias_V)
-            chunks = _chunks(len(hidden), vocab_size)
             # One buffer for all: fresh memory of this size takes as long as the product that fills it.
-            buffer = hidden.new_empty(chunks[0].stop, vocab_size)
-            product = torch.empty_like(weight) if weight_VE.requires_grad else None
-            for part in chunks:
-                logits, targets = buffer[: part.stop - part.start], targets_N[part, None]
-                torch.addmm(bias, hidden[part], weight.T, out=logits)
-                for rows in _slices(len(logits), CACHE_ELEMENTS // vocab_size if on_cpu else len(logits)):
-                    log_share = torch.log_softmax(logits[rows], -1, dtype=torch.float32)
-                    loss -= log_share.gather(-1, targets[rows]).sum()
+            size = _chunk_size(len(hidden), len(weight))
+            buffer, product = hidden.new_empty(size, len(weight)), torch.empty_like(weight)
+            rows = max(1, CACHE_ELEMENTS // len(weight)) if hidden.device.type == "cpu" else size
+            chunks = (tensor.split(size) for tensor in (hidden, grad_hidden, targets_N[:, None]))
+            for part, grad_part, targets in zip(*chunks, strict=True):
+                logits = torch.addmm(bias, part, weight.T, out=buffer[: len(part)])
+                for some, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
+                    log_share = torch.log_softmax(some, -1, dtype=torch.float32)
+                    loss -= log_share.gather(-1, wanted).sum()
                     # The gradient to the logits is softmax - one-hot. It takes their place in the buffer.
                     gradient = log_share.exp_()
-                    gradient.scatter_add_(-1, targets[rows], -gradient.new_ones(len(gradient), 1))
+                    gradient.scatter_add_(-1, wanted, -torch.ones_like(wanted, dtype=gradient.dtype))
                     grad_bias += gradient.sum(0)
-                    logits[rows] = gradient
-                torch.mm(logits, weight, out=grad_hidden[part])
-                if product is not None:
-                    grad_weight += torch.mm(logits.T, hidden[part], out=product)
+                    some.copy_(gradient)
+                torch.mm(logits, weight, out=grad_part)
+                if grad_weight is not None:
+                    grad_weight += torch.mm(logits.T, part, out=product)
         ctx.save_for_backward(grad_hidden.to(hidden_NE.dtype), grad_weight, grad_bias)
         return loss
 
@@ -79,12 +77,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         return *(None if g is None else g.mul_(grad_output.to(g.dtype)) for g in ctx.saved_tensors), None
 
 
-def _chunks(num_tokens, vocab_size):
-    """Nearly equal slices of the tokens with at most CHUNK_ELEMENTS logits each."""
-    size = max(1, CHUNK_ELEMENTS // vocab_size)
-    return _slices(num_tokens, -(-num_tokens // -(-num_tokens // size)))
-
-
-def _slices(count, size):
-    size = max(1, size)
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+def _chunk_size(num_tokens, vocab_size):
+    """Tokens of nearly equal chunks with at most CHUNK_ELEMENTS logits each."""
+    most = max(1, CHUNK_ELEMENTS // vocab_size)
+    return -(-num_tokens // -(-num_tokens // most))

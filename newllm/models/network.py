@@ -5,6 +5,8 @@ the next context and a token stream, which the head turns into logits.
 Shapes: `...` any leading axes, B sequences, T tokens, C context width, E embedding width, V vocabulary.
 """
 
+import functools
+
 import torch
 from torch import nn
 from torch.func import functional_call
@@ -60,7 +62,7 @@ class Window(nn.Module):
 
     c_t = [P e_t, ..., P e_{t-7}; leaky averages of Q e], u_t = e_t, with fixed random projections P and Q.
     Half of the width goes to the lags (a delay line: sweeps are exact after as many), half to the averages,
-    a <- l a + sqrt(1 - l^2) Q e. What evaluates a ContextMap evaluates it too.
+    a <- l a + sqrt(1 - l^2) Q e.
     """
 
     LAGS = 8  # tokens kept in order
@@ -71,10 +73,9 @@ class Window(nn.Module):
         super().__init__()
         self.lag_dim = max(1, context_dim // 2 // self.LAGS)
         slow_dim = context_dim - self.LAGS * self.lag_dim
-        generator = torch.Generator().manual_seed(seed)
-        for name, width in (("lag", self.lag_dim), ("slow", slow_dim)):
-            projection = torch.randn(embed_dim, width, generator=generator) / embed_dim**0.5
-            self.register_buffer(name, projection)
+        draw = functools.partial(torch.randn, generator=torch.Generator().manual_seed(seed))
+        self.register_buffer("lag", draw(embed_dim, self.lag_dim) / embed_dim**0.5)
+        self.register_buffer("slow", draw(embed_dim, slow_dim) / embed_dim**0.5)
         repeats = -(-slow_dim // len(self.TIME_CONSTANTS))
         constants = torch.tensor(self.TIME_CONSTANTS).repeat_interleave(repeats)[:slow_dim]
         self.register_buffer("decay", torch.exp(-1 / constants))
@@ -93,7 +94,6 @@ class NoContext(nn.Module):
     """c_t = 0, u_t = e_t: what the current token alone is good for."""
 
     def forward(self, context, token, stream=True):
-        """(c_{t-1} [..., C], e_t [..., E]) -> (0, e_t)."""
         return torch.zeros_like(context), token
 
 
@@ -111,7 +111,7 @@ class Dropout(nn.Module):
         if not self.training or not self.dropped:
             return values
         if values.device.type != "cpu":
-            return functional.dropout(values, self.dropped / 256)
+            return functional.dropout(values, self.dropped / 256)  # one kernel there
         # Eight bytes a draw: with its gradient 0.3 to 0.45 of the time of torch's, which shows in a step.
         words = torch.randint(-(2**63), 2**63 - 1, [values.numel() // 8 + 1])
         kept = words.view(torch.uint8)[: values.numel()].view(values.shape) >= self.dropped
@@ -142,13 +142,8 @@ class TokenLayer(nn.Module):
     def __init__(self, context_dim, embed_dim, dropout):
         super().__init__()
         width = context_dim + embed_dim
-        self.mlp = nn.Sequential(
-            Dropout(dropout),
-            nn.Linear(width, width),
-            nn.GELU(),
-            Dropout(dropout),
-            nn.Linear(width, embed_dim),
-        )
+        wide, narrow = nn.Linear(width, width), nn.Linear(width, embed_dim)
+        self.mlp = nn.Sequential(Dropout(dropout), wide, nn.GELU(), Dropout(dropout), narrow)
         self.norm = nn.LayerNorm(embed_dim)
 
     def forward(self, context, stream):
@@ -160,18 +155,16 @@ class TokenPredictor(nn.Module):
 
     Args:
         settings: embed_dim, token_layers, dropouts, tie_weights (newllm.config.ModelSettings).
-        vocab_size: number of token ids V.
-        context_dim: width C of the context that the head reads; None: no context, and no layers to read one.
+        vocab_size: V. context_dim: C of what the head reads; None: no context, and no layers to read one.
     """
 
     def __init__(self, settings, vocab_size, context_dim):
         super().__init__()
         self.vocab_size, self.context_dim, self.embed_dim = vocab_size, context_dim or 0, settings.embed_dim
         self.embedding = nn.Embedding(vocab_size, settings.embed_dim)
-        layers = 0 if context_dim is None else settings.token_layers
-        self.token_layers = nn.ModuleList(
-            TokenLayer(context_dim, self.embed_dim, settings.dropout) for _ in range(layers)
-        )
+        self.token_layers = nn.ModuleList()
+        for _ in range(0 if context_dim is None else settings.token_layers):
+            self.token_layers.append(TokenLayer(context_dim, self.embed_dim, settings.dropout))
         self.output = None if settings.tie_weights else nn.Linear(settings.embed_dim, vocab_size, bias=False)
         self.output_bias = nn.Parameter(torch.zeros(vocab_size))
         self.token_dropout = TokenDropout(settings.token_dropout, settings.embed_dim)
@@ -202,16 +195,26 @@ class TokenPredictor(nn.Module):
         scale = ALIGNED_LOGIT / (self.embed_dim**0.5 * vectors.norm(dim=1).mean())
         self.embedding.weight = nn.Parameter(scale * vectors, requires_grad=False)
 
+    def context_parameters(self):
+        """Parameters that move the contexts: what Phase 1 trains. Here none."""
+        return []
+
+    def head_parameters(self):
+        """All others that may train: token layers, output, and the embedding where it may."""
+        context = set(self.context_parameters())
+        return [p for p in self.parameters() if p.requires_grad and p not in context]
+
     def frozen_state(self):
         """The part of the state dict that no training changes, by name."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name in self._frozen()}
+        names = {"context_embedding"}
+        if not self.embedding.weight.requires_grad:
+            names.add("embedding.weight")
+        return {name: tensor for name, tensor in self.state_dict().items() if name in names}
 
     def trained_state(self):
         """The rest of the state dict; the two together are what `load_state_dict` wants."""
-        return {name: tensor for name, tensor in self.state_dict().items() if name not in self._frozen()}
-
-    def _frozen(self):
-        return [] if self.embedding.weight.requires_grad else ["embedding.weight"]
+        frozen = self.frozen_state()
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in frozen}
 
 
 # The language model
@@ -221,14 +224,14 @@ class LanguageModel(TokenPredictor):
     """Next-token predictor whose memory is the context c_t.
 
     Args:
-        settings: widths, depths, dropout, tying and initial scale (newllm.config.ModelSettings).
-        vocab_size: number of token ids V.
+        settings: newllm.config.ModelSettings. vocab_size: V.
         pretrained: optional embedding matrix [V, E]; it is then frozen.
     """
 
     def __init__(self, settings, vocab_size, pretrained=None):
         super().__init__(settings, vocab_size, settings.context_dim)
-        self.embed_norm = nn.LayerNorm(settings.embed_dim)
+        learns_context = settings.model_type == "context"
+        self.embed_norm = nn.LayerNorm(settings.embed_dim).requires_grad_(learns_context)
         if settings.model_type == "window":
             self.context_map = Window(settings.context_dim, settings.embed_dim, settings.seed)
         elif settings.model_type == "token":
@@ -239,7 +242,7 @@ class LanguageModel(TokenPredictor):
         if pretrained is not None:
             self.freeze_embedding(pretrained)
         self.register_buffer("context_embedding", None)
-        if settings.freeze_context or settings.model_type != "context":
+        if settings.freeze_context or not learns_context:
             self.keep_context_embedding()
 
     def keep_context_embedding(self):
@@ -279,47 +282,31 @@ class LanguageModel(TokenPredictor):
         return self.logits(context, stream), context
 
     def context_parameters(self):
-        """Parameters that move the contexts: what Phase 1 trains. Of an adapter alone while there is one.
-
-        A window and an empty context have none.
-        """
+        """What Phase 1 trains. Of an adapter alone while there is one; a window and no context have none."""
         learned = dict(self.context_map.named_parameters())
         added = [parameter for name, parameter in learned.items() if ".lora_" in name]
         if added or not learned:
             return added
         return [*self.embed_norm.parameters(), *learned.values()]
 
-    def head_parameters(self):
-        """All other parameters that may train: token layers, output, and the embedding where it may."""
-        context = {id(p) for p in (*self.embed_norm.parameters(), *self.context_map.parameters())}
-        return [p for p in self.parameters() if id(p) not in context and p.requires_grad]
-
-    def _frozen(self):
-        own = [] if self.context_embedding is None else ["context_embedding"]
-        return own + super()._frozen()
-
 
 @torch.no_grad()
 def init_weights(model, init_scale, seed):
-    """Initialise every parameter, from a generator of its own so that nothing else can shift the draw.
+    """Draw every matrix, from a generator of its own so that nothing else can shift the draw.
 
     Matrices of F: normal, std init_scale / sqrt(fan-in): small enough for F to contract, unlike a fixed std.
-    Other matrices: std 1 / sqrt(fan-in). Embeddings and output: EMBEDDING_STD. Norms: identity. Biases: zero.
+    Of the head: std 1 / sqrt(fan-in). Embedding and output: EMBEDDING_STD. Biases: zero.
     """
-    generator = torch.Generator().manual_seed(seed)
-    in_context_map = {id(m.mix) for m in model.modules() if isinstance(m, ResidualLayer)}
-    # The head last: it must not shift the draw of the context map.
-    parts = (model.embedding, model.embed_norm, model.context_map, model.token_layers, model.output)
-    for module in (module for part in parts if part is not None for module in part.modules()):
-        if isinstance(module, nn.Embedding) or module is model.output:
-            module.weight.normal_(0, EMBEDDING_STD, generator=generator)
-        elif isinstance(module, nn.Linear):
-            scale = init_scale if id(module) in in_context_map else 1.0
-            module.weight.normal_(0, scale / module.in_features**0.5, generator=generator)
-        elif isinstance(module, nn.LayerNorm):
-            module.weight.fill_(1)
-        if getattr(module, "bias", None) is not None:
-            module.bias.zero_()
+    draw = functools.partial(torch.Tensor.normal_, generator=torch.Generator().manual_seed(seed))
+    draw(model.embedding.weight, 0, EMBEDDING_STD)
+    # The head after F: it must not shift the draw of the context map.
+    for part, scale in ((model.context_map, init_scale), (model.token_layers, 1.0)):
+        for layer in part.modules():
+            if isinstance(layer, nn.Linear):
+                draw(layer.weight, 0, scale / layer.in_features**0.5)
+                layer.bias.zero_()
+    if model.output is not None:
+        draw(model.output.weight, 0, EMBEDDING_STD)
 
 
 # Types under autocast

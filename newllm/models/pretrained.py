@@ -22,9 +22,9 @@ def load_embedding(source, vocab_size, embed_dim):
     """Input embedding [V, E] of a pretrained model, or None for "random".
 
     Args:
-        source: "random", "gpt2" (the hub or its cache), "wordllama" (the package: 256 dimensions, out of
-            Llama models), or a folder or hub name in transformers' format.
-        vocab_size: ids of the tokenizer; rows beyond them, which some models have for speed, are left out.
+        source: "random", "gpt2", "wordllama" (the package: 256 dimensions, out of Llama models), or a folder
+            or hub name in transformers' format.
+        vocab_size: V; rows beyond these ids, which some models have for speed, are left out.
 
     Raises:
         UserError: it cannot be had, or its shape is not [vocab_size, embed_dim].
@@ -35,13 +35,13 @@ def load_embedding(source, vocab_size, embed_dim):
 
     try:
         weight = _read_wordllama() if source == "wordllama" else _read_model(source)
+        if not weight.isfinite().all() or not weight.any():
+            raise ValueError("its vectors are all zeros or not finite")
     except (hub.Unreachable, OSError, ValueError, SafetensorError) as error:
         raise UserError(
             f"embeddings '{source}' cannot be had ({hub.describe(error)}): give a folder with the "
             "weights, connect to the hub, or use --embeddings random."
         ) from error
-    if not weight.isfinite().all() or not weight.any():
-        raise UserError(f"embeddings '{source}' are all zeros or not finite: take others.")
     rows, width = weight.shape
     if rows < vocab_size or width != embed_dim:
         raise UserError(
@@ -49,29 +49,6 @@ def load_embedding(source, vocab_size, embed_dim):
             f"set --embed_dim {width}, and --tokenizer to the one that these embeddings belong to."
         )
     return weight[:vocab_size].float().clone()
-
-
-def require_own_ids(embeddings, tokenizer):
-    """Refuse vectors for ids that stand for other tokens than those they were learned for.
-
-    Args:
-        embeddings, tokenizer: as the settings of these names; tokenizer as `tokenizer_choice` gives it.
-
-    Raises:
-        UserError: the tokenizer is not that of the embeddings, or one of the two cannot be had.
-    """
-    if embeddings in ("random", tokenizer):
-        return
-    # A tokenizer that is trained here always numbers other tokens.
-    if tokenizer == "bpe" or not _vocabulary(tokenizer).items() <= _vocabulary(embeddings).items():
-        raise UserError(
-            f"the vectors of embeddings '{embeddings}' belong to its own tokenizer, and tokenizer "
-            f"'{tokenizer}' numbers other tokens: use --tokenizer auto or --embeddings random."
-        )
-
-
-def _vocabulary(choice):
-    return json.loads(choose_tokenizer(choice)[0].to_json())["model"]["vocab"]
 
 
 def _read_wordllama():
@@ -95,16 +72,35 @@ def _read_model(source):
     return layer.weight.detach()
 
 
+def require_own_ids(embeddings, tokenizer):
+    """Refuse vectors for ids that stand for other tokens than those they were learned for.
+
+    Args:
+        embeddings: as the setting. tokenizer: as `tokenizer_choice` gives it.
+
+    Raises:
+        UserError: the tokenizer is not that of the embeddings, or one of the two cannot be had.
+    """
+    if embeddings in ("random", tokenizer):
+        return
+    # A tokenizer that is trained here always numbers other tokens.
+    if tokenizer == "bpe" or not _vocabulary(tokenizer).items() <= _vocabulary(embeddings).items():
+        raise UserError(
+            f"the vectors of embeddings '{embeddings}' belong to its own tokenizer, and tokenizer "
+            f"'{tokenizer}' numbers other tokens: use --tokenizer auto or --embeddings random."
+        )
+
+
+def _vocabulary(choice):
+    return json.loads(choose_tokenizer(choice)[0].to_json())["model"]["vocab"]
+
+
 # Low-rank additions to the matrices of F (LoRA, Hu et al. 2021, arXiv 2106.09685). While they are there they
 # alone of F train; merged at the end of training they leave a model like any other.
 
 
 def require_peft():
-    """Refuse what needs the library where it is not.
-
-    Raises:
-        UserError: peft is not installed.
-    """
+    """Raise UserError where the library is not installed."""
     if importlib.util.find_spec("peft") is None:
         raise UserError(
             "context_adapter 'lora' needs the package peft: pip install newllm[lora], or leave it out."
@@ -112,12 +108,12 @@ def require_peft():
 
 
 def adapter_rank(asked, memory):
-    """The setting, or by the device's memory in bytes."""
+    """The rank asked for, or for 0 that of the device's memory in bytes."""
     return asked or next(rank for limit, rank in RANKS if memory < limit)
 
 
 def has_adapter(state):
-    """Whether the names of a state dict are those of a model with an adapter."""
+    """Whether a state dict is that of a model with an adapter."""
     return any(".lora_A." in name for name in state)
 
 

@@ -16,7 +16,6 @@ from newllm.fixed_point.losses import phase1_loss
 from newllm.fixed_point.solver import sequential, sweep
 from newllm.seeding import derived_generator
 from newllm.training.contexts import StoredContexts
-from newllm.training.step import copy_of, distance
 
 SETTLE_ERROR = 1e-2  # relative distance from the trajectory at which contexts count as settled
 SETTLE_SWEEPS = 32
@@ -93,30 +92,21 @@ class Phase1:
             new_bTC = swept(parts[0])
             loss, values = self._backward(new_bTC, old_bTC, batch)
             return loss, (values, new_bTC.detach())
-
         with torch.no_grad():
             new_bTC = torch.cat([swept(part) for part in parts]) if parts else torch.empty_like(old_bTC)
-
         new_BTC = group.assemble(new_bTC, batch.own, len(batch.samples)).requires_grad_()
         old_BTC = group.assemble(old_bTC, batch.own, len(batch.samples))
         loss, values = self._backward(new_BTC, old_BTC, batch)
         gradient_bTC = new_BTC.grad[batch.own]
-
         for part in parts:
             swept(part).backward(gradient_bTC[part])
         return loss, (values, new_bTC.detach())
 
     def _backward(self, new_BTC, old_BTC, batch):
-        settings = self.settings
-        loss, values = phase1_loss(
-            new_BTC,
-            old_BTC,
-            settings.dist_reg_weight,
-            settings.dist_reg,
-            settings.phase1_convergence_threshold,
-            consistency=batch.epoch
-            > 0,  # at first the stored contexts are zeros, which no map should come back to
-        )
+        weight, kind = self.settings.dist_reg_weight, self.settings.dist_reg
+        threshold = self.settings.phase1_convergence_threshold
+        # At first the stored contexts are zeros, which no map should come back to.
+        loss, values = phase1_loss(new_BTC, old_BTC, weight, kind, threshold, consistency=batch.epoch > 0)
         self.runtime.accelerator.backward(loss)
         return loss.detach().double(), values
 
@@ -156,8 +146,6 @@ class Phase1:
 
     def results(self, state):
         """Steps, relative change of the parameters, speed, and how far the contexts are from settled."""
-        settled = self._settle()
-        self.contexts.close()
         return {
             "phase1_steps": state.steps - state.skipped,
             "phase1_param_change": distance(self.parameters, self.initial) / distance(self.initial),
@@ -165,7 +153,7 @@ class Phase1:
             "sample_order": state.sample_order,
             "seconds_phase1": state.seconds,
             "tok_per_s_phase1": state.tokens / max(state.seconds, 1e-9),
-            **settled,
+            **self._settle(),
         }
 
     @torch.no_grad()
@@ -184,6 +172,17 @@ class Phase1:
             contexts, _ = sweep(self.model.step, contexts, tokens)
             sweeps += 1
         return {"settle_sweeps": sweeps, "settle_error": ((contexts - reference).norm() / size).item()}
+
+
+@torch.no_grad()
+def distance(parameters, others=None):
+    """Euclidean distance between two lists of tensors; of one from zero."""
+    others = others or [torch.zeros_like(p) for p in parameters]
+    return torch.stack([(a - b).norm() for a, b in zip(parameters, others, strict=True)]).norm().item()
+
+
+def copy_of(parameters):
+    return [p.detach().clone() for p in parameters]
 
 
 def shuffled(ids, seed):

@@ -6,6 +6,8 @@ Shapes: B samples in a batch, b of them on this process, T tokens, C context wid
 import functools
 import math
 
+import torch
+
 from newllm.evaluate import evaluate_prediction, sample_nats
 from newllm.fixed_point.solver import sequential, truncated
 from newllm.models.baselines import Baseline
@@ -96,8 +98,9 @@ class Phase2:
         cast_step = step.for_batch()
         if not sweeps:
             return sequential(cast_step, tokens, model.context_dim)
+        trajectory = step.trajectory(tokens, tokens.new_zeros(len(tokens), model.context_dim))
         contexts_alone = functools.partial(cast_step, stream=False)
-        return truncated(cast_step, tokens, model.context_dim, sweeps, contexts_alone, step.trajectory)
+        return truncated(cast_step, tokens, trajectory, sweeps, contexts_alone)
 
     def after_step(self, batch, loss, made):
         """The batch's loss, weighted by its share of the samples."""
@@ -153,7 +156,7 @@ class Phase2:
         if self.adapted:
             merge_adapter(self.model)
         data, runtime = self.data, self.runtime
-        own = runtime.group.owned_of(len(data.val))
+        own = runtime.group.owned(torch.arange(len(data.val)))
         nats = sample_nats(
             self.model, data.val[own], runtime.autocast, runtime.device, self._features_of(own)
         )

@@ -7,15 +7,14 @@ same place in all rows, and starts with a dialogue of its own.
 
 import json
 import math
-import os
 import statistics
-from dataclasses import dataclass
 
 import numpy as np
 
 from newllm.errors import UserError
-from newllm.report.record import as_curve, read_rows
+from newllm.report.record import append_line, as_curve, read_rows
 from newllm.report.summary import COUNTED
+from newllm.saving.files import sync
 
 NEEDED = {"run", "arm", "seed", "changes", "settings", "val_sample_nats"}
 RESAMPLES = 2000
@@ -33,44 +32,33 @@ CLAIMS = (  # sentence, the arm it is about, the arms of which it must beat the 
 
 
 def append_row(path, row):
-    """Add a row to a file; it is on the disk when this returns. Several processes may append to one file.
+    """Add a row, which is on the disk when this returns; several processes may append to one file.
 
-    Raises:
-        UserError: the disk refused.
+    UserError where the disk refuses.
     """
-    line = json.dumps(row, sort_keys=True).encode() + b"\n"
     try:
-        with open(path, "ab+") as file:
-            file.seek(max(0, file.tell() - 1))
-            if file.read(1) not in (b"", b"\n"):  # a crash left the last row unfinished: begin another line
-                line = b"\n" + line
-            file.write(line)
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(path, json.dumps(row, sort_keys=True))
+        sync(path)
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be written ({error.strerror}): free the disk and run again."
-        ) from error
+        reason = f"{path} cannot be written ({error.strerror})"
+        raise UserError(f"{reason}: free the disk and run again.") from error
 
 
 def read_results(path):
     """The rows of a file, the last of each run; [] without a file. What a crash left unfinished is no row.
 
-    Raises:
-        UserError: the file cannot be read, or a row is no result of this version.
+    UserError where the file cannot be read, or holds something else.
     """
     rows = {}
     try:
         for row in read_rows(path):
-            if not isinstance(row, dict) or not row.keys() >= NEEDED:
-                raise UserError(
-                    f"{path} holds a row that is no result of this version: choose another --results."
-                )
+            if not row.keys() >= NEEDED:
+                raise KeyError("run")
             rows[row["run"]] = row
     except FileNotFoundError:
         return []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): choose another --results.") from error
+    except (OSError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read as results ({error!r}): choose another --results.") from error
     return list(rows.values())
 
 
@@ -105,14 +93,10 @@ def paired_difference(ours, theirs, length, seed=0):
 
 
 class Comparison:
-    """Rows of several arms, by budget.
+    """Rows of several arms, in `by` by number of training tokens and arm."""
 
-    Args:
-        rows: list of dicts as above. reference: the arm that the others are compared with.
-    """
-
-    def __init__(self, rows, reference=FINETUNED):
-        self.reference, self.by = reference, {}
+    def __init__(self, rows):
+        self.by = {}
         for row in rows:
             self.by.setdefault((row["train_tokens"], row["arm"]), []).append(row)
         self.budgets = sorted({tokens for tokens, _ in self.by})
@@ -132,7 +116,7 @@ class Comparison:
 
     def counted(self, tokens):
         """{name: (perplexity, bits per byte)} of n-gram counts, which are the same for every seed."""
-        row = self.by.get((tokens, self.reference), self.by[tokens, self.arms(tokens)[0]])[0]
+        row = self.by.get((tokens, FINETUNED), self.by[tokens, self.arms(tokens)[0]])[0]
         bits_a_nat = row["val_bpb"] / row["val_loss"]
         perplexities = {name: row[f"val_ppl_{name}"] for name in COUNTED}
         return {name: (ppl, bits_a_nat * math.log(ppl)) for name, ppl in perplexities.items()}
@@ -149,11 +133,12 @@ class Comparison:
         row = self.by[tokens, arm][0]
         return row["contexts"] == "frozen" or row["model_type"] in ("window", "token")
 
-    def by_setting(self, tokens, name, prefix):
-        """(value of a setting, arm) of all frozen arms at a budget whose names begin so, but the shuffled."""
-        arms = [arm for arm in self.arms(tokens) if arm.startswith(prefix) and self.is_frozen(tokens, arm)]
+    def weights(self, tokens):
+        """(dist_reg_weight, arm), ascending, of the frozen arms of Phase 1 on tokens in their order."""
+        arms = [arm for arm in self.arms(tokens) if arm.startswith("phase1_") and self.is_frozen(tokens, arm)]
         settings = {arm: self.by[tokens, arm][0]["settings"] for arm in arms}
-        return [(values[name], arm) for arm, values in settings.items() if not values["phase1_shuffle"]]
+        ordered = [arm for arm in arms if not settings[arm]["phase1_shuffle"]]
+        return sorted((settings[arm]["dist_reg_weight"], arm) for arm in ordered)
 
     def difference(self, tokens, ours, theirs):
         """paired_difference of two arms at a budget; None where one is missing, or their tokens differ."""
@@ -183,14 +168,12 @@ class Comparison:
         mean, half = self.mean(tokens, arm, "val_ppl")
         return f"{mean:,.1f}" if math.isnan(half) else f"{mean:,.1f} +- {half:.1f}"
 
-    def context_cells(self, tokens, arm):
-        """Rank, cold-start error after 10 sweeps and memory horizon of the contexts of an arm."""
-        suffix = "" if self.is_frozen(tokens, arm) else "_finetuned"
-        keys = [f"{key}{suffix}" for key in ("er_val", "cold_start_error_10", "memory_horizon")]
-        if any(row.get(key) is None for key in keys for row in self.by[tokens, arm]):
-            return "", "", ""
-        rank, error, horizon = (self.mean(tokens, arm, key)[0] for key in keys)
-        return f"{rank:.1%}", f"{error:.2g}", f"{horizon:.3g}"
+    def context_cell(self, tokens, arm, key, form):
+        """The mean of a figure of the contexts that an arm predicts from; "" for an arm without any."""
+        key = key if self.is_frozen(tokens, arm) else f"{key}_finetuned"
+        if any(row.get(key) is None for row in self.by[tokens, arm]):
+            return ""
+        return format(self.mean(tokens, arm, key)[0], form)
 
 
 def as_percent(difference):
@@ -207,8 +190,12 @@ def claims_table(comparison):
     for sentence, ours, rivals in CLAIMS:
         verdicts = [comparison.verdict(tokens, ours, rivals) for tokens in comparison.budgets]
         if any(verdicts):
-            rows.append({"claim": sentence} | by_budget(comparison, verdicts))
-    return markdown(rows)
+            rows.append([sentence, *verdicts])
+    return markdown(["claim", *_headers(comparison)], rows)
+
+
+def _headers(comparison):
+    return [f"{tokens:,} tokens" for tokens in comparison.budgets]
 
 
 def perplexity_table(comparison, labels):
@@ -219,27 +206,20 @@ def perplexity_table(comparison, labels):
     """
     budgets, rows = comparison.budgets, []
     for arm in dict.fromkeys(arm for tokens in reversed(budgets) for arm in comparison.arms(tokens)):
-        cells = [comparison.perplexity(tokens, arm) for tokens in budgets]
-        rows.append({"arm": arm, "what it is": labels.get(arm, "")} | by_budget(comparison, cells))
+        rows.append([arm, labels.get(arm, ""), *(comparison.perplexity(tokens, arm) for tokens in budgets)])
     for name, label in COUNTED.items():
         cells = [f"{comparison.counted(tokens)[name][0]:,.1f}" for tokens in budgets]
-        rows.append({"arm": f"({name})", "what it is": label} | by_budget(comparison, cells))
-    return markdown(rows)
-
-
-def by_budget(comparison, cells):
-    """{header of the budget's column: cell}."""
-    return {f"{tokens:,} tokens": cell for tokens, cell in zip(comparison.budgets, cells, strict=True)}
+        rows.append([f"({name})", label, *cells])
+    return markdown(["arm", "what it is", *_headers(comparison)], rows)
 
 
 def budget_table(comparison, tokens):
     """Markdown: all arms and counts at a budget, fewest bits per byte first; contexts as means over seeds."""
     rows = []
     for arm in comparison.arms(tokens):
-        rank, error, horizon = comparison.context_cells(tokens, arm)
         against = against_frozen = None
-        if arm != comparison.reference:
-            against = comparison.difference(tokens, arm, comparison.reference)
+        if arm != FINETUNED:
+            against = comparison.difference(tokens, arm, FINETUNED)
         if arm != FROZEN and comparison.is_frozen(tokens, arm):
             against_frozen = comparison.difference(tokens, FROZEN, arm)
         rows.append(
@@ -251,26 +231,25 @@ def budget_table(comparison, tokens):
                 "parameters": f"{comparison.by[tokens, arm][0]['parameters']:,}",
                 "training s": f"{comparison.seconds(tokens, arm):.0f}",
                 "peak MB": f"{comparison.mean(tokens, arm, 'peak_memory_mb')[0]:,.0f}",
-                "effective rank": rank,
-                "cold-start error": error,
-                "memory horizon": horizon,
-                f"against {comparison.reference}": as_percent(against),
+                "effective rank": comparison.context_cell(tokens, arm, "er_val", ".1%"),
+                "cold-start error": comparison.context_cell(tokens, arm, "cold_start_error_10", ".2g"),
+                "memory horizon": comparison.context_cell(tokens, arm, "memory_horizon", ".3g"),
+                f"against {FINETUNED}": as_percent(against),
                 f"{FROZEN} against it": as_percent(against_frozen),
             }
         )
+    header = list(rows[0])
     for name, (perplexity, bits) in comparison.counted(tokens).items():
-        counts = {"val perplexity": f"{perplexity:,.1f}", "bits per byte": f"{bits:.3f}"}
-        rows.append({"arm": f"({name})"} | counts)
-    return markdown(sorted(rows, key=lambda row: float(row["bits per byte"])))
+        counts = {"arm": f"({name})", "val perplexity": f"{perplexity:,.1f}", "bits per byte": f"{bits:.3f}"}
+        rows.append(counts)
+    rows.sort(key=lambda row: float(row["bits per byte"]))
+    return markdown(header, [[row.get(name, "") for name in header] for row in rows])
 
 
-def markdown(rows):
-    """Lines of a Markdown table, from dicts of cells by header; a row may lack some."""
-    if not rows:
-        return []
-    header = list(max(rows, key=len))
-    cells = [[row.get(name, "") for name in header] for row in rows]
-    return ["| " + " | ".join(map(str, line)) + " |" for line in (header, ["---"] * len(header), *cells)]
+def markdown(header, rows):
+    """Lines of a Markdown table; none without rows."""
+    lines = [header, ["---"] * len(header), *rows] if rows else []
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
 
 
 def table(header, rows):
@@ -284,44 +263,21 @@ def table(header, rows):
     return [lines[0], "-|-".join("-" * width for width in widths), *lines[1:]]
 
 
-@dataclass(frozen=True)
-class Fit:
-    """The line y = intercept + slope * x through points, and the share of the variance that it explains."""
-
-    intercept: float
-    slope: float
-    r_squared: float
-
-    def __call__(self, x):
-        return self.intercept + self.slope * x
-
-    def text(self, unit):
-        """The line in words, where x counts thousands of tokens and y has the unit."""
-        sign = "-" if self.slope < 0 else "+"
-        return f"{self.intercept:,.1f} {unit} {sign} {abs(self.slope):.3g} {unit} per 1,000 tokens"
-
-
-def linear_fit(xs, ys):
-    """Least squares through two points or more."""
-    slope, intercept = statistics.linear_regression(xs, ys)
-    constant = len(set(ys)) == 1  # no variance to explain
-    return Fit(intercept, slope, 1.0 if constant else statistics.correlation(xs, ys) ** 2)
-
-
-def scale_fits(summaries):
-    """(fit of seconds, fit of peak memory in MB) against thousands of training tokens, over budgets."""
+def growth(summaries, key, unit):
+    """Least squares of a figure over thousands of training tokens: (intercept, slope, the line in words)."""
     thousands = [summary["train_tokens"] / 1000 for summary in summaries]
-    return tuple(linear_fit(thousands, [s[key] for s in summaries]) for key in ("seconds", "peak_memory_mb"))
+    values = [summary[key] for summary in summaries]
+    slope, intercept = statistics.linear_regression(thousands, values)
+    # Without any variance there is none to explain.
+    r_squared = statistics.correlation(thousands, values) ** 2 if len(set(values)) > 1 else 1.0
+    sign = "-" if slope < 0 else "+"
+    line = f"{intercept:,.1f} {unit} {sign} {abs(slope):.3g} {unit} per 1,000 tokens, R^2 {r_squared:.4f}"
+    return intercept, slope, line
 
 
 def scale_lines(summaries):
-    """How time and memory grow over budgets, which ascend, as lines."""
-    time, memory = scale_fits(summaries)
-    first, last = summaries[0], summaries[-1]
-    tokens, seconds, peak = (last[key] / first[key] for key in ("train_tokens", "seconds", "peak_memory_mb"))
+    """How time and memory grow over budgets, as lines."""
     return [
-        f"time = {time.text('s')}, R^2 {time.r_squared:.4f}",
-        f"peak memory = {memory.text('MB')}, R^2 {memory.r_squared:.4f}",
-        f"from the smallest budget to the largest: tokens x{tokens:.1f}, time x{seconds:.1f}, peak memory "
-        f"x{peak:.2f}",
+        f"time = {growth(summaries, 'seconds', 's')[2]}",
+        f"peak memory = {growth(summaries, 'peak_memory_mb', 'MB')[2]}",
     ]

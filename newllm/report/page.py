@@ -7,22 +7,20 @@ from pathlib import Path
 
 from newllm.errors import UserError
 from newllm.report.pictures import loss_curve, run_contexts
-from newllm.report.record import format_value, read_record
+from newllm.report.record import format_value, read_records
 from newllm.report.summary import language_rows, summary_lines
 from newllm.saving.files import write_text
 
-CONTEXTS = (  # what it is, key, unit
-    ("effective rank, training tokens", "er_train", "%"),
-    ("effective rank, validation tokens", "er_val", "%"),
-    ("tokens converged after 10 cold sweeps", "converged_ratio", "%"),
-    ("cold-start error after 10 sweeps", "cold_start_error_10", ""),
-    ("change of the error a sweep", "contraction", "x"),
-    ("memory horizon, tokens", "memory_horizon", ""),
-    ("past capacity", "past_capacity", ""),
+CONTEXTS = (  # what it is, key, format
+    ("effective rank, training tokens", "er_train", ".1%"),
+    ("effective rank, validation tokens", "er_val", ".1%"),
+    ("ceiling of effective rank at so many tokens", "er_ceiling", ".1%"),
+    ("tokens converged after 10 cold sweeps", "converged_ratio", ".1%"),
+    ("cold-start error after 10 sweeps", "cold_start_error_10", ".4g"),
+    ("change of the error a sweep, times", "contraction", ".4g"),
+    ("memory horizon, tokens", "memory_horizon", ".4g"),
+    ("past capacity", "past_capacity", ".4g"),
 )
-ITERATIONS = ("cvfp", "dist_reg", "converged", "er", "grad_norm", "update_norm", "optimizer_steps")
-EPOCHS = ("train_loss", "val_loss", "val_ppl", "val_bpb", "val_acc")
-TEMPLATE = Path(__file__).with_name("page.html")
 
 
 def artifact_paths(folder, kind, run):
@@ -76,31 +74,28 @@ def page(record, pictures):
     tables, folded = [], []
     if "val_ppl" in summary:
         rows = [(name, f"{ppl:.1f}", f"{bpb:.3f}") for name, ppl, bpb in language_rows(summary)]
-        tables.append(("Language model", ("held-out dialogues", "perplexity", "bits per byte"), rows, ""))
+        tables.append(("Language model", ("held-out dialogues", "perplexity", "bits per byte"), rows))
     if "er_ceiling" in summary:
         ends = {"untrained": "_untrained", "Phase 1": "", "fine-tuned": "_finetuned"}
         ends = {title: end for title, end in ends.items() if f"er_val{end}" in summary}
-        rows = [
-            (name, *(_figure(summary[f"{key}{end}"], unit) for end in ends.values()))
-            for name, key, unit in CONTEXTS
-        ]
-        note = f"Ceiling of effective rank: {summary['er_ceiling']:.1%} at {summary['rank_tokens']:,} tokens."
-        tables.append(("Contexts", ("contexts", *ends), rows, note))
-    for title, columns, names, counter in (
-        ("Phase 1, by iteration", record.phase1, ITERATIONS, "iteration"),
-        ("Phase 2, by epoch", record.phase2, EPOCHS, "epoch"),
-    ):
+        rows = []
+        for name, key, form in CONTEXTS:
+            values = [summary.get(f"{key}{end}") for end in ends.values()]
+            rows.append([name, *("" if value is None else format(value, form) for value in values)])
+        tables.append(("Contexts", ("contexts", *ends), rows))
+    for title, columns in (("Phase 1, by iteration", record.phase1), ("Phase 2, by epoch", record.phase2)):
         if columns:
-            rows = zip(*(map(_figure, columns[name]) for name in (counter, *names)), strict=True)
-            folded.append((title, (counter, *names), list(rows), ""))
+            rows = zip(*(map(format_value, values) for values in columns.values()), strict=True)
+            folded.append((title, list(columns), list(rows)))
     facts = {"device": device, "commit": record.start.get("git_commit"), **summary}
     for title, values in (("All figures", facts), ("Settings", record.config)):
         rows = [(name, format_value(value)) for name, value in values.items()]
-        folded.append((title, ("name", "value"), rows, "text"))
+        folded.append((title, ("name", "value"), rows))
     data = f"{summary['train_tokens']:,} training tokens of {summary['data_source']}"
     size = f"{summary['parameters']:,} parameters, {summary['seconds']:.0f} s on {device}"
     images = [(path.stem, base64.b64encode(path.read_bytes()).decode()) for path in pictures]
-    template = Environment(autoescape=True, trim_blocks=True).from_string(TEMPLATE.read_text("utf-8"))
+    environment = Environment(autoescape=True, trim_blocks=True)
+    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return template.render(
         title=f"newllm {record.kind} {record.run}",
         about=f"{data}, tokenizer {summary['tokenizer']}, {size}",
@@ -111,22 +106,10 @@ def page(record, pictures):
     )
 
 
-def _figure(value, unit=""):
-    if value is None:
-        return ""
-    if unit == "%":
-        return f"{value:.1%}"
-    return f"{unit}{value:.4g}" if isinstance(value, float) else f"{unit}{value:,}"
-
-
 def models_table(folder):
     """Every complete run of a logs folder as a row of CSV: settings and results, with the columns of all."""
     rows = []
-    for path in sorted(folder.glob("metrics_*.jsonl")):
-        try:
-            record = read_record(path)
-        except UserError:
-            continue  # of an earlier version: it stays, and has no row
+    for record in read_records(sorted(folder.glob("metrics_*.jsonl"))):
         if not record.summary:
             continue
         row = {"run": record.run, "started": record.start["time"], "finished": record.summary["time"]}

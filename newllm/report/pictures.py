@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import math
 
-from newllm.report.compare import scale_fits
+from newllm.report.compare import FINETUNED, growth
 from newllm.report.record import as_curve
 
 DPI = 150
@@ -20,7 +20,6 @@ TRAINING_DATA = dict(color="#CC79A7", marker="s")
 UNTRAINED = dict(color="#D55E00", marker="^", linestyle="--")
 COUNTED = dict(color="#009E73", marker="D", linestyle="-.")
 REFERENCE = dict(color="#666666", linestyle=":", linewidth=1.5)
-NO_MARKER = {"marker": None}
 STYLE = {
     "font.size": 9,
     "axes.titlesize": 10,
@@ -37,13 +36,21 @@ STYLE = {
     "figure.constrained_layout.h_pad": 0.1,
 }
 ARM_STYLES = {  # arms of a comparison whose contexts are drawn, in this order
-    "untrained_frozen": UNTRAINED | {"label": "untrained"},
-    "phase1_frozen": TRAINED | {"label": "Phase 1"},
-    "phase1_shuffled": TRAINING_DATA | {"label": "Phase 1, shuffled tokens", "linestyle": ":"},
-    "phase1_finetuned": dict(color="#000000", marker="s", label="Phase 1, fine-tuned"),
-    "end_to_end": COUNTED | {"label": "end to end"},
-    "window": dict(color="#E69F00", marker="v", linestyle=":", label="window"),
+    "untrained_frozen": ("untrained", UNTRAINED),
+    "phase1_frozen": ("Phase 1", TRAINED),
+    "phase1_shuffled": ("Phase 1, shuffled tokens", TRAINING_DATA | {"linestyle": ":"}),
+    "phase1_finetuned": ("Phase 1, fine-tuned", dict(color="#000000", marker="s")),
+    "end_to_end": ("end to end", COUNTED),
+    "window": ("window", dict(color="#E69F00", marker="v", linestyle=":")),
 }
+CURVES = (  # of contexts: key, logarithmic axes, title, what is on the axes
+    ("cold_start_curve", "y", "Convergence from a cold start", "sweeps", "distance from the trajectory"),
+    ("memory_curve", "xy", "Memory", "tokens since a token was replaced (first point: none)",
+     "change of the context"),
+    ("past_capacity_by_lag", "", "Tokens that a linear probe reads", "tokens back", "held-out $R^2$"),
+    ("spectrum", "y", "Singular values", "rank", "share of their sum"),
+    ("bpb_by_context", "x", "What the model uses", "tokens that the context is made of", "bits per byte"),
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -59,125 +66,120 @@ def figure(path, rows, columns):
         drawing.savefig(path, dpi=DPI)
 
 
-def logarithmic(panel, axes):
-    """Logarithmic axes, "x", "y" or "xy", with labels at 1, 2, 5, 10 and so on."""
+def draw(panel, title, xlabel, ylabel, lines, log="", form="{x:g}"):
+    """Lines on a panel, its words, and a legend of those with a label.
+
+    Args:
+        lines: (xs, ys, label or None, style) of each; xs of None: 1, 2, ...; one number as ys: a level.
+        log: logarithmic axes, "x", "y" or "xy". form: of the numbers below a logarithmic x, 1, 2, 5, 10 ...
+    """
     from matplotlib.ticker import LogLocator, NullFormatter
 
-    for name in axes:
-        panel.set(**{f"{name}scale": "log"})
-        axis = getattr(panel, f"{name}axis")
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_minor_formatter(NullFormatter())
-
-
-def _by_step(panel, values, **style):
-    """A line over 1, 2, ... with whole numbers below it."""
-    panel.plot(range(1, len(values) + 1), values, **style)
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    for xs, ys, label, style in lines:
+        if isinstance(ys, int | float):
+            panel.axhline(ys, label=label, **style | {"marker": None})
+            continue
+        look = style if len(ys) <= 20 else style | {"marker": None}
+        panel.plot(xs or range(1, len(ys) + 1), ys, label=label, **look)
+        if xs is None:
+            panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if "y" in log:
+        panel.set_yscale("log")
+    if "x" in log and panel.lines:
+        panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(form)
+        panel.xaxis.set_minor_formatter(NullFormatter())
+    if panel.get_legend_handles_labels()[1]:
+        panel.legend()
 
 
 def loss_curve(record, path):
     """Loss by iteration of Phase 1 (left out of a run without one) and by epoch of Phase 2."""
-    with figure(path, 1, 2 if record.phase1 else 1) as (panels,):
-        if record.phase1:
-            first = panels[0]
-            _by_step(first, record.phase1["cvfp"], label="fixed-point consistency", **TRAINED)
-            distribution = f"distribution ({record.config['dist_reg']})"
-            _by_step(first, record.phase1["dist_reg"], label=distribution, **TRAINING_DATA)
-            first.set(title="Phase 1", xlabel="iteration", ylabel="loss", yscale="log")
-            first.legend()
-        second = panels[-1]
-        _by_step(second, record.phase2["train_loss"], label="training", **TRAINING_DATA)
-        _by_step(second, record.phase2["val_loss"], label="validation", **TRAINED)
-        if control := record.untrained.get("val_loss"):
-            _by_step(second, control, label="validation, untrained contexts", **UNTRAINED)
+    phase1, phase2 = record.phase1, record.phase2
+    with figure(path, 1, 2 if phase1 else 1) as (panels,):
+        if phase1:
+            lines = [
+                (None, phase1["cvfp"], "fixed-point consistency", TRAINED),
+                (None, phase1["dist_reg"], f"distribution ({record.config['dist_reg']})", TRAINING_DATA),
+            ]
+            draw(panels[0], "Phase 1", "iteration", "loss", lines, "y")
+        lines = [
+            (None, phase2["train_loss"], "training", TRAINING_DATA),
+            (None, phase2["val_loss"], "validation", TRAINED),
+            (None, record.untrained.get("val_loss"), "validation, untrained contexts", UNTRAINED),
+        ]
         for name, label, style in (("bigram", "bigram counts", COUNTED), ("kn", "Kneser-Ney", REFERENCE)):
-            if perplexity := record.summary.get(f"val_ppl_{name}"):
-                second.axhline(math.log(perplexity), label=label, **style | NO_MARKER)
-        second.set(title="Phase 2", xlabel="epoch", ylabel="loss (nats per token)")
-        second.legend()
+            lines.append((None, math.log(record.summary[f"val_ppl_{name}"]), label, style))
+        known = [line for line in lines if line[1]]  # a baseline has no untrained contexts
+        draw(panels[-1], "Phase 2", "epoch", "loss (nats per token)", known)
 
 
 def run_contexts(record, path):
-    """Rank and convergence by iteration of Phase 1, and the contexts at the end, beside untrained ones."""
-    summary = record.summary
-    with figure(path, 3, 2) as ((rank, converged), (cold, memory), (spectrum, use)):
-        for panel, key, untrained, title in (
-            (rank, "er", "er_train_untrained", "Effective rank"),
-            (converged, "converged", "converged_ratio_untrained", "Converged tokens"),
+    """What the contexts of a run are like at the end, beside untrained ones, and by iteration of Phase 1."""
+    with figure(path, 3, 2) as panels:
+        last = _draw_contexts(
+            panels,
+            (UNTRAINED, "untrained", lambda key: as_curve(record.curves.get(f"{key}_untrained"))),
+            (TRAINED, "trained", lambda key: as_curve(record.curves.get(key))),
+        )
+        lines = [(None, 100 * record.summary["er_ceiling"], "effective rank of Gaussian noise", REFERENCE)]
+        for key, untrained, label, style in (
+            ("er", "er_train_untrained", "effective rank / width", TRAINED),
+            ("converged", "converged_ratio_untrained", "converged tokens", COUNTED),
         ):
-            _by_step(panel, [100 * share for share in record.phase1.get(key, [])], label="Phase 1", **TRAINED)
-            panel.axhline(100 * summary[untrained], label="untrained", **UNTRAINED | NO_MARKER)
-            panel.set(title=title, xlabel="iteration of Phase 1", ylim=(0, 102))
-        rank.axhline(100 * summary["er_ceiling"], label="ceiling (Gaussian noise)", **REFERENCE)
-        rank.set_ylabel("% of the width, training tokens")
-        converged.set_ylabel("% of the training tokens")
-        rank.legend()
-        curves = [
-            (UNTRAINED | {"label": "untrained"}, lambda key: as_curve(record.curves.get(f"{key}_untrained"))),
-            (TRAINED | {"label": "trained"}, lambda key: as_curve(record.curves.get(key))),
-        ]
-        _draw_contexts(curves, cold, memory, spectrum, use)
+            shares = [100 * share for share in record.phase1.get(key, [])]
+            lines.append((None, shares, label, style))
+            lines.append((None, 100 * record.summary[untrained], None, style | {"linestyle": "--"}))
+        draw(last, "Phase 1 (dashed: untrained)", "iteration", "% (training tokens)", lines)
+        last.set_ylim(0, 102)
 
 
 def context_curves(comparison, tokens, path):
     """Contexts of a comparison's arms at a budget, means over seeds, and what dist_reg_weight trades."""
-    with figure(path, 2, 3) as ((cold, memory, past), (spectrum, use, trade)):
+    with figure(path, 2, 3) as panels:
         curves = [
-            (style, lambda key, arm=arm: comparison.curve(tokens, arm, key))
-            for arm, style in ARM_STYLES.items()
+            (style, label, lambda key, arm=arm: comparison.curve(tokens, arm, key))
+            for arm, (label, style) in ARM_STYLES.items()
         ]
-        _draw_contexts(curves, cold, memory, spectrum, use)
-        _draw_curves(past, curves, "past_capacity_by_lag")
-        past.set(title="Tokens that a linear probe reads", xlabel="tokens back", ylabel="held-out $R^2$")
-        # The first panel has the legend of the others; what is drawn here alone is named here.
-        named = set(cold.get_legend_handles_labels()[1])
-        if alone := [line for line in use.get_lines() if line.get_label() not in named]:
-            use.legend(handles=alone)
-        arms = sorted(comparison.by_setting(tokens, "dist_reg_weight", "phase1_"))
-        weights = [weight for weight, _ in arms]
-        ranks, perplexities, horizons = (
-            [comparison.mean(tokens, arm, key)[0] for _, arm in arms]
-            for key in ("er_val", "val_ppl", "memory_horizon")
-        )
-        best = min(perplexities, default=1)
-        trade.plot(weights, ranks, **TRAINED, label="effective rank (share)")
-        trade.plot(weights, [ppl / best for ppl in perplexities], **UNTRAINED, label="perplexity / best")
-        trade.plot(weights, [h / 16 for h in horizons], **COUNTED, label="memory horizon / 16 tokens")
-        trade.set(title="The trade-off", xlabel="dist_reg_weight")
-        if weights:
-            trade.legend()
+        trade = _draw_contexts(panels, *curves)
+        arms = comparison.weights(tokens)
+        best = min((comparison.mean(tokens, arm, "val_ppl")[0] for _, arm in arms), default=1)
+        lines = []
+        for key, unit, label, style in (
+            ("er_val", 1, "effective rank (share)", TRAINED),
+            ("val_ppl", best, "perplexity / best", UNTRAINED),
+            ("memory_horizon", 16, "memory horizon / 16 tokens", COUNTED),
+        ):
+            values = [comparison.mean(tokens, arm, key)[0] / unit for _, arm in arms]
+            lines.append(([weight for weight, _ in arms], values, label, style))
+        draw(trade, "The trade-off", "dist_reg_weight", "", lines)
 
 
-def _draw_curves(panel, curves, key, first=None):
-    """One line a network: curves is a list of (style with a label, function of a key to {x: y} or None)."""
-    for style, curve_of in curves:
-        if curve := curve_of(key):
-            xs = [x or first or x for x in curve]
-            panel.plot(xs, [*curve.values()], **style | (NO_MARKER if len(curve) > 20 else {}))
+def _draw_contexts(panels, *networks):
+    """Draw what the contexts of several are like on all panels but the last, which is returned.
 
-
-def _draw_contexts(curves, cold, memory, spectrum, use):
-    """Draw what several networks' contexts are like on a panel each."""
-    _draw_curves(cold, curves, "cold_start_curve")
-    cold.set(title="Convergence from a cold start", xlabel="sweeps", yscale="log")
-    cold.set_ylabel("distance from the trajectory")
-    _draw_curves(memory, curves, "memory_curve", first=0.5)  # zero has no place on a logarithmic axis
-    memory.set(title="Memory", xlabel="tokens since a token was replaced (first point: none)", yscale="log")
-    memory.set_ylabel("change of the context")
-    memory.axhline(1e-2, **REFERENCE)
-    _draw_curves(spectrum, curves, "spectrum")
-    spectrum.set(title="Singular values", xlabel="rank", ylabel="share of their sum", yscale="log")
+    Args:
+        networks: (style, label, function of a key to {x: y} or None) of each.
+    """
+    *drawn, last = panels.flat
+    named = set()
+    for panel, (key, log, title, xlabel, ylabel) in zip(drawn, CURVES, strict=True):
+        lines = []
+        for style, label, curve_of in networks:
+            if curve := curve_of(key):
+                xs = [x or 0.5 for x in curve]  # zero has no place on a logarithmic axis
+                # The first panel has the legend of all; what is drawn in another alone is named there.
+                lines.append((xs, [*curve.values()], None if label in named else label, style))
+                named.add(label)
+        draw(panel, title, xlabel, ylabel, lines, log)
+    _, memory, _, spectrum, _ = drawn
+    if memory.lines:
+        memory.axhline(1e-2, **REFERENCE)
     if spectrum.lines:  # a LayerNorm takes one direction away: its value is rounding
         spectrum.set_ylim(bottom=1e-4 * max(max(line.get_ydata()) for line in spectrum.lines))
-    _draw_curves(use, curves, "bpb_by_context")
-    use.set(title="What the model uses", xlabel="tokens that the context is made of", ylabel="bits per byte")
-    for panel in (memory, use):
-        if any(len(line.get_xdata()) > 2 for line in panel.lines):  # more than the ends of a horizontal line
-            logarithmic(panel, "x")
-            panel.xaxis.set_major_formatter("{x:g}")
-    if cold.lines:
-        cold.legend()
+    return last
 
 
 def comparison_points(comparison, tokens, path):
@@ -185,11 +187,10 @@ def comparison_points(comparison, tokens, path):
     with figure(path, 1, 2) as ((bits, seconds),):
         for arm in reversed(comparison.arms(tokens)):
             mean, half = comparison.mean(tokens, arm, "val_bpb")
-            colour = TRAINED["color"] if arm == comparison.reference else REFERENCE["color"]
-            point = dict(color=colour, marker="o")
+            colour = TRAINED["color"] if arm == FINETUNED else REFERENCE["color"]
             # Points, not bars: an axis that does not begin at zero would make lengths lie.
-            bits.errorbar(mean, arm, xerr=half, capsize=2.5, **point)
-            seconds.plot([comparison.seconds(tokens, arm)], [arm], **point)
+            bits.errorbar(mean, arm, xerr=half, capsize=2.5, color=colour, marker="o")
+            seconds.plot([comparison.seconds(tokens, arm)], [arm], color=colour, marker="o")
         bits.set_title(f"{tokens:,} training tokens")
         bits.set_xlabel("validation bits per byte (mean, 95 % over seeds)")
         seconds.set(title="Time", xlabel="training time of the fastest seed (s)", yticklabels=[])
@@ -201,47 +202,37 @@ def scale_ladder(summaries, path):
     from matplotlib.ticker import EngFormatter
 
     tokens = [summary["train_tokens"] for summary in summaries]
-    growth = tokens[-1] / tokens[0]
-
-    def draw(panel, key, label=None, scale=1, **style):
-        values = [summary.get(key) for summary in summaries]
-        if None not in values:  # a baseline has no contexts, a control no untrained ones
-            panel.plot(tokens, [scale * value for value in values], label=label, **style)
-
+    short = EngFormatter(sep="")  # 10k, 1M
     with figure(path, 2, 2) as ((time, memory), (rank, perplexity)):
-        time_fit, memory_fit = scale_fits(summaries)
-        line = [tokens[0] * growth ** (step / 100) for step in range(101)]
-        for panel, fit, key, unit in (
-            (time, time_fit, "seconds", "s"),
-            (memory, memory_fit, "peak_memory_mb", "MB"),
+        for panel, title, key, unit in (
+            (time, "Time of a whole run (s)", "seconds", "s"),
+            (memory, "Peak memory (MB)", "peak_memory_mb", "MB"),
         ):
-            label = f"{fit.text(unit)}\n$R^2$ = {fit.r_squared:.4f}"
-            panel.plot(line, [fit(x / 1000) for x in line], label=label, **REFERENCE)
-            draw(panel, key, **TRAINED | {"linestyle": "none"})
-        time.set(title="Time of a whole run", ylabel="wall time (s)")
-        memory.set(title="Peak memory", ylabel="peak memory (MB)")
-        draw(rank, "er_train", "training tokens", 100, **TRAINING_DATA)
-        draw(rank, "er_val", "validation tokens", 100, **TRAINED)
-        draw(rank, "er_val_untrained", "validation, untrained network", 100, **UNTRAINED)
-        draw(rank, "er_ceiling", "ceiling (Gaussian noise)", 100, **REFERENCE)
-        rank.set(title="Effective rank of the contexts", ylabel="effective rank (% of the width)")
-        draw(perplexity, "val_ppl", "trained", **TRAINED)
-        draw(perplexity, "val_ppl_untrained_context", "untrained contexts", **UNTRAINED)
-        if perplexity.lines:
-            draw(perplexity, "val_ppl_bigram", "bigram counts", **COUNTED)
-        perplexity.set(title="Language model", ylabel="validation perplexity")
-        for panel in (time, memory, rank, perplexity):
-            if not panel.lines:
-                panel.set_axis_off()
-                continue
-            # Memory stays linear: over a logarithmic axis a straight line would look like an explosion.
-            if growth > 10 and panel is not memory:
-                logarithmic(panel, "xy" if panel is time else "x")
-            panel.set_xlabel("training tokens")
-            panel.xaxis.set_major_formatter(EngFormatter(sep=""))  # 10k, 1M
-            panel.yaxis.set_major_formatter("{x:,g}")
-            panel.legend()
-        memory.set_ylim(bottom=0)
+            intercept, slope, words = growth(summaries, key, unit)
+            fit = [intercept + slope * count / 1000 for count in tokens]
+            measured = [summary[key] for summary in summaries]
+            points = (tokens, measured, None, TRAINED | {"linestyle": "none"})
+            draw(panel, title, "training tokens", "", [(tokens, fit, words, REFERENCE), points])
+            panel.set_ylim(0, 1.1 * max(measured))
+            panel.xaxis.set_major_formatter(short)
+        for panel, title, ylabel, scale, figures in (
+            (rank, "Effective rank of the contexts", "% of the width", 100, (
+                ("er_train", "training tokens", TRAINING_DATA),
+                ("er_val", "validation tokens", TRAINED),
+                ("er_val_untrained", "validation, untrained network", UNTRAINED),
+                ("er_ceiling", "ceiling (Gaussian noise)", REFERENCE),
+            )),
+            (perplexity, "Language model", "validation perplexity", 1, (
+                ("val_ppl", "trained", TRAINED),
+                ("val_ppl_untrained_context", "untrained contexts", UNTRAINED),
+                ("val_ppl_bigram", "bigram counts", COUNTED),
+            )),
+        ):  # fmt: skip
+            lines = []
+            for key, label, style in figures:
+                if all(summary.get(key) is not None for summary in summaries):  # a baseline has no contexts
+                    lines.append((tokens, [scale * summary[key] for summary in summaries], label, style))
+            draw(panel, title, "training tokens", ylabel, lines, "x", short)
 
 
 def prefill_speed(rows, curves, path):
@@ -255,34 +246,27 @@ def prefill_speed(rows, curves, path):
     from matplotlib.ticker import EngFormatter
 
     weights = {"trained": TRAINED, "untrained": UNTRAINED}
-    lengths = [row["tokens"] for row in rows]
-    reached = [row for row in rows if row["speed_up"]]
-    tolerances = sorted({row["tolerance"] for row in rows}, reverse=True)
-    colours = dict(zip(tolerances, itertools.cycle((TRAINED, TRAINING_DATA, COUNTED)), strict=False))
+    reached = {}  # (weights, tolerance): (tokens, times as fast) of each length
+    for row in rows:
+        if row["speed_up"]:
+            reached.setdefault((row["weights"], row["tolerance"]), []).append(
+                (row["tokens"], row["speed_up"])
+            )
     with figure(path, 1, 2) as ((error, speed),):
-        for name, errors in curves.items():
-            error.plot(range(1, len(errors) + 1), errors, label=name, **weights[name])
-        error.set(title="Cold start", xlabel="sweeps", yscale="log")
-        error.set_ylabel("distance to the loop's contexts, relative")
+        lines = [(None, errors, name, weights[name]) for name, errors in curves.items()]
+        draw(error, "Cold start", "sweeps", "distance to the loop's contexts, relative", lines, "y")
         smallest = min(e for errors in curves.values() for e in errors if e > 0)
         error.set_ylim(min(0.01, smallest) / 2, 4)  # slow stays slow to the eye
-        for name, tolerance in itertools.product(weights, tolerances):
-            points = [row for row in reached if (row["weights"], row["tolerance"]) == (name, tolerance)]
-            if points:
-                style = colours[tolerance] | ({"linestyle": "--"} if name == "untrained" else {})
-                ratios = [row["speed_up"] for row in points]
-                label = f"{name}, to {tolerance:g}"
-                speed.plot([row["tokens"] for row in points], ratios, label=label, **style)
-        for name in curves:
-            if name not in {row["weights"] for row in reached}:
-                speed.plot([], [], label=f"{name}: does not converge", **weights[name])
-        speed.axhline(1, label="the loop", **REFERENCE)
-        speed.set(
-            title="Speed of sweeps", xlabel="tokens of one sequence", ylabel="times as fast as the loop"
-        )
-        speed.set_ylim(0, 1.6 * max([1, *(row["speed_up"] for row in reached)]))  # room for the legend
-        logarithmic(speed, "x")
+        looks = itertools.cycle((TRAINED, TRAINING_DATA, COUNTED))
+        lines = []
+        for (name, tolerance), points in reached.items():
+            lines.append((*zip(*points, strict=True), f"{name}, to {tolerance:g}", next(looks)))
+        for name in curves.keys() - {name for name, _ in reached}:
+            lines.append(([], [], f"{name}: does not converge", weights[name]))
+        lines.append((None, 1, "the loop", REFERENCE))
+        ylabel = "times as fast as the loop"
+        draw(speed, "Speed of sweeps", "tokens of one sequence", ylabel, lines, "x", EngFormatter(sep=""))
+        lengths = [row["tokens"] for row in rows]
         speed.set_xlim(min(lengths) / 1.2, max(lengths) * 1.2)
-        speed.xaxis.set_major_formatter(EngFormatter(sep=""))
+        speed.set_ylim(0, 1.6 * max(row["speed_up"] or 1 for row in rows))  # room for the legend
         speed.legend(loc="upper left", ncols=2)
-        error.legend()

@@ -1,12 +1,11 @@
 """The runs of a command that makes several, and a small file that tells `scripts.status` how far it is."""
 
-import contextlib
 import json
-import time
+from contextlib import suppress
 from pathlib import Path
 
 from newllm.errors import UserError
-from newllm.report.record import CUT_OFF, is_gone, this_process
+from newllm.report.record import CUT_OFF, as_json, is_gone, this_process
 from newllm.report.summary import plain
 from newllm.saving.files import write_text
 
@@ -16,69 +15,62 @@ SERIES_NAME = "series.json"
 def make_series(folder, runs, work, done=None):
     """Make several runs, one after the other; one that fails keeps no other from being made.
 
-    `<folder>/series.json` is replaced whenever a run begins or the series ends, for those who watch. Nothing
-    reads there what is done: the runs themselves know that, so a series may be cut off anywhere.
+    `<folder>/series.json` is replaced at each turn, for those who watch. Nothing reads there what is done:
+    the runs themselves know that, so a series may be cut off anywhere.
 
     Args:
         folder: an existing folder.
-        runs: {name: {"size": cost relative to the others', "folder": where the run lies in this one}}, in
-            order.
-        work: function of a name that makes the run and returns its summary; at once where the run is
-            complete.
+        runs: {name: {"size": cost relative to the others', "folder": where the run lies in this one}}.
+        work: function of a name that makes the run and returns its summary.
         done: {name: summary} of runs that need no work.
 
     Returns:
         Summaries of all runs, in order.
 
     Raises:
-        UserError: runs failed; all others are done. Anything else that `work` raises ends the series where
-            it is.
+        UserError: runs failed; all others are done. Anything else that `work` raises ends the series.
     """
-    states = [{"name": name, **run, "status": "pending", "metrics": {}} for name, run in runs.items()]
-    for run in states:
-        if done and run["name"] in done:
-            run |= {"status": "done", "metrics": done[run["name"]]}
-    path, fields = Path(folder) / SERIES_NAME, this_process() | {"runs": states}
-    try:
-        for run in states:
-            if run["status"] == "done":
-                continue
-            run |= {"status": "running", "begun": time.time()}
-            _write(path, fields)
-            try:
-                run |= {"metrics": work(run["name"]), "status": "done"}
-            except UserError as error:
-                run |= {"error": str(error), "status": "failed"}
-                print(f"{run['name']} failed: {error}", flush=True)
-            print(progress_line(progress(fields)), flush=True)
-    finally:
-        for run in states:
-            if run["status"] == "running":
-                run["status"] = "pending"
-        _write(path, fields)
-    failed = [run for run in states if run["status"] == "failed"]
-    if failed:
-        name, reason = failed[0]["name"], failed[0]["error"].rstrip(".")
+    summaries, failures = dict(done or {}), []
+    states = {name: {"name": name, "status": "pending", "metrics": {}, **run} for name, run in runs.items()}
+    for name, state in states.items():
+        if name in summaries:
+            state |= {"status": "done", "metrics": plain(summaries[name])}
+    for name, state in states.items():
+        if state["status"] == "done":
+            continue
+        state["status"] = "running"
+        _write(folder, states)
+        try:
+            summaries[name] = work(name)
+            state |= {"status": "done", "metrics": plain(summaries[name])}
+        except UserError as error:
+            state["status"] = "failed"
+            failures.append(f"{name} failed: {error}")
+            print(failures[-1], flush=True)
+        finally:
+            if state["status"] == "running":
+                state["status"] = "pending"
+            fields = _write(folder, states)
+        print(progress_line(progress(fields)), flush=True)
+    if failures:
         raise UserError(
-            f"{len(failed)} of {len(states)} runs failed, the first of them ({name}) because {reason}: mend "
-            "that and run the same command again, which makes only what is missing."
+            f"{len(failures)} of {len(states)} runs failed, the first of them ({failures[0].rstrip('.')}): "
+            "mend that and run the same command again, which makes only what is missing."
         )
-    return [run["metrics"] for run in states]
+    return [summaries[name] for name in runs]
 
 
-def _write(path, fields):
-    runs = [run | {"metrics": plain(run["metrics"])} for run in fields["runs"]]
-    text = json.dumps(fields | {"runs": runs})
-    valid = json.loads(text, parse_constant=lambda name: None)  # JSON has neither NaN nor infinity
-    with contextlib.suppress(OSError):  # then nobody can watch; the runs are made all the same
-        write_text(path, json.dumps(valid, indent=1) + "\n")
+def _write(folder, states):
+    fields = this_process() | {"runs": list(states.values())}
+    with suppress(OSError):  # then nobody can watch; the runs are made all the same
+        write_text(Path(folder) / SERIES_NAME, as_json(fields) + "\n")
+    return fields
 
 
 def read_series(folder):
     """Content of a folder's series.json with the values of `progress`; None without the file.
 
-    Raises:
-        UserError: the file is there and cannot be read.
+    UserError where the file is there and cannot be read.
     """
     path = Path(folder) / SERIES_NAME
     try:
@@ -91,20 +83,19 @@ def read_series(folder):
 
 
 def progress(fields):
-    """How far a series is: state, total, done, failed, remaining (runs), elapsed_s, eta_s (None: unknown)."""
+    """How far a series is: state, total, done, failed, remaining, elapsed_s (of runs done), eta_s or None."""
     runs = {status: [] for status in ("done", "failed", "running", "pending")}
     for run in fields["runs"]:
         runs[run["status"]].append(run)
-    left, spent, eta = runs["running"] + runs["pending"], 0.0, None
+    left, eta = runs["running"] + runs["pending"], None
     state = CUT_OFF if left or runs["failed"] else "complete"
     if runs["running"] and not is_gone(fields):
-        state, spent = "running", time.time() - runs["running"][0]["begun"]
+        state = "running"
     seconds = sum(run["metrics"]["seconds"] for run in runs["done"])
     if runs["done"]:
-        seconds_per_size = seconds / sum(run["size"] for run in runs["done"])
-        eta = max(0.0, seconds_per_size * sum(run["size"] for run in left) - spent)
+        eta = seconds * sum(run["size"] for run in left) / sum(run["size"] for run in runs["done"])
     counts = {"total": len(fields["runs"]), "done": len(runs["done"]), "failed": len(runs["failed"])}
-    return {"state": state, **counts, "remaining": len(left), "elapsed_s": seconds + spent, "eta_s": eta}
+    return {"state": state, **counts, "remaining": len(left), "elapsed_s": seconds, "eta_s": eta}
 
 
 def progress_line(counts):
@@ -114,29 +105,16 @@ def progress_line(counts):
     return f"Runs: {counts['total']}, {parts} | Elapsed: {counts['elapsed_s']:.0f}s | ETA: {eta}"
 
 
-def series_lines(fields):
-    """What a person reads: how far the series is, and a line for each run."""
-    return [
-        f"{progress_line(fields)} ({fields['state']})",
-        *(f"  {r['name']}: {r['status']}" for r in fields["runs"]),
-    ]
-
-
 def whole_numbers(flag):
-    """Type of a flag that takes several: `1953,195` -> (195, 1953).
-
-    Raises:
-        UserError: something else than different positive integers.
-    """
+    """Type of a flag that takes several: `1953,195` -> (195, 1953). UserError for anything else."""
 
     def parse(text):
         try:
-            numbers = sorted(int(part) for part in text.split(","))
+            numbers = sorted({int(part) for part in text.split(",")})
         except ValueError:
-            numbers = []
-        if not numbers or numbers[0] < 1 or len(set(numbers)) < len(numbers):
-            example = "positive and each once, like 195,1953,3906"
-            raise UserError(f"{flag} takes whole numbers, {example}, not '{text}'.")
+            numbers = [0]
+        if numbers[0] < 1:
+            raise UserError(f"{flag} takes whole numbers, positive, like 195,1953,3906, not '{text}'.")
         return tuple(numbers)
 
     return parse

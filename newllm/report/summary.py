@@ -3,7 +3,7 @@
 import math
 from statistics import fmean
 
-from newllm.report.record import STAGES, format_value, remaining
+from newllm.report.record import STAGES, format_value
 
 TITLES = {"untrained": "untrained control", "phase1": "Phase 1", "phase2": "Phase 2"}
 CONTEXT_KEYS = (
@@ -16,6 +16,15 @@ COUNTED = {
     "unigram": "unigram, counting",
 }
 CURVES = ("cold_start_curve", "memory_curve", "past_capacity_by_lag", "spectrum")
+SECTIONS = {  # of the summary as text: names of settings, of the record's first row, and of figures
+    "MODEL CONFIGURATION": (
+        "model_type", "vocab_size", "num_layers", "context_dim", "embed_dim", "parameters",
+    ),
+    "TRAINING CONFIGURATION": (
+        "data_source", "tokenizer", "train_tokens", "phase2_epochs", "batches", "trainable", "seed", "device",
+        "phase1_learning_rate", "phase2_learning_rate", "attention", "versions", "git_commit",
+    ),
+}  # fmt: skip
 
 
 def banner(config, device_line, data, model, plan, notes):
@@ -79,13 +88,16 @@ def context_line(name, contexts):
 def summarize(config, data, results):
     """The `key: value` block of a run, from its metrics by stage; stages that have not run give no keys."""
     untrained, phase1 = results["untrained"], results.get("phase1")
+    contexts = "fine-tuned" if config.model_type == "context" else "none"
+    if config.freeze_context or config.model_type in ("window", "token"):
+        contexts = "frozen"
     summary = {
         "data_source": data.source,
         "tokenizer": data.tokenizer.name,
         "vocab_size": data.vocab_size,
         "train_tokens": config.train_tokens,
         "model_type": config.model_type,
-        "contexts": _contexts(config),
+        "contexts": contexts,
     }
     if phase1:
         summary |= phase1["training"]
@@ -98,22 +110,12 @@ def summarize(config, data, results):
         summary |= {f"{key}_finetuned": value for key, value in contexts.items() if key in CONTEXT_KEYS}
         summary |= {f"val_{key}": head[key] for key in ("loss", "ppl", "bpb", "acc")}
         summary |= {f"phase2_{key}": head[key] for key in ("steps", "first_loss", "uniform_loss")}
-        summary |= {
-            "phase2_best_epoch": head["epoch"],
-            "tok_per_s_phase2": head["tok_per_s"],
-            "seconds_phase2": head["seconds"],
-            "seconds_training": head["seconds"] + summary.get("seconds_phase1", 0.0),
-        }
+        summary["phase2_best_epoch"] = head["epoch"]
+        summary |= {f"{key}_phase2": head[key] for key in ("tok_per_s", "seconds")}
+        summary["seconds_training"] = head["seconds"] + summary.get("seconds_phase1", 0.0)
     if "head" in untrained:
         summary |= {f"val_{key}_untrained_context": untrained["head"][key] for key in ("ppl", "bpb")}
     return summary | {f"val_ppl_{name}": math.exp(nats) for name, nats in untrained["ngrams"].items()}
-
-
-def _contexts(config):
-    """What Phase 2 does with the contexts, in a word or two."""
-    if config.model_type in ("window", "token") or config.freeze_context:
-        return "frozen"
-    return "fine-tuned" if config.model_type == "context" else "none"
 
 
 def language_rows(summary):
@@ -149,125 +151,73 @@ def plain(summary):
 
 def summary_lines(record, files):
     """A complete run as text: model, training, results, and which of the files {name: path} exist."""
-    config, start, summary = record.config, record.start, record.summary
-    losses = {}
-    for side, name in (("training", "train_loss"), ("validation", "val_loss")):
-        if values := record.phase2.get(name):
-            losses |= {f"final {side} loss": f"{values[-1]:.4f}", f"best {side} loss": f"{min(values):.4f}"}
-    seconds = summary.get("seconds_training", summary.get("seconds_phase1", 0.0))
-    versions = [f"{name} {version}" for name, version in start.get("versions", {}).items()]
-    rates = [f"{config[f'{phase}_learning_rate']:g} in {TITLES[phase]}" for phase in ("phase1", "phase2")]
-    sections = {
-        "MODEL CONFIGURATION": {
-            "model type": record.kind,
-            "vocabulary size": summary["vocab_size"],
-            "layers": config["num_layers"],
-            "context width": config["context_dim"],
-            "embedding width": config["embed_dim"],
-            "parameters": f"{summary['parameters']:,}",
-        },
-        "TRAINING CONFIGURATION": {
-            "data": f"{summary['data_source']}, tokenizer {summary['tokenizer']}",
-            "training tokens": f"{summary['train_tokens']:,}",
-            "epochs": config["phase2_epochs"],
-            "batch size": batches(start["plan"]),
-            "trainable parameters": trainable(start["plan"]),
-            "learning rate": ", ".join(rates),
-            "seed": config["seed"],
-            "device": start["device"],
-            "attention": start["attention"],
-            "versions": ", ".join(versions),
-            "commit": start.get("git_commit"),
-        },
-        "RESULTS": {
-            **losses,
-            "training time": f"{seconds:.1f} s of {summary['seconds']:.1f} s, {record.sessions} session(s)",
-            **{key: format_value(value) for key, value in summary.items() if key != "time"},
-        },
-        "ARTEFACTS": {name: path for name, path in files.items() if path.exists()},
-    }
-    lines = [f"TRAINING SUMMARY of run {record.run}, begun {start['time']}"]
-    for title, values in sections.items():
-        lines += ["", title, *(f"  {name}: {value}" for name, value in values.items())]
-    return lines
+    plan, summary = record.start["plan"], record.summary
+    facts = record.config | record.start | summary
+    facts |= {"batches": batches(plan), "trainable": trainable(plan)}
+    lines = [f"TRAINING SUMMARY of run {record.run}, begun {record.start['time']}"]
+    for title, names in SECTIONS.items():
+        lines += ["", title, *(f"  {name}: {format_value(facts[name])}" for name in names)]
+    lines += ["", "RESULTS"]
+    for side in ("train_loss", "val_loss"):
+        if losses := record.phase2.get(side):
+            lines += [f"  final {side}: {losses[-1]:.4f}", f"  best {side}: {min(losses):.4f}"]
+    lines += [f"  {name}: {format_value(value)}" for name, value in summary.items() if name != "time"]
+    return [*lines, "", "ARTEFACTS", *(f"  {name}: {path}" for name, path in files.items() if path.exists())]
 
 
-def speed_lines(record):
-    """How fast the phases of a run were, and the parts that its wall time over all sessions is the sum of."""
-    summary, times = record.summary, record.times
-    lines = ["SPEED ANALYSIS"]
-    for stage in ("phase1", "phase2"):
-        count = len(getattr(record, stage).get(STAGES[stage], []))
-        if count and f"seconds_{stage}" in summary:  # Phase 2 may have been begun and then left out
-            done = f"{count} {STAGES[stage]}s, {count * summary['train_tokens']:,} tokens"
-            speed = f"{summary[f'seconds_{stage}']:.1f} s, {summary[f'tok_per_s_{stage}']:,.0f} tok/s"
-            lines.append(f"  {TITLES[stage]}: {done}, {speed}")
-    if "seconds_phase2" in summary and record.phase2:
-        validation = sum(record.phase2["seconds_validation"])
-        share = validation / summary["seconds_phase2"]
-        lines.append(f"  of Phase 2, validation: {validation:.1f} s ({share:.1%})")
-    saving = f"training waited {summary['saving_share']:.2%} of the time"
-    saving += f", a thread worked {summary['saving_share_background']:.2%}"
-    lines += [f"  saving, in the last session: {saving}", "", "WHERE THE TIME WENT"]
-    total = max(times.get("seconds", summary["seconds"]), 1e-9)
-    parts = times.get("parts", {"not told apart": total})
-    for part in sorted(parts, key=parts.get, reverse=True):
-        lines.append(f"  {part}: {parts[part]:.1f} s ({parts[part] / total:.1%})")
-    lines.append(f"  total: {total:.1f} s in {record.sessions} session(s)")
-    if times.get("saves"):
-        took = f"mean {times['save_seconds'] / times['saves']:.2f} s, longest {times['longest_save']:.2f} s"
-        lines.append(f"  {times['saves']} saves by a thread beside the training: {took}")
-    if times:
-        lines.append(f"  waiting for data: {parts.get('fetching rows', 0.0) / total:.2%} of the time")
-    looks = record.phase1.get("gpu_utilization", []) + record.phase2.get("gpu_utilization", [])
-    loads = [load for load in looks if load is not None]
-    load = f"{fmean(loads):.0f}% in the mean of the epochs" if loads else "not available on this device"
-    return [*lines, f"  GPU utilisation: {load}"]
-
-
-def so_far_lines(record, status, baseline=None):
-    """What a run that is not complete has done, how fast, and what is left.
+def speed_lines(record, status, baseline=None):
+    """How far a run is or came, how fast, and where the time went or how much is left.
 
     Args:
         status: of its folder, {} where it is another run's. baseline: a complete run to compare with.
     """
-    plan, state = record.start.get("plan", {}), status.get("state", "not complete")
-    about = ", ".join([record.kind, *record.start["data"][:1]])
-    lines = [f"RUN {record.run} ({state}), begun {record.start['time']}: {about}"]
-    tokens, spent, left = 0, 0.0, {}
+    plan, tokens, seconds = record.start["plan"], 0, 0.0
+    lines = [f"SPEED ANALYSIS of run {record.run} ({status.get('state', 'not running')}), {record.kind}"]
     for stage, planned in plan.items():
         rows, counter = getattr(record, stage), STAGES[stage]
-        current = status.get("stage") == stage
-        if not rows and not current:
-            estimate = f", about {left[stage]:.0f} s (estimate)" if stage in left else ""
-            lines.append(f"  {TITLES[stage]}: not begun{estimate}")
-            continue
         count = len(rows.get(counter, []))
         done = count * planned["tokens"] // planned["passes"]
-        speed = rows["tok_per_s"][-1] if rows else 0.0
-        if current:
+        speed = rows["tok_per_s"][-1] if rows else status.get("tok_per_s", 0.0)
+        if status.get("stage") == stage:
             done = max(done, status.get("tokens_done", 0))
-            speed = speed or status.get("tok_per_s", 0.0)
-        seconds = done / speed if speed else 0.0
-        left = remaining(plan, stage, done, speed)
+        if not done:
+            lines.append(f"  {TITLES[stage]}: not begun")
+            continue
         tokens += done
-        spent += seconds
+        seconds += done / speed
         line = f"  {TITLES[stage]}: {count} of at most {planned['passes']} {counter}s, {done:,} tokens, "
-        line += f"{seconds:.1f} s, {speed:,.0f} tok/s"
-        if losses := [loss for loss in rows.get("val_loss", []) if loss is not None]:
-            line += f", best val loss {min(losses):.4f}"
-        theirs = baseline and baseline.summary.get(f"tok_per_s_{stage}")
-        if theirs and speed:
+        line += f"{done / speed:.1f} s, {speed:,.0f} tok/s"
+        if theirs := baseline and baseline.summary.get(f"tok_per_s_{stage}"):
             line += f", {speed / theirs:.2f} times the speed of run {baseline.run}"
         lines.append(line)
-    whole, rest = sum(planned["tokens"] for planned in plan.values()), sum(left.values())
-    share = tokens / max(whole, 1)
+    whole = sum(planned["tokens"] for planned in plan.values())
+    share = tokens / max(whole, 1)  # Phase 1 alone is nothing to a baseline
     lines.append(f"  progress: {tokens:,} of at most {whole:,} tokens of all phases ({share:.1%})")
-    if not left:
-        return [*lines, "  speed, remaining and total: not known yet"]
+    if record.times:
+        return lines + _time_lines(record)
+    lines.append(f"  done: {seconds:.1f} s of training")
+    if status.get("eta_s") is not None:
+        total = seconds + status["eta_s"]
+        lines.append(f"  remaining: {status['eta_s']:.1f} s, at most and by the speed measured so far")
+        lines.append(f"  total: {total:.1f} s, without loading and measuring contexts")
+    return lines
+
+
+def _time_lines(record):
+    """The parts that the wall time of a run over all sessions is the sum of."""
+    summary, times = record.summary, record.times
+    parts, total = times["parts"], times["seconds"]
+    loads = record.phase1.get("gpu_utilization", []) + record.phase2.get("gpu_utilization", [])
+    loads = [load for load in loads if load is not None]
+    longest_first = sorted(parts, key=parts.get, reverse=True)
+    mean = times["save_seconds"] / max(1, times["saves"])
     return [
-        *lines,
-        f"  done: {spent:.1f} s of training",
-        f"  remaining: {rest:.1f} s, at most and estimated from the speed measured so far",
-        f"  total: {spent + rest:.1f} s, without loading and measuring contexts",
+        f"  GPU utilisation: {f'{fmean(loads):.0f}%' if loads else 'not available on this device'}",
+        f"  waiting for data: {parts.get('fetching rows', 0.0) / total:.2%} of the time",
+        f"  waiting for saves: {summary['saving_share']:.2%} of the last session",
+        f"  {times['saves']} saves by a thread: mean {mean:.2f} s, longest {times['longest_save']:.2f} s",
+        "",
+        "WHERE THE TIME WENT",
+        *(f"  {part}: {parts[part]:.1f} s ({parts[part] / total:.1%})" for part in longest_first),
+        f"  total: {total:.1f} s in {record.sessions} session(s)",
     ]

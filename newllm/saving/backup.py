@@ -11,30 +11,21 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from newllm.saving.files import Corrupt, copy_verified, second_folder, verify_seal
+from newllm.saving.files import Corrupt, copy_verified, second_folder, usable_folder, verify_seal
 from newllm.saving.guard import Guard
 
 LATEST, PREVIOUS = "model_latest.pt", "model_prev.pt"
-LAST_ROUNDS, PAUSE = 3, 1.0  # tries at the end of a run, and seconds after one that failed
+LAST_ROUNDS, PAUSE, LAST_SECONDS = 3, 1.0, 120  # tries at the end of a run, seconds between, for all
 
 
 class SaveThread:
-    """Writes one state at a time; what the disk refuses is no end of a run.
-
-    Args:
-        check: called before a job writes; raises if nothing may be written any more.
-        say: prints a line.
-
-    Attributes:
-        failure: why the last job was refused by the disk, None when it was not.
-        waited: seconds for which the caller stood still; written: seconds for which a job was at work.
-        saves: jobs that wrote all they had; longest: seconds of the longest job.
-    """
+    """Writes one state at a time, if `check()` raises nothing; what the disk refuses is no end of a run."""
 
     def __init__(self, check, say):
         self.check, self.say = check, say
-        self.failure, self.saves = None, 0
-        self.waited = self.written = self.longest = 0.0
+        self.failure = None  # why the last job was refused by the disk
+        self.waited = self.written = 0.0  # seconds for which the caller stood still, and a job was at work
+        self.saves, self.longest = 0, 0.0  # jobs that wrote all they had, seconds of the longest job
         self._pool, self._job = ThreadPoolExecutor(1, "checkpoint"), None
 
     @property
@@ -68,79 +59,64 @@ class SaveThread:
             self.saves += 1
         except OSError as error:
             self.failure = error.strerror or str(error)
-            self.say(
-                f"warning: checkpoint not saved ({self.failure}); training goes on, "
-                "the files from before are whole"
-            )
+            harm = "training goes on, the files from before are whole"
+            self.say(f"warning: checkpoint not saved ({self.failure}); {harm}")
         seconds = time.monotonic() - started
         self.written += seconds
         self.longest = max(self.longest, seconds)
 
 
 class Backup:
-    """Verified second copies of a run's files in `target`, which keeps the state before the latest as well.
+    """Second copies of a run's files, which never take the place of a whole one before they are whole.
 
     Args:
         source: the run's folder, whose files are replaced, never altered.
         target: a folder, made now and not again if its mount drops.
         guard: of the source; the target gets one with the same token, so that two runs never mix there.
         every_seconds: least time from one round of copies to the next.
-        say: prints a line, where copies begin to fail.
 
     Raises:
         UserError: the target lies in the source or around it, is no folder, or another process copies there.
     """
 
-    def __init__(self, source, target, guard, every_seconds, say=print):
+    def __init__(self, source, target, guard, every_seconds, say):
         self.source = Path(source).resolve()
-        self.target = second_folder(target, self.source, "backup_dir")
-        self.lock = Guard(self.target, guard.run_id, guard.token).acquire()
+        self.target = usable_folder(second_folder(target, self.source, "backup_dir"), "backup_dir")
+        self.lock = Guard(self.target, token=guard.token)
         self.every_seconds, self.say = every_seconds, say
-        self.files, self.error, self.newest = 0, None, "no copy yet"
-        self._copied = {}  # name -> inode, size and time of the file whose copy lies in the target
+        self.error, self.newest = None, "no copy yet"
+        self._copied = {}  # path in the target -> inode, size and time of the file whose copy it is
         self._asked = self._done = None  # (names, number of the save)
-        self._thread, self._next_round = None, 0.0
+        self._next_round = 0.0
+        self._idle = threading.Event()
+        self._idle.set()
 
     def request(self, names, save):
         """Say which files, relative to the folder, the target shall hold; their round copies them."""
         self._asked = names, save
-        if not self._busy and time.monotonic() >= self._next_round:
+        if self._idle.is_set() and time.monotonic() >= self._next_round:
             self._begin()
 
-    def close(self, flush=True, time_limit=120):
-        """Make the copies still missing, unless `flush` is False, in at most `time_limit` seconds."""
-        deadline = time.monotonic() + time_limit
-        for _ in range(LAST_ROUNDS):
-            self._join(deadline)
-            if not flush or self._asked is self._done or self._busy or self.lock.lost:
-                break
-            if self.error:
-                time.sleep(PAUSE)
+    def close(self, flush=True):
+        """Make the copies still missing, unless `flush` is False, and let go of the target."""
+        deadline = time.monotonic() + LAST_SECONDS
+        left = LAST_ROUNDS if flush else 0
+        while self._idle.wait(deadline - time.monotonic()) and left and self._asked is not self._done:
+            time.sleep(PAUSE if self.error else 0)
             self._begin()
-        self._join(deadline)
-        if self._busy:  # it keeps the target's lock until the process ends
-            self.error = f"not finished within {time_limit:g} s, last error: {self.error}"
-        else:
+            left -= 1
+        if self._idle.is_set():
             self.lock.release()
+        else:  # it keeps the target's lock until the process ends
+            self.error = f"not finished within {LAST_SECONDS:g} s, last error: {self.error}"
 
     def report(self):
         """One line for the end of a run."""
-        if not self.error:
-            return f"mirror: {self.files} files, {self.newest}"
-        state = "STOPPED for good" if self.lock.lost else "FAILED"
-        return f"mirror {state}: {self.error}; {self.newest} in {self.target}"
-
-    @property
-    def _busy(self):
-        return self._thread is not None and self._thread.is_alive()
+        return f"mirror FAILED: {self.error}; {self.newest}" if self.error else f"mirror: {self.newest}"
 
     def _begin(self):
-        self._thread = threading.Thread(target=self._round, args=[self._asked], daemon=True)
-        self._thread.start()
-
-    def _join(self, deadline):
-        if self._thread:
-            self._thread.join(max(0.0, deadline - time.monotonic()))
+        self._idle.clear()
+        threading.Thread(target=self._round, args=[self._asked], daemon=True).start()
 
     def _round(self, asked):
         names, save = asked
@@ -151,17 +127,15 @@ class Backup:
                     with contextlib.suppress(FileNotFoundError):
                         opened[name] = stack.enter_context(open(self.source / name, "rb"))
                 for name, file in opened.items():
-                    for folder in reversed(Path(name).parents[:-1]):
-                        (self.target / folder).mkdir(exist_ok=True)
                     self._copy(file, self.target / name)
+            self.error, self.newest, self._done = None, f"the newest of save {save} in {self.target}", asked
+            self._next_round = time.monotonic() + self.every_seconds
         except Exception as error:  # whatever it is, it is no matter of the training
             line = (str(error) or repr(error)).splitlines()[0].rstrip(".")
             if not self.error:
                 self.say(f"warning: no second copy in {self.target} ({line}); training goes on")
             self.error = line
-        else:
-            self.error, self.newest, self._done = None, f"the newest of save {save}", asked
-            self._next_round = time.monotonic() + self.every_seconds
+        self._idle.set()
 
     def _copy(self, file, target):
         self.lock.check()
@@ -169,6 +143,8 @@ class Backup:
         identity = stat.st_ino, stat.st_size, stat.st_mtime_ns
         if self._copied.get(target) == identity and target.exists() and target.stat().st_size == stat.st_size:
             return
+        for folder in reversed(target.relative_to(self.target).parents[:-1]):
+            (self.target / folder).mkdir(exist_ok=True)
         previous = None
         if target.name == LATEST:  # a torn one must not take the place of the whole one before it
             with contextlib.suppress(Corrupt, FileNotFoundError):
@@ -176,4 +152,3 @@ class Backup:
                 previous = target.with_name(PREVIOUS)
         copy_verified(file, target, previous)
         self._copied[target] = identity
-        self.files += 1

@@ -10,7 +10,6 @@ import errno
 import hashlib
 import os
 import shutil
-import struct
 from pathlib import Path
 
 import torch
@@ -18,13 +17,12 @@ import torch
 from newllm.errors import UserError
 
 COLAB_DRIVE = Path("/content/drive")
-NO_COMMENT = struct.pack("<H", 0)  # an archive ends in the length of its comment, then the comment
-PREFIX = b"sha256:"
-SEAL_BYTES = len(NO_COMMENT) + len(PREFIX) + 64
+NO_COMMENT, COMMENT = b"\0\0", b"\x47\0sha256:"  # an archive ends in its comment's length, then the comment
+SEAL_BYTES = len(COMMENT) + 64
 BLOCK = 1 << 20
 
 
-class Corrupt(Exception):
+class Corrupt(OSError):
     """A file that is not what was written: torn, altered, or no sealed archive at all."""
 
 
@@ -32,40 +30,36 @@ def usable_folder(path, purpose, make=True):
     """The folder, resolved, made if needed (unless `make` is False); a link to a folder is fine.
 
     Raises:
-        UserError: it is a file, a dangling link, on a Drive that is not mounted, or cannot be made.
+        UserError: it is a file, leads to nothing, lies on a Drive that is not mounted, or cannot be made.
     """
-    path, problem = Path(path), None
-    if path.is_symlink() and not path.exists():
-        target = os.readlink(path)
-        problem = f"is a link to {target}, which does not exist: mount Drive first, or remove the link"
-    elif path.exists() and not path.is_dir():
-        problem = "is a file, not a folder: move it away or choose another folder"
-    elif COLAB_DRIVE in Path(os.path.realpath(path)).parents and not os.path.ismount(COLAB_DRIVE):
-        problem = "lies on Drive, which is not mounted: mount Drive first"
-    if problem:
-        raise UserError(f"{path} ({purpose}) {problem}.")
-    if make:
-        try:
+    path, real = Path(path), Path(os.path.realpath(path))
+    if os.path.lexists(path) and not path.is_dir():
+        problem = f"is a file, not a folder, or a link to nothing ({real})"
+        raise UserError(f"{path} ({purpose}) {problem}: mount Drive first, or move it away.")
+    if COLAB_DRIVE in real.parents and not os.path.ismount(COLAB_DRIVE):
+        raise UserError(f"{path} ({purpose}) lies on Drive, which is not mounted: mount Drive first.")
+    try:
+        if make:
             path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot create the folder {path} ({purpose}): {error.strerror}.") from error
-    return path.resolve()
+    except OSError as error:
+        raise UserError(f"cannot create the folder {path} ({purpose}): {error.strerror}.") from error
+    return real
 
 
-def second_folder(path, first, purpose, make=True):
-    """As usable_folder, for one on another disk than `first`: not in it or around it, in an existing one."""
+def second_folder(path, first, purpose):
+    """A folder for another disk than `first`: in an existing one, neither in `first` nor around it."""
     path = usable_folder(path, purpose, make=False)
     if path == first or path in first.parents or first in path.parents:
         raise UserError(f"{first} and {path} ({purpose}) must not lie in each other: choose another folder.")
     if not path.parent.is_dir():  # making it would fill the local disk in place of one that is not mounted
         raise UserError(f"{path.parent} ({purpose}) does not exist: mount Drive first, or create it.")
-    return usable_folder(path, purpose, make)
+    return path
 
 
 @contextlib.contextmanager
-def replacing(path):
+def replacing(path, tag=None):
     """A name beside `path` to write to, which takes its place if the block ends well, and else is gone."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{tag or os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)  # left by a killed process, it may be one more name of a good file
     try:
         yield temporary
@@ -97,54 +91,44 @@ def save_sealed(value, path, previous=None):
 
     Returns:
         The SHA-256 (hex) of the archive.
-
-    Raises:
-        OSError: the disk refused; the old file is untouched and no temporary one stays.
     """
     path = Path(path)
-    try:
-        with replacing(path) as temporary:
-            with open(temporary, "w+b") as file:
-                writer = _HashingWriter(file)
+    with replacing(path) as temporary:
+        with open(temporary, "w+b") as file:
+            writer = _HashingWriter(file)
+            try:
                 torch.save(value, writer)
-                file.seek(-len(NO_COMMENT), os.SEEK_END)
-                file.write(_seal(writer.digest))
-            sync(temporary)
-            load_sealed(temporary, mmap=True)  # what cannot be loaded must not replace what can
-            if previous is not None and path.exists():
-                duplicate(path, previous)
-    except (RuntimeError, Corrupt) as error:
-        if isinstance(error.__context__, OSError):  # torch's own error no longer says why the disk refused
-            raise error.__context__ from error
-        raise OSError(f"writing {path} failed: {str(error).splitlines()[0]}") from error
+            except RuntimeError as error:  # torch's own error does not say why the disk refused
+                raise (error.__context__ or error) from error
+            file.seek(-len(NO_COMMENT), os.SEEK_END)
+            file.write(_seal(writer.digest))
+        sync(temporary)
+        load_sealed(temporary, mmap=True)  # what cannot be loaded must not replace what can
+        if previous is not None and path.exists():
+            duplicate(path, previous)
     return writer.digest.hexdigest()
 
 
-def load_sealed(path, map_location="cpu", mmap=False):
-    """Read a sealed file: seal first, then unpickling restricted to tensors and plain values.
+def load_sealed(path, mmap=False):
+    """Read a sealed file to the CPU: seal first, then unpickling restricted to tensors and plain values.
 
     Raises:
-        FileNotFoundError: no such file.
         Corrupt: the seal is missing or wrong, or the content is not plain data.
     """
     verify_seal(path)
     mmap = mmap and os.fspath(path).isprintable()  # torch maps no file whose name is not UTF-8
     try:
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
-    except (OSError, MemoryError, torch.OutOfMemoryError):
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except (OSError, MemoryError):
         raise
     except Exception as error:  # a bad pickle fails in every way: Key, Index, Value, Type, Runtime errors
         raise Corrupt(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def verify_seal(path):
-    """SHA-256 (hex) that the file carries and has. Reads everything, unpickles nothing.
-
-    Raises:
-        Corrupt: no seal, or content that does not match it.
-    """
-    length = os.path.getsize(path) - SEAL_BYTES
+    """SHA-256 (hex) that the file carries and has, else Corrupt. Reads everything, unpickles nothing."""
     digest = hashlib.sha256()
+    length = os.path.getsize(path) - SEAL_BYTES
     with open(path, "rb") as file:
         for start in range(0, length, BLOCK):
             digest.update(file.read(min(BLOCK, length - start)))
@@ -156,7 +140,7 @@ def verify_seal(path):
 
 
 def _seal(digest):
-    return struct.pack("<H", SEAL_BYTES - 2) + PREFIX + digest.hexdigest().encode()
+    return COMMENT + digest.hexdigest().encode()
 
 
 def duplicate(path, target):
@@ -173,19 +157,15 @@ def copy_verified(source, target, previous=None):
 
     Args:
         previous: path for the file that is there, as Drive's rename may tear the new one.
-
-    Raises:
-        OSError: it did not work, or what can be read back is not what was written.
     """
-    temporary = target.with_name(f".{target.name}.copy.tmp")  # what a failed copy leaves is overwritten
-    source.seek(0)
-    with open(temporary, "wb") as file:
-        shutil.copyfileobj(source, file, BLOCK)
-    sync(temporary)
-    _compare(source, temporary)
-    if previous and target.exists():
-        os.replace(target, previous)
-    os.replace(temporary, target)
+    with replacing(target, "copy") as temporary:  # not the process's: what a killed one left is overwritten
+        source.seek(0)
+        with open(temporary, "wb") as file:
+            shutil.copyfileobj(source, file, BLOCK)
+        sync(temporary)
+        _compare(source, temporary)
+        if previous and target.exists():
+            os.replace(target, previous)
     _compare(source, target)
 
 

@@ -25,57 +25,43 @@ class LockLost(UserError):
 
 
 class Guard:
-    """Right to write in an existing folder, as a context manager or by `acquire` and `release`.
+    """The right to write in an existing folder, from now until `release`.
 
-    Attributes:
+    Args:
         token: names this writer; each later version of the manifest must carry it as its `writer`.
-        note: a line for the user about the folder, or None.
-        lost: the writer that is known to have taken the folder, or None.
+
+    Raises:
+        UserError: another process of this machine has it, or it cannot be written.
     """
 
-    def __init__(self, folder, run_id, token=None):
-        self.folder, self.run_id = Path(folder), run_id
+    def __init__(self, folder, *, token=None):
         unique = uuid.uuid4().hex[:12]
         self.token = token or f"process {os.getpid()} on {socket.gethostname()} ({unique})"
-        self.note = self.lost = None
+        self.folder, self.lost = Path(folder), None  # and the writer that is known to have taken it
         self._lock = _lock(folder)
-
-    def acquire(self):
-        """Take the folder.
-
-        Raises:
-            UserError: another process of this machine has it, or it cannot be written.
-        """
         try:
             try:
                 self._lock.acquire()
             except TimeoutError:
-                raise UserError(_in_use(self.folder)) from None
+                raise UserError(_in_use(folder)) from None
             except OSError as error:
-                if error.errno not in NO_LOCKS:
+                if error.errno not in NO_LOCKS:  # on such a file system the token alone guards
                     raise
-                self.note = f"{self.folder} knows no file locks: see that one run at a time uses it"
-            manifest = read_manifest(self.folder) | {"writer": self.token}
+            manifest = read_manifest(folder) | {"writer": self.token}
             write_text(self.folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         except OSError as error:
             self.release()
-            raise UserError(f"cannot lock the folder {self.folder}: {error.strerror or error}.") from error
-        return self
+            raise UserError(f"cannot lock the folder {folder}: {error.strerror or error}.") from error
 
     def check(self):
-        """Call before every save.
-
-        Raises:
-            LockLost: another run took the folder.
-            OSError: that cannot be found out, so a save would not work either.
-        """
+        """Call before every save: raises LockLost where another run took the folder."""
         writer = read_manifest(self.folder).get("writer", self.token)
         if writer != self.token:
             self.lost = writer
         if self.lost:
             raise LockLost(
-                f"{self.lost} has taken over {self.folder} from this run ({self.run_id}), which writes "
-                "nothing more there: let the other one go on, or use another folder."
+                f"{self.lost} has taken over {self.folder} from this run, which writes nothing more there: "
+                "let the other one go on, or use another folder."
             )
 
     def release(self):
@@ -85,22 +71,16 @@ class Guard:
                 (self.folder / LOCK_NAME).unlink(missing_ok=True)
             self._lock.release()
 
-    def __enter__(self):
-        return self.acquire()
-
-    def __exit__(self, *_):
-        self.release()
-
 
 def holder(folder):
     """The sentence that says which process of this machine writes in the folder, None when it is free."""
     if not (Path(folder) / LOCK_NAME).exists():  # asking must not make it
         return None
     try:
-        with _lock(folder):
-            return None
+        _lock(folder).acquire().lock.release()
     except OSError as error:
         return _in_use(folder) if isinstance(error, TimeoutError) else None
+    return None
 
 
 def read_manifest(folder):

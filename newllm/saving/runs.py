@@ -1,13 +1,15 @@
-"""The runs that a checkpoint folder holds: which of them the settings say, and what others take from it.
+"""The runs that a checkpoint folder holds: their files, which of them the settings say, what others lend it.
 
 A run is what its settings and data say. The one that wrote last lies at the top of the folder, every other
 one whole, by the same names, in `runs/RUN_ID/`. Changing runs renames files; `model_latest.pt` at the top is
 replaced, so a whole one is there at every instant. As each state carries its run's id, the files themselves
-tell a change that was cut off, and `settle` ends it.
+tell a change that was cut off, and `mended` ends it.
 """
 
 import itertools
+import json
 import os
+import re
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,12 +19,12 @@ import torch
 
 from newllm.config import EARLIER, Config, settings_of
 from newllm.errors import UserError
-from newllm.saving.files import Corrupt, duplicate, load_sealed
+from newllm.saving.files import Corrupt, copy_verified, duplicate, load_sealed, write_text
 
-FORMAT = 4  # of a state; 3, whose weights can still be read, counts the place inside an epoch in batches
+FORMAT = 4  # of states and of model files
 RUNS, LATEST, PREVIOUS, MANIFEST = "runs", "model_latest.pt", "model_prev.pt", "manifest.json"
-MOVED = "model_*.pt", "model_*.pt.corrupt*", "contexts_*.bin", "status.json"  # of a run, besides its manifest
-MACHINE = "torch", "device", "precision", "compile"  # what else the bits of a figure depend on
+FILES = "model_*.pt*", "contexts_*.bin", "status.json"  # of a run, besides the manifest of the folder
+TOLD = "run_id", "epoch", "stage", "step", "restart", "save_number", "saved_at"  # by the manifest of a state
 
 SHAPES = {name: setting.shapes.split() for name, setting in settings_of(Config).items()}
 WHOLE = {"data", "budget", "model"}
@@ -34,6 +36,212 @@ PARTS = {
     "head": ("untrained", WHOLE | {"control"}, "the head on them"),
     "phase1": ("phase1", WHOLE | {"phase1"}, "Phase 1"),
 }
+
+
+def states(folder):
+    """Every file of a folder that may hold a state to continue from, the latest first."""
+    found = [path for path in folder.glob("model_*.pt") if not re.search("best|frozen", path.name)]
+    return sorted(found, key=lambda path: (path.name != LATEST, path.name))
+
+
+def newest(folder, mmap=True):
+    """The newest whole state of a folder; the latest, if it is whole.
+
+    Returns:
+        (state, its path, {path: what is wrong} of damaged files); (None, None, {}) without any file.
+
+    Raises:
+        UserError: there are files, and none is whole; one cannot be looked at, or is of another version.
+    """
+    found, place, damaged = None, None, {}
+    for path in states(Path(folder)):
+        try:
+            state = load_sealed(path, mmap=mmap)
+        except Corrupt as error:
+            damaged[path] = error
+            continue
+        except OSError as error:  # also a link to nowhere
+            reason = error.strerror or error
+            raise UserError(f"{path} cannot be read ({reason}): mend that or move it away.") from error
+        if found is None or state["save_number"] > found["save_number"]:
+            found, place = state, path
+        if path.name == LATEST:
+            break  # the usual case needs no other file
+    if damaged and found is None:
+        raise UserError(
+            f"no checkpoint in {folder} can be read ({next(iter(damaged.values()))}): put a whole copy in "
+            "its place, or move the files away to start a new run."
+        )
+    if found is not None:
+        require_format(found, place)
+    return found, place, damaged
+
+
+def newest_state(folder, mmap=True):
+    """The newest whole state of a folder, or None; raises as `newest`."""
+    return newest(folder, mmap)[0]
+
+
+def require_format(content, path):
+    """Raises UserError where a file is of another version."""
+    if content.get("format") != FORMAT:
+        raise UserError(
+            f"{path} has format {content.get('format')}, this version continues {FORMAT}: use the version "
+            "that wrote it, move it away, or choose another --checkpoint_dir."
+        )
+
+
+def mended(folder, notes):
+    """As `newest`, for who writes: damaged files are set aside, a change of runs that was cut off is ended.
+
+    Args:
+        notes: list that gets a line for each file set aside.
+    """
+    state, place, damaged = newest(folder)
+    for path, error in damaged.items():
+        path.replace(f"{path}.corrupt")
+        notes.append(f"warning: {error}; kept as {path.name}.corrupt, continuing from {place.name}")
+    if state and place.name != LATEST:
+        duplicate(place, folder / LATEST)
+    if state and (folder / RUNS / state["run_id"]).is_dir():
+        bring_up(folder, state)
+    return state
+
+
+def runs_in(folder, top):
+    """[(its folder, its newest state or None)] of the run at the top and those beside it, latest id first.
+
+    The checksum of a state beside it is looked at only if the latest file cannot be opened: who uses one
+    reads it again.
+    """
+    found = [(folder, top)] if top else []
+    for home in sorted(folder.glob(f"{RUNS}/*"), reverse=True):
+        if not home.is_dir() or (top and home.name == top["run_id"]):
+            continue
+        try:
+            state = torch.load(home / LATEST, map_location="cpu", weights_only=True, mmap=True)
+            require_format(state, home)
+        except Exception:  # what is no state fails in every way
+            try:
+                state = newest_state(home)
+            except UserError:
+                state = None
+        found.append((home, state))
+    return found
+
+
+def seal(path):
+    """SHA-256 (hex) that a sealed file carries, as its last bytes."""
+    with open(path, "rb") as file:
+        file.seek(max(0, os.path.getsize(path) - 64))
+        return file.read().decode(errors="replace")
+
+
+def announce(folder, state):
+    """Write into the manifest what the latest state is, for status; what else stands in it stays."""
+    latest = folder / LATEST
+    entry = {key: state[key] for key in TOLD}
+    entry |= {"file": LATEST, "sha256": seal(latest), "bytes": latest.stat().st_size}
+    with suppress(OSError, ValueError, TypeError):  # none yet, or damaged
+        entry = json.loads((folder / MANIFEST).read_text(encoding="utf-8")) | entry
+    write_text(folder / MANIFEST, json.dumps(entry, indent=1) + "\n")
+
+
+# Changing runs
+
+
+def files_of(home):
+    return [path for pattern in FILES for path in home.glob(pattern)]
+
+
+def bytes_of(home):
+    """What the files of a run take on the disk, further names aside."""
+    stats = map(os.stat, files_of(home))
+    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())
+
+
+def park(folder, run_id):
+    """Move the run at the top aside; `model_latest.pt` gets a second name, as the next save replaces it."""
+    home = folder / RUNS / run_id
+    home.mkdir(parents=True, exist_ok=True)
+    duplicate(folder / LATEST, home / LATEST)
+    for path in files_of(folder):
+        if path.name != LATEST:
+            os.replace(path, home / path.name)
+
+
+def bring_up(folder, state):
+    """Move a run to the top, its latest first: if this is cut off, the id at the top says to go on."""
+    home = folder / RUNS / state["run_id"]
+    for path in sorted(files_of(home), key=lambda path: path.name != LATEST):
+        os.replace(path, folder / path.name)
+    with suppress(OSError):  # somebody's own files stay
+        home.rmdir()
+    announce(folder, state)
+
+
+def change(folder, top, home, notes):
+    """Park the run at the top, if there is one, and bring up the one in `home`, if it is one.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    try:
+        found = mended(home, notes) if home else None
+        if top:
+            park(folder, top["run_id"])
+        if found:
+            bring_up(folder, found)
+    except OSError as error:
+        raise UserError(
+            f"the run in {folder} cannot be changed ({error.strerror or error}): mend that and start again; "
+            "nothing is lost."
+        ) from error
+
+
+def unused_id(folder, run_id):
+    """The id, or with the first number that makes it one which no run and no record of the folder has."""
+    number, candidate = 1, run_id
+    while (folder / RUNS / candidate).exists() or any(folder.glob(f"*/logs/metrics_{candidate}.jsonl")):
+        number += 1
+        candidate = f"{run_id}_{number}"
+    return candidate
+
+
+def remove(folder, run_id):
+    """Delete the checkpoints of a run beside the top; record and artefacts stay. Returns bytes freed.
+
+    Raises:
+        UserError: there is none of this id.
+    """
+    beside = Path(folder) / RUNS
+    home = beside / run_id
+    if not run_id or home.parent != beside or not home.is_dir():
+        raise UserError(
+            f"no run {run_id} lies in {beside}, and the one at the top of {folder} is in use: it stays."
+        )
+    freed = bytes_of(home)
+    shutil.rmtree(home)
+    return freed
+
+
+def run_rows(folder):
+    """(id, state, val ppl, MB on disk, last save, settings unlike those at the top) of each run."""
+    folder, rows = Path(folder), []
+    top = newest_state(folder)
+    for home, state in runs_in(folder, top):
+        row = [home.name, "cannot be read", "", f"{bytes_of(home) / 1e6:.1f}", "", ""]
+        if state:
+            head = state["results"].get("phase2", {}).get("head")
+            row[:3] = state["run_id"], state["restart"], f"{head['ppl']:.1f}" if head else ""
+            row[4:] = state["saved_at"], listed(changed(top["config"], state["config"])) if top else ""
+        if home == folder:
+            row[5] = "(at the top)"
+        rows.append(row)
+    return rows
+
+
+# Which run the settings say
 
 
 def shaping(settings, *others):
@@ -53,106 +261,30 @@ def listed(changes):
     return ", ".join(f"{name} {old!r} -> {new!r}" for name, (old, new) in changes.items())
 
 
-def distinction(found, config, fingerprint):
+def distinction(state, config, fingerprint):
     """What makes these settings and data another run than that of a state, in words; "" if it is the same.
 
     That is what shaped a figure which the run has made, or has begun to make. What is ahead of it may change.
     """
-    results, begun = found["results"], found["stage"] if found["position"] else ""
-    done = {
-        stage for stage in ("phase1", "phase2") if results.get(stage)
-    }  # without contexts Phase 1 leaves {}
-    made = WHOLE | done | {"control" if begun == "untrained" else begun}
-    if "contexts" in results.get("untrained", {}):
-        made |= {"untrained", "row"}
-    if "head" in results.get("untrained", {}):
-        made |= {"control"}
-    ahead = {"phase1", "phase2"} - done - ({"phase2"} if config.phase == "1" else set())
-    changes = changed(found["config"], config.to_dict(), made)
+    untrained = state["results"].get("untrained", {})
+    done = {stage for stage in ("phase1", "phase2") if state["results"].get(stage)}  # {} without contexts
+    marks = WHOLE | done
+    if state["position"]:
+        marks.add("control" if state["stage"] == "untrained" else state["stage"])
+    if "contexts" in untrained:
+        marks |= {"untrained", "row"}
+    if "head" in untrained:
+        marks.add("control")
+    ahead = {"phase1", "phase2"} - done
+    if config.phase == "1":
+        ahead.discard("phase2")
+    changes = changed(state["config"], config.to_dict(), marks)
     for name in BATCHES & changes.keys():
         if SHAPES[name][-1] in ahead:
             del changes[name]
-    other_data = found["data_fingerprint"] != fingerprint
-    return listed(changes) or ("other data: the source or its text" if other_data else "")
-
-
-def bits_of(config):
-    """All that the bits of a figure depend on, as a state's `made` keeps it for each stage."""
-    return config.to_dict() | {"torch": str(torch.__version__)}
-
-
-def same_bits(made, stage, config, marks):
-    """Whether what some marks shape in a stage would be made with the same bits today."""
-    saved, now = made.get(stage, {}), bits_of(config)
-    return all(saved.get(name) == now[name] for name in MACHINE) and not changed(saved, now, marks)
-
-
-def states(folder):
-    """Every file of a folder that may hold a state to continue from, likely newest first."""
-    kept = ("model_epoch.pt", "model_phase1.pt", "model_backup.pt")
-    return [folder / LATEST, folder / PREVIOUS, *step_files(folder), *(folder / name for name in kept)]
-
-
-def step_files(folder):
-    """`model_step_{n}.pt`, the newest first."""
-    return sorted(folder.glob("model_step_*.pt"), key=lambda path: (len(path.name), path.name), reverse=True)
-
-
-def newest(folder):
-    """The newest whole state of a folder, whose files are only read.
-
-    The latest counts if it is whole: another file with more saves behind it is of an earlier run.
-
-    Returns:
-        (content, its path, {path: what is wrong} of damaged files that come before it); (None, None, {})
-        without any file.
-
-    Raises:
-        UserError: there are files, and none is whole; or one cannot be looked at.
-    """
-    found, place, damaged = None, None, {}
-    for path in states(Path(folder)):
-        try:
-            content = load_sealed(path, mmap=True)
-        except Corrupt as error:
-            damaged[path] = error
-            continue
-        except OSError as error:
-            if isinstance(error, FileNotFoundError) and not path.is_symlink():
-                continue
-            reason = "it is a link to nowhere" if path.is_symlink() else error.strerror or error
-            raise UserError(f"{path} cannot be read ({reason}): mend that or move it away.") from error
-        if found is None or content["save_number"] > found["save_number"]:
-            found, place = content, path
-        if path.name == LATEST:
-            break  # the usual case needs no other file
-    if damaged and found is None:
-        raise UserError(
-            f"no checkpoint in {folder} can be read ({next(iter(damaged.values()))}): put a whole copy in "
-            "its place, or move the files away to start a new run."
-        )
-    return found, place, damaged
-
-
-def runs_in(folder, top):
-    """[(its folder, its newest state or None)] of the run at the top and those beside it, latest id first.
-
-    The checksum of a state beside it is looked at only if the latest file cannot be opened: who uses one
-    reads it again.
-    """
-    found = [(folder, top)] if top else []
-    for home in sorted(folder.glob(f"{RUNS}/[!.]*"), reverse=True):
-        if not home.is_dir() or (top and home.name == top["run_id"]):
-            continue
-        try:
-            state = torch.load(home / LATEST, map_location="cpu", weights_only=True, mmap=True)
-            found.append((home, state if state["save_number"] else None))
-        except Exception:  # what is no state fails in every way
-            try:
-                found.append((home, newest(home)[0]))
-            except UserError:
-                found.append((home, None))
-    return found
+    if not changes and state["data_fingerprint"] != fingerprint:
+        return "other data: the source or its text"
+    return listed(changes)
 
 
 @dataclass
@@ -161,163 +293,128 @@ class Choice:
 
     Attributes:
         home: folder of the run to continue, None for a new one. lines: what to say of it.
-        taken: {part: (folder, state)} of the runs from which it may take a part that it has not begun.
+        reused: {part of the untrained row: its results} of other runs. phase1: the state with another run's
+            Phase 1, or None. record: the rows of these parts in the other runs' records.
     """
 
     home: Path | None = None
     lines: list = field(default_factory=list)
-    taken: dict = field(default_factory=dict)
+    reused: dict = field(default_factory=dict)
+    phase1: dict | None = None
+    record: list = field(default_factory=list)
 
 
 def choose(folder, top, config, fingerprint):
-    """Which run of a folder the settings and the data say; nothing is changed.
+    """Which run of a folder the settings and the data say, and what it takes over; nothing is changed.
 
     Args:
-        top: content of the state at its top, or None.
-
-    Raises:
-        UserError: the top is of a version whose runs cannot be continued.
+        top: the state at its top, or None.
     """
     folder, choice, known = Path(folder), Choice(), []
-    if top and top.get("format") != FORMAT:
-        raise UserError(
-            f"{folder / LATEST} has format {top.get('format')}, this version continues {FORMAT}: finish "
-            "that run with the version that wrote it, move it away, or choose another --checkpoint_dir."
-        )
     for home, state in runs_in(folder, top):
-        if state and state.get("format") == FORMAT:
+        if state:
             known.append((home, state, distinction(state, config, fingerprint)))
         else:
             choice.lines.append(f"warning: {home} holds no run that this version can read; it stays as it is")
     kept = f"; run {top['run_id']} is kept whole in {RUNS}/{top['run_id']}" if top else ""
-    if known and not config.load_checkpoint:
+    if not known:
+        return choice
+    if not config.load_checkpoint:
         choice.lines.append(f"load_checkpoint is off: a new run{kept}")
-    if not known or not config.load_checkpoint:
         return choice
     mine = [(home, state) for home, state, difference in known if not difference]
     mine.sort(key=lambda run: bool(changed(run[1]["config"], config.to_dict())))
     if mine:
         choice.home, state = mine[0]
-        line = (
-            "" if choice.home == folder else f"back to run {state['run_id']}, the one of these settings{kept}"
-        )
+        line = f"back to run {state['run_id']}, the one of these settings{kept}; "
+        if choice.home == folder:
+            line = ""
     else:
-        _, nearest, difference = known[0] if top else min(known, key=lambda run: len(run[2]))
-        line = f"another run than {nearest['run_id']} ({difference}){kept}"
+        _, nearest, difference = known[0]
+        line = f"another run than {nearest['run_id']} ({difference}){kept}; "
     if not mine or state["stage"] == "untrained":
-        choice.taken = _takings(known, choice.home, config, fingerprint)
-        by_run = {}
-        for part, (_, lender) in choice.taken.items():
-            by_run.setdefault(lender["run_id"], []).append(PARTS[part][2])
-        taken = ", ".join(f"{', '.join(names)} (of run {run_id})" for run_id, names in by_run.items())
-        line += f"; taken over: {taken or 'nothing'}; all else is trained"
-    choice.lines += [line.removeprefix("; ")] if line else []
+        lenders = [(home, state) for home, state, _ in known if home != choice.home]
+        taken = ", ".join(_borrow(choice, lenders, config, fingerprint)) or "nothing"
+        line += f"taken over: {taken}; all else is trained"
+    if line:
+        choice.lines.append(line.removesuffix("; "))
     return choice
 
 
-def _takings(known, own, config, fingerprint):
-    """{part: (folder, state)} of the first other run that has the part with the bits of today."""
-    found = {}
-    for (home, state, _), part in itertools.product(known, PARTS):
-        stage, marks, _ = PARTS[part]
-        has = part in state["results"].get("untrained", {}) or (
-            part == "phase1" and state["results"].get(part)
-        )
-        wanted = home != own and (part != "head" or config.untrained_control)
-        same_data = state["data_fingerprint"] == fingerprint
-        if wanted and has and same_data and same_bits(state.get("made", {}), stage, config, marks):
-            found.setdefault(part, (home, state))
-    return found
-
-
-def unused_id(folder, run_id):
-    """The id, or with the first number that makes it one which no run and no record of the folder has."""
-    number, candidate = 1, run_id
-    while (folder / RUNS / candidate).exists() or any(folder.glob(f"*/logs/metrics_{candidate}.jsonl")):
-        number += 1
-        candidate = f"{run_id}_{number}"
-    return candidate
-
-
-def _files(folder):
-    return [path for pattern in MOVED for path in folder.glob(pattern)]
-
-
-def park(folder, run_id):
-    """Move the run at the top aside; `model_latest.pt` gets a second name, as the next save replaces it."""
-    home = folder / RUNS / run_id
-    home.mkdir(parents=True, exist_ok=True)
-    for name in (LATEST, MANIFEST):
-        if (folder / name).exists():
-            duplicate(folder / name, home / name)
-    for path in _files(folder):
-        if path.name != LATEST:
-            os.replace(path, home / path.name)
-
-
-def bring_up(folder, run_id):
-    """Move a run to the top, its latest first: if this is cut off, the id at the top says to go on.
-
-    The manifest there, which also says who writes, stays for its writer to renew.
-    """
-    home = folder / RUNS / run_id
-    for path in sorted(_files(home), key=lambda path: path.name != LATEST):
-        os.replace(path, folder / path.name)
-    (home / MANIFEST).unlink(missing_ok=True)
-    with suppress(OSError):  # somebody's own files stay
-        home.rmdir()
-
-
-def settle(folder):
-    """The newest whole state at the top, as by `newest`, once a change of runs that was cut off has ended."""
-    top = newest(folder)
-    if top[0] and (folder / RUNS / top[0]["run_id"]).is_dir():
-        bring_up(folder, top[0]["run_id"])
-        return newest(folder)
-    return top
-
-
-def run_rows(folder):
-    """(id, state, val ppl, MB on disk, last save, settings unlike those of the run at the top) of each run.
-
-    Raises:
-        UserError: the files at the top cannot be read.
-    """
-    folder, rows = Path(folder), []
-    top = newest(folder)[0]
-    for home, state in runs_in(folder, top):
-        size = f"{_bytes_of(home) / 1e6:.1f}"
-        if state is None:
-            rows.append((home.name, "cannot be read", "", size, "", ""))
+def _borrow(choice, lenders, config, fingerprint):
+    """Take each part from the first run that has it by equal settings; returns in words what was taken."""
+    taken = {}
+    for (home, state), (part, (stage, marks, title)) in itertools.product(lenders, PARTS.items()):
+        results = state["results"].get(stage, {})
+        has = results if part == stage else part in results
+        wanted = part not in taken and (part != "head" or config.untrained_control)
+        same = state["data_fingerprint"] == fingerprint
+        same = same and not changed(state["config"], config.to_dict(), marks)
+        if not (has and wanted and same):
             continue
-        stage = "complete" if state["stage"] == "complete" else state["restart"]
-        head = state["results"].get("phase2", {}).get("head") or (state["stage_state"] or {}).get("best")
-        ppl = f"{head['ppl']:.1f}" if head and state["stage"] != "untrained" else ""
-        differs = listed(changed(top["config"], state["config"])) if top else ""
-        differs = "(at the top)" if home == folder else differs
-        rows.append((state["run_id"], stage, ppl, size, state["saved_at"], differs))
-    return rows
+        try:
+            whole = load_sealed(home / "model_phase1.pt") if part == "phase1" else newest_state(home)
+        except (Corrupt, OSError, UserError) as error:
+            choice.lines.append(f"warning: {error}; {title} is made anew")
+            continue
+        taken[part] = f"{title} (of run {state['run_id']})"
+        if part == "phase1":
+            choice.phase1 = whole
+        else:
+            choice.reused[part] = whole["results"]["untrained"][part]
+        if part in ("head", "phase1"):
+            choice.record += [row for row in whole["record"] if json.loads(row)["stage"] == stage]
+    return taken.values()
 
 
-def _bytes_of(home):
-    """What the files of a run take on disk; several names of one count once."""
-    stats = map(os.stat, _files(home))
-    return sum({(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}.values())
+# Second copies
 
 
-def remove(folder, run_id):
-    """Delete the checkpoints of a run beside the top; record and artefacts stay. Returns bytes freed.
+def fetch(folder, mirror, notes):
+    """Bring back of a mirror what a folder has lost, or has older than its second copies.
 
     Raises:
-        UserError: there is none of this id.
+        UserError: the mirror cannot be read.
     """
-    beside = Path(folder) / RUNS
-    home = beside / run_id
-    if not run_id or home.parent != beside or not home.is_dir():
+    try:
+        ours = mended(folder, notes)
+    except UserError:  # all damaged
+        ours = None
+    theirs = newest_state(mirror)
+    sources = {path.name: path for path in mirror.glob(f"{RUNS}/*")} if ours is None else {}
+    if theirs:
+        sources[theirs["run_id"]] = mirror
+    try:
+        for run_id, source in sources.items():
+            at_top = source == mirror and (ours is None or ours["run_id"] == run_id)
+            home = folder if at_top else folder / RUNS / run_id
+            here, there = ours if at_top else newest_state(home), newest_state(source)
+            if there and (here is None or there["save_number"] > here["save_number"]):
+                _copy_run(source, home, run_id)
+                notes.append(f"run {run_id} fetched from the mirror {mirror}, newer than what was here")
+    except OSError as error:
         raise UserError(
-            f"no run {run_id} lies in {beside}, and the one at the top of {folder} is in use: it stays."
-        )
-    freed, aside = _bytes_of(home), home.with_name(f".{run_id}.removed")
-    home.rename(aside)  # whole or gone, also where this is cut off
-    shutil.rmtree(aside)
-    return freed
+            f"the mirror {mirror} cannot be read ({error.strerror or error}): mount it again."
+        ) from error
+
+
+def _copy_run(source, home, run_id):
+    """Copy what is whole of a run, its latest last."""
+    home.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.glob("model_*.pt"), key=lambda path: path.name == LATEST):
+        with suppress(Corrupt, FileNotFoundError):
+            if load_sealed(path, mmap=True).get("run_id", run_id) == run_id:
+                with open(path, "rb") as file:
+                    copy_verified(file, home / path.name)
+
+
+def uncopied(folder, mirror):
+    """Names of the states of the runs beside the one at the top that a mirror lacks."""
+    names = []
+    for path in sorted(folder.glob(f"{RUNS}/*/model_*.pt")):
+        name = path.relative_to(folder)
+        with suppress(OSError):
+            if seal(mirror / name) == seal(path):
+                continue
+        names.append(name)
+    return names

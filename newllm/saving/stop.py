@@ -4,6 +4,7 @@ The first SIGTERM or SIGINT only sets a flag, because a state saved in the middl
 Loops poll it; a second signal ends the process at once. SIGUSR1 asks for a checkpoint and nothing else.
 """
 
+import math
 import os
 import signal
 import threading
@@ -15,13 +16,7 @@ REQUEST = getattr(signal, "SIGUSR1", None)  # None on Windows
 
 
 class Stopped(Exception):
-    """The run stopped as asked, and has saved what had to be saved. The message is the reason.
-
-    Attributes:
-        goes_on: whether the same command continues it; else nothing was to be saved, and it begins anew.
-    """
-
-    goes_on = True
+    """The run stopped as asked, and has saved what had to be saved. The message is the reason."""
 
 
 class LeftBehind(Stopped):
@@ -31,34 +26,27 @@ class LeftBehind(Stopped):
 class Interrupt:
     """Context manager that listens for signals, in the main thread, and for the end of `max_minutes`, if any.
 
-    Args:
-        saves: whether what is stopped can be continued.
-
     Attributes:
+        current: the one that listens; outside of all one that hears nothing.
         alone: False where several processes train together: none may stop while the others wait for it, so
             all go by what `agree` found.
     """
 
-    current = None
-
-    def __init__(self, max_minutes=0.0, saves=True):
-        self.saves = saves
-        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else None
+    def __init__(self, max_minutes=0.0):
+        self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
         self.signal, self.save_requested = None, False
         self.alone, self.agreed = True, None
 
     def __enter__(self):
-        self.before = {}
+        self.outer, self.before = Interrupt.current, {}
+        Interrupt.current = self
         if threading.current_thread() is threading.main_thread():  # elsewhere Python forbids handlers
             for number in filter(None, (signal.SIGTERM, signal.SIGINT, REQUEST)):
                 self.before[number] = signal.signal(number, self._hear)
-        Interrupt.current = self
         return self
 
-    def __exit__(self, kind, error, trace):
-        if isinstance(error, Stopped):
-            error.goes_on = self.saves
-        Interrupt.current = None
+    def __exit__(self, *_):
+        Interrupt.current = self.outer
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -76,32 +64,27 @@ class Interrupt:
         """Why this process wants to stop, or None."""
         if self.signal is not None:
             return f"{signal.Signals(self.signal).name} received"
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            return "max_minutes is over"
-        return None
+        return "max_minutes is over" if time.monotonic() >= self.deadline else None
+
+
+Interrupt.current = Interrupt()
 
 
 def stop_reason():
-    """Why the run should stop now, None when it should go on or nobody listens."""
-    current = Interrupt.current
-    if current is None:
-        return None
-    return current.wish if current.alone else current.agreed
+    """Why the run should stop now, or None."""
+    return Interrupt.current.wish if Interrupt.current.alone else Interrupt.current.agreed
 
 
 def agree(first_reason):
     """Let processes that train together stop together: `first_reason` gives all the same wish."""
-    current = Interrupt.current
-    if current and not current.alone:
-        current.agreed = first_reason(current.wish)
+    if not Interrupt.current.alone:
+        Interrupt.current.agreed = first_reason(Interrupt.current.wish)
 
 
 def save_requested(answered=False):
     """Whether somebody asked for a checkpoint now (`kill -USR1 PID`); `answered` takes the request off."""
-    current = Interrupt.current
-    asked = current is not None and current.save_requested
-    if asked and answered:
-        current.save_requested = False
+    asked = Interrupt.current.save_requested
+    Interrupt.current.save_requested = asked and not answered
     return asked
 
 
@@ -112,13 +95,10 @@ def poll():
 
 
 def interruptible(function, *arguments, tick=lambda: None):
-    """What function(*arguments) returns. For long calls of a library, which hear no signal before their end.
+    """What function(*arguments) returns, or LeftBehind: a library's long call hears no signal itself.
 
     Args:
         tick: called now and then meanwhile.
-
-    Raises:
-        LeftBehind: a signal came or the time is over.
     """
     future = Future()
 

@@ -10,7 +10,11 @@ from newllm.errors import UserError
 from newllm.models.baselines import build_model
 from newllm.models.pretrained import add_adapter, has_adapter, load_embedding, require_peft, saved_rank
 from newllm.saving.files import Corrupt, load_sealed, save_sealed
-from newllm.saving.runs import FORMAT, RUNS, choose, newest
+from newllm.saving.runs import FORMAT, choose, newest_state, require_format
+
+
+def frozen_tensors(model):
+    return {name: tensor.cpu() for name, tensor in model.frozen_state().items()}
 
 
 def frozen_digest(tensors):
@@ -26,49 +30,47 @@ def frozen_path(folder, digest):
     return Path(folder) / f"model_frozen_{digest[:12]}.pt"
 
 
-def frozen_of(folder, model, found):
+def store_frozen(folder, model):
+    """Write what of a model nothing trains, unless it is there; its digest stands for it in every state."""
+    tensors = frozen_tensors(model)
+    digest = frozen_digest(tensors)
+    if tensors and not frozen_path(folder, digest).exists():
+        save_sealed(tensors, frozen_path(folder, digest))
+    return digest
+
+
+def frozen_of(folder, model, state):
     """The frozen tensors that a state refers to: the model's own if they are the same, else the file's.
 
     Raises:
-        UserError: they are not the model's and the file is missing, damaged or another.
+        UserError: they are not the model's and the file is missing or damaged.
     """
-    own = {name: tensor.cpu() for name, tensor in model.frozen_state().items()}
-    if found["frozen"] in (frozen_digest(own), frozen_digest({})):
+    own = frozen_tensors(model)
+    if state["frozen"] in (frozen_digest(own), frozen_digest({})):
         return own
-    path = frozen_path(folder, found["frozen"])
-    if not path.exists():  # the run has been moved aside, and the latest at the top is its other name
-        path = frozen_path(Path(folder) / RUNS / found["run_id"], found["frozen"])
+    path = frozen_path(folder, state["frozen"])
     try:
-        tensors = load_sealed(path)
-        if frozen_digest(tensors) != found["frozen"]:
-            raise Corrupt(f"{path} holds other tensors")
+        return own | load_sealed(path)
     except (Corrupt, FileNotFoundError) as error:
         raise UserError(
             f"the checkpoint's frozen embeddings cannot be read ({error}): put {path.name} back beside it, "
             "or start afresh with --no-load_checkpoint."
         ) from error
-    return own | tensors
 
 
-def load_weights(folder, model, found):
-    """Give the model the weights of a state, trained and frozen.
-
-    Between the phases contexts may be frozen or not other than before: what Phase 1 leaves alone is then the
-    model's own.
-
-    Args:
-        folder: where it lies. found: its content.
+def load_weights(folder, model, state):
+    """Give the model the weights of a state that lies in a folder, trained and frozen.
 
     Raises:
         UserError: tensors that the state refers to are not there, it does not fit the model, or its adapter
             needs peft.
     """
-    state = found["model_state_dict"]
-    if has_adapter(state) and not has_adapter(model.state_dict()):
+    trained = state["model_state_dict"]
+    if has_adapter(trained) and not has_adapter(model.state_dict()):
         require_peft()
-        add_adapter(model, saved_rank(state))
-    weights = frozen_of(folder, model, found) | state
-    if "context_embedding" not in model.state_dict():
+        add_adapter(model, saved_rank(trained))
+    weights = frozen_of(folder, model, state) | trained
+    if "context_embedding" not in model.state_dict():  # Phase 2 need not freeze what Phase 1 did
         weights.pop("context_embedding", None)
     try:
         model.load_state_dict(weights)
@@ -81,14 +83,7 @@ def load_weights(folder, model, found):
 
 
 def save_model(path, model, config, tokenizer, about):
-    """A model in one file that needs nothing else: weights, settings, tokenizer, what is known about it.
-
-    Args:
-        about: plain values.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """A model in one file that needs nothing else; `about` is what else is known about it, plain values."""
     content = {
         "format": FORMAT,
         "model_state_dict": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
@@ -100,16 +95,33 @@ def save_model(path, model, config, tokenizer, about):
     save_sealed(content, path)
 
 
-def load_model(found):
-    """The model and the tokenizer of a file that save_model has written.
-
-    Args:
-        found: its content. On the CPU, in fp32.
-    """
-    config, tokenizer = Config(**EARLIER | found["config"]), Tokenizer.from_json(**found["tokenizer"])
+def load_model(content):
+    """The model, on the CPU in fp32, and the tokenizer of what save_model has written."""
+    config = Config(**EARLIER | content["config"])
+    tokenizer = Tokenizer(**content["tokenizer"])
     model = build_model(config, tokenizer.vocab_size)
-    model.load_state_dict(found["model_state_dict"])
+    model.load_state_dict(content["model_state_dict"])
     return model, tokenizer
+
+
+def open_saved(path):
+    """(folder, content) of the newest whole state in a folder, or of one file; nothing is touched.
+
+    Raises:
+        UserError: there is none that can be read, or it is of another version.
+    """
+    path = Path(path).resolve()
+    if path.is_dir():
+        content = newest_state(path)
+        if content is None:
+            raise UserError(f"there is no whole checkpoint in {path}: run train.py first.")
+        return path, content
+    try:
+        content = load_sealed(path)
+    except (Corrupt, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}): give a checkpoint, or their folder.") from error
+    require_format(content, path)
+    return path.parent, content
 
 
 def open_model(path, cache_dir=""):
@@ -125,53 +137,26 @@ def open_model(path, cache_dir=""):
         UserError: as open_saved; the run has trained nothing yet, its contexts are whitened, or its data are
             not what they were.
     """
-    folder, found = open_saved(path)
-    if found.get("stage") == "untrained":
+    folder, content = open_saved(path)
+    if content.get("stage") == "untrained":
         raise UserError(f"the run in {path} has trained nothing yet: go on with train.py first.")
-    if found["config"]["whiten_context"]:
+    if content["config"]["whiten_context"]:
         raise UserError(f"{path} is a control on whitened contexts: it cannot read a new text.")
-    if "tokenizer" in found:
-        return *load_model(found), found
-    config = Config(**EARLIER | found["config"] | ({"cache_dir": cache_dir} if cache_dir else {}))
+    if "tokenizer" in content:
+        return *load_model(content), content
+    config = Config(**EARLIER | content["config"] | ({"cache_dir": cache_dir} if cache_dir else {}))
     data = load_data(config)
-    if data.fingerprint != found["data_fingerprint"]:
+    if data.fingerprint != content["data_fingerprint"]:
         raise UserError(f"{path} was trained on other data than {config.data_source} holds now: restore it.")
     vectors = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
     model = build_model(config, data.vocab_size, vectors)
-    load_weights(folder, model, found)
+    load_weights(folder, model, content)
     model.eval()
-    return model, data.tokenizer, found
-
-
-def open_saved(path):
-    """The newest whole state of a folder, or that of one file; nothing is touched.
-
-    Returns:
-        (its folder, content).
-
-    Raises:
-        UserError: there is none that can be read, or it is of another version.
-    """
-    path = Path(path).resolve()
-    try:
-        found = newest(path)[0] if path.is_dir() else load_sealed(path)
-    except (Corrupt, OSError) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): give a checkpoint, or the folder that holds them."
-        ) from error
-    if found is None:
-        raise UserError(
-            f"there is no whole checkpoint in {path}: run train.py first, or give another folder."
-        )
-    if found.get("format") not in (FORMAT - 1, FORMAT):
-        raise UserError(f"{path} has format {found.get('format')}, this version reads {FORMAT}.")
-    return path if path.is_dir() else path.parent, found
+    return model, data.tokenizer, content
 
 
 def load_trained(config, model, fingerprint):
     """Give the model what the run of these settings has trained so far; its folder is only read.
-
-    A complete run's weights are those of its lowest validation loss.
 
     Args:
         fingerprint: digest of the data that the settings give.
@@ -183,14 +168,13 @@ def load_trained(config, model, fingerprint):
         UserError: the folder holds other runs alone, or what cannot be read.
     """
     folder = Path(config.checkpoint_dir).resolve()
-    top = newest(folder)[0]
-    choice = choose(folder, top, config, fingerprint)
+    choice = choose(folder, newest_state(folder), config, fingerprint)
     if not config.load_checkpoint or not (choice.home or choice.lines):
         return None
     if choice.home is None:
         raise UserError(f"{folder} holds other runs: {choice.lines[-1]}.")
-    found = newest(choice.home)[0]
-    if found["stage"] == "untrained":
+    state = newest_state(choice.home)
+    if state["stage"] == "untrained":
         return None
-    load_weights(choice.home, model, found)
-    return f"{found['epoch']} of run {found['run_id']}, saved {found['saved_at']}"
+    load_weights(choice.home, model, state)
+    return f"{state['epoch']} of run {state['run_id']}, saved {state['saved_at']}"

@@ -1,8 +1,11 @@
-"""What a run says and writes down of itself: what is in effect at its start, and its figures at its end."""
+"""What a run says and writes down of itself: in effect at its start, and its figures at its end."""
 
 import contextlib
 import time
 from datetime import UTC, datetime
+from pathlib import Path
+
+from accelerate.tracking import filter_trackers
 
 from newllm.clock import timed
 from newllm.errors import UserError
@@ -10,23 +13,18 @@ from newllm.models.baselines import Baseline
 from newllm.report.page import artifact_paths, write_artifacts
 from newllm.report.record import read_record
 from newllm.report.summary import banner, curves, plain, summarize
-from newllm.saving.checkpoint import provenance
+from newllm.saving.checkpoint import WARNING, provenance, require_space
+from newllm.saving.files import second_folder, usable_folder
+from newllm.saving.guard import holder
+from newllm.saving.runs import changed, choose, listed, newest
 from newllm.saving.trained import save_model
-from newllm.training.effects import unused_lines
-from newllm.training.plan import make_plan
+from newllm.training.memory_estimate import usable_memory
+from newllm.training.plan import make_plan, unused_lines
 from newllm.training.runtime import compile_cost, describe_device, peak_memory_mb
-from newllm.training.tracking import start_tracking
 
 
-def announce(config, runtime, data, model, log, notes):
-    """Say and write down what is in effect, before anything trains.
-
-    Args:
-        log: RunLog. notes: lines about the checkpoint.
-    """
-    if config.trackers != "none" and log.writes:
-        folder = log.folder.parent / "tracking" / log.run_id
-        log.follow = start_tracking(runtime.accelerator, config.trackers, folder, config.to_dict(), log.warn)
+def in_effect(config, runtime, data, model, notes):
+    """(what the record keeps of what is in effect, the lines that say it, warnings); notes: further lines."""
     kernel = None
     if isinstance(model, Baseline):
         kernel = model.attention_in_effect(runtime.device, runtime.storage_dtype)
@@ -35,18 +33,114 @@ def announce(config, runtime, data, model, log, notes):
         "attention": kernel or "none",
         "data": data.notes,
         "fingerprint": data.fingerprint,
-        "plan": make_plan(config, len(data.train), model, runtime.device),
+        "plan": make_plan(config, len(data.train), model, runtime),
     }
-    attention = f"attention: {about['attention']}"
-    for line in banner(config, about["device"], data, model, about["plan"], [attention, *notes]):
+    notes = [f"attention: {about['attention']}", *notes]
+    lines = banner(config, about["device"], data, model, about["plan"], notes)
+    return about, lines, unused_lines(config, runtime.device.type == "cpu", data.tokenizer.name)
+
+
+def announce(config, runtime, data, model, log, notes):
+    """Say and write down what is in effect, before anything trains; notes: lines about the checkpoint."""
+    if config.trackers != "none" and log.writes:
+        folder = log.folder.parent / "tracking" / log.run_id
+        log.follow = start_tracking(runtime.accelerator, config.trackers, folder, config.to_dict(), log.warn)
+    about, lines, unused = in_effect(config, runtime, data, model, notes)
+    for line in lines:
         log.say(line)
     log.log("start", config=config.to_dict(), **about, **provenance())
-    log.plan(about["plan"])
-    for line in unused_lines(config, runtime.device.type == "cpu", data.tokenizer.name):
+    for line in unused:
         log.warn(line)
     for line in notes:
         if line.startswith("warning"):
             log.log("warning", message=line)
+
+
+def start_tracking(accelerator, name, folder, config, warn):
+    """Begin to send the rows of a run's record to a tracker, through accelerate; it cannot stop a run.
+
+    Args:
+        folder: the tracker's. warn: function of a line.
+
+    Returns:
+        Function of (stage, values) for RunLog. At the first failure, also the last, `warn` gets a line.
+    """
+
+    def attempt(function, *arguments):
+        try:
+            function(*arguments)
+        except Exception as error:  # whatever a service or its client raises
+            accelerator.trackers.clear()
+            warn(f"warning: {name} failed ({type(error).__name__}: {error}); the run goes on without it")
+
+    def begin():
+        accelerator.project_configuration.set_directories(str(folder))
+        accelerator.log_with = filter_trackers(name, str(folder))
+        if not accelerator.log_with:
+            raise ImportError(f"pip install {name}")
+        accelerator.init_trackers("newllm", config)
+
+    def follow(stage, values):
+        numbers = {f"{stage}/{key}": value for key, value in values.items() if type(value) in (int, float)}
+        step = values.get("steps", values.get("iteration", values.get("epoch")))  # the finest of its counts
+        if step is not None:
+            attempt(accelerator.log, numbers, step)
+
+    attempt(begin)
+    return follow
+
+
+def preview(config, runtime, data, model, peak):
+    """Say what a run would do, up to its first step; nothing is written but the data's cache.
+
+    Args:
+        peak: predicted MB.
+
+    Raises:
+        UserError: what a run would be refused for.
+    """
+    folder = Path(config.checkpoint_dir)
+    _, lines, unused = in_effect(config, runtime, data, model, _checkpoint_lines(config, data.fingerprint))
+    print(*lines, *unused, sep="\n")
+    memory = usable_memory(config, runtime)
+    verdict = "fits" if peak <= memory else "does not fit"
+    margin = f"margin {memory - peak:,.0f} MB"
+    print(f"memory: predicted peak {peak:,.0f} MB of {memory:,.0f} MB, so the run {verdict}: {margin}")
+    if config.save_checkpoint:
+        existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
+        require_space(existing, model, config, runtime.storage_dtype)
+        print(f"disk: the checkpoints of the run fit into {folder}")
+    print(f"dry run: nothing was trained, and nothing was written outside of {config.cache_dir}")
+
+
+def _checkpoint_lines(config, fingerprint):
+    """What the run would find in its folder, or in the second copies where they are newer; touches nothing.
+
+    Raises:
+        UserError: the folder is in use, or damaged as a whole.
+    """
+    folder = place = Path(config.checkpoint_dir)
+    state = None
+    if folder.is_symlink() or folder.exists():
+        usable_folder(folder, "checkpoint_dir")
+        if config.save_checkpoint and (in_use := holder(folder)):
+            raise UserError(in_use)
+        state = newest(folder)[0]
+    if config.save_checkpoint and config.backup_dir:
+        copies = second_folder(config.backup_dir, folder.resolve(), "backup_dir")
+        copy = newest(copies)[0] if copies.is_dir() else None
+        if copy and (not state or copy["save_number"] > state["save_number"]):
+            state, place = copy, copies
+    choice = choose(place, state, config, fingerprint)
+    if choice.home is None:
+        beside = choice.lines or [f"none in {folder}"]
+        return [*(f"checkpoint: {line}" for line in beside), "checkpoint: the run begins from the start"]
+    state = newest(choice.home)[0]
+    then = "reports once more, as it is complete" if state["stage"] == "complete" else "continues"
+    held = f"checkpoint: {choice.home} holds run {state['run_id']}, saved {state['saved_at']}, to go on"
+    changes = changed(state["config"], config.to_dict())
+    warning = [WARNING + listed(changes)] if changes else []
+    return [*choice.lines, f"{held} {state['restart']}, which the run {then}", *warning]
 
 
 @timed("saving")
@@ -77,17 +171,16 @@ def report(config, runtime, data, model, checkpointer, log, predicted_peak_mb):
     last = results.get("phase2") or results["phase1"]
     saved_at = datetime.fromtimestamp(checkpointer.saved_at or time.time(), UTC)
     waited, written = checkpointer.saving_share
+    # Of the sessions that completed a stage, and of this one, which may have trained nothing.
+    peaks = [made["peak_memory_mb"] for made in results.values() if made]
     summary = {
         "run_id": log.run_id,
         "date": saved_at.isoformat(timespec="seconds"),
-        "device": last.get("device", describe_device(runtime)),  # that the figures were made on
+        "device": last["device"],  # that the figures were made on
         "commit": provenance()["git_commit"],
         **summarize(config, data, results),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        # Of the sessions that completed a stage, and of this one, which may have trained nothing.
-        "peak_memory_mb": max(
-            peak_memory_mb(), *(made.get("peak_memory_mb", 0.0) for made in results.values())
-        ),
+        "peak_memory_mb": max(peak_memory_mb(), *peaks),
         "peak_memory_mb_predicted": predicted_peak_mb,
         "seconds": checkpointer.seconds,
         "saving_share": waited,
@@ -119,11 +212,11 @@ def _last_place(results, config):
 
 @contextlib.contextmanager
 def spared(log):
-    """Around what the run could do without: a disk that refuses costs that, not the run."""
+    """Around what the run could do without: a disk that refuses, or a record with gaps, costs that alone."""
     try:
         yield
     except OSError as error:
         name = error.filename or "an artefact"
         log.warn(f"warning: {name} cannot be written ({error.strerror or error}); the run goes on")
-    except UserError as error:  # the record has gaps, for the same reason
+    except UserError as error:
         log.warn(f"warning: no report: {error}")

@@ -37,20 +37,19 @@ class SampleStore:
             process; None for memory.
 
     Attributes:
-        rows: the tensor itself, in memory.
-        digests: CRC-32 of each row in a file, -1 where none has been written (int64 [count]); None in memory.
+        rows: the tensor itself, in memory; None in a file.
+        digests: CRC-32 of each row in a file, -1 where none has been written: int64 [count].
 
     Raises:
         UserError: by reading and writing too, when the file refuses.
     """
 
     def __init__(self, count, shape, dtype, device, path=None):
-        self.shape, self.dtype, self.device = tuple(shape), dtype, device
-        self.path, self.digests = path, None
+        self.shape, self.dtype, self.device, self.path = tuple(shape), dtype, device, path
+        self.digests, self.rows = torch.full((count,), -1), None
         if path is None:
             self.rows = torch.zeros(count, *self.shape, dtype=dtype, device=device)
             return
-        self.digests = torch.full((count,), -1)
         with self._said():
             if Path(path).is_dir():
                 self._file = tempfile.TemporaryFile(dir=path)  # noqa: SIM115, open as long as the store
@@ -58,11 +57,11 @@ class SampleStore:
                 self._file = open(path, "r+b" if os.path.exists(path) else "w+b")  # noqa: SIM115
 
     def __len__(self):
-        return len(self.rows if self.digests is None else self.digests)
+        return len(self.digests)
 
     @timed("fetching rows")
     def __getitem__(self, samples):
-        if self.digests is None:
+        if self.rows is not None:
             return self.rows[samples.to(self.device, non_blocking=True)]
         rows = torch.zeros(len(samples), *self.shape, dtype=self.dtype)
         with self._said():
@@ -74,25 +73,20 @@ class SampleStore:
 
     @timed("fetching rows")
     def __setitem__(self, samples, rows):
-        if self.digests is None:
+        if self.rows is not None:
             self.rows[samples.to(self.device, non_blocking=True)] = rows.to(self.device, self.dtype)
             return
-        written = {}
+        digests = []
         with self._said():
             for sample, row in zip(samples.tolist(), _bytes_of(rows.to("cpu", self.dtype)), strict=True):
                 self._file.seek(sample * len(row))
                 self._file.write(row)
-                written[sample] = zlib.crc32(row)
+                digests.append(zlib.crc32(row))
             self._file.flush()
-        for sample, digest in written.items():
-            self.digests[sample] = digest
+        self.digests[samples] = torch.tensor(digests, dtype=torch.int64)
 
     def adopt(self, digests):
-        """Take over the rows that the file holds already.
-
-        Returns:
-            Whether every row that has a digest is there and is the one it was made for.
-        """
+        """Take over the rows that the file holds; whether each is the one that its digest was made of."""
         self.digests.copy_(digests)
         (row,) = _bytes_of(torch.zeros(1, *self.shape, dtype=self.dtype))
         for sample in (digests >= 0).nonzero().flatten().tolist():
@@ -102,17 +96,13 @@ class SampleStore:
         return True
 
     def forget(self):
-        """As if nothing had been written."""
+        """As if nothing had been written to the file."""
         self.digests.fill_(-1)
 
     def sync(self):
         """Onto the disk, so that a state saved afterwards can rely on it."""
-        if self.digests is not None:
+        if self.rows is None:
             os.fsync(self._file.fileno())
-
-    def close(self):
-        if self.digests is not None:
-            self._file.close()
 
     @contextlib.contextmanager
     def _said(self):
@@ -143,18 +133,18 @@ class StoredContexts:
     is still there when a process is killed, and a checkpoint carries only the rows' checksums.
 
     Args:
-        num_samples: N. width: C. settings: max_seq_length, context_memory_mb and save_checkpoint of the run.
+        num_samples: N. width: C. settings: newllm.config.SharedSettings.
         folder: where files lie if contexts are in files.
     """
 
     def __init__(self, num_samples, width, settings, runtime, folder):
         self.runtime, self.group, self.num_samples = runtime, runtime.group, num_samples
-        self.own, self.turns = self.group.owned_of(num_samples), 0
+        self.own, self.turns = self.group.owned(torch.arange(num_samples)), 0
         self.folder, self.shape = Path(folder), (settings.max_seq_length, width)
         values = num_samples * settings.max_seq_length * width
         self.in_files = in_files(values, runtime.storage_dtype, settings.context_memory_mb)
-        self._kept = self.in_files and settings.save_checkpoint  # else nobody comes back for the files
-        if self._kept:
+        self._named = self.in_files and settings.save_checkpoint  # else nobody comes back for the files
+        if self._named:
             self._stores = self._named_stores(runtime.precision)
         elif self.in_files:
             self._stores = [self._store(runtime.precision, folder) for _ in range(2)]
@@ -169,26 +159,23 @@ class StoredContexts:
         names = [f"contexts_{self.group.rank}_{number}_{precision}.bin" for number in range(2)]
         return [self._store(precision, self.folder / name) for name in names]
 
-    @property
-    def _old(self):
-        return self._stores[self.turns % 2]
-
-    @property
-    def _new(self):
-        return self._stores[(self.turns + 1) % 2]
+    def _ordered(self, stores):
+        """(what the iteration in hand starts from, where it puts what it makes)."""
+        return (stores[1], stores[0]) if self.turns % 2 else (stores[0], stores[1])
 
     def __getitem__(self, samples):
         """What a sweep over samples [b] of this process starts from: [b, T, C]."""
-        return self._old[samples // self.group.size]
+        old, _ = self._ordered(self._stores)
+        return old[samples // self.group.size]
 
     def __setitem__(self, samples, contexts_bTC):
-        self._new[samples // self.group.size] = contexts_bTC
+        _, new = self._ordered(self._stores)
+        new[samples // self.group.size] = contexts_bTC
 
     def turn(self):
         """The iteration is complete: what it made is what the next one starts from."""
         self.turns += 1
-        if self.in_files:
-            self._new.forget()
+        self._ordered(self._stores)[1].forget()
 
     def first(self, count):
         """Contexts of the first samples [count, T, C], whoever owns them."""
@@ -198,7 +185,8 @@ class StoredContexts:
         """For a checkpoint: all contexts [N, T, C], or the checksums of their rows in both files [2, N]."""
         samples = torch.arange(self.num_samples)
         if not self.in_files:
-            return self._old.rows if self.group.size == 1 else self._of_all(samples, self.__getitem__)
+            rows = self._stores[0].rows  # not by indices, which would copy them
+            return rows if self.group.size == 1 else self._of_all(samples, self.__getitem__)
         digests = [
             self._of_all(samples, lambda own, store=store: store.digests[own // self.group.size])
             for store in self._stores
@@ -217,24 +205,21 @@ class StoredContexts:
             self._fill(lambda samples: saved[samples])
             return
         self.turns = saved["turns"]
-        precision = saved.get("precision", self.runtime.precision)
-        own_files = self._kept and precision == self.runtime.precision
-        stores = self._stores if own_files else self._named_stores(precision)
+        same = self._named and saved["precision"] == self.runtime.precision
+        stores = self._stores if same else self._named_stores(saved["precision"])
         digests = saved["digests"][:, self.own]
-        # Of an unknown type, or cut up for another number of processes, nobody knows what the bytes mean.
-        readable = "precision" in saved and saved["processes"] == self.group.size
-        if readable and all(store.adopt(own) for store, own in zip(stores, digests, strict=True)):
-            if not own_files:
-                self._fill(lambda samples: self._newest(stores, samples))
-            return
-        note(LOST)
-        for store in stores:
-            store.forget()
-        self._fill(recomputed)
+        cut_alike = saved["processes"] == self.group.size
+        if not cut_alike or not all(store.adopt(own) for store, own in zip(stores, digests, strict=True)):
+            note(LOST)
+            for store in stores:
+                store.forget()
+            self._fill(recomputed)
+        elif not same:
+            self._fill(lambda samples: self._newest(stores, samples))
 
     def _newest(self, stores, samples):
         """Of two files: the row that the iteration in hand has made, else the one that it starts from."""
-        old, new = stores[self.turns % 2], stores[(self.turns + 1) % 2]
+        old, new = self._ordered(stores)
         rows = samples // self.group.size
         made = (new.digests[rows] >= 0).view(-1, 1, 1).to(self.runtime.device)
         return torch.where(made, new[rows], old[rows])
@@ -243,10 +228,6 @@ class StoredContexts:
         """Files onto the disk, so that a state saved afterwards can rely on them."""
         for store in self._stores:
             store.sync()
-
-    def close(self):
-        for store in self._stores:
-            store.close()
 
     def _fill(self, contexts_of):
         """All own rows of both stores."""
@@ -265,37 +246,35 @@ class FrozenFeatures:
 
     Args:
         model: the LanguageModel. samples: ids [N, T+1] by name, "train" among them.
-        settings: max_seq_length, context_memory_mb and whiten_context of the run.
+        settings: context_memory_mb and whiten_context of the run.
         folder: where files lie if features take more than `context_memory_mb`.
     """
 
     def __init__(self, model, samples, settings, runtime, folder):
         self.widths = [model.context_dim, model.embed_dim]
-        self.size = runtime.group.size
+        self.size, dtype = runtime.group.size, runtime.storage_dtype
         self._stores = {}
         for name, ids in samples.items():
-            own = ids[runtime.group.owned_of(len(ids))]
+            own = ids[runtime.group.owned(torch.arange(len(ids)))]
             shape = own.shape[1] - 1, sum(self.widths)
-            values = len(own) * shape[0] * shape[1]
-            beyond = in_files(values, runtime.storage_dtype, settings.context_memory_mb)
-            place = folder if beyond else None
-            store = SampleStore(len(own), shape, runtime.storage_dtype, runtime.device, place)
+            spilled = in_files(len(own) * shape[0] * shape[1], dtype, settings.context_memory_mb)
+            store = SampleStore(len(own), shape, dtype, runtime.device, folder if spilled else None)
             for part in torch.arange(len(own)).split(SEQUENCES_AT_A_TIME):
-                made = trajectories(model, own[part], runtime.autocast, runtime.device, runtime.storage_dtype)
+                made = trajectories(model, own[part], runtime.autocast, runtime.device, dtype)
                 store[part] = torch.cat(made, -1)
             self._stores[name] = store
         if settings.whiten_context:
-            self._whiten(settings.max_seq_length)
+            self._whiten()
 
     def __call__(self, name, samples):
         """(contexts [B, T, C], streams [B, T, E]) of own samples of "train" or "val" [B]."""
         return self._stores[name][samples // self.size].split(self.widths, dim=-1)
 
-    def _whiten(self, length):
+    def _whiten(self):
         """Contexts of covariance I, by the symmetric root of their covariance over training tokens (ZCA)."""
         train = self._stores["train"]
-        first = torch.arange(min(len(train), -(-WHITENING_TOKENS // length)))
-        contexts, _ = train[first].split(self.widths, dim=-1)
+        first = torch.arange(min(len(train), -(-WHITENING_TOKENS // train.shape[0])))
+        contexts, _ = self("train", first)
         contexts = contexts.flatten(0, 1).double()
         # On the CPU, as small GPUs have next to no fp64.
         variances, directions = torch.linalg.eigh(covariance(contexts).cpu())

@@ -24,19 +24,11 @@ from dataclasses import asdict, dataclass, field, fields
 import torch
 
 from newllm.clock import timed
-from newllm.data.order import (
-    batch_count,
-    batches_done,
-    epoch_order,
-    next_batch,
-    order_digest,
-    quick_check_due,
-    quick_subset,
-)
+from newllm.data import order
 from newllm.progress import Progress
 from newllm.saving.stop import Stopped
 from newllm.seeding import derived_seed
-from newllm.training.runtime import StepFunction, memory_mb
+from newllm.training.runtime import memory_mb
 from newllm.training.step import (
     Batch,
     OptimizerStep,
@@ -46,6 +38,7 @@ from newllm.training.step import (
     set_learning_rate,
     warmup_cosine,
 )
+from newllm.training.step_function import StepFunction
 
 
 @dataclass
@@ -64,22 +57,13 @@ class State:
     sample_order: str = ""  # digest of all samples so far
     first_loss: float | None = None
     best: dict | None = None  # metrics of the lowest validation loss, and its epoch
-    history: dict = field(default_factory=dict)  # of a stage whose curves the run does not keep
     quick_subset: str = ""  # digest of the samples of quick checks
     seconds_validation: float | None = None  # of the last whole one
-
-    @classmethod
-    def of(cls, saved, counter):
-        """From the plain dict of a checkpoint, of earlier versions too; a fresh one from None."""
-        if not saved:
-            return cls()
-        means = {"train_loss": saved.get("train_loss", 0.0)}
-        whole = {"epoch": saved[counter], "sums": means} | saved
-        return cls(**{name.name: whole[name.name] for name in fields(cls) if name.name in whole})
+    history: dict = field(default_factory=dict)  # {name: values of all epochs}
 
     def position(self, epochs, count, batches):
         """The place within a stage of so many epochs, samples an epoch and batches an epoch."""
-        batch = int(batches_done(count, batches, self.samples))
+        batch = int(order.batches_done(count, batches, self.samples))
         place = {"epoch": self.epoch, "epochs": epochs, "batch": batch, "batches": batches}
         return place | {"sample": self.samples, "samples": count}
 
@@ -88,7 +72,7 @@ class EpochLoop:
     """The training of one phase, continued from the saver's state if it holds one of this stage.
 
     Args:
-        phase: see above. settings: seed, min_batches and grad_clip of the run.
+        phase: see above. settings: newllm.config.SharedSettings.
         log, saver: RunLog and Checkpointer of the run; both or none.
         watch: function of (epoch, tokens so far), called after each step.
 
@@ -105,15 +89,13 @@ class EpochLoop:
         self.watch = watch
         self.warn = log.warn if log else print
         self.count = len(phase.train)
-        self.batches = batch_count(self.count, phase.batch_size, settings.min_batches)
-        self.quick_every = 0
+        self.batches = order.batch_count(self.count, phase.batch_size, settings.min_batches)
         self.best = None  # {"metrics", "weights"} of the lowest validation loss
 
     def run(self):
         """Train in place; a model that is validated ends with the weights of its lowest loss.
 
-        Returns:
-            What the phase knows at its end, a dict.
+        Returns what the phase knows at its end, a dict.
 
         Raises:
             UserError: a loss or gradient that is not finite, or no memory for a single sample.
@@ -135,7 +117,8 @@ class EpochLoop:
         """Weights, state, optimizer and contexts: saved ones where there are any, else fresh ones."""
         phase, runtime = self.phase, self.runtime
         saved = self.saver.restore(phase.stage, phase.model) if self.saver else None
-        self.state = State.of(saved, phase.counter)
+        known = {each.name: saved[each.name] for each in fields(State)} if saved else {}
+        self.state = State(**known)
         self.earlier_seconds = self.state.seconds
         phase.begin()
         optimizer = make_optimizer(phase.parameter_groups(), phase.learning_rate, phase.weight_decay)
@@ -147,9 +130,8 @@ class EpochLoop:
         histories = self.saver.history if self.saver else {}
         self.history = histories.get(f"{phase.stage}_history", self.state.history)
         if phase.num_validation:
-            self.quick_every = phase.quick_every
-            self.quick = quick_subset(phase.num_validation, phase.quick_share, self.settings.seed)
-            self.state.quick_subset = order_digest("", self.quick)[:12]
+            self.quick = order.quick_subset(phase.num_validation, phase.quick_share, self.settings.seed)
+            self.state.quick_subset = order.order_digest("", self.quick)[:12]
         if self.state.best:
             # A run killed between the two files has a newer best than its state, which is as true.
             self.best = self.saver.load_best(phase.stage)
@@ -163,18 +145,19 @@ class EpochLoop:
 
     def _pass(self):
         """What is left of the pass in hand; returns whether a save was due after its last batch."""
-        state, due = self.state, False
-        order = epoch_order(self.count, self.settings.seed, self.phase.stage, state.epoch)
+        phase, state, due = self.phase, self.state, False
+        samples = order.epoch_order(self.count, self.settings.seed, phase.stage, state.epoch)
+        quick_every = phase.quick_every if phase.num_validation else 0
         while state.samples < self.count:
             before = state.samples
-            self._step(next_batch(order, self.batches, before))
+            self._step(order.next_batch(samples, self.batches, before))
             if self.log:
-                here = self.saver.arrived(self.phase.stage, self._position(), state.steps)
+                here = self.saver.arrived(phase.stage, self._position(), state.steps)
                 best_loss = state.best["loss"] if state.best else None
                 self.log.status(self.progress, **here, best_val_loss=best_loss)
             if self.watch:
                 self.watch(state.epoch, state.tokens)
-            if quick_check_due(self.count, self.batches, self.quick_every, before, state.samples):
+            if order.quick_check_due(self.count, self.batches, quick_every, before, state.samples):
                 self._quick_check()
             due = self.saver is not None and self.saver.due(state.steps)
             if due and state.samples < self.count:
@@ -191,9 +174,9 @@ class EpochLoop:
         batch = Batch(samples, own, ids, state.epoch, ends_epoch)
         if phase.warmup_ratio is not None:
             # In batches of the size in effect: the schedule ends with the run, whatever sizes were before.
-            at = state.epoch * self.batches + batches_done(self.count, self.batches, state.samples)
-            total = self.batches * phase.epochs
-            set_learning_rate(self.optimizer, warmup_cosine(at, total, phase.warmup_ratio))
+            at = state.epoch * self.batches + order.batches_done(self.count, self.batches, state.samples)
+            factor = warmup_cosine(at, self.batches * phase.epochs, phase.warmup_ratio)
+            set_learning_rate(self.optimizer, factor)
         gradients = functools.partial(phase.gradients, self.step, batch)
         seed = derived_seed(self.settings.seed, phase.stage, state.steps)
         number = self._position()["batch"] + 1
@@ -205,7 +188,7 @@ class EpochLoop:
         for name, amount in phase.after_step(batch, loss, made).items():
             state.sums[name] = state.sums.get(name, 0.0) + amount
         tokens = len(samples) * (phase.train.shape[1] - 1)
-        state.sample_order = order_digest(state.sample_order, samples)
+        state.sample_order = order.order_digest(state.sample_order, samples)
         state.samples += len(samples)
         state.steps += 1
         state.tokens += tokens
@@ -214,11 +197,11 @@ class EpochLoop:
     def _end_epoch(self, due):
         """Validate, write the epoch's row, keep the best weights, save."""
         phase, state = self.phase, self.state
-        metrics, timing = {}, {}
+        metrics, figures = {}, {}
         if phase.num_validation:
             metrics, state.seconds_validation = self._validate(torch.arange(phase.num_validation))
-            timing = {"seconds_validation": state.seconds_validation}
-        figures = {
+            figures["seconds_validation"] = state.seconds_validation
+        figures |= {
             "grad_norm": state.grad_norm,
             "optimizer_steps": state.steps - state.skipped,
             "tok_per_s": state.tokens / (self.earlier_seconds + self.progress.seconds),
@@ -230,13 +213,12 @@ class EpochLoop:
         state.samples = 0
         state.sums = {}
         if self.log:
-            columns = {phase.counter: state.epoch} | row | figures | timing | memory_mb()
-            self.log.log(phase.stage, **columns)
+            self.log.log(phase.stage, **{phase.counter: state.epoch}, **(row | figures), **memory_mb())
         self._say(phase.line(state.epoch, row, figures))
         if metrics and (not state.best or metrics["loss"] < state.best["loss"]):
             state.best = metrics | {"epoch": state.epoch}
-            trained = phase.model.trained_state().items()
-            weights = {name: tensor.detach().clone() for name, tensor in trained}
+            weights = phase.model.trained_state().items()
+            weights = {name: tensor.detach().clone() for name, tensor in weights}
             self.best = {"metrics": state.best, "weights": weights}
         in_files = phase.contexts is not None and phase.contexts.in_files
         needed = due or in_files or self._finished()
@@ -260,12 +242,13 @@ class EpochLoop:
         """The fixed subset alone, within an epoch: an early sign, of no consequence for the training."""
         phase, state, full = self.phase, self.state, self.state.seconds_validation
         metrics, seconds = self._validate(self.quick)
+        if not self.log:
+            return
         size, subset = len(self.quick), state.quick_subset
-        if self.log:
-            about = dict(steps=state.steps, samples=size, subset=subset, seconds=seconds, seconds_full=full)
-            self.log.log(f"{phase.stage}_quick", **about, **metrics)
+        about = dict(steps=state.steps, samples=size, subset=subset, seconds=seconds, seconds_full=full)
+        self.log.log(f"{phase.stage}_quick", **about, **metrics)
         whole = "the full one ends the epoch" if full is None else f"the last full one {full:.1f}s"
-        self._say(
+        self.log.say(
             f"{phase.stage} | batch {self._position()['batch']}/{self.batches} | quick validation ({size}/"
             f"{phase.num_validation} samples, subset {subset}, {seconds:.1f}s; {whole}): "
             f"loss {metrics['loss']:.4f}"

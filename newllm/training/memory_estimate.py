@@ -16,8 +16,8 @@ from newllm.evaluate import RANK_TOKENS, SEQUENCES_AT_A_TIME
 from newllm.fixed_point.diagnostics import PROBE_DIMS, PROBE_LAGS
 from newllm.models.baselines import build_model
 from newllm.models.cross_entropy import CHUNK_ELEMENTS
-from newllm.training.effects import training_samples
-from newllm.training.runtime import memory_mb, memory_of, peak_memory_mb, skip_loaded_code
+from newllm.training.plan import training_samples
+from newllm.training.runtime import memory_mb, peak_memory_mb
 from newllm.training.step import make_optimizer
 
 THINGS = "libraries", "weights", "gradients, moments", "best, in saving", "contexts", "activations", "logits"
@@ -84,9 +84,10 @@ def predicted_peak(config, vocab_size, runtime):
     return max(peak, peak_memory_mb()) if runtime.device.type == "cpu" else peak
 
 
-def usable_memory(config, device):
+def usable_memory(config, runtime):
     """MB that a run may take of the device."""
-    return memory_of(device) / 1e6 * (config.gpu_memory_fraction if device.type == "cuda" else 1)
+    share = config.gpu_memory_fraction if runtime.device.type == "cuda" else 1
+    return share * runtime.memory / 1e6
 
 
 def libraries_mb(kind, runtime):
@@ -99,7 +100,6 @@ def libraries_mb(kind, runtime):
         functional.linear(weight.detach(), weight).square().mean().backward()
     optimizer.step()
     torch.linalg.eigvalsh(weight.detach().double())
-    skip_loaded_code()
     return memory_mb()["memory_mb"] + SCATTERED_MB if runtime.device.type == "cpu" else 0.0
 
 

@@ -1,11 +1,8 @@
-"""Where a run computes: device, precision, memory, processes and compilation, as they are in effect."""
+"""Where a run computes: device, precision, memory and processes, as they are in effect."""
 
-import atexit
 import contextlib
 import ctypes
-import functools
 import gc
-import logging
 import os
 import re
 import resource
@@ -20,12 +17,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from newllm.errors import UserError
-from newllm.fixed_point.solver import sequential
 from newllm.saving.stop import Stopped
-from newllm.training.cuda_graph import Graphed
 
 STORAGE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_own_cache = []  # of compiled code, once this process has left the shared one
 
 
 @dataclass(frozen=True)
@@ -49,14 +43,16 @@ class Runtime:
     @property
     def memory(self):
         """Bytes that the device has."""
-        return memory_of(self.device)
+        if self.device.type == "cuda":
+            return torch.cuda.get_device_properties(self.device).total_memory
+        return psutil.virtual_memory().total
 
     def autocast(self):
         return self.accelerator.autocast()
 
 
 def open_runtime(settings):
-    """The Runtime of the settings `device`, `precision`, `compile` and `gpu_memory_fraction`.
+    """The Runtime of newllm.config.MachineSettings.
 
     Raises:
         UserError: CUDA asked for and absent, fp16 without CUDA, or several processes that form no group.
@@ -73,8 +69,7 @@ def open_runtime(settings):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read at the first use of the device
     AcceleratorState._reset_state(True)  # a notebook may run main() twice with different precision
     try:
-        mixed = "no" if precision == "fp32" else precision
-        accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed)
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision="no" if precision == "fp32" else precision)
     except ValueError as error:  # WORLD_SIZE without the rest of what a launcher sets
         raise UserError(f"the processes cannot form a group ({error}); start them with torchrun.") from error
     started = int(os.environ.get("WORLD_SIZE", 1))
@@ -98,18 +93,18 @@ def best_precision(on_cpu):
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
-@functools.cache  # once a process: what a notebook makes afterwards stays to be collected
 def skip_loaded_code():
     """Leave what is imported by now out of garbage collections: it costs each of them half a second."""
-    gc.collect()
-    gc.freeze()
+    if not gc.get_freeze_count():  # once: what a notebook makes after its first run stays to be collected
+        gc.collect()
+        gc.freeze()
 
 
 def keep_freed_memory():
-    """Let glibc keep the memory of freed tensors for the next ones instead of giving it back to the system.
+    """Let glibc keep the memory of freed tensors for the next ones; elsewhere nothing is done.
 
-    Each step allocates the same large blocks again; given back, they come as new pages that the kernel clears
-    first, about a fifth of a step's time. On other systems nothing is done.
+    Each step allocates the same large blocks again. Given back to the system they come as new pages, which
+    the kernel clears first: about a fifth of a step's time.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3  # names in malloc.h; values in mallopt(3)
     with contextlib.suppress(OSError, AttributeError):
@@ -127,20 +122,11 @@ def allocator_setting():
 
 def describe_device(runtime):
     """One line: device name, its memory, precision in effect."""
+    name = f"CPU, {torch.get_num_threads()} threads"
     if runtime.device.type == "cuda":
         name = torch.cuda.get_device_name(runtime.device)
-    else:
-        name = f"CPU, {torch.get_num_threads()} threads"
     mode = "compiled" if runtime.compile else "eager"
-    memory = f"{runtime.memory / 2**30:.1f} GiB memory"
-    return f"{name}, {memory}, precision {runtime.precision}, {mode}"
-
-
-def memory_of(device):
-    """Bytes that the device has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total
+    return f"{name}, {runtime.memory / 2**30:.1f} GiB memory, precision {runtime.precision}, {mode}"
 
 
 def memory_mb():
@@ -169,6 +155,14 @@ def gpu_utilization():
         if torch.cuda.is_available():
             return torch.cuda.utilization()
     return None
+
+
+def compile_cost():
+    """What torch.compile has cost this process: graphs made, recompilations included, and seconds."""
+    from torch._dynamo import utils  # private, the only place that tells; slow to import
+
+    seconds = utils.cumulative_time_spent_ns["entire_frame_compile"] / 1e9
+    return {"compiled_graphs": utils.counters["stats"]["unique_graphs"], "compile_seconds": seconds}
 
 
 @contextlib.contextmanager
@@ -201,10 +195,6 @@ class Group:
     def owned(self, samples):
         """Which of the samples [B] are this process's own: positions, int64 [b]."""
         return (samples % self.size == self.rank).nonzero().flatten()
-
-    def owned_of(self, count):
-        """This process's own of the samples 0 ... count - 1: int64 [b]."""
-        return torch.arange(self.rank, count, self.size)
 
     @_together()
     def total(self, tensor):
@@ -261,10 +251,8 @@ class Group:
     @contextlib.contextmanager
     def run(self):
         """In the block only the main process prints; after an orderly end of it they part at once."""
-        with (
-            open(os.devnull, "w", encoding="utf-8") as nowhere,
-            contextlib.redirect_stdout(sys.stdout if self.is_main else nowhere),
-        ):
+        nowhere = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        with nowhere, contextlib.redirect_stdout(sys.stdout if self.is_main else nowhere):
             try:
                 yield
                 self._wait()
@@ -287,93 +275,3 @@ class Group:
     @_together()
     def _wait(self):
         self._accelerator.wait_for_everyone()
-
-
-class StepFunction:
-    """The model's step of F, or a baseline's pass over samples, compiled if asked for until that fails.
-
-    Args:
-        cast: function that gives `function` for the many calls of one batch, with its weights cast once.
-        note: takes a line about what was survived.
-    """
-
-    def __init__(self, function, compiled, cast=None, note=print):
-        self.eager = function
-        self.compiled = compiled
-        if compiled:  # a cached graph that cannot be read is made again, after a traceback as a warning
-            torch._logging.set_logs(inductor=logging.ERROR)
-        self._call = torch.compile(function, dynamic=True) if compiled else function
-        self._cast = cast or (lambda: function)
-        self._graphed = Graphed(self._steps, lambda tokens, start: self._steps(tokens[:, :1], start), note)
-
-    def __call__(self, *inputs):
-        return self._call(*inputs)
-
-    def contexts(self, context, token):
-        """The step without its token stream."""
-        return self._call(context, token, stream=False)
-
-    def for_batch(self):
-        """The step for all calls of one batch, under one autocast."""
-        return self._call if self.compiled else self._cast()
-
-    @torch.no_grad()
-    def trajectory(self, tokens_BTE, start_BC):
-        """Contexts [B, T, C] step by step from a start, without gradient: on CUDA replayed as one graph."""
-        if tokens_BTE.is_cuda:
-            return self._graphed(tokens_BTE, start_BC)
-        return sequential(self.contexts, tokens_BTE, start_BC.shape[-1], start_BC)[0]
-
-    def _steps(self, tokens_BTE, start_BC):
-        # Of the step as written: a compiled one would convert the weights at every step, not once.
-        step = functools.partial(self._cast(), stream=False)
-        return sequential(step, tokens_BTE, start_BC.shape[-1], start_BC)[0]
-
-    def survive(self, where, reason):
-        """After a compiled call failed: compile in an empty cache, or compute as written if that was tried.
-
-        Returns:
-            A line that says so. A killed run leaves files in the shared cache that cannot be loaded.
-        """
-        shared, remedy = leave_shared_cache(), "going on without it"
-        if shared:
-            self._call = torch.compile(self.eager, dynamic=True)
-            again = f"if this comes again, delete {shared}: a killed run leaves damaged files"
-            remedy = f"once more in an empty cache ({again})"
-        else:
-            self._call = self.eager
-            self.compiled = False
-        return f"warning: torch.compile failed at {where} ({reason}); {remedy}"
-
-    def forget(self):
-        """Drop the recorded graphs, and the memory that they keep."""
-        self._graphed.forget()
-
-
-def reason_of(error):
-    """The first line that says something: torch puts the name of its backend before the error of it."""
-    error = getattr(error, "inner_exception", error)
-    return f"{type(error).__name__}: {next(filter(None, str(error).splitlines()), 'no reason given')}"
-
-
-def leave_shared_cache():
-    """Give torch's compiler an empty cache until the process ends; the folder before, None if done."""
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-    from torch._inductor.utils import fresh_cache  # private; the environment alone leaves loaded code in use
-
-    if _own_cache:
-        return None
-    shared = cache_dir()
-    torch.compiler.reset()
-    _own_cache.append(fresh_cache())
-    _own_cache[0].__enter__()
-    atexit.register(_own_cache[0].__exit__, None, None, None)
-    return shared
-
-
-def compile_cost():
-    """What torch.compile has cost this process: graphs made, recompilations included, and seconds."""
-    from torch._dynamo import utils  # private, the only place that tells; slow to import
-
-    seconds = utils.cumulative_time_spent_ns["entire_frame_compile"] / 1e9
-    return {"compiled_graphs": utils.counters["stats"]["unique_graphs"], "compile_seconds": seconds}

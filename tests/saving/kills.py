@@ -1,4 +1,4 @@
-"""A run in a process of its own that dies by SIGKILL, after a time or at its n-th operation on files, and is compared.
+"""A run in a process of its own that dies by SIGKILL, after a time or at its n-th operation on files.
 
 The child is forked, so that torch is imported once for hundreds of runs. It does what `train.py` does.
 """
@@ -6,11 +6,10 @@ The child is forked, so that torch is imported once for hundreds of runs. It doe
 import builtins
 import io
 import itertools
+import multiprocessing
 import os
 import signal
 import sys
-import time
-import traceback
 
 import torch
 import torch._dynamo
@@ -23,14 +22,10 @@ from newllm.saving.files import load_sealed
 LONGEST = 120  # seconds after which a child hangs
 LATEST = "model_latest.pt"  # whoever replaces it has completed a save
 CHANGES = "os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"
-KILLED, SAVED = (
-    "-- killed at operation",
-    "-- a save is complete\n",
-)  # what a watched child notes in its output
+KILLED, SAVED = "-- killed at operation", "-- a save is complete\n"  # what a watched child notes
 FILES = LATEST, "model_best.pt", "model_untrained_best.pt"
 PROVEN = "model_state_dict", "results", "phase1_history", "phase2_history"
-# Of a session, not of the run.
-TIMED = "seconds", "seconds_phase1", "tok_per_s", "tok_per_s_phase1", "peak_memory_mb"
+TIMED = "seconds", "seconds_phase1", "tok_per_s", "tok_per_s_phase1", "peak_memory_mb"  # of a session
 
 
 def output_of(folder):
@@ -39,7 +34,7 @@ def output_of(folder):
 
 
 def train_in(folder, settings, kill_at=None, seconds=LONGEST):
-    """Begin or continue, in a child, the run of some settings in a folder; its output is appended to a file there.
+    """Begin or continue, in a child, the run of some settings in a folder; its output is appended there.
 
     Args:
         kill_at: the operation at which it kills itself, 0 for none; None leaves out all watching.
@@ -48,52 +43,33 @@ def train_in(folder, settings, kill_at=None, seconds=LONGEST):
     Returns:
         Its exit status; minus the signal's number when it died of one.
     """
-    process = os.fork()
-    if process == 0:
-        _child(folder, settings, kill_at)  # never back
-    deadline = time.monotonic() + seconds
-    while True:
-        ended, status = os.waitpid(process, os.WNOHANG)
-        if ended:
-            break
-        if time.monotonic() >= deadline:
-            os.kill(process, signal.SIGKILL)
-            deadline = float("inf")
-        time.sleep(0.002)
-    status = os.waitstatus_to_exitcode(status)
-    hangs = status == -signal.SIGKILL and seconds == LONGEST and KILLED not in output_of(folder)
-    assert not hangs, f"not at its end after {seconds} s, see {folder}"
-    return status
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(folder, settings, kill_at))
+    child.start()
+    child.join(seconds)
+    if child.is_alive():
+        child.kill()
+        child.join()
+        assert seconds < LONGEST, f"not at its end after {seconds} s, see {folder}"
+    return child.exitcode
 
 
 def _child(folder, settings, kill_at):
-    status = 1
-    try:
-        output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)
-        if kill_at is not None:
-            watch(folder, kill_at)
-        folders = dict(checkpoint_dir=str(folder / "checkpoints"), cache_dir=str(folder / "cache"))
-        with exit_on_user_error():
-            train.main(ResidualConfig(**settings, **folders))
-        status = 0
-    except SystemExit as stop:
-        status = stop.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+    output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)
+    if kill_at is not None:
+        watch(folder, kill_at)
+    folders = dict(checkpoint_dir=str(folder / "checkpoints"), cache_dir=str(folder / "cache"))
+    with exit_on_user_error():
+        train.main(ResidualConfig(**settings, **folders))
 
 
 def watch(folder, kill_at):
     """Make this process die at its n-th operation on files below the folder, whichever thread does it.
 
-    An operation is what changes files, and its moment is before it; a write has another moment in its middle, a replace
-    one after it. Reading has none: the files are the same before and after.
+    An operation is what changes files: its moment is before it, that of a write in its middle; a replace has
+    another one after it. Reading has none: the files are the same before and after.
     """
     count, real_open, real_sync, real_replace = itertools.count(1), io.open, os.fsync, os.replace
 
@@ -115,7 +91,6 @@ def watch(folder, kill_at):
     class Watched(io.FileIO):
         def write(self, data):
             data = memoryview(data).cast("B")
-            moment("write", self.name)
             written = super().write(data[: len(data) // 2])
             moment("half a write", self.name)
             return written + super().write(data[written:])
@@ -153,15 +128,10 @@ def assert_equal(folder, alone):
             assert not found, f"{found} differs in {folder}"
 
 
-def assert_clean(folder):
-    """No temporary and no damaged file stays behind."""
-    assert not [path.name for pattern in (".*.tmp", "*.corrupt*") for path in folder.rglob(pattern)]
-
-
 def difference(one, other, name):
-    """Name of the first thing in which two nested values differ in any bit, such as `name.results.phase1.er`, or None."""
+    """Name of the first thing in which two nested values differ in any bit, or None; times do not count."""
     if isinstance(one, dict) and isinstance(other, dict) and one.keys() == other.keys():
-        pairs = ((key, one[key], other[key]) for key in one if key not in TIMED)
+        pairs = [(key, one[key], other[key]) for key in one if key not in TIMED]
     elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
         pairs = zip(itertools.count(), one, other, strict=False)
     elif isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):

@@ -1,5 +1,7 @@
-"""A file whose writes are watched, and what a run left: weights, the bytes of its states, temporary files."""
+"""Faults of a disk, and what a run left: weights, the bytes of its states, temporary files."""
 
+import builtins
+import os
 from pathlib import Path
 
 import torch
@@ -27,6 +29,38 @@ class Watched:
 
     def __getattr__(self, name):
         return getattr(self.file, name)
+
+
+class Faults:
+    """Faults in a folder: `before(operation, path, bytes)` comes before "open MODE", "write", "name"."""
+
+    def __init__(self, folder, monkeypatch):
+        self.folder, self.before = f"{folder}/", lambda operation, path, size: None
+        self.open = builtins.open
+        monkeypatch.setattr(builtins, "open", self._open)
+        for name in ("replace", "link"):
+            monkeypatch.setattr(os, name, self._naming(getattr(os, name)))
+
+    def _open(self, path, mode="r", *args, **kwargs):
+        if not str(path).startswith(self.folder):
+            return self.open(path, mode, *args, **kwargs)
+        self.before(f"open {mode}", Path(path), 0)
+        file = self.open(path, mode, *args, **kwargs)
+        return (
+            file if mode == "rb" else Watched(file, lambda data: self.before("write", Path(path), len(data)))
+        )
+
+    def _naming(self, real):
+        def name(source, target, **kwargs):
+            if str(target).startswith(self.folder):
+                self.before("name", Path(target), 0)
+            return real(source, target, **kwargs)
+
+        return name
+
+
+def refuse(number, path):
+    raise OSError(number, os.strerror(number), str(path))
 
 
 def same_weights(one, other):

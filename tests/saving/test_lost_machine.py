@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import as_flags, stop_after
+from helpers import ROOT, as_flags, stop_after
 from left_behind import same_weights
 
 from config import ResidualConfig
@@ -23,67 +23,70 @@ from newllm.saving.checkpoint import Checkpointer
 from newllm.saving.guard import LockLost
 from train import main
 
-ROOT = Path(__file__).parents[2]
+
+@pytest.fixture
+def config(tiny_settings, tmp_path):
+    """A run with second copies in `drive`."""
+    copies = dict(backup_dir=str(tmp_path / "drive"), backup_every_minutes=0.0)
+    return ResidualConfig(**tiny_settings, **copies, untrained_control=False)
 
 
-def start_and_wait_for_a_checkpoint(settings):
+def alone(config, **changes):
+    """The same run without second copies in a folder of its own, complete."""
+    folder = config.checkpoint_dir + "_alone"
+    other = dataclasses.replace(config, checkpoint_dir=folder, backup_dir="", **changes)
+    main(other)
+    return other
+
+
+def test_a_second_process_is_refused_and_takes_over_when_the_first_is_killed(config, tiny_settings):
+    """While one is in the middle of training, another is refused; after kill -9 it continues exactly."""
+    settings = tiny_settings | dict(untrained_control=False)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     arguments = [sys.executable, "train.py", *as_flags(settings)]
     process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-    latest = Path(settings["checkpoint_dir"]) / "model_latest.pt"
     deadline = time.monotonic() + 60
-    while not latest.exists():
+    while not (Path(config.checkpoint_dir) / "model_latest.pt").exists():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    return process
-
-
-def test_a_second_process_is_refused_and_takes_over_when_the_first_is_killed(tiny_settings):
-    """While one is in the middle of training, another is refused; after kill -9 it continues exactly."""
-    config = ResidualConfig(**tiny_settings)
-    process = start_and_wait_for_a_checkpoint(tiny_settings)
     process.send_signal(signal.SIGSTOP)
     with pytest.raises(UserError, match=str(process.pid)):
         main(config)
     process.kill()
-    process.wait()
-    assert process.returncode == -signal.SIGKILL
+    assert process.wait() == -signal.SIGKILL
     main(config)
-    alone = dataclasses.replace(config, checkpoint_dir=config.checkpoint_dir + "_alone")
-    main(alone)
-    assert same_weights(config, alone)
+    assert same_weights(config, alone(config))
 
 
-def test_a_run_comes_back_from_its_mirror_when_the_machine_is_gone(tiny_settings, tmp_path):
+def test_a_run_comes_back_from_its_mirror_when_the_machine_is_gone(config, tmp_path):
     """Local files lost after Phase 1: the mirror's state is fetched, and continued to the same bits."""
-    config = ResidualConfig(**tiny_settings, backup_dir=str(tmp_path / "drive"), backup_every_minutes=0.0)
     main(dataclasses.replace(config, phase="1"))
     shutil.rmtree(config.checkpoint_dir)
     main(config)
-    alone = ResidualConfig(**tiny_settings | {"checkpoint_dir": tiny_settings["checkpoint_dir"] + "_alone"})
-    main(alone)
-    assert same_weights(config, alone)
-    assert (tmp_path / "drive" / "model_best.pt").read_bytes() == (
-        Path(config.checkpoint_dir) / "model_best.pt"
-    ).read_bytes()
+    assert same_weights(config, alone(config))
+    best = Path(config.checkpoint_dir) / "model_best.pt"
+    assert (tmp_path / "drive" / "model_best.pt").read_bytes() == best.read_bytes()
 
 
-def test_the_record_comes_back_with_the_weights(tiny_settings, tmp_path, capsys):
-    """Lost twice with its machine, the record has every epoch, warning and session; the arrays are whole."""
-    own = tiny_settings | dict(phase2_epochs=5, patience=5, artifacts=True)
-    config = ResidualConfig(**own, backup_dir=str(tmp_path / "drive"), backup_every_minutes=0.0)
-    for batches in (9 + 4, 5 + 9 + 7):  # in Phase 1, and in the third epoch of Phase 2
+def test_the_record_comes_back_with_the_weights(config, capsys):
+    """Lost twice with its machine, then cut by a full disk: every epoch once; the arrays are whole."""
+    config = dataclasses.replace(config, phase2_epochs=5, patience=5, artifacts=True)
+    for batches in (4, 5 + 7):  # in Phase 1, and in the third epoch of Phase 2
         stop_after(config, batches)
         shutil.rmtree(config.checkpoint_dir)
+    stop_after(config, 2)
+    (path,) = find_records(config.checkpoint_dir)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(lines[:2] + lines[5:]) + "\n")
     capsys.readouterr()
     main(config)
     assert "rows: they are back, from the checkpoint" in capsys.readouterr().out
-    alone = ResidualConfig(**own | {"checkpoint_dir": own["checkpoint_dir"] + "_alone"})
-    main(alone)
-    (path,), (other,) = find_records(config.checkpoint_dir), find_records(alone.checkpoint_dir)
+    after = path.read_text().splitlines()
+    assert set(after) >= set(lines) and len(after) == len(set(after))
+    (other,) = find_records(alone(config).checkpoint_dir)
     found, whole = read_record(path), read_record(other)
-    assert (found.sessions, whole.sessions) == (3, 1)
-    for stage in ("untrained", "phase1", "phase2"):
+    assert (found.sessions, whole.sessions) == (4, 1)
+    for stage in ("phase1", "phase2"):
         columns, expected = getattr(found, stage), getattr(whole, stage)
         assert columns.keys() == expected.keys()
         for name, values in expected.items():
@@ -92,52 +95,31 @@ def test_the_record_comes_back_with_the_weights(tiny_settings, tmp_path, capsys)
                 assert columns[name] == values, name
     (losses,) = path.parent.glob("train_losses_*.npy")
     assert np.load(losses).tolist() == whole.phase2["train_loss"]
-    times = [row["time"] for row in read_rows(path)]
-    assert found.start["time"] == min(times)
+    assert found.start["time"] == min(row["time"] for row in read_rows(path))
 
 
-def test_a_gap_that_a_full_disk_left_is_closed(tiny_settings):
-    """What the record lacks in its middle comes back at the next start; what it has is not written again."""
-    config = ResidualConfig(**tiny_settings)
-    stop_after(config, 9 + 9 + 2)
-    (path,) = find_records(config.checkpoint_dir)
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join(lines[:2] + lines[5:]) + "\n")
-    main(config)
-    after = path.read_text().splitlines()
-    assert set(after) >= set(lines) and len(after) == len(set(after))
-    assert len(read_record(path).phase1["cvfp"]) == 3
-
-
-def test_a_mirror_older_than_the_local_state_is_left_alone(tiny_settings, tmp_path):
+def test_a_mirror_older_than_the_local_state_is_left_alone(config):
     """The newest valid state wins, wherever it lies."""
-    config = ResidualConfig(
-        **tiny_settings, phase="1", backup_dir=str(tmp_path / "drive"), backup_every_minutes=0.0
-    )
-    main(config)
-    first = main(dataclasses.replace(config, phase="both", backup_dir=""))
-    again = main(dataclasses.replace(config, phase="both"))
-    assert again["val_loss"] == first["val_loss"]
+    main(dataclasses.replace(config, phase="1"))
+    first = main(dataclasses.replace(config, backup_dir=""))
+    assert main(config)["val_loss"] == first["val_loss"]
 
 
-def test_a_mirror_that_fails_does_not_stop_training_and_is_reported(
-    tiny_settings, tmp_path, monkeypatch, capsys
-):
+def test_a_mirror_that_fails_does_not_stop_training_and_is_reported(config, monkeypatch, capsys):
     """Every copy fails: the run ends as ever, a line says so when it begins, and the last one."""
 
     def broken(*_):
         raise OSError(107, "Transport endpoint is not connected")
 
     monkeypatch.setattr(backup, "copy_verified", broken)
-    config = ResidualConfig(**tiny_settings, phase="1", backup_dir=str(tmp_path / "drive"))
-    assert main(config)["phase1_steps"] == 9
+    monkeypatch.setattr(backup, "PAUSE", 0.0)
+    assert main(dataclasses.replace(config, phase="1"))["phase1_steps"] == 9
     out = capsys.readouterr().out
     assert out.count("warning: no second copy in") == 1 and "mirror FAILED: [Errno 107]" in out
 
 
-def test_a_run_whose_folder_another_machine_took_stops_and_spares_the_second_copies(tiny_settings, tmp_path):
+def test_a_run_whose_folder_another_machine_took_stops_and_spares_the_second_copies(config, tmp_path):
     """The token in the manifest changes while it trains: a sentence; neither folder is written any more."""
-    config = ResidualConfig(**tiny_settings, backup_dir=str(tmp_path / "drive"), backup_every_minutes=0.0)
     folder, real, before = Path(config.checkpoint_dir), Checkpointer.due, {}
 
     def due(self, steps):

@@ -5,6 +5,7 @@ import platform
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -14,9 +15,7 @@ from config import ResidualConfig
 from newllm.errors import UserError
 from newllm.training import runtime as device
 from newllm.training.runtime import (
-    StepFunction,
     allocator_setting,
-    best_precision,
     describe_device,
     memory_mb,
     open_runtime,
@@ -30,12 +29,9 @@ DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @pytest.fixture(autouse=True)
 def alone():
     """One process; what accelerate keeps, in its state and in the environment, is gone afterwards."""
-    environment = dict(os.environ)
-    for name in LAUNCHED:
-        os.environ.pop(name, None)
-    yield
-    os.environ.clear()
-    os.environ.update(environment)
+    others = {name: value for name, value in os.environ.items() if name not in LAUNCHED}
+    with mock.patch.dict(os.environ, others, clear=True):
+        yield
     AcceleratorState._reset_state(True)
 
 
@@ -102,18 +98,13 @@ def test_processes_without_a_common_group_are_refused(monkeypatch, opened):
     assert open_runtime(config()).group.size == 1
 
 
-@pytest.mark.parametrize(("capability", "expected"), [(6, "fp16"), (7, "fp16"), (8, "bf16"), (12, "bf16")])
-def test_cuda_precision_is_what_the_hardware_computes_in(monkeypatch, capability, expected):
-    """A T4 (7.5) emulates bf16, slowly, so it gets fp16."""
-    pretend(monkeypatch, capability)
-    assert torch.cuda.is_bf16_supported()  # the trap: with emulation every device says yes
-    assert best_precision(on_cpu=False) == expected
-
-
 @pytest.mark.parametrize(
     ("capability", "cpu", "settings", "expected"),
     [
-        (7, {}, {}, ("cuda", "fp16")),
+        (6, {}, {}, ("cuda", "fp16")),
+        (7, {}, {}, ("cuda", "fp16")),  # a T4 (7.5), which emulates bf16, slowly
+        (8, {}, {}, ("cuda", "bf16")),
+        (12, {}, {}, ("cuda", "bf16")),
         (None, dict(avx512=True), {}, ("cpu", "bf16")),
         (None, dict(amx=True), {}, ("cpu", "bf16")),
         (9, {}, dict(device="cpu"), ("cpu", "fp32")),
@@ -124,6 +115,7 @@ def test_cuda_precision_is_what_the_hardware_computes_in(monkeypatch, capability
 def test_the_device_and_precision_in_effect(monkeypatch, opened, capability, cpu, settings, expected):
     """By default the GPU, and what the hardware computes in; what is asked for is taken, beside a GPU too."""
     pretend(monkeypatch, capability, **cpu)
+    assert torch.cuda.is_bf16_supported() == (capability is not None)  # with emulation every device says yes
     runtime = open_runtime(config(**dict(device="auto", precision="auto") | settings))
     place, precision = expected
     assert (runtime.device.type, runtime.precision, runtime.storage_dtype) == (*expected, DTYPE[precision])
@@ -148,26 +140,16 @@ def test_the_description_is_one_line_of_what_is_in_effect():
     assert describe_device(open_runtime(config(compile=True))).endswith("precision fp32, compiled")
 
 
-def test_a_step_function_is_compiled_until_it_falls_back(monkeypatch):
-    """Compiled anew in an empty cache first, then the model's own, and a line each time."""
-    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda context, token: "compiled")
-    monkeypatch.setattr(device, "leave_shared_cache", iter(["/shared", None]).__next__)
-
-    def own(context, token):
-        return context, token
-
-    step = StepFunction(own, True)
-    assert step.compiled and step(1, 2) == "compiled"
-    assert "delete /shared" in step.survive("batch 1", "it broke") and step(1, 2) == "compiled"
-    assert step.survive("batch 1", "it broke").endswith("batch 1 (it broke); going on without it")
-    assert not step.compiled and step(1, 2) == (1, 2) == StepFunction(own, False)(1, 2)
-
-
-def test_the_share_of_the_gpu_is_a_limit_set_before_it_is_used(monkeypatch):
+def test_the_share_of_the_gpu_is_a_limit_of_the_chosen_device(monkeypatch, opened):
     """And the allocator grows its segments, unless the user said otherwise, by the older name too."""
     pretend(monkeypatch, 8)
     limits = []
-    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limits.append)
+
+    def limit(share):
+        assert len(opened) == 2  # a process of several has its device by then
+        limits.append(share)
+
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", limit)
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF", raising=False)
     assert allocator_setting() == ""

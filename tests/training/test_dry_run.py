@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import run
 
 import train
 from config import ResidualConfig
@@ -15,7 +14,7 @@ from newllm.errors import UserError
 
 @pytest.fixture
 def dry(tiny_settings, tmp_path, capsys):
-    """Function of settings to the lines of a dry run, after which every file outside of the cache is as before."""
+    """Function of settings to lines of a dry run, after which each file outside of the cache is as before."""
 
     def files():
         found = {
@@ -39,15 +38,8 @@ def dry(tiny_settings, tmp_path, capsys):
 def test_a_first_run(dry, tiny_settings):
     """Device, data, sizes, memory and disk; no folder, no record, no status."""
     lines = dry(adapter_rank=4)
-    for start in (
-        "device: ",
-        "data: ",
-        "tokenizer: ",
-        "model: ",
-        "memory: predicted peak ",
-        "disk: ",
-        "checkpoint: none in ",
-    ):
+    starts = "device: ", "data: ", "tokenizer: ", "model: ", "memory: predicted peak ", "disk: "
+    for start in (*starts, "checkpoint: none in "):
         assert sum(line.startswith(start) for line in lines) == 1, start
     assert "warning: adapter_rank 4 has no effect: there is no adapter (context_adapter)" in lines
     assert "fits: margin" in "".join(lines) and lines[-1].startswith("dry run: nothing was trained")
@@ -86,10 +78,3 @@ def test_what_a_run_would_be_refused_for(dry, tiny_settings, tmp_path, monkeypat
     with pytest.raises(UserError, match="make room"):
         dry()
     assert any(line.startswith("dry run") for line in dry(save_checkpoint=False))
-
-
-def test_the_flag(tiny_settings):
-    """As a command: status 0, a baseline's attention too, nothing trained."""
-    done = run("train.py", tiny_settings | dict(model_type="transformer"), "--dry-run")
-    assert done.returncode == 0 and "attention: " in done.stdout and "== " not in done.stdout
-    assert not Path(tiny_settings["checkpoint_dir"]).exists()

@@ -11,7 +11,6 @@ from helpers import stop_after
 
 import train
 from config import ResidualConfig
-from newllm.data.order import order_digest, quick_subset
 from newllm.data.samples import load_data
 from newllm.models.baselines import build_model
 from newllm.phases.phase2 import Phase2
@@ -74,12 +73,6 @@ def test_what_a_run_says_within_an_epoch(config, capsys, monkeypatch):
     assert all(torch.equal(weights[name], tensor) for name, tensor in end["model_state_dict"].items())
 
 
-def test_another_subset_has_another_digest():
-    """The digest is of the samples' numbers; one more or other ones show."""
-    choices = ((0.1, 1), (0.1, 2), (0.2, 1))
-    assert len({order_digest("", quick_subset(50, share, seed))[:12] for share, seed in choices}) == 3
-
-
 @pytest.mark.parametrize(
     "stage, position, words",
     [
@@ -96,19 +89,6 @@ def test_a_place_in_words(stage, position, words):
         epoch, epochs, done, count = position
         position = State(epoch=epoch, samples=done).position(epochs, count, batches=3)
     assert place({"stage": stage, "position": position, "step": 7}) == words
-
-
-def test_a_state_is_read_from_what_checkpoints_carry():
-    """Its own dict with what lies beside it, and the names in earlier checkpoints."""
-    state = State(epoch=2, samples=3, sums={"cvfp": 0.5}, best={"loss": 1.0}, parts=4)
-    own = dataclasses.asdict(state) | {"iteration": 2, "optimizer": {}, "contexts": None}
-    assert State.of(own, "iteration") == State.of(own, "epoch") == state
-    assert State.of(None, "epoch") == State() == State.of({}, "epoch")
-    phase1 = {"iteration": 2, "samples": 3, "sums": {"cvfp": 0.5}, "parts": 4}
-    assert State.of(phase1, "iteration") == dataclasses.replace(state, best=None)
-    phase2 = {"epoch": 2, "samples": 3, "train_loss": 0.25, "parts": 4}
-    expected = dataclasses.replace(state, best=None, sums={"train_loss": 0.25})
-    assert State.of(phase2, "epoch") == expected
 
 
 def test_a_phase_trains_without_record_and_disk(config, tmp_path, capsys):

@@ -1,16 +1,14 @@
-"""What is replayed is what would be computed, for every input, shape and state of the weights."""
+"""What is replayed or compiled is what would be computed, for every input, shape and state of the weights."""
 
 import functools
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from newllm.fixed_point.solver import sequential
 from newllm.models.network import ContextMap
-from newllm.training import cuda_graph
-from newllm.training.cuda_graph import Graphed
-from newllm.training.runtime import StepFunction
+from newllm.training import step_function
+from newllm.training.step_function import Graphs, StepFunction
 
 
 @pytest.fixture
@@ -24,14 +22,14 @@ def recordings(monkeypatch):
         made.append(output)
         return lambda: output.copy_(work()), output
 
-    monkeypatch.setattr(cuda_graph, "record", record)
+    monkeypatch.setattr(step_function, "record", record)
     return made
 
 
 def test_a_replay_is_the_function_on_its_inputs(recordings):
     """A record for each shape and type; weights that changed count; earlier results are left alone."""
     factor = torch.tensor(2)
-    times = Graphed(lambda values: factor * values, lambda values: values, pytest.fail)
+    times = Graphs(lambda values: factor * values, lambda values: values, pytest.fail)
     first, second = times(torch.tensor([1.0, 2.0])), times(torch.tensor([5.0, 6.0]))
     assert first.tolist() == [2, 4] and second.tolist() == [10, 12] and len(recordings) == 1
     for values in (torch.ones(3), torch.ones(2, dtype=torch.int64), torch.zeros(2)):
@@ -47,9 +45,8 @@ class OnCuda(torch.Tensor):
     is_cuda = True
 
 
-@pytest.mark.parametrize(
-    ("compiled", "on_cuda"), [(True, True), (True, False), (False, True), (False, False)]
-)
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("on_cuda", [True, False])
 def test_a_trajectory_is_recorded_on_cuda_and_elsewhere_is_the_loop(
     recordings, monkeypatch, compiled, on_cuda
 ):
@@ -74,11 +71,11 @@ def test_what_cannot_be_recorded_is_computed(monkeypatch):
         tries.append(work)
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    monkeypatch.setattr(cuda_graph, "record", refuses)
-    double = Graphed(lambda values: 2 * values, lambda values: values, lines.append)
+    monkeypatch.setattr(step_function, "record", refuses)
+    double = Graphs(lambda values: 2 * values, lambda values: values, lines.append)
     for values in (torch.ones(2), torch.ones(2), torch.ones(3)):
         assert torch.equal(double(values), 2 * values)
-    assert len(lines) == len(tries) == 1 and "(operation not permitted when stream is capturing)" in lines[0]
+    assert len(lines) == len(tries) == 1 and "operation not permitted when stream is capturing)" in lines[0]
     double.forget()
     double(torch.ones(2))
     assert len(tries) == 2
@@ -87,32 +84,18 @@ def test_what_cannot_be_recorded_is_computed(monkeypatch):
         raise torch.OutOfMemoryError("no")
 
     with pytest.raises(torch.OutOfMemoryError):
-        Graphed(fails, fails, pytest.fail)(torch.ones(2))
+        Graphs(fails, fails, pytest.fail)(torch.ones(2))
 
 
-def test_recording_warms_up_and_captures_the_work_once(monkeypatch):
-    """On a stream of its own, with autocast's copies of the weights dropped before and after the capture."""
-    order = []
-    stream = SimpleNamespace(wait_stream=lambda other: order.append("wait"))
-    graph = SimpleNamespace(replay=lambda: "replayed")
+def test_a_step_is_compiled_until_that_fails(monkeypatch):
+    """Then it is the model's own, and a line says what to do about damaged files."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: lambda context, token: "compiled")
 
-    class Capture:
-        def __init__(self, given, **how):
-            self.name = "capture" if given is graph else "warm-up"
-            assert how == ({"capture_error_mode": "thread_local"} if given is graph else {})
+    def own(context, token):
+        return context, token
 
-        def __enter__(self):
-            order.append(self.name)
-
-        def __exit__(self, *error):
-            order.append("end")
-
-    fakes = dict(
-        Stream=lambda: stream, CUDAGraph=lambda: graph, current_stream=lambda: stream, stream=Capture
-    )
-    for name, fake in (fakes | dict(graph=Capture)).items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: order.append("clear"))
-    replay, output = cuda_graph.record(lambda: order.append("work") or 5, lambda: order.append("short"))
-    assert replay() == "replayed" and output == 5
-    assert order == ["wait", "warm-up", "short", "end", "wait", "clear", "capture", "work", "end", "clear"]
+    step = StepFunction(own, True)
+    assert step.compiled and step(1, 2) == "compiled"
+    line = step.survive("batch 1", "it broke")
+    assert "failed at batch 1 (it broke); going on without it" in line and "delete " in line
+    assert not step.compiled and step(1, 2) == (1, 2) == StepFunction(own, False)(1, 2)
