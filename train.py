@@ -19,13 +19,13 @@ from newllm.flags import parse_args
 from newllm.memory import free_memory
 from newllm.models.baselines import Baseline, build_model
 from newllm.models.network import TokenPredictor
-from newllm.models.ngram import ngram_rows
 from newllm.models.pretrained import load_embedding, require_own_ids, require_peft
 from newllm.phases.phase1 import Phase1
 from newllm.phases.phase2 import Phase2
 from newllm.progress import Progress
 from newllm.report.record import RunLog, new_run_id
 from newllm.report.summary import TITLES, context_line
+from newllm.retrieval.ngram import ngram_rows
 from newllm.saving.checkpoint import Checkpointer, require_space
 from newllm.saving.stop import Interrupt
 from newllm.training.account import announce, leave_model, preview, report

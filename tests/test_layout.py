@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "newllm.models": {"newllm.models", "newllm.errors"},
     "newllm.models.pretrained": {"newllm.data.hub", "newllm.data.tokens", "newllm.errors"},
     "newllm.fixed_point": {"newllm.fixed_point"},
+    "newllm.retrieval": {"newllm.retrieval"},
     "newllm.evaluate": {
         "newllm.fixed_point", "newllm.models", "newllm.saving.stop", "newllm.memory", "newllm.progress",
     },
@@ -53,7 +54,7 @@ MAY_IMPORT = {
     },
     "newllm.phases": {
         "newllm.fixed_point", "newllm.models", "newllm.evaluate", "newllm.seeding",
-        "newllm.training.contexts",
+        "newllm.training.contexts", "newllm.phases.retrieval", "newllm.retrieval",
     },
     "newllm.training": {
         "newllm.training", "newllm.saving", "newllm.data", "newllm.models", "newllm.fixed_point",

@@ -7,9 +7,7 @@ half gave. Shapes: n samples, T tokens, V vocabulary.
 import torch
 from torch.utils._pytree import tree_map
 
-from newllm.evaluate import trajectories
-from newllm.retrieval.keys import Keys
-from newllm.retrieval.mixture import Opinion, Retrieval, network_opinion
+from newllm.retrieval.mixture import network_opinion
 
 RIDGE = 1e-3  # keeps the gate from trusting a feature that few places have
 STEPS = 60  # of L-BFGS, at most

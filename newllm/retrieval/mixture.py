@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional
 
 from newllm.retrieval import lookup
-from newllm.retrieval.keys import Keys
 from newllm.retrieval.ngram import KneserNey
 
 EXPERTS = ("ngram", "cache", "knn")
@@ -134,7 +133,9 @@ class Retrieval(nn.Module):
         grams = evidence.grams
         given = self.ngram.over_all(grams) if targets is None else self.ngram.of(targets, grams).float()
         longest = self.ngram.longest(grams)
-        return Opinion(given, functional.one_hot(longest, ORDER).float(), torch.ones_like(longest, dtype=bool))
+        return Opinion(
+            given, functional.one_hot(longest, ORDER).float(), torch.ones_like(longest, dtype=bool)
+        )
 
     def _cache_opinion(self, evidence, targets):
         opinion = self._votes(self.cache, evidence.cache, targets)

@@ -2,7 +2,7 @@
 
 Shapes: n samples, L predictions per sample, B texts, T tokens, V vocabulary. Samples are integer arrays
 [n, L + 1] of ids below V: id t (1..L) is predicted from the ids before it in the same sample; id 0 is context
-only. Losses are in nats, float64.
+only. Losses are in nats, float64. Ids are taken as int64: smaller types would wrap around in the keys.
 """
 
 import numpy as np
@@ -26,9 +26,9 @@ def ngram_rows(train_ids, val_ids, vocab_size):
 
 def unigram_nll(train_ids, val_ids, vocab_size):
     """Losses [n, L] of p(w) = (count of w as predicted token + 1) / (predicted tokens + V)."""
-    targets = _checked(train_ids, vocab_size)[:, 1:]
+    targets = train_ids[:, 1:]
     counts = np.bincount(targets.ravel(), minlength=vocab_size) + 1
-    return -np.log(counts / counts.sum())[_checked(val_ids, vocab_size)[:, 1:]]
+    return -np.log(counts / counts.sum())[val_ids[:, 1:]]
 
 
 class Level(nn.Module):
@@ -92,8 +92,6 @@ class KneserNey(nn.Module):
 
     def __init__(self, order, vocab_size, sizes=()):
         super().__init__()
-        if order < 1:
-            raise ValueError(f"order must be >= 1, not {order}")
         self.order, self.vocab_size = order, vocab_size
         sizes = [vocab_size, *sizes]
         self.levels = nn.ModuleList(map(Level, sizes, [1, *sizes]))
@@ -105,7 +103,7 @@ class KneserNey(nn.Module):
 
     def fit(self, samples):
         """Count the n-grams of samples, in place of an earlier fit; returns self. Cost: order - 1 sorts."""
-        samples = _checked(samples, self.vocab_size)
+        samples = samples.astype(np.int64)
         # V**k would overflow an integer, hence pairs: ids holds those of the (k-1)-grams at every position of
         # every sample [n, L + 3 - k], keys of which kinds there are.
         ids, keys, num_contexts = samples, np.arange(self.vocab_size), 1
@@ -128,7 +126,7 @@ class KneserNey(nn.Module):
 
     def nll(self, samples):
         """Losses [n, L] (numpy) of ids 1..L of samples, whose L may be another than in training."""
-        ids = torch.from_numpy(_checked(samples, self.vocab_size))
+        ids = torch.from_numpy(samples.astype(np.int64))
         return -np.log(self.of(ids[:, 1:], self.contexts(ids[:, :-1])).numpy())
 
     def contexts(self, ids):
@@ -189,14 +187,3 @@ def discounts(counts):
             estimate = r - (r + 1) * n[1] / (n[1] + 2 * n[2]) * n[r + 1] / n[r]
             result[r] = estimate if estimate > 0 else result[r]
     return result
-
-
-def _checked(samples, vocab_size):
-    """The samples as int64: small types would wrap around in the keys, and an id out of range would pass for
-    another n-gram, hence ValueError."""
-    samples = np.asarray(samples)
-    if samples.ndim != 2 or samples.shape[1] < 2 or samples.dtype.kind not in "iu":
-        raise ValueError(f"samples must be integers [n, L + 1], not {samples.dtype} {list(samples.shape)}")
-    if samples.size and not (samples.min() >= 0 and samples.max() < vocab_size):
-        raise ValueError(f"ids must be in 0..{vocab_size - 1}, not {samples.min()}..{samples.max()}")
-    return samples.astype(np.int64)

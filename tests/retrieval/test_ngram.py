@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from newllm.models.ngram import FALLBACK_DISCOUNTS, KneserNey, discounts, ngram_rows, unigram_nll
+from newllm.retrieval.ngram import FALLBACK_DISCOUNTS, KneserNey, discounts, ngram_rows, unigram_nll
 
 
 def zipf_samples(n, length, vocab_size, seed):
