@@ -25,7 +25,8 @@ import torch
 import train
 from config import ResidualConfig
 from newllm.apart import call_apart
-from newllm.data.dialogues import open_corpus
+from newllm.data import hub
+from newllm.data.dialogues import ULTRACHAT, ULTRACHAT_REVISION, open_corpus
 from newllm.data.tokens import choose_tokenizer, tokenizer_choice
 from newllm.errors import UserError, exit_on_user_error
 from newllm.flags import parse_args
@@ -133,6 +134,15 @@ def check_drive(config):
     return f"mounted; checkpoints go to {here}"
 
 
+def check_hub(config):
+    try:
+        hub.probe(f"api/datasets/{ULTRACHAT}/revision/{ULTRACHAT_REVISION}")
+    except hub.Unreachable as reason:
+        instead = "data and tokenizer come from the cache or what is embedded"
+        raise Note(f"cannot be reached ({reason}); {instead}.") from None
+    return "reachable"
+
+
 def check_data(config):
     corpus = open_corpus(config.data_source, config.data_split, config.data_column)
     next(corpus.train())
@@ -151,7 +161,7 @@ def check_tokenizer(config):
 
 CHECKS = (
     check_packages, check_device, check_in_effect, check_memory, check_folders, check_disk, check_drive,
-    check_data, check_tokenizer,
+    check_hub, check_data, check_tokenizer,
 )  # fmt: skip
 
 

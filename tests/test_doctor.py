@@ -9,12 +9,18 @@ import pytest
 import torch
 
 from config import ResidualConfig
+from newllm.data import hub
 from scripts import doctor
 
 
 @pytest.fixture
 def examine(tiny_settings, capsys, monkeypatch):
-    """Function of settings to {check: (verdict, text)}; newllm needs torch alone."""
+    """Function of settings to {check: (verdict, text)}; the hub is away, and newllm needs torch alone."""
+
+    def unreachable(path):
+        raise hub.Unreachable("no internet connection")
+
+    monkeypatch.setattr(hub, "probe", unreachable)
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["torch>=2", "ruff<0; extra == 'dev'"])
 
     def examined(**settings):
@@ -29,11 +35,12 @@ def examine(tiny_settings, capsys, monkeypatch):
 
 
 def test_a_machine_that_is_ready(examine, monkeypatch):
-    """No GPU is a note; everything else is in order, and says what is in effect."""
+    """No GPU and no hub are notes; everything else is in order, and says what is in effect."""
     monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
     found = examine()
-    assert {verdict for name, (verdict, _) in found.items() if name != "device"} == {"OK"}
+    assert {verdict for name, (verdict, _) in found.items() if name not in ("device", "hub")} == {"OK"}
+    assert found["hub"] == ("NOTE", found["hub"][1]) and "no internet connection" in found["hub"][1]
     assert found["device"][0] == ("OK" if torch.cuda.is_available() else "NOTE")
     assert f"torch {torch.__version__}" in found["packages"][1] and "ruff" not in found["packages"][1]
     assert "precision fp32" in found["in effect"][1] and "every 2 batches" in found["in effect"][1]

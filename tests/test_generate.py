@@ -100,7 +100,7 @@ def test_the_command_writes_with_what_was_trained(tiny_settings, tmp_path, capsy
 @pytest.mark.parametrize(
     "flag, values, words",
     [
-        ("temperature", ("nan",), "temperature must be a finite number, not "),
+        ("temperature", ("nan",), "temperature must be >= 0, not "),
         ("temperature", ("-1e-9",), "temperature must be >= 0, not "),
         ("top_k", ("-1",), "top_k must be >= 0, not -1"),
         ("top_p", ("0", "2"), "top_p must be > 0 and <= 1, not "),

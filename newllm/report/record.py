@@ -99,7 +99,8 @@ class RunLog:
         load = self._place.get("gpu_utilization")
         if stage in STAGES and load is not None:
             values["gpu_utilization"] = load
-        line = as_json({"time": datetime.now(UTC).isoformat(timespec="seconds"), "stage": stage, **values})
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")  # so that no two sessions begin alike
+        line = as_json({"time": now, "stage": stage, **values})
         self._lines.append(line)
         self._write(line)
         self.follow(stage, values)

@@ -286,7 +286,8 @@ class Checkpointer:
         """Record a stage's results and make the next one current: Phase 2 where another run has Phase 1."""
         self._pass(results)
         if self.stage == "phase1" and self._phase1:
-            load_weights(self.folder, model, self._phase1)
+            home = runs.home_of(self.folder, self._phase1["run_id"])
+            load_weights(home, model, self._phase1)
             self.phase1_history = self._phase1["phase1_history"]
             self._pass(self._phase1["results"]["phase1"])
             stage = "phase1"

@@ -199,6 +199,12 @@ def change(folder, top, home, notes):
         ) from error
 
 
+def home_of(folder, run_id):
+    """Where a run of a folder lies by now."""
+    beside = folder / RUNS / run_id
+    return beside if beside.is_dir() else folder
+
+
 def unused_id(folder, run_id):
     """The id, or with the first number that makes it one which no run and no record of the folder has."""
     number, candidate = 1, run_id

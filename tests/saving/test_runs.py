@@ -171,6 +171,17 @@ def test_what_is_taken_is_what_would_have_been_made(folder, capsys):
     assert_as_alone(config)
 
 
+def test_phase1_brings_the_frozen_tensors_of_its_run(folder, capsys):
+    """Of another Phase 1 than the newest run's, with its embedding's copy: it lies beside the top by then."""
+    for changes in (dict(freeze_context=True, phase1_learning_rate=0.01), dict(init_scale=0.4)):
+        train.main(with_(folder, untrained_control=False, **changes))
+    capsys.readouterr()
+    config = with_(folder, untrained_control=False, phase1_learning_rate=0.01)
+    train.main(config)
+    assert "== Phase 1" not in capsys.readouterr().out
+    assert_as_alone(config)
+
+
 def test_load_checkpoint_off_begins_anew_and_parks(folder):
     """Twice: three runs of the same settings, each with an id of its own, and none has taken anything."""
     for _ in range(2):
