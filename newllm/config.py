@@ -319,7 +319,7 @@ def checked(name, value, kind, bounds=None):
                 f"{name} must be one of {', '.join(kind)}, not {value!r}{nearest(str(value), kind)}."
             )
         return value
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**53:  # beyond, another number would come out
         value = float(value)
     if type(value) is not kind:
         raise UserError(f"{name} must be of type {kind.__name__}, not {value!r}.")

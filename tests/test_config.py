@@ -96,6 +96,7 @@ def test_a_wrong_command_line_gives_one_sentence_that_names_the_culprit(argv, pa
         (dict(compile=1), "compile.*bool.*1"),
         (dict(dropout=False), "dropout.*float.*False"),
         (dict(init_scale=math.nan), "init_scale.*nan"),
+        (dict(init_scale=10**400), "init_scale.*of type float"),
         (dict(dist_reg="covarience"), "dist_reg.*did you mean 'covariance'"),
         (dict(model_type="gru", phase="1"), "trains nothing"),
         (dict(model_type="lstm", freeze_context=True), "freeze_context has no contexts"),
