@@ -59,6 +59,11 @@ class ResidualConfig(Config):
     val_quick_frac = 0.1  # fixed share of the validation samples for checks within an epoch
     val_quick_every_n_batches = 50  # batches between these, at most; one half-way through an epoch; 0: none
 
+    # Retrieval: what the model looks up beside its own prediction
+    retrieval = "ngram,cache,knn"  # counts, the text so far, places like this in the training text; "none"
+    retrieval_keys = "hidden,tokens"  # places are compared by "hidden" (head), "contexts", last "tokens"
+    retrieval_window = 4096  # tokens of the text so far that are looked up
+
     # Optimizer and machine
     min_batches = 10  # small budgets use smaller batches: every pass takes at least this many optimizer steps
     weight_decay = 0.1  # AdamW decay of matrices

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 
 from config import ResidualConfig
 from newllm.clock import Clock, timed
-from newllm.config import DataSettings, MachineSettings, ModelSettings, Phase1Settings, Phase2Settings
+from newllm.config import (
+    DataSettings,
+    MachineSettings,
+    ModelSettings,
+    Phase1Settings,
+    Phase2Settings,
+    RetrievalSettings,
+)
 from newllm.data.samples import TokenData, load_data
 from newllm.data.tokens import tokenizer_choice
 from newllm.errors import UserError, exit_on_user_error
@@ -22,9 +29,10 @@ from newllm.models.network import TokenPredictor
 from newllm.models.pretrained import load_embedding, require_own_ids, require_peft
 from newllm.phases.phase1 import Phase1
 from newllm.phases.phase2 import Phase2
+from newllm.phases.retrieval import counting, retrieval_of
 from newllm.progress import Progress
 from newllm.report.record import RunLog, new_run_id
-from newllm.report.summary import TITLES, context_line
+from newllm.report.summary import TITLES, context_line, retrieval_line
 from newllm.retrieval.ngram import ngram_rows
 from newllm.saving.checkpoint import Checkpointer, require_space
 from newllm.saving.stop import Interrupt
@@ -84,6 +92,7 @@ def main(config, dry_run=False):
                     run.untrained_row()
                     run.phase1()
                     run.phase2()
+                    run.retrieval()
                     return report(config, runtime, data, model, checkpointer, log, peak)
 
 
@@ -136,16 +145,24 @@ class Run:
             log.say("counting n-grams")
             with timed("n-grams"):
                 results["ngrams"] = ngram_rows(data.train.numpy(), data.val.numpy(), data.vocab_size)
+        settings = self.config.part(RetrievalSettings)
+        if settings.experts and "counting" not in results:
+            log.say("looking up without a network: n-grams, the text so far, the training text")
+            with timed("retrieval"):
+                results["counting"] = counting(data, settings)
         if self.learns_context and "contexts" not in results:
             results["contexts"] = self.measure_contexts()
-        if self.learns_context and self.config.untrained_control and "head" not in results:
+        done = "head" in results and ("retrieval" in results or not settings.experts)
+        if self.learns_context and self.config.untrained_control and not done:
             log.say("\n== Untrained network: the same head on contexts that nothing has trained ==")
             control = copy.deepcopy(self.model)
             control.keep_context_embedding()
             log.say(context_line("untrained", results["contexts"]))
             results["head"] = self.train_head(control, "untrained", freeze_context=True)
+            if settings.experts:
+                _, results["retrieval"] = self.look_up(control)
             del control
-        self.complete("untrained", results)
+        self.complete(results)
 
     def phase1(self):
         """The context map by sweeps, without labels."""
@@ -160,7 +177,7 @@ class Run:
             self.log.say(context_line("untrained", self.checkpointer.results["untrained"]["contexts"]))
             self.log.say(context_line("phase 1", contexts))
             results = {"training": training, "contexts": contexts, "device": describe_device(self.runtime)}
-        self.complete("phase1", results)
+        self.complete(results)
 
     def phase2(self):
         """The language model on these contexts; the best of its epochs is kept."""
@@ -184,9 +201,31 @@ class Run:
                 results["bpb_by_context"] = bpb_by_context(
                     model, data.val, data.token_bytes, runtime.autocast, runtime.device, Progress
                 )
+        self.complete(results)
+
+    def retrieval(self):
+        """What the model looks up beside its own prediction: built, fitted, kept beside the weights."""
+        config, log = self.config, self.log
+        if config.phase != "both" or self.checkpointer.is_done("retrieval"):
+            return
+        results, found = {}, None
+        if config.retrieval != "none" and not config.whiten_context:
+            log.say("\n== Retrieval: what was read, looked up ==")
+            found, results = self.look_up(self.model)
+            log.say(retrieval_line(results))
         if config.artifacts and config.save_checkpoint and log.writes:
-            leave_model(config, data, model, head, log)
-        self.complete("phase2", results)
+            head = self.checkpointer.results["phase2"]["head"]
+            leave_model(config, self.data, self.model, head, log, found)
+        self.complete(results)
+
+    @timed("retrieval")
+    def look_up(self, model):
+        """(Retrieval, its figures) of a trained model, made by one process for all."""
+        found, figures = None, {}
+        if self.runtime.group.is_main:
+            settings = self.config.part(RetrievalSettings)
+            found, figures = retrieval_of(model, self.data, settings, self.runtime)
+        return found, self.runtime.group.decided(figures)
 
     def train_head(self, model, stage, freeze_context):
         settings, folder = self.config.part(Phase2Settings), self.checkpointer.folder
@@ -204,11 +243,11 @@ class Run:
         free_memory()  # its probes hold more than training does at small sizes
         return measured
 
-    def complete(self, stage, results):
+    def complete(self, results):
         """Make the results of a stage part of the checkpoint, and give back what training it took."""
         if results:  # a baseline has no Phase 1
             results["peak_memory_mb"] = peak_memory_mb()
-        self.checkpointer.complete(stage, self.model, results)
+        self.checkpointer.complete(self.model, results)
         self.model.zero_grad()
         self.runtime.accelerator.free_memory()  # of the optimizers it has prepared
         free_memory()

@@ -41,9 +41,9 @@ class Setting:
 
     Args:
         shapes: "data", "model" or "budget": the whole run. "phase1", "phase2", "untrained" (contexts of the
-            untrained network) or "control" (the head on them): the figures of these stages. "row": whether
-            there is such a head. "": no figure, only where and how they are made.
-        kind: a type, or a tuple of choices. bounds: of a number.
+            untrained network), "control" (the head on them) or "retrieval": the figures of these stages.
+            "row": whether there is such a head. "": no figure, only where and how they are made.
+        kind: a type, or a tuple of choices. bounds: of a number. several: of which a text, "a,b", has some.
         path: `~` and `$NAME` in it are expanded.
         until_done: may change while the last stage that it shapes is not complete.
     """
@@ -51,6 +51,7 @@ class Setting:
     shapes: str
     kind: type | tuple
     bounds: Range | None = None
+    several: tuple = ()
     path: bool = False
     until_done: bool = False
 
@@ -65,6 +66,10 @@ def real(shapes, low, high=math.inf, above=False):
 
 def choice(shapes, *values):
     return Setting(shapes, values)
+
+
+def several(shapes, *values):
+    return Setting(shapes, str, several=values)
 
 
 switch = partial(Setting, kind=bool)
@@ -176,6 +181,25 @@ class Phase2Settings(SharedSettings):
 
 
 @group
+class RetrievalSettings(SharedSettings):
+    """What is looked up."""
+
+    retrieval: several("retrieval", "ngram", "cache", "knn", "none")
+    retrieval_keys: several("retrieval", "hidden", "contexts", "tokens")
+    retrieval_window: whole("retrieval", 4)
+
+    @property
+    def experts(self):
+        """What is looked up, as a list."""
+        return [name for name in self.retrieval.split(",") if name != "none"]
+
+    @property
+    def keys(self):
+        """What places are compared by, as a list."""
+        return self.retrieval_keys.split(",")
+
+
+@group
 class MachineSettings(SharedSettings):
     """Where and in which type it computes."""
 
@@ -210,11 +234,16 @@ EARLIER = dict(
     adapter_rank=0,
     attention="auto",
     save_min_seconds=30.0,
+    retrieval="none",
+    retrieval_keys="hidden,tokens",
+    retrieval_window=4096,
 )
 
 
 @group
-class Config(SavingSettings, MachineSettings, Phase2Settings, Phase1Settings, ModelSettings, DataSettings):
+class Config(
+    SavingSettings, MachineSettings, RetrievalSettings, Phase2Settings, Phase1Settings, ModelSettings, DataSettings
+):
     """Every setting of a run. Immutable; `dataclasses.replace` makes a changed copy.
 
     A value comes from the keyword, else the preset, else the attribute of the subclass in `config.py`.
@@ -254,6 +283,7 @@ class Config(SavingSettings, MachineSettings, Phase2Settings, Phase1Settings, Mo
             "freeze_context has no contexts": frozen and kind in ("gru", "lstm", "transformer"),
             "whiten_context needs contexts": self.whiten_context and kind not in ("context", "window"),
             "context_adapter needs contexts that train": adapted and (frozen or not learns),
+            "retrieval 'none' stands alone": "none" in self.retrieval and self.retrieval != "none",
             "the head reads nothing of it, use --token_layers 1": unread,
             "num_tokens is less than max_seq_length": 0 < self.num_tokens < self.max_seq_length,
         }
@@ -308,6 +338,9 @@ def check_value(name, value):
     """The value in its declared type, paths expanded, or a UserError that names the field."""
     setting = SETTINGS[name]
     value = checked(name, value, setting.kind, setting.bounds)
+    if setting.several:
+        for part in value.split(","):
+            checked(name, part, setting.several)
     return expanded(value) if setting.path else value
 
 

@@ -85,6 +85,12 @@ def context_line(name, contexts):
     )
 
 
+def retrieval_line(figures):
+    """One line about the mixture: its figures, and how much it trusts each of its parts."""
+    weights = ", ".join(f"{name} {weight:.0%}" for name, weight in figures["weights"].items())
+    return f"retrieval | val ppl {figures['ppl']:.1f} bpb {figures['bpb']:.3f} | trusts {weights}"
+
+
 def summarize(config, data, results):
     """The `key: value` block of a run, from its metrics by stage; stages that have not run give no keys."""
     untrained, phase1 = results["untrained"], results.get("phase1")
@@ -115,6 +121,14 @@ def summarize(config, data, results):
         summary["seconds_training"] = head["seconds"] + summary.get("seconds_phase1", 0.0)
     if "head" in untrained:
         summary |= {f"val_{key}_untrained_context": untrained["head"][key] for key in ("ppl", "bpb")}
+    rows = {"": results.get("retrieval"), "_counting": untrained.get("counting")}
+    rows["_untrained"] = untrained.get("retrieval")
+    for name, figures in rows.items():
+        if figures:
+            summary |= {f"val_{key}_retrieval{name}": figures[key] for key in ("ppl", "bpb")}
+    if results.get("retrieval"):
+        weights = results["retrieval"]["weights"]
+        summary |= {f"retrieval_weight_{name}": weight for name, weight in weights.items()}
     return summary | {f"val_ppl_{name}": math.exp(nats) for name, nats in untrained["ngrams"].items()}
 
 

@@ -26,7 +26,7 @@ class Keys(nn.Module):
 
     def __init__(self, parts, vocab_size, widths):
         super().__init__()
-        self.parts = parts
+        self.parts, self.widths = parts, widths
         self.width = 0
         for name in parts:
             if name == "tokens":

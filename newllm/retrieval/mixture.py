@@ -61,6 +61,24 @@ class Retrieval(nn.Module):
         nn.init.zeros_(self.gate.weight)
         nn.init.zeros_(self.gate.bias)
 
+    def description(self):
+        """Plain values from which `described` makes an empty copy, for `load_state_dict` to fill."""
+        return {
+            "experts": self.experts,
+            "parts": self.keys.parts,
+            "widths": self.keys.widths,
+            "vocab_size": self.vocab_size,
+            "network": "network" in self.names,
+            "window": self.window,
+            "neighbours": self.neighbours,
+            "sizes": [self.ngram.sizes, len(self.store.following)],
+        }
+
+    @classmethod
+    def described(cls, parts, widths, vocab_size, experts, **others):
+        """An empty retrieval of a description."""
+        return cls(experts, Keys(parts, vocab_size, widths), vocab_size, **others)
+
     def start(self, batch, device=None):
         """The state before the first token of texts."""
         ids = torch.empty(batch, 0, dtype=torch.int64, device=device)

@@ -31,8 +31,13 @@ from newllm.saving.stop import Stopped, agree, save_requested, stop_reason
 from newllm.saving.trained import frozen_path, load_weights, store_frozen
 from newllm.training.contexts import FILES, in_files
 
-STAGES = ("untrained", "phase1", "phase2", "complete")
-STAGE_NAMES = {"untrained": "the untrained row", "phase1": "Phase 1", "phase2": "Phase 2"}
+STAGES = ("untrained", "phase1", "phase2", "retrieval", "complete")
+STAGE_NAMES = {
+    "untrained": "the untrained row",
+    "phase1": "Phase 1",
+    "phase2": "Phase 2",
+    "retrieval": "retrieval",
+}
 BEST = {"untrained": "model_untrained_best.pt", "phase2": "model_best.pt"}  # lowest validation loss
 BEGINNING = {  # attributes of a Checkpointer that every state carries
     "stage": STAGES[0],
@@ -88,7 +93,7 @@ class Checkpointer:
             if self.writes:
                 self._take_folder()
             opened = group.decided(self._open(run_id) if group.is_main else None)
-            self.run_id, self.folder, self._found, self.reused, self._phase1, rows = opened
+            self.run_id, self.folder, self._found, self.reused, self._taken, rows = opened
             vars(self).update(copy.deepcopy(BEGINNING))
             if self._found:
                 self._continue(self._found)
@@ -123,7 +128,7 @@ class Checkpointer:
             self._to_copy = runs.uncopied(self.folder, self.mirror.target)
         found = runs.newest_state(home, mmap=False) if home else None
         run_id = found["run_id"] if found else runs.unused_id(self.folder, new_id)
-        return run_id, home or self.folder, found, choice.reused, choice.phase1, choice.record
+        return run_id, home or self.folder, found, choice.reused, choice.stages, choice.record
 
     def _continue(self, state):
         """Take over a state, which is of this very run."""
@@ -282,25 +287,27 @@ class Checkpointer:
         """Until what is being saved is on the disk, or has been refused by it."""
         self.thread.wait()
 
-    def complete(self, stage, model, results):
-        """Record a stage's results and make the next one current: Phase 2 where another run has Phase 1."""
-        self._pass(results)
-        if self.stage == "phase1" and self._phase1:
-            home = runs.home_of(self.folder, self._phase1["run_id"])
-            load_weights(home, model, self._phase1)
-            self.phase1_history = self._phase1["phase1_history"]
-            self._pass(self._phase1["results"]["phase1"])
-            stage = "phase1"
-        self.save(f"{stage}_complete", model, None, names=["model_phase1.pt"] if stage == "phase1" else [])
+    def complete(self, model, results):
+        """Record a stage's results and make the next one current, past those that another run has."""
+        self._pass(model, results)
+        while state := self._taken.pop(self.stage, None):
+            load_weights(runs.home_of(self.folder, state["run_id"]), model, state)
+            history = f"{self.stage}_history"
+            setattr(self, history, state[history])
+            self._pass(model, state["results"][self.stage])
         if self.writes and (of_contexts := list(self.folder.glob(FILES))):
             self.wait()
             for path in of_contexts:
                 path.unlink()
 
-    def _pass(self, results):
-        self.results[self.stage] = results
+    def _pass(self, model, results):
+        done = self.stage
+        self.results[done] = results
         self.stage = STAGES[STAGES.index(self.stage) + 1]
         self.stage_begun = self.step
+        label = "phase2" if done == "retrieval" else done  # it changes no weights
+        names = ["model_phase1.pt"] if done == "phase1" else []
+        self.save(f"{label}_complete", model, None, names=names)
 
     def _write(self, content, model, best, names):
         """In the thread: frozen tensors once, best weights, the state by all its names; then the mirror."""

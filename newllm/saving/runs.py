@@ -34,13 +34,16 @@ PARTS = {
     "ngrams": ("untrained", {"data", "budget"}, "the n-gram counts"),
     "contexts": ("untrained", WHOLE | {"untrained"}, "the figures of untrained contexts"),
     "head": ("untrained", WHOLE | {"control"}, "the head on them"),
+    "counting": ("untrained", {"data", "budget", "retrieval"}, "retrieval without a network"),
+    "retrieval": ("untrained", WHOLE | {"control", "retrieval"}, "retrieval on that head"),
     "phase1": ("phase1", WHOLE | {"phase1"}, "Phase 1"),
+    "phase2": ("phase2", WHOLE | {"phase1", "phase2"}, "Phase 2"),
 }
 
 
 def states(folder):
     """Every file of a folder that may hold a state to continue from, the latest first."""
-    found = [path for path in folder.glob("model_*.pt") if not re.search("best|frozen", path.name)]
+    found = [path for path in folder.glob("model_*.pt") if not re.search("best|frozen|retrieval", path.name)]
     return sorted(found, key=lambda path: (path.name != LATEST, path.name))
 
 
@@ -273,7 +276,7 @@ def distinction(state, config, fingerprint):
     That is what shaped a figure which the run has made, or has begun to make. What is ahead of it may change.
     """
     untrained = state["results"].get("untrained", {})
-    done = {stage for stage in ("phase1", "phase2") if state["results"].get(stage)}  # {} without contexts
+    done = {stage for stage in ("phase1", "phase2", "retrieval") if state["results"].get(stage)}  # {} without contexts
     marks = WHOLE | done
     if state["position"]:
         marks.add("control" if state["stage"] == "untrained" else state["stage"])
@@ -281,6 +284,8 @@ def distinction(state, config, fingerprint):
         marks |= {"untrained", "row"}
     if "head" in untrained:
         marks.add("control")
+    if "retrieval" in untrained or "counting" in untrained:
+        marks.add("retrieval")
     ahead = {"phase1", "phase2"} - done
     if config.phase == "1":
         ahead.discard("phase2")
@@ -299,14 +304,14 @@ class Choice:
 
     Attributes:
         home: folder of the run to continue, None for a new one. lines: what to say of it.
-        reused: {part of the untrained row: its results} of other runs. phase1: the state with another run's
-            Phase 1, or None. record: the rows of these parts in the other runs' records.
+        reused: {part of the untrained row: its results} of other runs. stages: {"phase1" or "phase2": the
+            state with that stage of another run}. record: the rows of these parts in the other runs' records.
     """
 
     home: Path | None = None
     lines: list = field(default_factory=list)
     reused: dict = field(default_factory=dict)
-    phase1: dict | None = None
+    stages: dict = field(default_factory=dict)
     record: list = field(default_factory=list)
 
 
@@ -364,11 +369,11 @@ def _borrow(choice, lenders, config, fingerprint):
             choice.lines.append(f"warning: {error}; {title} is made anew")
             continue
         taken[part] = f"{title} (of run {state['run_id']})"
-        if part == "phase1":
-            choice.phase1 = whole
+        if part == stage:
+            choice.stages[part] = whole
         else:
             choice.reused[part] = whole["results"]["untrained"][part]
-        if part in ("head", "phase1"):
+        if part in ("head", "phase1", "phase2"):
             choice.record += [row for row in whole["record"] if json.loads(row)["stage"] == stage]
     return taken.values()
 

@@ -9,6 +9,7 @@ from newllm.data.tokens import Tokenizer
 from newllm.errors import UserError
 from newllm.models.baselines import build_model
 from newllm.models.pretrained import add_adapter, has_adapter, load_embedding, require_peft, saved_rank
+from newllm.retrieval.mixture import Retrieval
 from newllm.saving.files import Corrupt, load_sealed, save_sealed
 from newllm.saving.runs import FORMAT, choose, newest_state, require_format
 
@@ -17,7 +18,7 @@ def frozen_tensors(model):
     return {name: tensor.cpu() for name, tensor in model.frozen_state().items()}
 
 
-def frozen_digest(tensors):
+def tensors_digest(tensors):
     """SHA-256 (hex) over names, types, shapes and bytes of a dict of CPU tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
@@ -33,7 +34,7 @@ def frozen_path(folder, digest):
 def store_frozen(folder, model):
     """Write what of a model nothing trains, unless it is there; its digest stands for it in every state."""
     tensors = frozen_tensors(model)
-    digest = frozen_digest(tensors)
+    digest = tensors_digest(tensors)
     if tensors and not frozen_path(folder, digest).exists():
         save_sealed(tensors, frozen_path(folder, digest))
     return digest
@@ -46,7 +47,7 @@ def frozen_of(folder, model, state):
         UserError: they are not the model's and the file is missing or damaged.
     """
     own = frozen_tensors(model)
-    if state["frozen"] in (frozen_digest(own), frozen_digest({})):
+    if state["frozen"] in (tensors_digest(own), tensors_digest({})):
         return own
     path = frozen_path(folder, state["frozen"])
     try:
@@ -82,13 +83,36 @@ def load_weights(folder, model, state):
         ) from error
 
 
-def save_model(path, model, config, tokenizer, about):
+def retrieval_path(folder):
+    return Path(folder) / "model_retrieval.pt"
+
+
+def retrieval_content(retrieval, model):
+    """What a file keeps of a retrieval, and the digest of the model whose it is; None of none."""
+    if retrieval is None:
+        return None
+    state = {name: tensor.cpu() for name, tensor in retrieval.state_dict().items()}
+    digest = tensors_digest({name: tensor.cpu() for name, tensor in model.state_dict().items()})
+    return {"model": digest, "description": retrieval.description(), "state": state}
+
+
+def filled_retrieval(content):
+    """The retrieval of such a content, None of None."""
+    if content is None:
+        return None
+    retrieval = Retrieval.described(**content["description"])
+    retrieval.load_state_dict(content["state"])
+    return retrieval
+
+
+def save_model(path, model, config, tokenizer, about, retrieval=None):
     """A model in one file that needs nothing else; `about` is what else is known about it, plain values."""
     content = {
         "format": FORMAT,
         "model_state_dict": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
         "config": config.to_dict(),
         "tokenizer": {"name": tokenizer.name, "text": tokenizer.to_json()},
+        "retrieval": retrieval_content(retrieval, model),
         **about,
     }
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -144,8 +144,8 @@ def _checkpoint_lines(config, fingerprint):
 
 
 @timed("saving")
-def leave_model(config, data, model, metrics, log):
-    """The trained model in a file of its own, among the run's artefacts."""
+def leave_model(config, data, model, metrics, log, retrieval):
+    """The trained model in a file of its own, among the run's artefacts, with what it looks up (or None)."""
     about = {
         "run_id": log.run_id,
         "data_source": data.source,
@@ -155,7 +155,7 @@ def leave_model(config, data, model, metrics, log):
     }
     path = artifact_paths(log.folder.parent, config.model_type, log.run_id)["model"]
     with spared(log):
-        save_model(path, model, config, data.tokenizer, about)
+        save_model(path, model, config, data.tokenizer, about, retrieval)
 
 
 def report(config, runtime, data, model, checkpointer, log, predicted_peak_mb):

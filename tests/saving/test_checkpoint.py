@@ -21,7 +21,7 @@ from newllm.models.network import LanguageModel
 from newllm.saving import checkpoint
 from newllm.saving.checkpoint import Checkpointer
 from newllm.saving.files import load_sealed, save_sealed
-from newllm.saving.trained import frozen_digest, frozen_path
+from newllm.saving.trained import tensors_digest, frozen_path
 from newllm.training.runtime import open_runtime
 from train import main
 
@@ -126,7 +126,7 @@ def test_frozen_tensors_are_stored_once_and_come_from_the_file(config, monkeypat
     main(dataclasses.replace(moved, phase="1"))
     folder = Path(moved.checkpoint_dir)
     (frozen,) = folder.glob("model_frozen_*.pt")
-    digest = frozen_digest(load_sealed(frozen))
+    digest = tensors_digest(load_sealed(frozen))
     assert set(load_sealed(frozen)) == {"context_embedding"} and frozen == frozen_path(folder, digest)
     states = [load_sealed(path) for path in folder.glob("model_*.pt") if path != frozen]
     assert len(states) >= 5 and all(state["frozen"] == digest for state in states)
