@@ -43,7 +43,7 @@ def test_a_row_is_one_line_of_json(tmp_path, log):
     assert {name: first[name] for name in kept} == kept and first["done"] is True
     assert (first["curve"], first["nested"]) == ([1.0, None], {"a": {"1": [None, 2]}})
     assert (second["stage"], second["epoch"]) == ("phase2", 1)
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", first["time"])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}\+00:00", first["time"])
     assert re.fullmatch(r"20\d{6}_\d{6}", new_run_id())  # so that names sort by time
 
 
