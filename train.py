@@ -36,7 +36,8 @@ from newllm.report.summary import TITLES, context_line, retrieval_line
 from newllm.retrieval.ngram import ngram_rows
 from newllm.saving.checkpoint import Checkpointer, require_space
 from newllm.saving.stop import Interrupt
-from newllm.training.account import announce, leave_model, preview, report
+from newllm.saving.trained import store_retrieval
+from newllm.training.account import announce, leave_model, preview, report, spared
 from newllm.training.loop import EpochLoop
 from newllm.training.memory_estimate import predicted_peak
 from newllm.training.runtime import (
@@ -213,6 +214,9 @@ class Run:
             log.say("\n== Retrieval: what was read, looked up ==")
             found, results = self.look_up(self.model)
             log.say(retrieval_line(results))
+        if found and self.checkpointer.writes:
+            with timed("saving"), spared(log):
+                store_retrieval(self.checkpointer.folder, found, self.model)
         if config.artifacts and config.save_checkpoint and log.writes:
             head = self.checkpointer.results["phase2"]["head"]
             leave_model(config, self.data, self.model, head, log, found)

@@ -1,4 +1,6 @@
-"""Text from a model, token by token: the state of the recurrence is all that is kept, whatever the length."""
+"""Text from a model, token by token. Kept, whatever the length: the state of the recurrence and, for
+retrieval, a window of the text so far.
+"""
 
 import torch
 
@@ -8,7 +10,9 @@ COLDEST = 1e-6  # a temperature below it would divide by nothing
 
 
 @torch.inference_mode()
-def generate(model, prompt_ids, count, seed, temperature=1.0, top_k=0, top_p=1.0, eos_id=None):
+def generate(
+    model, prompt_ids, count, seed, temperature=1.0, top_k=0, top_p=1.0, eos_id=None, retrieval=None
+):
     """Continue a prompt.
 
     Args:
@@ -17,6 +21,7 @@ def generate(model, prompt_ids, count, seed, temperature=1.0, top_k=0, top_p=1.0
         top_k: draw among so many likeliest tokens; 0: all. top_p: draw among the likeliest that have this
             probability together (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
         seed: of the draws. eos_id: id that ends the text, and is not given out; None: none does.
+        retrieval: what the model looks up beside its own prediction, also in what it has written; or None.
 
     Yields:
         Ids, as they are drawn.
@@ -25,10 +30,18 @@ def generate(model, prompt_ids, count, seed, temperature=1.0, top_k=0, top_p=1.0
     device = model.embedding.weight.device
     generator = torch.Generator().manual_seed(seed)
     narrow, state, unread = _narrowing(temperature, top_k, top_p), None, prompt_ids
+    past = retrieval.start(1, device) if retrieval else None
     for _ in range(count):
         for token in unread:
             poll()
-            logits, state = model.advance(torch.tensor([token], device=device), state)
+            ids = torch.tensor([token], device=device)
+            context, stream, state = model.advance(ids, state)
+            if retrieval:
+                one = ids[:, None], context[:, None], stream[:, None]
+                shares, past = retrieval.read(model, *one, past)
+                logits = shares[:, 0].log()
+            else:
+                logits = model.logits(context, stream)
         if temperature < COLDEST:
             token = logits.argmax().item()
         else:

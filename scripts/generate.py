@@ -17,7 +17,7 @@ from newllm.errors import UserError, exit_on_user_error
 from newllm.flags import Parser, flag
 from newllm.generate import generate
 from newllm.saving.stop import Interrupt, Stopped
-from newllm.saving.trained import open_model
+from newllm.saving.trained import open_model, open_retrieval
 
 TURN = "\nUser:"  # what an answer in a conversation ends before
 NUMBERS = {  # flag: type, bounds, default, help
@@ -74,16 +74,21 @@ def main(arguments=None):
     for name, (kind, bounds, default, text) in NUMBERS.items():
         add(f"--{name}", type=flag(name, kind, bounds), metavar=kind.__name__, default=default, help=text)
     add("--cache_dir", type=expanded, default="", help="folder of tokenized data, if not that of the run")
+    what = "none: the network alone, without what it looks up"
+    add("--retrieval", choices=("model", "none"), default="model", help=what)
     add("--chat", action="store_true", help="talk, a line at a time; the prompt is not used")
     options = parser.parse_args(arguments)
     prompt = readable(options.prompt, "--prompt")
-    model, tokenizer, _ = open_model(options.model_path, options.cache_dir)
+    model, tokenizer, content = open_model(options.model_path, options.cache_dir)
+    retrieval = None
+    if options.retrieval != "none":
+        retrieval = open_retrieval(options.model_path, model, content)
     given = options.max_tokens, options.seed, options.temperature, options.top_k, options.top_p
 
     def continuation(text):
         """Pieces of text that come one after the other."""
         decode, end = tokenizer.decoder(), tokenizer.eos_id
-        for token in generate(model, tokenizer.encode(text) or [end], *given, eos_id=end):
+        for token in generate(model, tokenizer.encode(text) or [end], *given, end, retrieval):
             yield decode(token)
         yield decode()
 

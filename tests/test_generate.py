@@ -42,7 +42,8 @@ def test_one_token_at_a_time_is_the_whole_text(model):
     ids = torch.randint(V, (2, T), generator=torch.Generator().manual_seed(0))
     expected, state = model.logits(*encode(model, ids)), None
     for t in range(T):
-        logits, state = model.advance(ids[:, t], state)
+        *place, state = model.advance(ids[:, t], state)
+        logits = model.logits(*place)
         torch.testing.assert_close(logits, expected[:, t], rtol=1e-4, atol=1e-5)
 
 
@@ -52,7 +53,8 @@ def test_greedy_is_the_likeliest_token_each_time(model):
     assert text == list(generate(model, [1, 2], 3 * T, seed=1, temperature=0)) and len(text) == 3 * T
     state = None
     for token in (1, 2):
-        logits, state = model.advance(torch.tensor([token]), state)
+        *place, state = model.advance(torch.tensor([token]), state)
+        logits = model.logits(*place)
     assert text[0] == logits.argmax().item()
     assert list(generate(model, [1, 2], 3 * T, seed=0, temperature=0, eos_id=text[0])) == []
 

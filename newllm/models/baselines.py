@@ -64,7 +64,7 @@ class Baseline(TokenPredictor):
         return streams[..., :0], streams
 
     def advance(self, ids, state=None):
-        """One token further: ids [B] and what the last call left -> (logits [B, V], for the next call).
+        """One token further: ids [B] and what the last call left -> (context, stream, for the next call).
 
         A Transformer is left with the ids that it has positions for, and reads them all again.
         """
@@ -72,10 +72,10 @@ class Baseline(TokenPredictor):
             read = ids[:, None] if state is None else torch.cat([state, ids[:, None]], 1)
             state = read[:, -self.body.config.n_positions :]
             contexts, streams = self.encode(state)
-            return self.logits(contexts[:, -1], streams[:, -1]), state
+            return contexts[:, -1], streams[:, -1], state
         embedded = self.embed_norm(self.embedding(ids[:, None]))
         contexts, state = self.body(embedded, state)
-        return self.logits(contexts[:, 0], embedded[:, 0]), state
+        return contexts[:, 0], embedded[:, 0], state
 
     def attention_in_effect(self, device, dtype):
         """Name of the kernel of attention in training, e.g. "flash_attention"; None where there is none.

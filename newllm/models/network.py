@@ -275,11 +275,11 @@ class LanguageModel(TokenPredictor):
         return step
 
     def advance(self, ids, state=None):
-        """One token further: ids [B], context [B, C] before them -> (logits [B, V], context after them)."""
+        """One token further: ids [B], context [B, C] before them -> (context after them, stream, context)."""
         tokens = self.embed(ids)
         context = tokens.new_zeros(len(ids), self.context_dim) if state is None else state
         context, stream = self.step(context, tokens)
-        return self.logits(context, stream), context
+        return context, stream, context
 
     def context_parameters(self):
         """What Phase 1 trains. Of an adapter alone while there is one; a window and no context have none."""

@@ -105,6 +105,25 @@ def filled_retrieval(content):
     return retrieval
 
 
+def store_retrieval(folder, retrieval, model):
+    """Keep a retrieval beside the weights of its model.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    save_sealed(retrieval_content(retrieval, model), retrieval_path(folder))
+
+
+def stored_retrieval(folder, model):
+    """The retrieval beside a model's weights; None where there is none, or one of other weights."""
+    try:
+        content = load_sealed(retrieval_path(folder))
+    except (Corrupt, FileNotFoundError):
+        return None
+    own = tensors_digest({name: tensor.cpu() for name, tensor in model.state_dict().items()})
+    return filled_retrieval(content) if content["model"] == own else None
+
+
 def save_model(path, model, config, tokenizer, about, retrieval=None):
     """A model in one file that needs nothing else; `about` is what else is known about it, plain values."""
     content = {
@@ -177,6 +196,14 @@ def open_model(path, cache_dir=""):
     load_weights(folder, model, content)
     model.eval()
     return model, data.tokenizer, content
+
+
+def open_retrieval(path, model, content):
+    """What the model looks up that `open_model` gave for a path, or None."""
+    if "tokenizer" in content:
+        return filled_retrieval(content.get("retrieval"))
+    path = Path(path).resolve()
+    return stored_retrieval(path if path.is_dir() else path.parent, model)
 
 
 def load_trained(config, model, fingerprint):
