@@ -242,7 +242,13 @@ EARLIER = dict(
 
 @group
 class Config(
-    SavingSettings, MachineSettings, RetrievalSettings, Phase2Settings, Phase1Settings, ModelSettings, DataSettings
+    SavingSettings,
+    MachineSettings,
+    RetrievalSettings,
+    Phase2Settings,
+    Phase1Settings,
+    ModelSettings,
+    DataSettings,
 ):
     """Every setting of a run. Immutable; `dataclasses.replace` makes a changed copy.
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from newllm.retrieval import lookup
+from newllm.retrieval.keys import Keys
 from newllm.retrieval.ngram import KneserNey
 
 EXPERTS = ("ngram", "cache", "knn")

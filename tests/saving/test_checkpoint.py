@@ -21,7 +21,7 @@ from newllm.models.network import LanguageModel
 from newllm.saving import checkpoint
 from newllm.saving.checkpoint import Checkpointer
 from newllm.saving.files import load_sealed, save_sealed
-from newllm.saving.trained import tensors_digest, frozen_path
+from newllm.saving.trained import frozen_path, tensors_digest
 from newllm.training.runtime import open_runtime
 from train import main
 
