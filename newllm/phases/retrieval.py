@@ -159,9 +159,12 @@ def retrieval_of(model, data, settings, runtime):
 
 
 def counting(data, settings):
-    """Figures of the same retrieval without any network: its keys are the last tokens."""
+    """Figures of the same retrieval without any network: its keys are the last tokens.
+
+    n-grams are always part of it, as at the first token nothing else has anything to say.
+    """
     retrieval = Retrieval(
-        settings.experts,
+        ["ngram", *settings.experts],
         Keys(["tokens"], data.vocab_size, {}),
         data.vocab_size,
         network=False,
