@@ -65,8 +65,11 @@ def list_runs(folder, removed):
     if removed:
         freed = remove(folder, removed) / 1e6
         print(f"run {removed} is deleted, its record is kept: {freed:.1f} MB freed")
+    rows = run_rows(folder)
+    if not rows:
+        raise UserError(f"no run lies in {folder}: start one, or give another folder by --checkpoint_dir.")
     columns = "run", "state", "val ppl", "MB", "last save", "settings that differ from the run at the top"
-    print("\n".join(table(columns, run_rows(folder))))
+    print("\n".join(table(columns, rows)))
 
 
 def show(record):

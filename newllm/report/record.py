@@ -130,7 +130,7 @@ class RunLog:
         if missing and self.writes:
             for line in missing:
                 self._write(line)
-            self.say(f"the record lacked {len(missing)} of its rows: they are back, from the checkpoint")
+            self.say(f"the record gets {len(missing)} rows that it lacked, from a checkpoint")
 
     def status(self, progress, **place):
         """Tell where a loop is: its Progress, and stage, epoch, batch and so on, as the status shows them."""

@@ -33,9 +33,12 @@ def usable_folder(path, purpose, make=True):
         UserError: it is a file, leads to nothing, lies on a Drive that is not mounted, or cannot be made.
     """
     path, real = Path(path), Path(os.path.realpath(path))
-    if os.path.lexists(path) and not path.is_dir():
-        problem = f"is a file, not a folder, or a link to nothing ({real})"
-        raise UserError(f"{path} ({purpose}) {problem}: mount Drive first, or move it away.")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} ({purpose}) is a file, not a folder: move it away or choose another folder.")
+    if path.is_symlink() and not path.exists():
+        raise UserError(
+            f"{path} ({purpose}) is a link to nothing ({real}): mount Drive first, or remove the link."
+        )
     if COLAB_DRIVE in real.parents and not os.path.ismount(COLAB_DRIVE):
         raise UserError(f"{path} ({purpose}) lies on Drive, which is not mounted: mount Drive first.")
     try:

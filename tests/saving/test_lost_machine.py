@@ -80,7 +80,7 @@ def test_the_record_comes_back_with_the_weights(config, capsys):
     path.write_text("\n".join(lines[:2] + lines[5:]) + "\n")
     capsys.readouterr()
     main(config)
-    assert "rows: they are back, from the checkpoint" in capsys.readouterr().out
+    assert "rows that it lacked, from a checkpoint" in capsys.readouterr().out
     after = path.read_text().splitlines()
     assert set(after) >= set(lines) and len(after) == len(set(after))
     (other,) = find_records(alone(config).checkpoint_dir)

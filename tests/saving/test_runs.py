@@ -233,6 +233,8 @@ def test_report_lists_the_runs_and_removes_one(folder, capsys):
     for wrong in (second, "nothing", "../checkpoints", ""):
         with pytest.raises(UserError, match="is in use: it stays"):
             runs.remove(folder.checkpoint_dir, wrong)
+    with pytest.raises(UserError, match="no run lies in"):
+        report.main(["--runs", "--checkpoint_dir", f"{folder.checkpoint_dir}/nowhere"])
     report.main(["--remove", first, *where])
     assert f"run {first} is deleted" in capsys.readouterr().out
     assert not list(Path(folder.checkpoint_dir, "runs").iterdir())

@@ -198,6 +198,8 @@ def test_an_unusable_folder_is_a_sentence_that_names_it(tmp_path, monkeypatch):
                 usable_folder(path, "purpose")
     with pytest.raises(UserError, match=r"gone.*link to nothing.*drive.*: mount Drive first"):
         usable_folder(tmp_path / "gone", "purpose")
+    with pytest.raises(UserError, match=r"occupied \(purpose\) is a file, not a folder: move it away"):
+        usable_folder(tmp_path / "occupied", "purpose")
     monkeypatch.setattr(files, "COLAB_DRIVE", tmp_path / "content")
     with pytest.raises(UserError, match="not mounted"):
         usable_folder(tmp_path / "content" / "MyDrive", "purpose")
