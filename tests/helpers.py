@@ -40,7 +40,7 @@ def write_dialogues(path, count, seed=0):
 TINY_FILE = dict(
     data_source="dialogues.jsonl", tokenizer="bpe", vocab_size=300, max_seq_length=24, val_samples=6,
     context_dim=8, embed_dim=8, num_layers=1, phase1_max_iterations=1, phase2_epochs=1, min_batches=1,
-    precision="fp32",
+    precision="fp32", retrieval="none",
 )  # fmt: skip
 
 
