@@ -11,9 +11,12 @@ in outputs/plots of checkpoint_dir. The exit status is 0 when every criterion pa
 """
 
 import dataclasses
+import math
 import operator
 import sys
 from pathlib import Path
+
+import numpy as np
 
 import train
 from config import ResidualConfig
@@ -29,7 +32,28 @@ from newllm.saving.stop import Interrupt
 
 LADDER = (50, 78, 195, 390, 781)  # samples
 CONTROL = "val_ppl_untrained_context"
-GATES = (  # criterion, figure, side, limit, untrained value; each a number or a key of a run's summary
+COUNTING, UNTRAINED_TOO = "val_ppl_retrieval_counting", "val_ppl_retrieval_untrained"
+KEYS = "val_ppl_retrieval_untrained_contexts"
+EARNED = ((6_400, 0.02), (25_000, 0.08), (100_000, 0.20))  # training tokens, share of perplexity
+
+
+def earned(summary):
+    """Perplexity that retrieval must reach with the network: so far below the same without any network.
+
+    The share grows with the logarithm of the training tokens, from the first of EARNED to the last.
+    """
+    tokens, shares = zip(*EARNED, strict=True)
+    share = np.interp(math.log(summary["train_tokens"]), np.log(tokens), shares)
+    return summary[COUNTING] * (1 - share) if COUNTING in summary else None
+
+
+def good_keys(summary):
+    """Perplexity that retrieval by Phase 1's contexts alone must reach: a tenth below untrained contexts."""
+    return 0.9 * summary[KEYS] if KEYS in summary else None
+
+
+# Criterion, figure, side, limit, untrained value; each a number, a key of a run's summary, or a function of it.
+GATES = (
     ("Phase 1 optimizer steps", "phase1_steps", ">", 0, 0),
     ("Phase 1 relative parameter change", "phase1_param_change", ">", 0, 0),
     ("effective rank, training", "er_train", ">", 0.85, "er_train_untrained"),
@@ -40,6 +64,8 @@ GATES = (  # criterion, figure, side, limit, untrained value; each a number or a
     ("cold-start error after 10 sweeps", "cold_start_error_10", "<", 0.05, "cold_start_error_10_untrained"),
     ("val perplexity below untrained contexts", "val_ppl", "<", CONTROL, CONTROL),
     ("val perplexity below the bigram", "val_ppl", "<", "val_ppl_bigram", CONTROL),
+    ("with retrieval, below counting by 2 to 20 %", "val_ppl_retrieval", "<", earned, UNTRAINED_TOO),
+    ("Phase 1's contexts as keys, 10 % better", "val_ppl_retrieval_phase1_contexts", "<", good_keys, KEYS),
     ("peak memory, MB", "peak_memory_mb", "<", 5441, None),  # the guide's, for 100k tokens at full size
 )
 LADDER_COLUMNS = (  # header, key of the summary, format
@@ -56,6 +82,8 @@ LADDER_COLUMNS = (  # header, key of the summary, format
     ("cold error", "cold_start_error_10", ".2g"),
     ("horizon", "memory_horizon", ""),
     ("val ppl", "val_ppl", ".1f"),
+    ("with retrieval", "val_ppl_retrieval", ".1f"),
+    ("counting with retrieval", COUNTING, ".1f"),
     ("untrained", "val_ppl_untrained_context", ".1f"),
     ("bigram", "val_ppl_bigram", ".1f"),
 )
@@ -97,7 +125,7 @@ def check(summary):
     rows = []
     for criterion, figure, side, *others in GATES:
         value = summary.get(figure)
-        limit, untrained = (summary.get(other) if isinstance(other, str) else other for other in others)
+        limit, untrained = (figure_of(summary, other) for other in others)
         if value is None or limit is None:
             continue
         beyond = operator.gt if side == ">" else operator.lt
@@ -106,6 +134,13 @@ def check(summary):
             verdict = "PASS, untrained too"  # so it says nothing about training
         rows.append((criterion, shown(value), shown(untrained), f"{side} {shown(limit)}", verdict))
     return rows
+
+
+def figure_of(summary, what):
+    """A number as it is, that of a key, or what a function makes of a run's summary; None: it has none."""
+    if callable(what):
+        return what(summary)
+    return summary.get(what) if isinstance(what, str) else what
 
 
 def shown(value):

@@ -29,7 +29,7 @@ from newllm.models.network import TokenPredictor
 from newllm.models.pretrained import load_embedding, require_own_ids, require_peft
 from newllm.phases.phase1 import Phase1
 from newllm.phases.phase2 import Phase2
-from newllm.phases.retrieval import counting, retrieval_of
+from newllm.phases.retrieval import by_contexts, counting, retrieval_of
 from newllm.progress import Progress
 from newllm.report.record import RunLog, new_run_id
 from newllm.report.summary import TITLES, context_line, retrieval_line
@@ -146,21 +146,22 @@ class Run:
             log.say("counting n-grams")
             with timed("n-grams"):
                 results["ngrams"] = ngram_rows(data.train.numpy(), data.val.numpy(), data.vocab_size)
-        settings = self.config.part(RetrievalSettings)
-        if settings.experts and "counting" not in results:
+        if self.config.looks_up and "counting" not in results:
             log.say("looking up without a network: n-grams, the text so far, the training text")
             with timed("retrieval"):
-                results["counting"] = counting(data, settings)
+                results["counting"] = counting(data, self.config.part(RetrievalSettings))
         if self.learns_context and "contexts" not in results:
             results["contexts"] = self.measure_contexts()
-        done = "head" in results and ("retrieval" in results or not settings.experts)
+        if "by_contexts" not in results:
+            results |= self.look_up_by_contexts()
+        done = "head" in results and ("retrieval" in results or not self.config.looks_up)
         if self.learns_context and self.config.untrained_control and not done:
             log.say("\n== Untrained network: the same head on contexts that nothing has trained ==")
             control = copy.deepcopy(self.model)
             control.keep_context_embedding()
             log.say(context_line("untrained", results["contexts"]))
             results["head"] = self.train_head(control, "untrained", freeze_context=True)
-            if settings.experts:
+            if self.config.looks_up:
                 _, results["retrieval"] = self.look_up(control)
             del control
         self.complete(results)
@@ -178,6 +179,7 @@ class Run:
             self.log.say(context_line("untrained", self.checkpointer.results["untrained"]["contexts"]))
             self.log.say(context_line("phase 1", contexts))
             results = {"training": training, "contexts": contexts, "device": describe_device(self.runtime)}
+            results |= self.look_up_by_contexts()
         self.complete(results)
 
     def phase2(self):
@@ -210,9 +212,10 @@ class Run:
         if config.phase != "both" or self.checkpointer.is_done("retrieval"):
             return
         results, found = {}, None
-        if config.retrieval != "none" and not config.whiten_context:
+        if config.looks_up:
             log.say("\n== Retrieval: what was read, looked up ==")
-            found, results = self.look_up(self.model)
+            log.enter("retrieval")
+            found, results = self.look_up(self.model, parts=True)
             log.say(retrieval_line(results))
         if found and self.checkpointer.writes:
             with timed("saving"), spared(log):
@@ -223,13 +226,25 @@ class Run:
         self.complete(results)
 
     @timed("retrieval")
-    def look_up(self, model):
-        """(Retrieval, its figures) of a trained model, made by one process for all."""
+    def look_up(self, model, parts=False):
+        """(Retrieval, its figures) of a trained model, made by one process for all; parts: of each expert."""
         found, figures = None, {}
         if self.runtime.group.is_main:
             settings = self.config.part(RetrievalSettings)
-            found, figures = retrieval_of(model, self.data, settings, self.runtime)
+            found, figures = retrieval_of(model, self.data, settings, self.runtime, parts)
         return found, self.runtime.group.decided(figures)
+
+    @timed("retrieval")
+    def look_up_by_contexts(self):
+        """{"by_contexts": what the contexts are worth as keys, without a network's prediction, or None}."""
+        figures = None
+        if self.learns_context and {"cache", "knn"} & set(self.config.looks_up):
+            self.log.say("looking up by contexts alone")
+            if self.runtime.group.is_main:
+                settings = self.config.part(RetrievalSettings)
+                figures = by_contexts(self.model, self.data, settings, self.runtime)
+            figures = self.runtime.group.decided(figures)
+        return {"by_contexts": figures}
 
     def train_head(self, model, stage, freeze_context):
         settings, folder = self.config.part(Phase2Settings), self.checkpointer.folder
@@ -251,7 +266,7 @@ class Run:
         """Make the results of a stage part of the checkpoint, and give back what training it took."""
         if results:  # a baseline has no Phase 1
             results["peak_memory_mb"] = peak_memory_mb()
-        self.checkpointer.complete(self.model, results)
+        self.checkpointer.complete(self.model, results, {"phase1": self.look_up_by_contexts})
         self.model.zero_grad()
         self.runtime.accelerator.free_memory()  # of the optimizers it has prepared
         free_memory()

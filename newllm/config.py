@@ -126,6 +126,7 @@ class DataSettings(SharedSettings):
     num_tokens: whole("budget", 0)
     val_samples: whole("data", 1)
     tune_share: real("data", 0, 0.9)
+    fit_share: real("data", 0, 0.9)
     cache_dir: path("")
 
 
@@ -230,6 +231,7 @@ class SavingSettings(SharedSettings):
 EARLIER = dict(
     data_split="",
     data_column="",
+    fit_share=0.0,
     context_adapter="none",
     adapter_rank=0,
     attention="auto",
@@ -302,6 +304,11 @@ class Config(
         room = object.__new__(kind)
         vars(room).update({name: getattr(self, name) for name in settings_of(kind)})
         return room
+
+    @property
+    def looks_up(self):
+        """What the model looks up, as a list: whitened contexts, a control, are those of no other text."""
+        return [] if self.whiten_context else self.experts
 
     @property
     def train_tokens(self):

@@ -77,13 +77,13 @@ def plan(arms, seeds, budgets, tuned):
 def tune(config, arms, budgets, path):
     """Walk each arm's grid from TUNING_START until no neighbour is better on dialogues held back."""
     for samples, arm in itertools.product(budgets, [arm for arm in arms if arm not in TUNED_AS]):
-        split = ARMS[arm][1] | dict(num_samples=samples, tune_share=TUNE_SHARE, seed=TUNE_SEED)
+        split = dict(num_samples=samples, tune_share=TUNE_SHARE, seed=TUNE_SEED, retrieval="none")
         points = {TUNING_START}
         while points:
             runs = {}
             for point in sorted(points):
                 name = "-".join([arm, str(samples), *(f"{value:g}" for value in point)])
-                runs[name] = arm, split | dict(zip(GRID, point, strict=True))
+                runs[name] = arm, ARMS[arm][1] | split | dict(zip(GRID, point, strict=True))
             make(config, runs, path)
             made = tried(read_results(path))[samples, arm]
             points = neighbours(place(made[0])) - {place(row) for row in made}

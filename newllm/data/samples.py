@@ -34,6 +34,7 @@ class TokenData:
     source: str  # name of the corpus
     notes: list[str]  # lines to print: what is used and why
     fingerprint: str  # SHA-256 over ids and tokenizer: the identity of the data, for checkpoints
+    held_back: torch.Tensor | None = None  # int32 [n, L+1]: of the training samples, to fit retrieval on
 
     @property
     def vocab_size(self):
@@ -41,7 +42,10 @@ class TokenData:
 
 
 def load_data(settings, progress=silent):
-    """TokenData for newllm.config.DataSettings; with `tune_share`, the last training samples are held out.
+    """TokenData for newllm.config.DataSettings.
+
+    With `tune_share` the last training samples take the place of those held out, and with `fit_share` the
+    last of the others are for fitting retrieval alone.
 
     Args:
         progress: as newllm.progress.Progress.
@@ -50,20 +54,26 @@ def load_data(settings, progress=silent):
         UserError: the source, tokenizer or cache folder cannot be had, or there are too few dialogues.
     """
     data = _load_samples(settings, progress)
-    if not settings.tune_share:
-        return data
-    count = max(1, round(settings.tune_share * len(data.train)))
+    if settings.tune_share:
+        note = "tuning: validates on the last {:,} training samples and trains on the others"
+        data = _cut(data, "tune_share", settings.tune_share, "val", note, "")
+    if settings.fit_share:
+        note = "retrieval is fitted on the last {:,} training samples, and all else trains on the others"
+        data = _cut(data, "fit_share", settings.fit_share, "held_back", note, "fit")
+    return data
+
+
+def _cut(data, setting, share, name, note, mark):
+    """Data whose last training samples are the field `name` instead."""
+    count = max(1, round(share * len(data.train)))
     if count >= len(data.train):
-        raise UserError(
-            f"tune_share leaves none of {len(data.train)} training samples: use more num_samples."
-        )
-    note = f"tuning: validates on the last {count:,} training samples and trains on the others"
+        raise UserError(f"{setting} leaves none of {len(data.train)} training samples: use more num_samples.")
     return dataclasses.replace(
         data,
         train=data.train[:-count],
-        val=data.train[-count:],
-        notes=[*data.notes, note],
-        fingerprint=hashlib.sha256(f"{data.fingerprint} {count}".encode()).hexdigest(),
+        **{name: data.train[-count:]},
+        notes=[*data.notes, note.format(count)],
+        fingerprint=hashlib.sha256(f"{data.fingerprint} {mark}{count}".encode()).hexdigest(),
     )
 
 

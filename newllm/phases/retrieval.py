@@ -1,7 +1,8 @@
 """After Phase 2: retrieval is built from the training text and fitted on held-out dialogues.
 
 Nothing is reported on what was fitted: each half of the held-out samples, which are of different dialogues,
-is measured with what the other half gave; what is kept is fitted on both.
+is measured with what the other half gave; what is kept is fitted on both. Where training samples are held back
+for fitting (`fit_share`), all held-out samples are measured with what those gave, and that is kept.
 Shapes: n samples, T tokens, E width of the head's output, C context width, V vocabulary, x experts.
 """
 
@@ -25,7 +26,7 @@ class Reading:
     """What a model makes of samples, a slice of them at a time: what keys are made of, and logits."""
 
     def __init__(self, model, ids, runtime):
-        self.model, self.ids, self.runtime = model, ids, runtime
+        self.model, self.ids, self.runtime = model.eval(), ids, runtime
 
     @torch.no_grad()
     def __call__(self, part):
@@ -82,14 +83,26 @@ def gather(retrieval, ids, read):
     return tree_map(lambda *each: None if each[0] is None else torch.cat(each), *found)
 
 
-def fit(retrieval, evidence, network, targets):
-    """Maximum likelihood by L-BFGS: temperatures and fading with a gate that sees nothing, then the gate."""
+def fit_fixed(retrieval, evidence, network, targets):
+    """Temperatures, fading, and weights of the experts that are the same at every place: those of EM."""
     votes = [*retrieval.cache.parameters(), *retrieval.knn.parameters()]
-    gate = [retrieval.gate.weight, retrieval.gate.bias]
-    _maximize(lambda: retrieval(evidence, network, targets)[0], [*votes, gate[1]])
+    _maximize(lambda: retrieval(evidence, network, targets)[0], [*votes, retrieval.gate.bias])
+
+
+def fit_gate(retrieval, evidence, network, targets):
+    """From these weights on, those that depend on what is known at a place."""
     with torch.no_grad():
         opinions = retrieval.opinions(evidence, network, targets)
-    _maximize(lambda: retrieval.mix(opinions)[0], gate)
+    _maximize(lambda: retrieval.mix(opinions)[0], [retrieval.gate.weight, retrieval.gate.bias])
+
+
+FITTING = {"fixed": fit_fixed, "gate": fit_gate}  # in turn, by maximum likelihood
+
+
+def fit(retrieval, gathered):
+    """Fit all that is not counted, to samples as `gather` gives them."""
+    for step in FITTING.values():
+        step(retrieval, *gathered)
 
 
 def _maximize(probability, parameters):
@@ -107,68 +120,134 @@ def _maximize(probability, parameters):
     optimizer.step(loss)
 
 
-def cross_fitted(retrieval, gathered):
+def cross_fitted(retrieval, gathered, held_back=None):
     """What each half of the samples gets from the fit on the other; the retrieval stays as it was.
 
+    Args:
+        gathered, held_back: as of `gather`; with samples held back, all are measured by the fit on those.
+
     Returns:
-        (nats of each target [n, T], {expert: mean weight of the gate}).
+        {"fixed", "gate": (nats of each target [n, T], {expert: mean weight})} of the steps of fitting.
     """
     begun = {name: parameter.detach().clone() for name, parameter in retrieval.named_parameters()}
     targets = gathered[2]
     samples = torch.arange(len(targets))
-    nats, weights = torch.zeros(targets.shape, device=targets.device), 0.0
-    for fitted, measured in ((samples[::2], samples[1::2]), (samples[1::2], samples[::2])):
-        if len(fitted):
-            fit(retrieval, *_taken(gathered, fitted))
-        with torch.no_grad():
-            probability, gate = retrieval(*_taken(gathered, measured))
-        nats[measured] = -probability.log()
-        weights += gate.sum((0, 1)) / targets.numel()
+    halves = (samples[::2], samples[1::2]), (samples[1::2], samples[::2])
+    pairs = [(_taken(gathered, fitted), measured) for fitted, measured in halves]
+    if held_back is not None:
+        pairs = [(held_back, samples)]
+    nats = {step: torch.zeros(targets.shape, device=targets.device) for step in FITTING}
+    weights = dict.fromkeys(FITTING, 0.0)
+    for fitted, measured in pairs:
+        for step, fit_step in FITTING.items():
+            if len(fitted[2]):
+                fit_step(retrieval, *fitted)
+            with torch.no_grad():
+                probability, gate = retrieval(*_taken(gathered, measured))
+            nats[step][measured] = -probability.log()
+            weights[step] += gate.sum((0, 1)) / targets.numel()
         retrieval.load_state_dict(begun, strict=False)
-    return nats, dict(zip(retrieval.names, weights.tolist(), strict=True))
+    names = retrieval.names
+    return {step: (nats[step], dict(zip(names, weights[step].tolist(), strict=True))) for step in FITTING}
 
 
 def _taken(gathered, samples):
     return tree_map(lambda each: None if each is None else each[samples], gathered)
 
 
-def measure(retrieval, gathered, ids, token_bytes):
-    """Figures of a mixture on samples [n, T+1]: {"loss", "ppl", "bpb", "weights", "by_position" [T]}."""
-    nats, weights = cross_fitted(retrieval, gathered)
+def measure(retrieval, gathered, data, held_back=None):
+    """Figures of a mixture on the held-out samples, which are gathered; held_back: as above.
+
+    Returns:
+        {"loss", "ppl", "bpb", "weights", "by_position": {last position: nats} of bins, "sample_nats"} with
+        the gate, and "fixed": {"ppl", "weights"} with the same weights at every place.
+    """
+    found = cross_fitted(retrieval, gathered, held_back)
+    nats, weights = found["gate"]
     nats = nats.double()
+    fixed, fixed_weights = found["fixed"]
     return {
         "loss": nats.mean().item(),
         "ppl": nats.mean().exp().item(),
-        "bpb": nats.sum().item() / math.log(2) / text_bytes(ids, token_bytes),
+        "bpb": nats.sum().item() / math.log(2) / text_bytes(data.val, data.token_bytes),
         "weights": weights,
-        "by_position": nats.mean(0).tolist(),
+        "by_position": _by_position(nats),
         "sample_nats": nats.sum(1).tolist(),
+        "fixed": {"ppl": fixed.double().mean().exp().item(), "weights": fixed_weights},
     }
 
 
-def retrieval_of(model, data, settings, runtime):
-    """(Retrieval of a trained model, fitted on all held-out samples; its figures, each half by the other)."""
-    read = Reading(model, data.train, runtime)
+def _by_position(nats):
+    """Means of nats [n, T] over positions 1, 2, 3, 4, 5-6, 7-8, 9-11, ...: {last position: mean}."""
+    length = nats.shape[1]
+    ends = {min(length, round(2 ** (half / 2))) for half in range(2 * length.bit_length() + 1)}
+    first, means = 0, {}
+    for end in sorted(ends):
+        means[end] = nats[:, first:end].mean().item()
+        first = end
+    return means
+
+
+def in_turn(retrieval, gathered, data, held_back=None):
+    """Figures of the mixtures of the first expert, the first two, ..., each fitted like the whole.
+
+    Returns:
+        {name of the expert added last: {"ppl", "by_position"}}, without the whole.
+    """
+    figures = {}
+    for count in range(1, len(retrieval.names)):
+        names = retrieval.names[:count]
+        part = Retrieval(names, retrieval.keys, retrieval.vocab_size, "network" in names, retrieval.window)
+        part.ngram = retrieval.ngram
+        found = measure(part.to(gathered[2].device), gathered, data, held_back)
+        figures[names[-1]] = {key: found[key] for key in ("ppl", "by_position")}
+    return figures
+
+
+def retrieval_of(model, data, settings, runtime, parts=False):
+    """(Retrieval of a trained model, fitted on all samples it may be; its figures, never on those fitted).
+
+    Args:
+        parts: whether the figures have "in_turn" too.
+    """
     keys = Keys(settings.keys, data.vocab_size, {"hidden": model.embed_dim, "contexts": model.context_dim})
     retrieval = Retrieval(settings.experts, keys, data.vocab_size, window=settings.retrieval_window)
-    build(retrieval.to(runtime.device), data.train, read)
-    gathered = gather(retrieval, data.val, Reading(model, data.val, runtime))
-    figures = measure(retrieval, gathered, data.val, data.token_bytes)
-    fit(retrieval, *gathered)
+    retrieval.to(runtime.device)
+    gathered, held_back = _built(retrieval, data, lambda ids: Reading(model, ids, runtime))
+    figures = measure(retrieval, gathered, data, held_back)
+    if parts:
+        figures["in_turn"] = in_turn(retrieval, gathered, data, held_back)
+    fit(retrieval, held_back or gathered)
     return retrieval, figures
 
 
 def counting(data, settings):
-    """Figures of the same retrieval without any network: its keys are the last tokens.
+    """Figures of the same retrieval without any network: its keys are the last tokens."""
+    return _without_network(Keys(["tokens"], data.vocab_size, {}), data, settings, lambda ids: no_reading)
 
-    n-grams are always part of it, as at the first token nothing else has anything to say.
+
+def by_contexts(model, data, settings, runtime):
+    """Figures of the same retrieval whose keys are a model's contexts alone, which predict nothing else."""
+    keys = Keys(["contexts"], data.vocab_size, {"contexts": model.context_dim}).to(runtime.device)
+    return _without_network(keys, data, settings, lambda ids: Reading(model, ids, runtime), runtime.device)
+
+
+def _without_network(keys, data, settings, reading, device="cpu"):
+    """n-grams are always part of it, as at the first token nothing else has anything to say."""
+    experts = ["ngram", *settings.experts]
+    retrieval = Retrieval(experts, keys, data.vocab_size, network=False, window=settings.retrieval_window)
+    gathered, held_back = _built(retrieval.to(device), data, reading)
+    return measure(retrieval, gathered, data, held_back)
+
+
+def _built(retrieval, data, reading):
+    """(Held-out samples, those held back from training or None), gathered by a retrieval that is now built.
+
+    Args:
+        reading: function of samples that gives a Reading of them.
     """
-    retrieval = Retrieval(
-        ["ngram", *settings.experts],
-        Keys(["tokens"], data.vocab_size, {}),
-        data.vocab_size,
-        network=False,
-        window=settings.retrieval_window,
-    )
-    build(retrieval, data.train, no_reading)
-    return measure(retrieval, gather(retrieval, data.val, no_reading), data.val, data.token_bytes)
+    build(retrieval, data.train, reading(data.train))
+    gathered = gather(retrieval, data.val, reading(data.val))
+    if data.held_back is None:
+        return gathered, None
+    return gathered, gather(retrieval, data.held_back, reading(data.held_back))

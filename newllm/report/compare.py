@@ -161,12 +161,23 @@ class Comparison:
         seeds = min(len(self.by[tokens, arm]) for arm in (ours, best))
         return f"**{word}**: {as_percent(difference)} against {best}, seeds: {seeds}"
 
-    def perplexity(self, tokens, arm):
-        """Mean and half width, as `175.8 +- 0.9`; "" for an arm that is not there."""
-        if (tokens, arm) not in self.by:
+    def perplexity(self, tokens, arm, key="val_ppl"):
+        """Mean and half width, as `175.8 +- 0.9`; "" for an arm that is not there, or lacks the figure."""
+        rows = self.by.get((tokens, arm), [])
+        if not rows or any(row.get(key) is None for row in rows):
             return ""
-        mean, half = self.mean(tokens, arm, "val_ppl")
+        mean, half = self.mean(tokens, arm, key)
         return f"{mean:,.1f}" if math.isnan(half) else f"{mean:,.1f} +- {half:.1f}"
+
+    def looks_up(self, tokens):
+        """Whether an arm at a budget has figures with retrieval."""
+        return any("val_ppl_retrieval" in row for arm in self.arms(tokens) for row in self.by[tokens, arm])
+
+    def counting(self, tokens):
+        """Perplexity of retrieval without any network, the same for every seed; "" where no row has it."""
+        rows = [row for arm in self.arms(tokens) for row in self.by[tokens, arm]]
+        found = [row["val_ppl_retrieval_counting"] for row in rows if "val_ppl_retrieval_counting" in row]
+        return f"{found[0]:,.1f}" if found else ""
 
     def context_cell(self, tokens, arm, key, form):
         """The mean of a figure of the contexts that an arm predicts from; "" for an arm without any."""
@@ -191,11 +202,7 @@ def claims_table(comparison):
         verdicts = [comparison.verdict(tokens, ours, rivals) for tokens in comparison.budgets]
         if any(verdicts):
             rows.append([sentence, *verdicts])
-    return markdown(["claim", *_headers(comparison)], rows)
-
-
-def _headers(comparison):
-    return [f"{tokens:,} tokens" for tokens in comparison.budgets]
+    return markdown(["claim", *(f"{tokens:,} tokens" for tokens in comparison.budgets)], rows)
 
 
 def perplexity_table(comparison, labels):
@@ -205,12 +212,25 @@ def perplexity_table(comparison, labels):
         labels: {arm: what it is, in words}.
     """
     budgets, rows = comparison.budgets, []
+    columns = [(tokens, key) for tokens in budgets for key in figures_shown(comparison, tokens)]
     for arm in dict.fromkeys(arm for tokens in reversed(budgets) for arm in comparison.arms(tokens)):
-        rows.append([arm, labels.get(arm, ""), *(comparison.perplexity(tokens, arm) for tokens in budgets)])
+        cells = [comparison.perplexity(tokens, arm, key) for tokens, key in columns]
+        rows.append([arm, labels.get(arm, ""), *cells])
+    if any(map(comparison.looks_up, budgets)):
+        cells = [comparison.counting(tokens) if key != "val_ppl" else "" for tokens, key in columns]
+        rows.append(["(retrieval)", "retrieval without a network: counting and copying", *cells])
     for name, label in COUNTED.items():
-        cells = [f"{comparison.counted(tokens)[name][0]:,.1f}" for tokens in budgets]
+        cells = []
+        for tokens, key in columns:
+            cells.append(f"{comparison.counted(tokens)[name][0]:,.1f}" if key == "val_ppl" else "")
         rows.append([f"({name})", label, *cells])
-    return markdown(["arm", "what it is", *_headers(comparison)], rows)
+    header = [f"{tokens:,} {'tokens' if key == 'val_ppl' else 'with retrieval'}" for tokens, key in columns]
+    return markdown(["arm", "what it is", *header], rows)
+
+
+def figures_shown(comparison, tokens):
+    """Which perplexities of the arms stand side by side at a budget."""
+    return ("val_ppl", "val_ppl_retrieval") if comparison.looks_up(tokens) else ("val_ppl",)
 
 
 def budget_table(comparison, tokens):
@@ -227,6 +247,7 @@ def budget_table(comparison, tokens):
                 "arm": arm,
                 "seeds": len(comparison.by[tokens, arm]),
                 "val perplexity": comparison.perplexity(tokens, arm),
+                "with retrieval": comparison.perplexity(tokens, arm, "val_ppl_retrieval"),
                 "bits per byte": f"{comparison.mean(tokens, arm, 'val_bpb')[0]:.3f}",
                 "parameters": f"{comparison.by[tokens, arm][0]['parameters']:,}",
                 "training s": f"{comparison.seconds(tokens, arm):.0f}",
@@ -238,11 +259,13 @@ def budget_table(comparison, tokens):
                 f"{FROZEN} against it": as_percent(against_frozen),
             }
         )
-    header = list(rows[0])
+    header = [name for name in rows[0] if name != "with retrieval" or comparison.looks_up(tokens)]
     for name, (perplexity, bits) in comparison.counted(tokens).items():
         counts = {"arm": f"({name})", "val perplexity": f"{perplexity:,.1f}", "bits per byte": f"{bits:.3f}"}
         rows.append(counts)
     rows.sort(key=lambda row: float(row["bits per byte"]))
+    if comparison.looks_up(tokens):
+        rows.append({"arm": "(retrieval)", "with retrieval": comparison.counting(tokens)})
     return markdown(header, [[row.get(name, "") for name in header] for row in rows])
 
 

@@ -6,9 +6,9 @@ import io
 from pathlib import Path
 
 from newllm.errors import UserError
-from newllm.report.pictures import loss_curve, run_contexts
+from newllm.report.pictures import by_position, loss_curve, run_contexts
 from newllm.report.record import format_value, read_records
-from newllm.report.summary import language_rows, summary_lines
+from newllm.report.summary import language_rows, network_share, retrieval_rows, summary_lines
 from newllm.saving.files import write_text
 
 CONTEXTS = (  # what it is, key, format
@@ -30,6 +30,7 @@ def artifact_paths(folder, kind, run):
         "model": folder / "models" / f"{name}.pth",
         "loss_curve": plots / f"loss_curve_{name}.png",
         "contexts": plots / f"contexts_{name}.png",
+        "retrieval": plots / f"retrieval_{name}.png",
         "report": folder / "outputs" / f"report_{name}.html",
         "summary": logs / f"training_summary_{name}.txt",
         "train_losses": logs / f"train_losses_{name}.npy",
@@ -60,6 +61,9 @@ def write_artifacts(record):
     if "er_ceiling" in record.summary:
         run_contexts(record, paths["contexts"])
         pictures.append(paths["contexts"])
+    if record.curves.get("retrieval_by_position"):
+        by_position(record, paths["retrieval"])
+        pictures.append(paths["retrieval"])
     write_text(paths["report"], page(record, pictures))
     write_text(paths["table"], models_table(record.path.parent))
     write_text(paths["summary"], "\n".join(summary_lines(record, paths)) + "\n")
@@ -74,7 +78,11 @@ def page(record, pictures):
     tables, folded = [], []
     if "val_ppl" in summary:
         rows = [(name, f"{ppl:.1f}", f"{bpb:.3f}") for name, ppl, bpb in language_rows(summary)]
-        tables.append(("Language model", ("held-out dialogues", "perplexity", "bits per byte"), rows))
+        tables.append(("Language model", ("held-out dialogues", "perplexity", "bits per byte"), rows, ""))
+    if "val_ppl_retrieval" in summary:
+        header = ("what is looked up", "perplexity", "against the network", "mean weight")
+        rows, note = retrieval_rows(summary), network_share(summary)
+        tables.append(("What each part of retrieval is worth", header, rows, note))
     if "er_ceiling" in summary:
         ends = {"untrained": "_untrained", "Phase 1": "", "fine-tuned": "_finetuned"}
         ends = {title: end for title, end in ends.items() if f"er_val{end}" in summary}
@@ -82,7 +90,7 @@ def page(record, pictures):
         for name, key, form in CONTEXTS:
             values = [summary.get(f"{key}{end}") for end in ends.values()]
             rows.append([name, *("" if value is None else format(value, form) for value in values)])
-        tables.append(("Contexts", ("contexts", *ends), rows))
+        tables.append(("Contexts", ("contexts", *ends), rows, ""))
     for title, columns in (("Phase 1, by iteration", record.phase1), ("Phase 2, by epoch", record.phase2)):
         if columns:
             rows = zip(*(map(format_value, values) for values in columns.values()), strict=True)

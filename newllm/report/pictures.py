@@ -43,6 +43,13 @@ ARM_STYLES = {  # arms of a comparison whose contexts are drawn, in this order
     "end_to_end": ("end to end", COUNTED),
     "window": ("window", dict(color="#E69F00", marker="v", linestyle=":")),
 }
+MIXTURES = {  # of a run, in turn, with one more expert each
+    "network": ("the network alone", REFERENCE | {"marker": "v"}),
+    "ngram": ("+ counts of the training text (ngram)", UNTRAINED),
+    "cache": ("+ places in the dialogue so far (cache)", TRAINING_DATA),
+    "knn": ("+ places in the training text (knn)", TRAINED),
+    "counting": ("all of these without the network", COUNTED),
+}
 CURVES = (  # of contexts: key, logarithmic axes, title, what is on the axes
     ("cold_start_curve", "y", "Convergence from a cold start", "sweeps", "distance from the trajectory"),
     ("memory_curve", "xy", "Memory", "tokens since a token was replaced (first point: none)",
@@ -136,6 +143,23 @@ def run_contexts(record, path):
         last.set_ylim(0, 102)
 
 
+def by_position(record, path):
+    """Perplexity by the position in a held-out sample, of a run's mixtures with one more expert each."""
+    found = {name: as_curve(curve) for name, curve in record.curves["retrieval_by_position"].items()}
+    perplexities, shares = [], []
+    for name, (label, style) in MIXTURES.items():
+        if name in found:
+            ends, nats = zip(*found[name].items(), strict=True)
+            gaps = [nats - alone for nats, alone in zip(nats, found["network"].values(), strict=True)]
+            perplexities.append((ends, [math.exp(value) for value in nats], label, style))
+            shares.append((ends, [100 * math.exp(gap) for gap in gaps], None, style))
+    with figure(path, 1, 2) as ((along, against),):
+        xlabel = "tokens since the dialogue began (means over stretches)"
+        draw(along, "Perplexity along a dialogue", xlabel, "held-out perplexity", perplexities, "xy")
+        draw(against, "Against the network alone", xlabel, "% of the network's perplexity", shares, "x")
+        against.set_ylim(0, 140)  # first tokens, which a network knows by heart, may lie far above
+
+
 def context_curves(comparison, tokens, path):
     """Contexts of a comparison's arms at a budget, means over seeds, and what dist_reg_weight trades."""
     with figure(path, 2, 3) as panels:
@@ -224,6 +248,8 @@ def scale_ladder(summaries, path):
             )),
             (perplexity, "Language model", "validation perplexity", 1, (
                 ("val_ppl", "trained", TRAINED),
+                ("val_ppl_retrieval", "trained, with retrieval", TRAINED | {"linestyle": ":"}),
+                ("val_ppl_retrieval_counting", "retrieval alone", COUNTED | {"linestyle": ":"}),
                 ("val_ppl_untrained_context", "untrained contexts", UNTRAINED),
                 ("val_ppl_bigram", "bigram counts", COUNTED),
             )),

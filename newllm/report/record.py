@@ -143,6 +143,13 @@ class RunLog:
             self._place["eta_s"] = seconds_left(self._plan, **place)
             self._write_status()
 
+    def enter(self, stage):
+        """Tell that a stage has begun which makes no passes over the samples."""
+        kept = {"run_id", "state", "step", "saved_at", "best_val_loss", "gpu_utilization", *this_process()}
+        self._place = {name: value for name, value in self._place.items() if name in kept}
+        self._place["stage"] = stage
+        self._write_status()
+
     def _write_status(self):
         """Replace the file; a disk that refuses stops no run."""
         of_others = self.status_path.with_name("manifest.json").exists() and not self.owns()
@@ -343,6 +350,8 @@ def status_lines(fields):
     known = {name: value for name, value in fields.items() if value is not None}
     share = known.get("tokens_done", 0) / max(1, known.get("tokens_total", 1))
     progress, best, saved = f"{share:.1%} of this phase", "none yet", "none yet"
+    if known.get("stage") == "retrieval":
+        progress = "all is trained, what was read is taken in and fitted"
     if known["state"] == "complete":
         progress = "100.0%"
         known = {name: value for name, value in known.items() if name not in ("restart", "eta_s")}

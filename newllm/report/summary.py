@@ -15,6 +15,19 @@ COUNTED = {
     "bigram": "bigram, counting",
     "unigram": "unigram, counting",
 }
+EXPERTS = {  # of a mixture, in turn: what they are, in words
+    "network": "the network alone",
+    "ngram": "+ counts of the training text (n-grams)",
+    "cache": "+ what followed places like this in the dialogue so far (cache)",
+    "knn": "+ what followed places like this in the training text (nearest neighbours)",
+}
+RETRIEVAL_CONTROLS = {
+    "val_ppl_retrieval_fixed": "all of these, with weights that are the same at every place",
+    "val_ppl_retrieval_counting": "all of these without the network: counting and copying alone",
+    "val_ppl_retrieval_untrained": "all of these with a head on untrained contexts as the network",
+    "val_ppl_retrieval_phase1_contexts": "no network, places compared by Phase 1's contexts alone",
+    "val_ppl_retrieval_untrained_contexts": "no network, places compared by untrained contexts alone",
+}
 CURVES = ("cold_start_curve", "memory_curve", "past_capacity_by_lag", "spectrum")
 SECTIONS = {  # of the summary as text: names of settings, of the record's first row, and of figures
     "MODEL CONFIGURATION": (
@@ -40,12 +53,23 @@ def banner(config, device_line, data, model, plan, notes):
         f"{config.context_dim}, embedding {config.embed_dim}, vocabulary {data.vocab_size:,}",
         f"trainable parameters: {trainable(plan)}",
         f"batches: {batches(plan)}; {cadence(config)}",
+        f"retrieval: {looked_up(config)}",
         f"Using checkpoint directory: {config.checkpoint_dir}",
     ]
     changed = [f"{name} = {new!r} (file: {old!r})" for name, (old, new) in config.differences().items()]
     if changed:
         lines.append(f"differs from config.py: {', '.join(changed)}")
     return [*lines, *notes]
+
+
+def looked_up(config):
+    """What is looked up after Phase 2, and by which keys."""
+    if not config.looks_up or config.phase != "both":
+        return "nothing is looked up"
+    keys = (
+        f", places compared by {' and '.join(config.keys)}" if {"cache", "knn"} & {*config.looks_up} else ""
+    )
+    return f"{', '.join(config.looks_up)}, at most {config.retrieval_window:,} tokens back{keys}"
 
 
 def trainable(plan):
@@ -121,23 +145,47 @@ def summarize(config, data, results):
         summary["seconds_training"] = head["seconds"] + summary.get("seconds_phase1", 0.0)
     if "head" in untrained:
         summary |= {f"val_{key}_untrained_context": untrained["head"][key] for key in ("ppl", "bpb")}
-    rows = {"": results.get("retrieval"), "_counting": untrained.get("counting")}
-    rows["_untrained"] = untrained.get("retrieval")
-    for name, figures in rows.items():
+    summary |= retrieval_figures(results)
+    return summary | {f"val_ppl_{name}": math.exp(nats) for name, nats in untrained["ngrams"].items()}
+
+
+def retrieval_figures(results):
+    """Those figures of the block that are of retrieval, from metrics by stage; {} without any."""
+    untrained, own = results["untrained"], results.get("retrieval")
+    summary = {}
+    for name, figures in (
+        ("", own),
+        ("_counting", untrained.get("counting")),
+        ("_untrained", untrained.get("retrieval")),
+        ("_phase1_contexts", results.get("phase1", {}).get("by_contexts")),
+        ("_untrained_contexts", untrained.get("by_contexts")),
+    ):
         if figures:
             summary |= {f"val_{key}_retrieval{name}": figures[key] for key in ("ppl", "bpb")}
-    if results.get("retrieval"):
-        weights = results["retrieval"]["weights"]
-        summary |= {f"retrieval_weight_{name}": weight for name, weight in weights.items()}
-    return summary | {f"val_ppl_{name}": math.exp(nats) for name, nats in untrained["ngrams"].items()}
+    if own:
+        summary["val_ppl_retrieval_fixed"] = own["fixed"]["ppl"]
+        for count, part in enumerate(own["in_turn"].values(), start=1):
+            if count > 1:  # one alone is the network
+                summary[f"val_ppl_{'_'.join(list(own['weights'])[:count])}"] = part["ppl"]
+        for kind, found in (("weight", own), ("fixed_weight", own["fixed"])):
+            summary |= {f"retrieval_{kind}_{name}": weight for name, weight in found["weights"].items()}
+    return summary
 
 
 def language_rows(summary):
     """(what it is, perplexity, bits per byte) on held-out dialogues, of a model and of those beside it."""
-    rows = [("this model", summary["val_ppl"], summary["val_bpb"])]
-    if "val_ppl_untrained_context" in summary:
-        name = "the same head on untrained contexts"
-        rows.append((name, summary["val_ppl_untrained_context"], summary["val_bpb_untrained_context"]))
+    with_all = "val_ppl_retrieval" in summary
+    rows = []
+    for key, name in (
+        ("val_{}_retrieval", "this model with all that it looks up"),
+        ("val_{}", "this model alone" if with_all else "this model"),
+        ("val_{}_retrieval_counting", "the same retrieval without a network: counting and copying"),
+        ("val_{}_retrieval_untrained", "the same retrieval on untrained contexts"),
+        ("val_{}_untrained_context", "the same head on untrained contexts, alone"),
+    ):
+        figures = [summary.get(key.format(unit)) for unit in ("ppl", "bpb")]
+        if figures[0] is not None:
+            rows.append((name, *figures))
     bits_a_nat = summary["val_bpb"] / summary["val_loss"]
     for key, name in COUNTED.items():
         ppl = summary[f"val_ppl_{key}"]
@@ -145,14 +193,53 @@ def language_rows(summary):
     return rows
 
 
+def retrieval_rows(summary):
+    """What each part of a mixture is worth, as text: (what it is, perplexity, against the network alone, weight).
+
+    The parts are added in turn, each mixture fitted by itself; the weight is the gate's mean in the whole.
+    """
+    names = [name for name in EXPERTS if f"retrieval_weight_{name}" in summary]
+    alone, rows = summary["val_ppl"], []
+
+    def add(what, ppl, weight=""):
+        change = f"{ppl / alone - 1:+.1%}" if rows else ""
+        rows.append((what, f"{ppl:.1f}", change, weight))
+
+    for count, name in enumerate(names, start=1):
+        key = f"val_ppl_{'_'.join(names[:count])}" if count > 1 else "val_ppl"
+        ppl = summary["val_ppl_retrieval" if count == len(names) else key]
+        add(EXPERTS[name], ppl, f"{summary[f'retrieval_weight_{name}']:.0%}")
+    for key, what in RETRIEVAL_CONTROLS.items():
+        if key in summary:
+            add(what, summary[key])
+    return rows
+
+
+def network_share(summary):
+    """How far the network brings the mixture below the same retrieval without one, in a sentence."""
+    with_all, without = summary["val_ppl_retrieval"], summary["val_ppl_retrieval_counting"]
+    side = "below" if with_all <= without else "above"
+    return (
+        f"Counting and copying reach {without:.1f} without any network; with it {with_all:.1f}, "
+        f"{abs(with_all / without - 1):.1%} {side} that: this is the network's own part."
+    )
+
+
 def curves(results):
     """From metrics by stage, what pictures and comparisons need: curves of contexts, nats of each sample."""
     last = results.get("phase2", {})
     contexts = last.get("contexts") or results.get("phase1", {}).get("contexts") or {}
     untrained = results["untrained"].get("contexts", {})
+    by_position = {}
+    if own := results.get("retrieval"):
+        whole = list(own["weights"])[-1]
+        by_position = {name: part["by_position"] for name, part in own["in_turn"].items()}
+        by_position |= {whole: own["by_position"]}
+        by_position |= {"counting": results["untrained"]["counting"]["by_position"]}
     return {
         "val_sample_nats": last.get("head", {}).get("sample_nats"),
         "bpb_by_context": last.get("bpb_by_context"),
+        "retrieval_by_position": by_position,
         **{name: contexts.get(name) for name in CURVES},
         **{f"{name}_untrained": untrained.get(name) for name in CURVES},
     }
@@ -172,6 +259,8 @@ def summary_lines(record, files):
     for title, names in SECTIONS.items():
         lines += ["", title, *(f"  {name}: {format_value(facts[name])}" for name in names)]
     lines += ["", "RESULTS"]
+    if "val_ppl_retrieval" in summary:
+        lines.append(f"  {network_share(summary)}")
     for side in ("train_loss", "val_loss"):
         if losses := record.phase2.get(side):
             lines += [f"  final {side}: {losses[-1]:.4f}", f"  best {side}: {min(losses):.4f}"]

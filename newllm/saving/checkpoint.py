@@ -287,14 +287,22 @@ class Checkpointer:
         """Until what is being saved is on the disk, or has been refused by it."""
         self.thread.wait()
 
-    def complete(self, model, results):
-        """Record a stage's results and make the next one current, past those that another run has."""
+    def complete(self, model, results, anew=None):
+        """Record a stage's results and make the next one current, past those that another run has.
+
+        Args:
+            anew: {stage: function of nothing}: results that are made from the model's weights, also where
+                the stage is another run's, as they depend on settings that may differ between the two.
+        """
         self._pass(model, results)
         while state := self._taken.pop(self.stage, None):
             load_weights(runs.home_of(self.folder, state["run_id"]), model, state)
             history = f"{self.stage}_history"
             setattr(self, history, state[history])
-            self._pass(model, state["results"][self.stage])
+            results = state["results"][self.stage]
+            if anew and self.stage in anew:
+                results |= anew[self.stage]()
+            self._pass(model, results)
         if self.writes and (of_contexts := list(self.folder.glob(FILES))):
             self.wait()
             for path in of_contexts:

@@ -35,6 +35,7 @@ PARTS = {
     "contexts": ("untrained", WHOLE | {"untrained"}, "the figures of untrained contexts"),
     "head": ("untrained", WHOLE | {"control"}, "the head on them"),
     "counting": ("untrained", {"data", "budget", "retrieval"}, "retrieval without a network"),
+    "by_contexts": ("untrained", WHOLE | {"retrieval"}, "retrieval by untrained contexts"),
     "retrieval": ("untrained", WHOLE | {"control", "retrieval"}, "retrieval on that head"),
     "phase1": ("phase1", WHOLE | {"phase1"}, "Phase 1"),
     "phase2": ("phase2", WHOLE | {"phase1", "phase2"}, "Phase 2"),
@@ -286,7 +287,7 @@ def distinction(state, config, fingerprint):
         marks |= {"untrained", "row"}
     if "head" in untrained:
         marks.add("control")
-    if "retrieval" in untrained or "counting" in untrained:
+    if untrained:  # which has rows of retrieval, unless there is none
         marks.add("retrieval")
     ahead = {"phase1", "phase2"} - done
     if config.phase == "1":

@@ -77,9 +77,11 @@ def _count(parameters):
 
 
 def training_samples(config):
-    """Samples that training passes over: those that `tune_share` takes for validation are not among them."""
-    taken = max(1, round(config.tune_share * config.num_samples)) if config.tune_share else 0
-    return max(1, config.num_samples - taken)
+    """Samples that training passes over: those that `tune_share` and `fit_share` take are not among them."""
+    samples = config.num_samples
+    for share in (config.tune_share, config.fit_share):
+        samples -= max(1, round(share * samples)) if share else 0
+    return max(1, samples)
 
 
 PHASE1 = "phase1_shuffle phase1_learning_rate phase1_batch_size dist_reg dist_reg_weight context_noise"
