@@ -42,9 +42,10 @@ def earned(summary):
 
     The share grows with the logarithm of the training tokens, from the first of EARNED to the last.
     """
+    if COUNTING not in summary:
+        return None
     tokens, shares = zip(*EARNED, strict=True)
-    share = np.interp(math.log(summary["train_tokens"]), np.log(tokens), shares)
-    return summary[COUNTING] * (1 - share) if COUNTING in summary else None
+    return summary[COUNTING] * (1 - np.interp(math.log(summary["train_tokens"]), np.log(tokens), shares))
 
 
 def good_keys(summary):

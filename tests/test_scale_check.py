@@ -45,6 +45,42 @@ def test_the_scale_check_exits_by_its_criteria_and_leaves_a_run(tiny_settings, c
     } <= failed
 
 
+def verdicts(**figures):
+    """{figure: verdict} of the criteria on retrieval."""
+    keys = {criterion: key for criterion, key, *_ in scale_check.GATES}
+    return {keys[criterion]: verdict for criterion, *_, verdict in scale_check.check(figures)}
+
+
+@pytest.mark.parametrize(
+    "tokens, share",
+    [(1_000, 0.02), (6_400, 0.02), (24_960, 0.08), (50_000, 0.14), (100_000, 0.2), (10**6, 0.2)],
+)
+def test_the_network_must_earn_its_place(tokens, share):
+    """Below the same retrieval without one by a share that grows with the logarithm of the budget.
+
+    What counting reaches fails at every budget; what an untrained network reaches too is called so.
+    """
+    counting = dict(train_tokens=tokens, val_ppl_retrieval_counting=100.0)
+    for value, untrained, verdict in (
+        (100.0, 101.0, "FAIL"),
+        (100.5 - 100 * share, 101.0, "FAIL"),
+        (99.5 - 100 * share, 101.0, "PASS"),
+        (99.5 - 100 * share, 99.4 - 100 * share, "PASS, untrained too"),
+        (99.5 - 100 * share, None, "PASS"),
+    ):
+        figures = dict(val_ppl_retrieval=value, val_ppl_retrieval_untrained=untrained)
+        assert verdicts(**counting, **figures) == {"val_ppl_retrieval": verdict}
+    assert verdicts(train_tokens=tokens, val_ppl_retrieval=1.0) == {}
+
+
+def test_phase_1_must_make_better_keys_than_no_training():
+    """By a tenth, which untrained contexts themselves never are."""
+    trained, control = "val_ppl_retrieval_phase1_contexts", "val_ppl_retrieval_untrained_contexts"
+    for value, verdict in ((100.0, "FAIL"), (90.1, "FAIL"), (89.9, "PASS")):
+        assert verdicts(**{trained: value, control: 100.0}) == {trained: verdict}
+    assert verdicts(**{control: 100.0}) == {}
+
+
 def test_the_peak_of_a_complete_run_is_that_of_its_training(tiny_settings, monkeypatch):
     """Not that of the process which reports it again."""
     for measured in (5000.0, 400.0):

@@ -99,6 +99,7 @@ def settings(tmp_path):
     """Function that gives the settings the data layer reads, with changes."""
     usual = dict(data_source="auto", data_split="", data_column="", tokenizer="bpe", embeddings="random")
     sizes = dict(vocab_size=300, num_samples=5, val_samples=3, max_seq_length=8, tune_share=0.0)
+    sizes |= dict(fit_share=0.0)
     folder = dict(cache_dir=str(tmp_path / "cache"))
     return lambda **changes: SimpleNamespace(**usual | sizes | folder | changes)
 

@@ -141,6 +141,22 @@ def test_a_share_of_the_training_samples_takes_the_place_of_the_held_out_ones(se
     assert "leaves none of 1 training samples" in text
 
 
+def test_a_share_of_the_training_samples_is_held_back_for_fitting(settings, talk):
+    """The last ones of those that train; held-out samples stay, and each share has its own sentence."""
+    whole, both = (
+        load_data(settings(data_source=talk, num_samples=6, tune_share=share, fit_share=share))
+        for share in (0, 0.3)
+    )
+    assert whole.held_back is None and len(both.held_back) == 1 and len(both.train) == 3
+    assert torch.equal(torch.cat([both.train, both.held_back, both.val]), whole.train)
+    fitted = load_data(settings(data_source=talk, num_samples=6, fit_share=0.3))
+    assert torch.equal(fitted.val, whole.val) and torch.equal(fitted.held_back, both.val)
+    assert len({data.fingerprint for data in (whole, both, fitted)}) == 3
+    assert "fitted on the last 2 training samples" in fitted.notes[-1]
+    text = message_of(load_data, settings(data_source=talk, num_samples=1, fit_share=0.5))
+    assert "fit_share leaves none of 1 training samples" in text
+
+
 # The cache
 
 

@@ -169,6 +169,25 @@ def test_tables_are_sorted_and_complete():
     assert found[1][3].startswith("164.2 +- ") and found[2][2:] == ["150.0", "150.0"]
 
 
+def test_retrieval_stands_beside_what_the_network_gives_alone():
+    """Where rows have it; an arm of older rows has a blank, and tables of none stay without the column."""
+    old = rows(("gru", 5.1)) + rows(("phase1_finetuned", 6.0), tokens=500)
+    looked = rows(("phase1_finetuned", 5.0), val_ppl_retrieval=90.0, val_ppl_retrieval_counting=100.0)
+    comparison = Comparison(looked + old)
+    lines = compare.perplexity_table(comparison, {})
+    header = [cell.strip() for cell in lines[0].strip("|").split("|")]
+    assert header[2:] == ["500 tokens", "1,000 tokens", "1,000 with retrieval"]
+    found = {line[0]: line[2:] for line in cells(lines)}
+    assert found["phase1_finetuned"] == ["403.8 +- 1.0", "148.6 +- 0.4", "90.0 +- 0.0"]
+    assert found["gru"][2] == "" and found["(retrieval)"] == ["", "", "100.0"]
+    assert found["(kn)"] == ["150.0", "150.0", ""]
+    found = {line[0]: line[3] for line in cells(compare.budget_table(comparison, 1000))}
+    assert found["phase1_finetuned"] == "90.0 +- 0.0" and found["(retrieval)"] == "100.0"
+    assert found["gru"] == found["(kn)"] == ""
+    for line in (compare.budget_table(comparison, 500)[0], compare.perplexity_table(Comparison(old), {})[0]):
+        assert "retrieval" not in line
+
+
 def test_another_vocabulary_is_not_paired():
     """Its nats are of other tokens: a row without a difference, no verdict; counts are the reference's."""
     other = rows(("gru", 4.0), tokenizer="gpt2", val_ppl_kn=1.0)

@@ -7,6 +7,7 @@ import re
 import shutil
 import zipfile
 from datetime import datetime
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from config import ResidualConfig
 from newllm.errors import UserError
 from newllm.report.page import artifact_paths, models_table, page
 from newllm.report.record import RunLog, find_records, read_record
-from newllm.report.summary import speed_lines
+from newllm.report.summary import network_share, speed_lines
 from newllm.saving.trained import load_model, open_saved
 from scripts import evaluate, export
 from train import main as train
@@ -61,7 +62,7 @@ def test_every_artefact_is_there_and_holds_the_losses(folder, record):
     paths = paths_of(record)
     for side in ("train", "val"):
         assert np.load(paths[f"{side}_losses"]).tolist() == record.phase2[f"{side}_loss"]
-    for name in ("loss_curve", "contexts"):
+    for name in ("loss_curve", "contexts", "retrieval"):
         with Image.open(paths[name]) as image:
             assert image.info["dpi"] == pytest.approx((150, 150), abs=0.1)
 
@@ -110,12 +111,32 @@ def test_the_page_stands_alone(record):
     """The pictures are in it, nothing is fetched; figures beside untrained ones."""
     text = paths_of(record)["report"].read_text()
     pictures = re.findall(r'src="data:image/png;base64,([^"]*)"', text)
-    assert len(pictures) == text.count("<img ") == 2 and "viewport" in text
+    assert len(pictures) == text.count("<img ") == 3 and "viewport" in text
     assert all(base64.b64decode(picture).startswith(b"\x89PNG") for picture in pictures)
     assert "http" not in re.sub(r'base64,[^"]*', "", text)
     cells = set(re.findall(r"<t[dh]>([^<]*)</t[dh]>", text))
     perplexity = f"{record.summary['val_ppl']:.1f}"
     assert {"untrained", "Phase 1", "fine-tuned", perplexity, "bigram, counting"} < cells
+
+
+def test_page_and_summary_say_what_each_part_of_retrieval_is_worth(record):
+    """A row for each expert added, in turn, and for each control; a sentence on the network's own part."""
+    text = paths_of(record)["report"].read_text()
+    table = text.partition("What each part of retrieval is worth")[2].partition("</table>")[0]
+    rows = [re.findall(r"<td>([^<]*)</td>", row) for row in table.split("<tr>")[2:]]
+    summary = record.summary
+    in_turn = ["val_ppl", "val_ppl_network_ngram", "val_ppl_network_ngram_cache", "val_ppl_retrieval"]
+    controls = [f"val_ppl_retrieval_{name}" for name in ("fixed", "counting", "untrained")]
+    controls += [f"val_ppl_retrieval_{name}_contexts" for name in ("phase1", "untrained")]
+    assert [row[1] for row in rows] == [f"{summary[key]:.1f}" for key in in_turn + controls]
+    assert rows[1][2] == f"{summary['val_ppl_network_ngram'] / summary['val_ppl'] - 1:+.1%}"
+    names = ("network", "ngram", "cache", "knn")
+    assert [row[3] for row in rows[:4]] == [f"{summary[f'retrieval_weight_{name}']:.0%}" for name in names]
+    sentence = network_share(summary)
+    assert sentence in unescape(text) and sentence in paths_of(record)["summary"].read_text()
+    shown = dict(val_ppl_retrieval=90.0, val_ppl_retrieval_counting=100.0)
+    assert "reach 100.0 without any network; with it 90.0, 10.0% below that" in network_share(shown)
+    assert "110.0, 10.0% above that" in network_share(shown | dict(val_ppl_retrieval=110.0))
 
 
 def test_what_the_record_holds_is_shown_and_not_obeyed(copied):
@@ -175,7 +196,7 @@ def test_the_report_lists_shows_and_compares(copied, reported, tmp_path):
     text = reported(copied)
     assert f"TRAINING SUMMARY of run {SECOND}" in text and "SPEED ANALYSIS" in text
     assert re.search(r"Found 2 model checkpoints\n(  .*\.pth \d+\.\d MB sha256 [0-9a-f]{12}\n){2}", text)
-    assert "Found 3 training plots" in text and "Found 2 training summaries" in text
+    assert "Found 5 training plots" in text and "Found 2 training summaries" in text
     model, _ = copied.glob("*/models/*.pth")
     model.write_bytes(model.read_bytes()[:-200] + b"x" * 200)
     text = reported(copied, FIRST)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import matplotlib
 import pytest
@@ -11,7 +12,15 @@ from matplotlib.image import imread
 
 from newllm.report import pictures
 from newllm.report.compare import growth, scale_lines
-from newllm.report.pictures import COUNTED, TRAINED, TRAINING_DATA, UNTRAINED, prefill_speed, scale_ladder
+from newllm.report.pictures import (
+    COUNTED,
+    REFERENCE,
+    TRAINED,
+    TRAINING_DATA,
+    UNTRAINED,
+    prefill_speed,
+    scale_ladder,
+)
 from scripts import report
 
 
@@ -60,6 +69,22 @@ def test_the_picture_of_a_ladder_has_every_line(tmp_path, thousands):
     scale_ladder(summaries, path)
     assert all(map(drawn(path, 2, 2), (TRAINED, TRAINING_DATA, UNTRAINED, COUNTED)))
     assert dict(matplotlib.rcParams) == before  # a notebook's own figures look as before
+
+
+@pytest.mark.parametrize("experts", [("ngram", "cache", "knn"), ("cache",)], ids=str)
+def test_the_picture_of_retrieval_has_a_line_for_each_expert_that_there_is(tmp_path, experts):
+    """And for the same without a network; as a record gives curves back, whose positions are text."""
+    losses = dict(network=6.0, ngram=5.0, cache=4.0, knn=3.0, counting=3.5)
+    curves = {
+        name: {str(end): loss + 1 / end for end in (1, 2, 4, 128)}
+        for name, loss in losses.items()
+        if name in (*experts, "network", "counting")
+    }
+    record = SimpleNamespace(curves=dict(retrieval_by_position=curves))
+    pictures.by_position(record, tmp_path / "plots" / "retrieval.png")
+    there = drawn(tmp_path / "plots" / "retrieval.png", 1, 2)
+    styles = dict(network=REFERENCE, ngram=UNTRAINED, cache=TRAINING_DATA, knn=TRAINED, counting=COUNTED)
+    assert {name for name, style in styles.items() if there(style)} == set(curves)
 
 
 @pytest.mark.parametrize("trained", [True, False])

@@ -149,3 +149,17 @@ def test_rows_hold_the_load_of_the_gpu(tmp_path):
         assert ("GPU utilisation: 60%" in text) == (load is not None)
         (row,) = read_rows(log.path)
         assert row.get("gpu_utilization") == load
+
+
+def test_the_stage_without_passes_has_no_epoch_of_the_one_before(tmp_path, capsys):
+    """Its name and what it does; what was saved and the best loss stay."""
+    log = RunLog(tmp_path, "data", RUN)
+    progress = SimpleNamespace(done=1, total=2, speed=3.0)
+    log.status(progress, stage="phase2", epoch=3, epochs=10, batch=1, batches=5, best_val_loss=4.5)
+    log.enter("retrieval")
+    found = lines_of(tmp_path, capsys)
+    assert found["Phase"] == "retrieval" and found["Best val loss"] == "4.5000"
+    assert found["Progress"].startswith("all is trained")
+    assert not {"Epoch", "Batch", "Speed", "ETA"} & found.keys()
+    log.finish({}, stage="phase2", epoch=3, epochs=10)
+    assert lines_of(tmp_path, capsys)["Progress"] == "100.0%"

@@ -90,7 +90,7 @@ def test_the_banner_says_the_cadence(tiny_settings):
 # Nothing that another setting says takes their effect away.
 ALWAYS = {
     "preset", "data_source", "data_split", "data_column", "tokenizer", "max_seq_length", "num_tokens",
-    "tune_share", "cache_dir", "model_type", "embed_dim", "tie_weights", "embeddings", "phase", "grad_clip",
+    "tune_share", "fit_share", "cache_dir", "model_type", "embed_dim", "tie_weights", "embeddings", "phase", "grad_clip",
     "min_batches", "device", "precision", "seed", "save_checkpoint", "load_checkpoint", "checkpoint_dir",
     "max_minutes", "artifacts", "trackers",
 }  # fmt: skip
@@ -221,10 +221,11 @@ def test_what_differs_from_the_file_is_given():
     assert Budgeted(num_samples=3).num_samples == 10
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 0.5])
-def test_a_run_says_it_at_its_start_and_records_it(tiny_settings, tmp_path, capsys, share):
+@pytest.mark.parametrize("shares", [(0.0, 0.0), (0.1, 0.0), (0.0, 0.5), (0.5, 0.3)])
+def test_a_run_says_it_at_its_start_and_records_it(tiny_settings, tmp_path, capsys, shares):
     """Before anything is trained; the batches that it names are those that an epoch over the data has."""
-    given = dict(tune_share=share, phase1_batch_size=12, adapter_rank=4, untrained_control=False, phase="1")
+    given = dict(phase1_batch_size=12, adapter_rank=4, untrained_control=False, phase="1")
+    given |= dict(zip(("tune_share", "fit_share"), shares, strict=True))
     config = ResidualConfig(**tiny_settings | given)
     steps = train.main(config)["phase1_steps"]
     said = capsys.readouterr().out.split("== Phase 1")[0].splitlines()
