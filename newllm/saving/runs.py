@@ -287,7 +287,7 @@ def distinction(state, config, fingerprint):
         marks |= {"untrained", "row"}
     if "head" in untrained:
         marks.add("control")
-    if untrained:  # which has rows of retrieval, unless there is none
+    if "retrieval" in untrained or "counting" in untrained:
         marks.add("retrieval")
     ahead = {"phase1", "phase2"} - done
     if config.phase == "1":
