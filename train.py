@@ -36,7 +36,7 @@ from newllm.report.summary import TITLES, context_line, retrieval_line
 from newllm.retrieval.ngram import ngram_rows
 from newllm.saving.checkpoint import Checkpointer, require_space
 from newllm.saving.stop import Interrupt
-from newllm.saving.trained import store_retrieval
+from newllm.saving.trained import model_digest
 from newllm.training.account import announce, leave_model, preview, report, spared
 from newllm.training.loop import EpochLoop
 from newllm.training.memory_estimate import predicted_peak
@@ -146,24 +146,43 @@ class Run:
             log.say("counting n-grams")
             with timed("n-grams"):
                 results["ngrams"] = ngram_rows(data.train.numpy(), data.val.numpy(), data.vocab_size)
-        settings = self.config.part(RetrievalSettings)
-        if settings.experts and "counting" not in results:
-            log.say("looking up without a network: n-grams, the text so far, the training text")
-            with timed("retrieval"):
-                results["counting"] = counting(data, settings)
         if self.learns_context and "contexts" not in results:
             results["contexts"] = self.measure_contexts()
-        done = "head" in results and ("retrieval" in results or not settings.experts)
-        if self.learns_context and self.config.untrained_control and not done:
-            log.say("\n== Untrained network: the same head on contexts that nothing has trained ==")
-            control = copy.deepcopy(self.model)
-            control.keep_context_embedding()
-            log.say(context_line("untrained", results["contexts"]))
-            results["head"] = self.train_head(control, "untrained", freeze_context=True)
-            if settings.experts:
-                _, results["retrieval"] = self.look_up(control)
-            del control
+        control, wanted = None, self.learns_context and self.config.untrained_control
+        if wanted and "head" in results and self.config.looks_up and "retrieval" not in results:
+            control = self.saved_control()
+        if wanted and ("head" not in results or (self.config.looks_up and "retrieval" not in results)):
+            control = control or self.trained_control(results)
+        self.look_up_untrained(results, control)
         self.complete(results)
+
+    def trained_control(self, results):
+        """The untrained network with a head trained on it, whose figures the results get."""
+        self.log.say("\n== Untrained network: the same head on contexts that nothing has trained ==")
+        control = copy.deepcopy(self.model)
+        control.keep_context_embedding()
+        self.log.say(context_line("untrained", results["contexts"]))
+        results["head"] = self.train_head(control, "untrained", freeze_context=True)
+        return control
+
+    def saved_control(self):
+        """The same as a run of this folder has left it, or None."""
+        control = copy.deepcopy(self.model)
+        control.keep_context_embedding()
+        return control if self.checkpointer.load_control(control) else None
+
+    def look_up_untrained(self, results, control):
+        """What the model's own retrieval stands beside: without any network, and with the control (or None)."""
+        settings = self.config.part(RetrievalSettings)
+        if not self.config.looks_up:
+            return
+        if "counting" not in results:
+            self.log.say("looking up without a network: n-grams, the text so far, the training text")
+            with timed("retrieval"):
+                figures = self.runtime.group.by_main(lambda: counting(self.data, settings))
+                results["counting"] = self.runtime.group.decided(figures)
+        if control is not None and "retrieval" not in results:
+            _, results["retrieval"] = self.look_up(control)
 
     def phase1(self):
         """The context map by sweeps, without labels."""
@@ -207,29 +226,59 @@ class Run:
     def retrieval(self):
         """What the model looks up beside its own prediction: built, fitted, kept beside the weights."""
         config, log = self.config, self.log
-        if config.phase != "both" or self.checkpointer.is_done("retrieval"):
+        if config.phase != "both":
             return
+        if self.checkpointer.is_done("retrieval"):
+            self.mend_retrieval()
+            return
+        self.checkpointer.restore("retrieval", self.model)
         results, found = {}, None
-        if config.retrieval != "none" and not config.whiten_context:
+        if config.looks_up:
             log.say("\n== Retrieval: what was read, looked up ==")
+            self.complete_untrained_row()
             found, results = self.look_up(self.model)
+            results["model"] = model_digest(self.model)
             log.say(retrieval_line(results))
-        if found and self.checkpointer.writes:
-            with timed("saving"), spared(log):
-                store_retrieval(self.checkpointer.folder, found, self.model)
+            self.keep(found)
         if config.artifacts and config.save_checkpoint and log.writes:
             head = self.checkpointer.results["phase2"]["head"]
             leave_model(config, self.data, self.model, head, log, found)
         self.complete(results)
 
+    def complete_untrained_row(self):
+        """A run that began with retrieval "none" has a row without it: what can be had of that, is made."""
+        row, control = self.checkpointer.results["untrained"], None
+        if "head" in row and "retrieval" not in row:
+            control = self.saved_control()
+            if control is None:
+                self.log.warn("warning: the untrained control's weights are gone: no retrieval beside it")
+        self.look_up_untrained(row, control)
+
+    def mend_retrieval(self):
+        """Of a complete run: make anew what it looks up where the file is gone, damaged or of other weights."""
+        config, fault = self.config, ""
+        if not (config.looks_up and config.save_checkpoint):
+            return
+        if self.checkpointer.writes:
+            fault = self.checkpointer.retrieval_fault()
+        if fault := self.runtime.group.decided(fault):
+            self.log.say(f"retrieval: {fault}; it is made anew")
+            self.checkpointer.restore("complete", self.model)
+            self.keep(self.look_up(self.model)[0])
+
+    def keep(self, found):
+        """Write what was found beside the weights; a disk that refuses costs that file alone."""
+        if self.checkpointer.writes:
+            with spared(self.log):
+                self.checkpointer.keep_retrieval(found, self.model)
+
     @timed("retrieval")
     def look_up(self, model):
-        """(Retrieval, its figures) of a trained model, made by one process for all."""
-        found, figures = None, {}
-        if self.runtime.group.is_main:
-            settings = self.config.part(RetrievalSettings)
-            found, figures = retrieval_of(model, self.data, settings, self.runtime)
-        return found, self.runtime.group.decided(figures)
+        """(Retrieval, its figures) of a trained model; the main process makes it, and has it, for all."""
+        settings, group = self.config.part(RetrievalSettings), self.runtime.group
+        made = group.by_main(lambda: retrieval_of(model, self.data, settings, self.runtime))
+        found, figures = made or (None, None)
+        return found, group.decided(figures)
 
     def train_head(self, model, stage, freeze_context):
         settings, folder = self.config.part(Phase2Settings), self.checkpointer.folder

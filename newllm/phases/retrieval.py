@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 from newllm.evaluate import text_bytes, trajectories
 from newllm.retrieval.keys import Keys
 from newllm.retrieval.mixture import Retrieval, network_opinion
+from newllm.saving.stop import poll
 
 RIDGE = 1e-3  # keeps the gate from trusting a feature that few places have
 STEPS = 60  # of L-BFGS, at most
@@ -25,7 +26,7 @@ class Reading:
     """What a model makes of samples, a slice of them at a time: what keys are made of, and logits."""
 
     def __init__(self, model, ids, runtime):
-        self.model, self.ids, self.runtime = model, ids, runtime
+        self.model, self.ids, self.runtime = model.eval(), ids, runtime
 
     @torch.no_grad()
     def __call__(self, part):
@@ -59,6 +60,7 @@ def build(retrieval, train, read):
 
     def parts():
         for start in range(0, len(train), STORED_AT_A_TIME):
+            poll()
             part = slice(start, start + STORED_AT_A_TIME)
             ids = train[part].to(device).long()
             keys = retrieval.keys(ids[:, :-1], **read(part))
@@ -72,6 +74,7 @@ def gather(retrieval, ids, read):
     """(Evidence, the network's opinion or None, targets [n, T]) of samples: what fitting and measuring need."""
     found = []
     for start in range(0, len(ids), SAMPLES_AT_A_TIME):
+        poll()
         part = slice(start, start + SAMPLES_AT_A_TIME)
         own = ids[part].to(retrieval.gate.weight.device).long()
         made, targets, network = read(part), own[:, 1:], None
@@ -98,6 +101,7 @@ def _maximize(probability, parameters):
     optimizer = torch.optim.LBFGS(parameters, max_iter=STEPS, line_search_fn="strong_wolfe")
 
     def loss():
+        poll()
         optimizer.zero_grad()
         moved = sum((now - then).square().sum() for now, then in zip(parameters, begun, strict=True))
         value = RIDGE * moved - probability().log().mean()
