@@ -172,7 +172,7 @@ class Run:
         return control if self.checkpointer.load_control(control) else None
 
     def look_up_untrained(self, results, control):
-        """What the model's own retrieval stands beside: without any network, and with the control (or None)."""
+        """Stand beside the own retrieval: one without any network, one with the control (or None)."""
         settings = self.config.part(RetrievalSettings)
         if not self.config.looks_up:
             return
@@ -255,7 +255,7 @@ class Run:
         self.look_up_untrained(row, control)
 
     def mend_retrieval(self):
-        """Of a complete run: make anew what it looks up where the file is gone, damaged or of other weights."""
+        """Of a complete run: make anew what it looks up, if the file is gone, damaged or unfit."""
         config, fault = self.config, ""
         if not (config.looks_up and config.save_checkpoint):
             return

@@ -243,7 +243,7 @@ class Checkpointer:
 
     @timed("loading")
     def load_control(self, model):
-        """Give a copy of the network the weights of the untrained control, as a run of this folder trained it.
+        """Give a copy of the network the weights of the untrained control that a run of this folder has.
 
         Returns:
             Whether there are any; if not, the model may be of no further use.
@@ -456,7 +456,7 @@ def place(content):
 
 
 def require_space(folder, model, config, context_dtype):
-    """Refuse to begin what the disk cannot hold: states of weights, two moments of each, contexts, retrieval.
+    """Refuse to begin what the disk cannot hold: weights with two moments each, contexts, retrieval.
 
     Raises:
         UserError: the folder has too little room for the checkpoints and files of a run.

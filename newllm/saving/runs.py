@@ -367,7 +367,7 @@ def _borrow(choice, lenders, config, fingerprint):
     for (home, state), (part, (stage, marks, title)) in itertools.product(lenders, PARTS.items()):
         results = state["results"].get(stage, {})
         has = results if part == stage else part in results
-        wanted = part not in taken and (part != "head" or config.untrained_control)
+        wanted = part not in taken and (config.untrained_control or part not in ("head", "retrieval"))
         if not (has and wanted and _made_alike(state, config, fingerprint, marks)):
             continue
         try:

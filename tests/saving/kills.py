@@ -24,6 +24,7 @@ LATEST = "model_latest.pt"  # whoever replaces it has completed a save
 CHANGES = "os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"
 KILLED, SAVED = "-- killed at operation", "-- a save is complete\n"  # what a watched child notes
 FILES = LATEST, "model_best.pt", "model_untrained_best.pt"
+LOOKED_UP, FOUND = "model_retrieval.pt", ("model", "description", "state")
 PROVEN = "model_state_dict", "results", "phase1_history", "phase2_history"
 TIMED = "seconds", "seconds_phase1", "tok_per_s", "tok_per_s_phase1", "peak_memory_mb"  # of a session
 
@@ -126,6 +127,10 @@ def assert_equal(folder, alone):
             states = [load_sealed(path / name) for path in (folder, alone)]
             found = difference(*({key: state[key] for key in PROVEN} for state in states), name)
             assert not found, f"{found} differs in {folder}"
+    if (alone / LOOKED_UP).exists():
+        files = [load_sealed(path / LOOKED_UP) for path in (folder, alone)]
+        found = difference(*({key: file[key] for key in FOUND} for file in files), LOOKED_UP)
+        assert not found, f"{found} differs in {folder}"
 
 
 def difference(one, other, name):

@@ -34,8 +34,8 @@ SETTINGS = dict(
 LONG = dict(num_samples=20, min_batches=20, phase1_max_iterations=4, phase2_epochs=3)
 SHORT = dict(num_samples=4, min_batches=4, phase1_max_iterations=1, phase2_epochs=2)
 RUNS = {
-    "frozen": LONG | {"freeze_context": True},
-    "fine-tuned": LONG,
+    "frozen": LONG | {"freeze_context": True, "retrieval": "none"},
+    "fine-tuned": LONG,  # looks up, as the others do
     "short": SHORT,  # trains a head on frozen contexts too, in its untrained stage
     "other": SHORT | {"phase2_learning_rate": 0.01, "num_samples": 6},  # shares nothing with the short one
     "third": SHORT | {"context_lr_scale": 0.5},  # takes Phase 1 and the untrained row from the short one
