@@ -36,7 +36,7 @@ from newllm.report.summary import TITLES, context_line, retrieval_line
 from newllm.retrieval.ngram import ngram_rows
 from newllm.saving.checkpoint import Checkpointer, require_space
 from newllm.saving.stop import Interrupt
-from newllm.saving.trained import store_retrieval
+from newllm.saving.trained import model_digest
 from newllm.training.account import announce, leave_model, preview, report, spared
 from newllm.training.loop import EpochLoop
 from newllm.training.memory_estimate import predicted_peak
@@ -116,9 +116,14 @@ def load(config, runtime):
         require_own_ids(config.embeddings, tokenizer_choice(settings))
     runtime.group.require_same("data", data.fingerprint)
     peak = predicted_peak(config, data.vocab_size, runtime)
+    return data, untrained_model(config, runtime, data, pretrained), peak
+
+
+def untrained_model(config, runtime, data, pretrained):
+    """The network as it is before any training; pretrained: token vectors, or None."""
     model = build_model(config.part(ModelSettings), data.vocab_size, pretrained).to(runtime.device)
     model.start_at_frequencies(data.train[:, 1:])
-    return data, model, peak
+    return model
 
 
 @dataclass
@@ -136,6 +141,11 @@ class Run:
     def learns_context(self):
         return bool(self.model.context_parameters())
 
+    @property
+    def compares_contexts(self):
+        """Whether contexts are learned, and places of texts compared."""
+        return self.learns_context and bool({"cache", "knn"} & set(self.config.looks_up))
+
     def untrained_row(self):
         """What every later figure stands beside: counting, and the same network and head without Phase 1."""
         data, log = self.data, self.log
@@ -146,25 +156,45 @@ class Run:
             log.say("counting n-grams")
             with timed("n-grams"):
                 results["ngrams"] = ngram_rows(data.train.numpy(), data.val.numpy(), data.vocab_size)
-        if self.config.looks_up and "counting" not in results:
-            log.say("looking up without a network: n-grams, the text so far, the training text")
-            with timed("retrieval"):
-                results["counting"] = counting(data, self.config.part(RetrievalSettings))
         if self.learns_context and "contexts" not in results:
             results["contexts"] = self.measure_contexts()
         if "by_contexts" not in results:
-            results |= self.look_up_by_contexts()
-        done = "head" in results and ("retrieval" in results or not self.config.looks_up)
-        if self.learns_context and self.config.untrained_control and not done:
-            log.say("\n== Untrained network: the same head on contexts that nothing has trained ==")
-            control = copy.deepcopy(self.model)
-            control.keep_context_embedding()
-            log.say(context_line("untrained", results["contexts"]))
-            results["head"] = self.train_head(control, "untrained", freeze_context=True)
-            if self.config.looks_up:
-                _, results["retrieval"] = self.look_up(control)
-            del control
+            results |= self.look_up_by_contexts(self.model)
+        control, wanted = None, self.learns_context and self.config.untrained_control
+        if wanted and "head" in results and self.config.looks_up and "retrieval" not in results:
+            control = self.saved_control()
+        if wanted and ("head" not in results or (self.config.looks_up and "retrieval" not in results)):
+            control = control or self.trained_control(results)
+        self.look_up_untrained(results, control)
         self.complete(results)
+
+    def trained_control(self, results):
+        """The untrained network with a head trained on it, whose figures the results get."""
+        self.log.say("\n== Untrained network: the same head on contexts that nothing has trained ==")
+        control = copy.deepcopy(self.model)
+        control.keep_context_embedding()
+        self.log.say(context_line("untrained", results["contexts"]))
+        results["head"] = self.train_head(control, "untrained", freeze_context=True)
+        return control
+
+    def saved_control(self):
+        """The same as a run of this folder has left it, or None."""
+        control = copy.deepcopy(self.model)
+        control.keep_context_embedding()
+        return control if self.checkpointer.load_control(control) else None
+
+    def look_up_untrained(self, results, control):
+        """Stand beside the own retrieval: one without any network, one with the control (or None)."""
+        settings = self.config.part(RetrievalSettings)
+        if not self.config.looks_up:
+            return
+        if "counting" not in results:
+            self.log.say("looking up without a network: n-grams, the text so far, the training text")
+            with timed("retrieval"):
+                figures = self.runtime.group.by_main(lambda: counting(self.data, settings))
+                results["counting"] = self.runtime.group.decided(figures)
+        if control is not None and "retrieval" not in results:
+            _, results["retrieval"] = self.look_up(control)
 
     def phase1(self):
         """The context map by sweeps, without labels."""
@@ -179,7 +209,7 @@ class Run:
             self.log.say(context_line("untrained", self.checkpointer.results["untrained"]["contexts"]))
             self.log.say(context_line("phase 1", contexts))
             results = {"training": training, "contexts": contexts, "device": describe_device(self.runtime)}
-            results |= self.look_up_by_contexts()
+            results |= self.look_up_by_contexts(self.model)
         self.complete(results)
 
     def phase2(self):
@@ -209,41 +239,78 @@ class Run:
     def retrieval(self):
         """What the model looks up beside its own prediction: built, fitted, kept beside the weights."""
         config, log = self.config, self.log
-        if config.phase != "both" or self.checkpointer.is_done("retrieval"):
+        if config.phase != "both":
             return
+        if self.checkpointer.is_done("retrieval"):
+            self.mend_retrieval()
+            return
+        self.checkpointer.restore("retrieval", self.model)
         results, found = {}, None
         if config.looks_up:
             log.say("\n== Retrieval: what was read, looked up ==")
             log.enter("retrieval")
+            self.complete_untrained_row()
             found, results = self.look_up(self.model, parts=True)
+            results["model"] = model_digest(self.model)
             log.say(retrieval_line(results))
-        if found and self.checkpointer.writes:
-            with timed("saving"), spared(log):
-                store_retrieval(self.checkpointer.folder, found, self.model)
+            self.keep(found)
         if config.artifacts and config.save_checkpoint and log.writes:
             head = self.checkpointer.results["phase2"]["head"]
             leave_model(config, self.data, self.model, head, log, found)
         self.complete(results)
 
-    @timed("retrieval")
-    def look_up(self, model, parts=False):
-        """(Retrieval, its figures) of a trained model, made by one process for all; parts: of each expert."""
-        found, figures = None, {}
-        if self.runtime.group.is_main:
-            settings = self.config.part(RetrievalSettings)
-            found, figures = retrieval_of(model, self.data, settings, self.runtime, parts)
-        return found, self.runtime.group.decided(figures)
+    def complete_untrained_row(self):
+        """A run that began with retrieval "none" has a row without it: what can be had of that, is made."""
+        row, control = self.checkpointer.results["untrained"], None
+        if "head" in row and "retrieval" not in row:
+            control = self.saved_control()
+            if control is None:
+                self.log.warn("warning: the untrained control's weights are gone: no retrieval beside it")
+        self.look_up_untrained(row, control)
+        if self.compares_contexts and not row.get("by_contexts"):
+            config, phase1 = self.config, self.checkpointer.results["phase1"]
+            pretrained = load_embedding(config.embeddings, self.data.vocab_size, config.embed_dim)
+            model = untrained_model(config, self.runtime, self.data, pretrained)
+            row |= self.look_up_by_contexts(model)
+            if self.checkpointer.load_phase1(model):
+                phase1 |= self.look_up_by_contexts(model)
+            else:
+                self.log.warn("warning: Phase 1's weights are gone: no retrieval by its contexts")
+
+    def mend_retrieval(self):
+        """Of a complete run: make anew what it looks up, if the file is gone, damaged or unfit."""
+        config, fault = self.config, ""
+        if not (config.looks_up and config.save_checkpoint):
+            return
+        if self.checkpointer.writes:
+            fault = self.checkpointer.retrieval_fault()
+        if fault := self.runtime.group.decided(fault):
+            self.log.say(f"retrieval: {fault}; it is made anew")
+            self.checkpointer.restore("complete", self.model)
+            self.keep(self.look_up(self.model)[0])
+
+    def keep(self, found):
+        """Write what was found beside the weights; a disk that refuses costs that file alone."""
+        if self.checkpointer.writes:
+            with spared(self.log):
+                self.checkpointer.keep_retrieval(found, self.model)
 
     @timed("retrieval")
-    def look_up_by_contexts(self):
-        """{"by_contexts": what the contexts are worth as keys, without a network's prediction, or None}."""
-        figures = None
-        if self.learns_context and {"cache", "knn"} & set(self.config.looks_up):
+    def look_up(self, model, parts=False):
+        """(Retrieval, its figures) of a trained model; the main process makes it, and has it, for all."""
+        settings, group = self.config.part(RetrievalSettings), self.runtime.group
+        made = group.by_main(lambda: retrieval_of(model, self.data, settings, self.runtime, parts))
+        found, figures = made or (None, None)
+        return found, group.decided(figures)
+
+    @timed("retrieval")
+    def look_up_by_contexts(self, model):
+        """{"by_contexts": what contexts are worth as keys, without a network's prediction, or None}."""
+        settings, group, figures = self.config.part(RetrievalSettings), self.runtime.group, None
+        if self.compares_contexts:
             self.log.say("looking up by contexts alone")
-            if self.runtime.group.is_main:
-                settings = self.config.part(RetrievalSettings)
-                figures = by_contexts(self.model, self.data, settings, self.runtime)
-            figures = self.runtime.group.decided(figures)
+            figures = group.by_main(lambda: by_contexts(model, self.data, settings, self.runtime))
+            figures = group.decided(figures)
         return {"by_contexts": figures}
 
     def train_head(self, model, stage, freeze_context):
@@ -266,7 +333,8 @@ class Run:
         """Make the results of a stage part of the checkpoint, and give back what training it took."""
         if results:  # a baseline has no Phase 1
             results["peak_memory_mb"] = peak_memory_mb()
-        self.checkpointer.complete(self.model, results, {"phase1": self.look_up_by_contexts})
+        anew = {"phase1": lambda: self.look_up_by_contexts(self.model)}
+        self.checkpointer.complete(self.model, results, anew)
         self.model.zero_grad()
         self.runtime.accelerator.free_memory()  # of the optimizers it has prepared
         free_memory()

@@ -43,7 +43,8 @@ class Setting:
         shapes: "data", "model" or "budget": the whole run. "phase1", "phase2", "untrained" (contexts of the
             untrained network), "control" (the head on them) or "retrieval": the figures of these stages.
             "row": whether there is such a head. "": no figure, only where and how they are made.
-        kind: a type, or a tuple of choices. bounds: of a number. several: of which a text, "a,b", has some.
+        kind: a type, or a tuple of choices. bounds: of a number.
+        several: of which a text, "a,b", has some, each once; their order does not matter.
         path: `~` and `$NAME` in it are expanded.
         until_done: may change while the last stage that it shapes is not complete.
     """
@@ -187,7 +188,7 @@ class RetrievalSettings(SharedSettings):
 
     retrieval: several("retrieval", "ngram", "cache", "knn", "none")
     retrieval_keys: several("retrieval", "hidden", "contexts", "tokens")
-    retrieval_window: whole("retrieval", 4)
+    retrieval_window: whole("retrieval", 4, 100_000)  # an n-gram looks back 4; each token compares with all
 
     @property
     def experts(self):
@@ -286,12 +287,14 @@ class Config(
         learns, adapted = kind == "context", self.context_adapter != "none"
         trains = learns and self.phase1_max_iterations
         unread = kind in ("gru", "lstm", "window") and not self.token_layers
+        contextless = "contexts" in self.keys and kind in ("token", "transformer")
         misfits = {
             "phase '1' trains nothing, use --phase both": self.phase == "1" and not trains,
             "freeze_context has no contexts": frozen and kind in ("gru", "lstm", "transformer"),
             "whiten_context needs contexts": self.whiten_context and kind not in ("context", "window"),
             "context_adapter needs contexts that train": adapted and (frozen or not learns),
             "retrieval 'none' stands alone": "none" in self.retrieval and self.retrieval != "none",
+            "retrieval_keys 'contexts' has no contexts, use hidden or tokens": contextless,
             "the head reads nothing of it, use --token_layers 1": unread,
             "num_tokens is less than max_seq_length": 0 < self.num_tokens < self.max_seq_length,
         }
@@ -352,9 +355,17 @@ def check_value(name, value):
     setting = SETTINGS[name]
     value = checked(name, value, setting.kind, setting.bounds)
     if setting.several:
-        for part in value.split(","):
-            checked(name, part, setting.several)
+        value = _ordered(name, value, setting.several)
     return expanded(value) if setting.path else value
+
+
+def _ordered(name, value, choices):
+    """A text "a,b" of some choices in their own order, so that the same ones are the same value."""
+    parts = [checked(name, part.strip(), choices) for part in value.split(",")]
+    for part in parts:
+        if parts.count(part) > 1:
+            raise UserError(f"{name} names {part!r} twice, in {value!r}: say each once.")
+    return ",".join(sorted(parts, key=choices.index))
 
 
 def checked(name, value, kind, bounds=None):

@@ -103,6 +103,19 @@ def test_a_wrong_command_line_gives_one_sentence_that_names_the_culprit(argv, pa
         (dict(model_type="token", whiten_context=True), "whiten_context needs contexts"),
         (dict(model_type="gru", token_layers=0), "--token_layers 1"),
         (dict(context_adapter="lora", freeze_context=True), "contexts that train"),
+        (dict(retrieval="ngram,cach"), "retrieval.*one of ngram, cache, knn, none, not 'cach'.*mean 'cache'"),
+        (dict(retrieval=""), "retrieval must be one of ngram, .*not ''"),
+        (dict(retrieval="ngram,"), "retrieval must be one of ngram, .*not ''"),
+        (dict(retrieval="none,ngram"), "retrieval 'none' stands alone"),
+        (dict(retrieval="ngram,knn,ngram"), "retrieval names 'ngram' twice"),
+        (dict(retrieval=True), "retrieval.*str.*True"),
+        (dict(retrieval_keys=""), "retrieval_keys must be one of hidden, .*not ''"),
+        (dict(retrieval_keys="hiden"), "retrieval_keys.*did you mean 'hidden'"),
+        (dict(retrieval_keys="none"), "retrieval_keys must be one of"),
+        (dict(retrieval_keys="contexts", model_type="token"), "'token'.*has no contexts, use hidden or tok"),
+        (dict(retrieval_keys="tokens,contexts", model_type="transformer"), "has no contexts"),
+        (dict(retrieval_window=3), "retrieval_window must be >= 4 and <= 100000, not 3"),
+        (dict(retrieval_window=10**6), "retrieval_window.*not 1000000"),
     ],
     ids=str,
 )
@@ -125,6 +138,14 @@ def test_bounds_are_closed_where_they_say_so_and_outside_is_refused(name):
     for value in outside:
         with pytest.raises(UserError, match=name):
             check_value(name, kind(value))
+
+
+def test_several_of_some_choices_are_the_same_in_any_order():
+    """So that they are the same run; spaces are no matter either."""
+    config = ResidualConfig(retrieval="knn, ngram", retrieval_keys="tokens,contexts,hidden", model_type="gru")
+    assert (config.retrieval, config.retrieval_keys) == ("ngram,knn", "hidden,contexts,tokens")
+    assert config.looks_up == ["ngram", "knn"] and ResidualConfig(retrieval="none").looks_up == []
+    assert not ResidualConfig(whiten_context=True, freeze_context=True).looks_up
 
 
 def test_keyword_beats_preset_beats_file():

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 from newllm.evaluate import text_bytes, trajectories
 from newllm.retrieval.keys import Keys
 from newllm.retrieval.mixture import Retrieval, network_opinion
+from newllm.saving.stop import poll
 
 RIDGE = 1e-4  # keeps the gate from trusting a feature that few places have
 STEPS = 60  # of L-BFGS, at most
@@ -60,6 +61,7 @@ def build(retrieval, train, read):
 
     def parts():
         for start in range(0, len(train), STORED_AT_A_TIME):
+            poll()
             part = slice(start, start + STORED_AT_A_TIME)
             ids = train[part].to(device).long()
             keys = retrieval.keys(ids[:, :-1], **read(part))
@@ -73,6 +75,7 @@ def gather(retrieval, ids, read):
     """(Evidence, the network's opinion or None, targets [n, T]) of samples: what fitting needs."""
     found = []
     for start in range(0, len(ids), SAMPLES_AT_A_TIME):
+        poll()
         part = slice(start, start + SAMPLES_AT_A_TIME)
         own = ids[part].to(retrieval.gate.weight.device).long()
         made, targets, network = read(part), own[:, 1:], None
@@ -111,6 +114,7 @@ def _maximize(probability, parameters):
     optimizer = torch.optim.LBFGS(parameters, max_iter=STEPS, line_search_fn="strong_wolfe")
 
     def loss():
+        poll()
         optimizer.zero_grad()
         moved = sum((now - then).square().sum() for now, then in zip(parameters, begun, strict=True))
         value = RIDGE * moved - probability().log().mean()

@@ -28,7 +28,15 @@ from newllm.saving.files import Corrupt, duplicate, load_sealed, save_sealed, us
 from newllm.saving.guard import Guard
 from newllm.saving.runs import LATEST, MANIFEST, PREVIOUS
 from newllm.saving.stop import Stopped, agree, save_requested, stop_reason
-from newllm.saving.trained import frozen_path, load_weights, store_frozen
+from newllm.saving.trained import (
+    RETRIEVAL,
+    frozen_path,
+    load_weights,
+    read_retrieval,
+    retrieval_bytes,
+    store_frozen,
+    store_retrieval,
+)
 from newllm.training.contexts import FILES, in_files
 
 STAGES = ("untrained", "phase1", "phase2", "retrieval", "complete")
@@ -38,7 +46,8 @@ STAGE_NAMES = {
     "phase2": "Phase 2",
     "retrieval": "retrieval",
 }
-BEST = {"untrained": "model_untrained_best.pt", "phase2": "model_best.pt"}  # lowest validation loss
+BEST = {"untrained": runs.CONTROL, "phase2": "model_best.pt"}  # lowest validation loss
+PHASE1 = "model_phase1.pt"  # what Phase 1 has made
 BEGINNING = {  # attributes of a Checkpointer that every state carries
     "stage": STAGES[0],
     "results": {},
@@ -51,6 +60,7 @@ BEGINNING = {  # attributes of a Checkpointer that every state carries
 }
 ATTEMPTS, WAIT = 3, 0.5  # tries of a write, seconds before the second: a network folder may fail for a moment
 WARNING = "warning: settings changed since the checkpoint was written, what is done stays as it is: "
+RETRIEVALS_ON_DISK = 2  # beside the weights, and within the model file
 STATES_ON_DISK = 5  # latest, previous, end of an epoch, end of Phase 1, and the one being written
 
 
@@ -78,7 +88,7 @@ class Checkpointer:
         self.fingerprint = fingerprint
         self.group = group
         self.writes = config.save_checkpoint and group.is_main
-        self.folder = usable_folder(config.checkpoint_dir, "checkpoint_dir")
+        self.top = self.folder = usable_folder(config.checkpoint_dir, "checkpoint_dir")
         self.notes = []
         self.saved_at = None
         self._last_save = time.monotonic()
@@ -133,6 +143,9 @@ class Checkpointer:
     def _continue(self, state):
         """Take over a state, which is of this very run."""
         vars(self).update({name: state[name] for name in BEGINNING})
+        if runs.lacks_retrieval(state, self.config):
+            self.stage = "retrieval"
+        self._found = state | {"stage": self.stage}
         self.saved_at = datetime.fromisoformat(state["saved_at"]).timestamp()
         self._clock.add(state["times"]["parts"])
         self.thread.saves = state["times"]["saves"]
@@ -229,6 +242,56 @@ class Checkpointer:
         self._best_written = {"weights": found["model_state_dict"], "metrics": found["best"]}
         return self._best_written
 
+    @timed("loading")
+    def load_control(self, model):
+        """Give a copy of the network the weights of the untrained control that a run of this folder has.
+
+        Returns:
+            Whether there are any; if not, the model may be of no further use.
+        """
+        self.wait()
+        found = runs.control_of(self.top, self.config, self.fingerprint) if self.group.is_main else None
+        known = found is not None
+        try:
+            if known:
+                load_weights(found[0], model, found[1])
+        except UserError:  # its frozen tensors are gone
+            known = False
+        return self.group.decided(known)
+
+    @timed("loading")
+    def load_phase1(self, model):
+        """Give a copy of the network what Phase 1 made of it; returns as `load_control`."""
+        self.wait()
+        known = True
+        try:
+            load_weights(self.folder, model, load_sealed(self.folder / PHASE1))
+        except (Corrupt, OSError, UserError):
+            known = False
+        return self.group.decided(known)
+
+    @timed("loading")
+    def retrieval_fault(self):
+        """What is wrong with the file of what a complete run looks up, in words; "" if it is as it was."""
+        try:
+            read_retrieval(self.folder, self.results["retrieval"]["model"])
+        except UserError as error:
+            return str(error)
+        return ""
+
+    @timed("saving")
+    def keep_retrieval(self, retrieval, model):
+        """Write what the model looks up beside its weights, and into the second copies.
+
+        Raises:
+            OSError: it cannot be written. LockLost: another run took the folder.
+        """
+        self.wait()
+        self.lock.check()
+        store_retrieval(self.folder, retrieval, model, self.run_id)
+        if self.mirror:
+            self.mirror.request([RETRIEVAL], self.save_number)
+
     def arrived(self, stage, position, steps):
         """Note where training is, after so many steps of a stage; returns what the status says of it."""
         self.step = self.stage_begun + steps
@@ -314,7 +377,7 @@ class Checkpointer:
         self.stage = STAGES[STAGES.index(self.stage) + 1]
         self.stage_begun = self.step
         label = "phase2" if done == "retrieval" else done  # it changes no weights
-        names = ["model_phase1.pt"] if done == "phase1" else []
+        names = [PHASE1] if done == "phase1" else []
         self.save(f"{label}_complete", model, None, names=names)
 
     def _write(self, content, model, best, names):
@@ -333,7 +396,8 @@ class Checkpointer:
         self.saved_at = datetime.fromisoformat(content["saved_at"]).timestamp()
         if self.mirror:
             frozen = frozen_path(self.folder, content["frozen"]).name
-            names = [frozen, *BEST.values(), "model_phase1.pt", LATEST, MANIFEST, *self._to_copy]
+            further = PHASE1, RETRIEVAL
+            names = [frozen, *BEST.values(), *further, LATEST, MANIFEST, *self._to_copy]
             self.mirror.request(names, content["save_number"])  # which copies none twice
 
     def _content(self, label, model, stage_state, position):
@@ -412,7 +476,7 @@ def place(content):
 
 
 def require_space(folder, model, config, context_dtype):
-    """Refuse to begin what the disk cannot hold: states of weights, two moments of each, and contexts.
+    """Refuse to begin what the disk cannot hold: weights with two moments each, contexts, retrieval.
 
     Raises:
         UserError: the folder has too little room for the checkpoints and files of a run.
@@ -421,6 +485,8 @@ def require_space(folder, model, config, context_dtype):
     values = config.train_tokens * config.context_dim
     copies = 2 if in_files(values, context_dtype, config.context_memory_mb) else STATES_ON_DISK
     needed = STATES_ON_DISK * 3 * weights + copies * values * context_dtype.itemsize
+    if config.looks_up:
+        needed += RETRIEVALS_ON_DISK * retrieval_bytes(config, model.vocab_size, config.train_tokens)
     needed -= runs.bytes_of(Path(folder))
     free = shutil.disk_usage(folder).free
     if free < needed:

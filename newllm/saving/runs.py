@@ -23,6 +23,7 @@ from newllm.saving.files import Corrupt, copy_verified, duplicate, load_sealed, 
 
 FORMAT = 4  # of states and of model files
 RUNS, LATEST, PREVIOUS, MANIFEST = "runs", "model_latest.pt", "model_prev.pt", "manifest.json"
+CONTROL = "model_untrained_best.pt"  # the head on untrained contexts, at its lowest validation loss
 FILES = "model_*.pt*", "contexts_*.bin", "status.json"  # of a run, besides the manifest of the folder
 TOLD = "run_id", "epoch", "stage", "step", "restart", "save_number", "saved_at"  # by the manifest of a state
 
@@ -301,6 +302,12 @@ def distinction(state, config, fingerprint):
     return listed(changes)
 
 
+def lacks_retrieval(state, config):
+    """Whether a complete run, which looked nothing up, has that ahead of it by these settings."""
+    wanted = config.phase == "both" and config.looks_up
+    return bool(state["stage"] == "complete" and wanted and not state["results"].get("retrieval"))
+
+
 @dataclass
 class Choice:
     """What a run with some settings and data finds in its folder.
@@ -361,10 +368,8 @@ def _borrow(choice, lenders, config, fingerprint):
     for (home, state), (part, (stage, marks, title)) in itertools.product(lenders, PARTS.items()):
         results = state["results"].get(stage, {})
         has = results if part == stage else part in results
-        wanted = part not in taken and (part != "head" or config.untrained_control)
-        same = state["data_fingerprint"] == fingerprint
-        same = same and not changed(state["config"], config.to_dict(), marks)
-        if not (has and wanted and same):
+        wanted = part not in taken and (config.untrained_control or part not in ("head", "retrieval"))
+        if not (has and wanted and _made_alike(state, config, fingerprint, marks)):
             continue
         try:
             whole = load_sealed(home / "model_phase1.pt") if part == "phase1" else newest_state(home)
@@ -379,6 +384,24 @@ def _borrow(choice, lenders, config, fingerprint):
         if part in ("head", "phase1", "phase2"):
             choice.record += [row for row in whole["record"] if json.loads(row)["stage"] == stage]
     return taken.values()
+
+
+def _made_alike(state, config, fingerprint, marks):
+    """Whether what these marks shape is the same by a state's settings and data and by these."""
+    same_data = state["data_fingerprint"] == fingerprint
+    return same_data and not changed(state["config"], config.to_dict(), marks)
+
+
+def control_of(folder, config, fingerprint):
+    """(its folder, best state) of the head on untrained contexts, of a run that trained it; None without."""
+    folder = Path(folder)
+    for _, state in runs_in(folder, newest_state(folder)):
+        made = state and "head" in state["results"].get("untrained", {})
+        if made and _made_alike(state, config, fingerprint, PARTS["head"][1]):
+            home = home_of(folder, state["run_id"])  # beside the top, before the first save of the next run
+            with suppress(Corrupt, OSError):
+                return home, load_sealed(home / CONTROL)
+    return None
 
 
 # Second copies

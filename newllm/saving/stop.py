@@ -4,6 +4,7 @@ The first SIGTERM or SIGINT only sets a flag, because a state saved in the middl
 Loops poll it; a second signal ends the process at once. SIGUSR1 asks for a checkpoint and nothing else.
 """
 
+import contextlib
 import math
 import os
 import signal
@@ -30,12 +31,13 @@ class Interrupt:
         current: the one that listens; outside of all one that hears nothing.
         alone: False where several processes train together: none may stop while the others wait for it, so
             all go by what `agree` found.
+        leads: True while the others wait for what this process alone does, and stop if it does.
     """
 
     def __init__(self, max_minutes=0.0):
         self.deadline = time.monotonic() + 60 * max_minutes if max_minutes else math.inf
         self.signal, self.save_requested = None, False
-        self.alone, self.agreed = True, None
+        self.alone, self.leads, self.agreed = True, False, None
 
     def __enter__(self):
         self.outer, self.before = Interrupt.current, {}
@@ -72,7 +74,19 @@ Interrupt.current = Interrupt()
 
 def stop_reason():
     """Why the run should stop now, or None."""
-    return Interrupt.current.wish if Interrupt.current.alone else Interrupt.current.agreed
+    current = Interrupt.current
+    return current.wish if current.alone or current.leads else current.agreed
+
+
+@contextlib.contextmanager
+def leading():
+    """Around what one of several processes does while the others wait: it may stop by its own wish."""
+    current = Interrupt.current
+    current.leads = True
+    try:
+        yield
+    finally:
+        current.leads = False
 
 
 def agree(first_reason):

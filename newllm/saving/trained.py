@@ -1,6 +1,7 @@
 """The weights of a saved run: for the run that continues it, and for who only reads them."""
 
 import hashlib
+import sys
 from pathlib import Path
 
 from newllm.config import EARLIER, Config
@@ -9,9 +10,11 @@ from newllm.data.tokens import Tokenizer
 from newllm.errors import UserError
 from newllm.models.baselines import build_model
 from newllm.models.pretrained import add_adapter, has_adapter, load_embedding, require_peft, saved_rank
-from newllm.retrieval.mixture import Retrieval
+from newllm.retrieval.mixture import ORDER, Retrieval
 from newllm.saving.files import Corrupt, load_sealed, save_sealed
 from newllm.saving.runs import FORMAT, choose, newest_state, require_format
+
+RETRIEVAL = "model_retrieval.pt"  # beside the weights: what the model of a complete run looks up
 
 
 def frozen_tensors(model):
@@ -83,8 +86,12 @@ def load_weights(folder, model, state):
         ) from error
 
 
-def retrieval_path(folder):
-    return Path(folder) / "model_retrieval.pt"
+# What a model looks up
+
+
+def model_digest(model):
+    """SHA-256 (hex) of a model's weights, frozen ones included: whose retrieval a file holds."""
+    return tensors_digest({name: tensor.cpu() for name, tensor in model.state_dict().items()})
 
 
 def retrieval_content(retrieval, model):
@@ -92,8 +99,7 @@ def retrieval_content(retrieval, model):
     if retrieval is None:
         return None
     state = {name: tensor.cpu() for name, tensor in retrieval.state_dict().items()}
-    digest = tensors_digest({name: tensor.cpu() for name, tensor in model.state_dict().items()})
-    return {"model": digest, "description": retrieval.description(), "state": state}
+    return {"model": model_digest(model), "description": retrieval.description(), "state": state}
 
 
 def filled_retrieval(content):
@@ -105,23 +111,54 @@ def filled_retrieval(content):
     return retrieval
 
 
-def store_retrieval(folder, retrieval, model):
-    """Keep a retrieval beside the weights of its model.
+def retrieval_bytes(config, vocab_size, places):
+    """Bytes that a retrieval from so many places of training text takes, at most, in memory or in a file."""
+    widths = {"hidden": config.embed_dim, "contexts": config.context_dim}
+    about = dict(parts=config.keys, widths=widths, vocab_size=vocab_size, experts=config.experts)
+    sizes = [
+        sum(tensor.nbytes for tensor in Retrieval.described(**about, sizes=size).state_dict().values())
+        for size in (((0,) * (ORDER - 1), 0), ((1,) * (ORDER - 1), 1))
+    ]
+    return sizes[0] + places * (sizes[1] - sizes[0])
+
+
+def store_retrieval(folder, retrieval, model, run_id):
+    """Keep a retrieval beside the weights of its model, which those of a run are.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: it cannot be written; a file that was there stays as it was.
     """
-    save_sealed(retrieval_content(retrieval, model), retrieval_path(folder))
+    save_sealed(retrieval_content(retrieval, model) | {"run_id": run_id}, Path(folder) / RETRIEVAL)
+
+
+def read_retrieval(folder, digest):
+    """What `store_retrieval` has written for the model of a digest.
+
+    Raises:
+        UserError: it is not there, cannot be read, or is of another model or version; the sentence is the
+            reason alone, as what to do depends on who asks.
+    """
+    path = Path(folder) / RETRIEVAL
+    try:
+        content = load_sealed(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there") from None
+    except Corrupt as error:
+        raise UserError(str(error)) from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
+    if not isinstance(content, dict) or content.get("model") != digest:
+        raise UserError(f"{path} is of other weights")
+    return content
 
 
 def stored_retrieval(folder, model):
-    """The retrieval beside a model's weights; None where there is none, or one of other weights."""
+    """The retrieval beside a model's weights; raises UserError as `read_retrieval`."""
+    content = read_retrieval(folder, model_digest(model))
     try:
-        content = load_sealed(retrieval_path(folder))
-    except (Corrupt, FileNotFoundError):
-        return None
-    own = tensors_digest({name: tensor.cpu() for name, tensor in model.state_dict().items()})
-    return filled_retrieval(content) if content["model"] == own else None
+        return filled_retrieval(content)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # the seal is right, so the code differs
+        raise UserError(f"{Path(folder) / RETRIEVAL} is of another version") from error
 
 
 def save_model(path, model, config, tokenizer, about, retrieval=None):
@@ -198,12 +235,29 @@ def open_model(path, cache_dir=""):
     return model, data.tokenizer, content
 
 
-def open_retrieval(path, model, content):
-    """What the model looks up that `open_model` gave for a path, or None."""
+def open_retrieval(path, model, content, say=None):
+    """What the model looks up that `open_model` gave for a path; None where that is nothing.
+
+    Args:
+        say: function of the sentence that says why the network answers alone, though its run looks things
+            up; None: it goes to stderr.
+    """
+    config = Config(**EARLIER | content["config"])
     if "tokenizer" in content:
         return filled_retrieval(content.get("retrieval"))
+    if not config.looks_up:
+        return None
     path = Path(path).resolve()
-    return stored_retrieval(path if path.is_dir() else path.parent, model)
+    try:
+        return stored_retrieval(path if path.is_dir() else path.parent, model)
+    except UserError as error:
+        remedy = "give a checkpoint of a run's end, or run train.py to its end, which makes it"
+        (say or _to_stderr)(f"note: the network answers alone, as {error}: {remedy}")
+        return None
+
+
+def _to_stderr(line):
+    print(line, file=sys.stderr)
 
 
 def load_trained(config, model, fingerprint):

@@ -102,6 +102,7 @@ def without_effect(config, on_cpu, tokenizer):
     context, fixed, attends = kind == "context", kind in ("window", "token"), kind == "transformer"
     only1, no_phase1, no_layers = c.phase == "1", not c.phase1_max_iterations, not c.token_layers
     fewest = min(c.min_batches, samples)
+    compared = {"cache", "knn"} & set(c.looks_up)
     by_tokens = c.given.get("num_tokens", getattr(type(c), "num_tokens", 0))
     this, later = f"model_type '{kind}'", "it belongs to Phase 2, which phase 1 leaves for a later run"
     smaller = f"min_batches {c.min_batches} makes batches of {-(-samples // fewest)} of {samples} samples"
@@ -120,6 +121,11 @@ def without_effect(config, on_cpu, tokenizer):
         (f"{TUNING} token_dropout freeze_context context_adapter adapter_rank", only1, later),
         (f"{PHASE2} {QUICK} whiten_context", only1 and not (context and c.untrained_control), later),
         (f"{TUNING} token_dropout", c.freeze_context, "contexts are frozen (freeze_context)"),
+        ("retrieval", c.whiten_context, "whitened contexts are those of no other text (whiten_context)"),
+        ("retrieval_keys retrieval_window", not c.looks_up, "nothing is looked up (retrieval)"),
+        ("retrieval_keys", not compared, "no places are compared (retrieval)"),
+        ("retrieval_keys", only1 and not (context and c.untrained_control), later),
+        ("retrieval_window", "cache" not in compared, "the text so far is not looked up (retrieval)"),
         ("compile", c.freeze_context and no_phase1, "nothing trains the context map (freeze_context)"),
         ("phase1_batch_size", samples // c.phase1_batch_size < fewest, smaller),
         ("phase2_batch_size", samples // c.phase2_batch_size < fewest, smaller),

@@ -8,6 +8,7 @@ import re
 import resource
 import sys
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -15,9 +16,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
+from torch import distributed
 
 from newllm.errors import UserError
-from newllm.saving.stop import Stopped
+from newllm.saving.stop import Stopped, leading
 
 STORAGE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -191,6 +193,7 @@ class Group:
         self.size = accelerator.num_processes
         self.rank = accelerator.process_index
         self.is_main = accelerator.is_main_process
+        self._waiting = None
 
     def owned(self, samples):
         """Which of the samples [B] are this process's own: positions, int64 [b]."""
@@ -234,6 +237,38 @@ class Group:
     def decided(self, value):
         """The main process's value."""
         return broadcast_object_list([value])[0]
+
+    def by_main(self, work):
+        """What work() gives the main process, None elsewhere: the others wait for its end, however long.
+
+        Raises:
+            Stopped: by all, if the main process was stopped in it.
+        """
+        if self.size == 1:
+            return work()
+        patient, result, reason = self._patient(), None, None
+        if self.is_main:
+            try:
+                with leading():
+                    result = work()
+            except Stopped as stop:
+                reason = str(stop)
+        if reason := self._told(reason, patient):
+            raise Stopped(reason)
+        return result
+
+    @_together()
+    def _patient(self):
+        """The same processes as a group that waits without end: the usual one gives up after minutes."""
+        if self._waiting is None:
+            self._waiting = distributed.new_group(backend="gloo", timeout=timedelta(days=20))
+        return self._waiting
+
+    @_together()
+    def _told(self, value, group):
+        values = [value]
+        distributed.broadcast_object_list(values, src=0, group=group)
+        return values[0]
 
     @_together()
     def first_reason(self, reason):

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 from left_behind import SHORT
+from looking_up import Runs
 
 from config import ResidualConfig
 from train import main
@@ -33,3 +34,9 @@ def after_phase_1(tiny_settings, trained):
     for name in FOLDERS:
         shutil.copytree(trained(tiny_settings) / name, getattr(config, name))
     return config
+
+
+@pytest.fixture(scope="session")
+def looking_up(corpus_file, tmp_path_factory):
+    """Runs that look things up."""
+    return Runs(tmp_path_factory.mktemp("looking_up"), corpus_file)

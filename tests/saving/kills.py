@@ -24,6 +24,7 @@ LATEST = "model_latest.pt"  # whoever replaces it has completed a save
 CHANGES = "os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"
 KILLED, SAVED = "-- killed at operation", "-- a save is complete\n"  # what a watched child notes
 FILES = LATEST, "model_best.pt", "model_untrained_best.pt"
+LOOKED_UP, FOUND = "model_retrieval.pt", ("model", "description", "state")
 PROVEN = "model_state_dict", "results", "phase1_history", "phase2_history"
 TIMED = "seconds", "seconds_phase1", "tok_per_s", "tok_per_s_phase1", "peak_memory_mb"  # of a session
 
@@ -33,17 +34,17 @@ def output_of(folder):
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
-def train_in(folder, settings, kill_at=None, seconds=LONGEST):
+def train_in(folder, settings, kill_at=None, seconds=LONGEST, on=""):
     """Begin or continue, in a child, the run of some settings in a folder; its output is appended there.
 
     Args:
         kill_at: the operation at which it kills itself, 0 for none; None leaves out all watching.
-        seconds: after which it is killed.
+        seconds: after which it is killed. on: part of a file's name; only operations on such count.
 
     Returns:
         Its exit status; minus the signal's number when it died of one.
     """
-    child = multiprocessing.get_context("fork").Process(target=_child, args=(folder, settings, kill_at))
+    child = multiprocessing.get_context("fork").Process(target=_child, args=(folder, settings, kill_at, on))
     child.start()
     child.join(seconds)
     if child.is_alive():
@@ -53,19 +54,19 @@ def train_in(folder, settings, kill_at=None, seconds=LONGEST):
     return child.exitcode
 
 
-def _child(folder, settings, kill_at):
+def _child(folder, settings, kill_at, on=""):
     output = os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout = sys.stderr = os.fdopen(1, "w", closefd=False)
     if kill_at is not None:
-        watch(folder, kill_at)
+        watch(folder, kill_at, on)
     folders = dict(checkpoint_dir=str(folder / "checkpoints"), cache_dir=str(folder / "cache"))
     with exit_on_user_error():
         train.main(ResidualConfig(**settings, **folders))
 
 
-def watch(folder, kill_at):
+def watch(folder, kill_at, on):
     """Make this process die at its n-th operation on files below the folder, whichever thread does it.
 
     An operation is what changes files: its moment is before it, that of a write in its middle; a replace has
@@ -78,7 +79,7 @@ def watch(folder, kill_at):
         return name.startswith(f"{folder}{os.sep}") and not name.endswith("output.txt")
 
     def moment(what, path):
-        if next(count) == kill_at:
+        if on in os.path.basename(os.fsdecode(path)) and next(count) == kill_at:
             os.write(2, f"{KILLED} {kill_at}: {what} {os.path.basename(os.fsdecode(path))}\n".encode())
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -126,6 +127,10 @@ def assert_equal(folder, alone):
             states = [load_sealed(path / name) for path in (folder, alone)]
             found = difference(*({key: state[key] for key in PROVEN} for state in states), name)
             assert not found, f"{found} differs in {folder}"
+    if (alone / LOOKED_UP).exists():
+        files = [load_sealed(path / LOOKED_UP) for path in (folder, alone)]
+        found = difference(*({key: file[key] for key in FOUND} for file in files), LOOKED_UP)
+        assert not found, f"{found} differs in {folder}"
 
 
 def difference(one, other, name):

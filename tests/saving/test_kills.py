@@ -18,13 +18,14 @@ import time
 import pytest
 import torch
 from helpers import write_dialogues
-from kills import KILLED, LATEST, LONGEST, SAVED, assert_equal, output_of, train_in
+from kills import KILLED, LATEST, LONGEST, LOOKED_UP, SAVED, assert_equal, output_of, train_in
 
 from newllm.saving.files import load_sealed
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="each run is forked")
 KILLS = int(os.environ.get("KILLS", "12"))
-STRIDE, CHANGE_STRIDE = (1, 1) if KILLS >= 100 else (150, 90)  # between operations at which a run is killed
+# Between operations at which a run is killed.
+STRIDE, CHANGE_STRIDE, FILE_STRIDE = (1, 1, 1) if KILLS >= 100 else (150, 90, 9)
 SETTINGS = dict(
     tokenizer="bpe", vocab_size=300, val_samples=4, max_seq_length=16, context_dim=16, embed_dim=16,
     num_layers=1, dropout=0.3, phase1_min_converged_ratio=1.0, dist_reg_weight=1.0, context_noise=0.1,
@@ -34,8 +35,8 @@ SETTINGS = dict(
 LONG = dict(num_samples=20, min_batches=20, phase1_max_iterations=4, phase2_epochs=3)
 SHORT = dict(num_samples=4, min_batches=4, phase1_max_iterations=1, phase2_epochs=2)
 RUNS = {
-    "frozen": LONG | {"freeze_context": True},
-    "fine-tuned": LONG,
+    "frozen": LONG | {"freeze_context": True, "retrieval": "none"},
+    "fine-tuned": LONG,  # looks up, as the others do
     "short": SHORT,  # trains a head on frozen contexts too, in its untrained stage
     "other": SHORT | {"phase2_learning_rate": 0.01, "num_samples": 6},  # shares nothing with the short one
     "third": SHORT | {"context_lr_scale": 0.5},  # takes Phase 1 and the untrained row from the short one
@@ -125,6 +126,30 @@ def test_a_run_killed_at_an_operation_on_its_files_ends_equal(alone, tmp_path):
             break
     count = (number - 1) // STRIDE
     print(f"\n{count} operations: {count}/{count} died by SIGKILL, resumed and ended equal bit for bit")
+
+
+def test_a_run_killed_while_it_writes_what_it_looks_up_ends_equal(alone, tmp_path):
+    """At the operations on that one file: it is whole or not there, and training is not done again."""
+    settings, expected, _ = alone("short")
+    prepared = tmp_path / "prepared"
+    prepared.mkdir()
+    assert train_in(prepared, settings, 1, on=LOOKED_UP) == -signal.SIGKILL
+    assert load_sealed(prepared / "checkpoints" / LATEST)["stage"] == "retrieval"
+    for number in itertools.count(1, FILE_STRIDE):
+        folder = tmp_path / str(number)
+        shutil.copytree(prepared, folder)
+        killed = train_in(folder, settings, number, on=LOOKED_UP) == -signal.SIGKILL
+        if (folder / "checkpoints" / LOOKED_UP).exists():
+            load_sealed(folder / "checkpoints" / LOOKED_UP)
+        assert restart(folder, settings) == 0, output_of(folder)
+        assert "| epoch" not in output_of(folder).split("continuing run")[-1]
+        assert_equal(folder / "checkpoints", expected / "checkpoints")
+        assert_clean(folder)
+        shutil.rmtree(folder)
+        if not killed:
+            break
+    count = (number - 1) // FILE_STRIDE
+    print(f"\n{count} operations on what is looked up: {count}/{count} died by SIGKILL and ended equal")
 
 
 @pytest.mark.parametrize("kind", ["third", "short"])

@@ -25,14 +25,17 @@ OTHER = dict(
     weight_decay=0.2, context_lr_scale=0.5, gradient_sweeps=1, token_dropout=0.1, freeze_context=True,
     context_adapter="lora", adapter_rank=2, whiten_context=True, phase1_shuffle=True, seed=7, num_samples=7,
     context_dim=12, vocab_size=280, max_seq_length=15, init_scale=0.4,
+    retrieval="ngram", retrieval_keys="tokens", retrieval_window=9,
 )  # fmt: skip
-UNTRAINED = "ngrams contexts head"
+COUNTED, UNTRAINED = "ngrams contexts counting", "ngrams contexts head counting retrieval"
 TAKEN = {  # settings that differ -> what of the first run is taken
-    "phase2_learning_rate": "ngrams contexts phase1", "dropout": "ngrams contexts phase1",
-    "whiten_context": "ngrams contexts phase1", "untrained_control": "ngrams contexts phase1",
+    "phase2_learning_rate": f"{COUNTED} phase1", "dropout": f"{COUNTED} phase1",
+    "whiten_context": f"{COUNTED} phase1", "untrained_control": f"{COUNTED} phase1 phase2",
     "context_lr_scale": f"{UNTRAINED} phase1", "freeze_context": f"{UNTRAINED} phase1",
-    "dist_reg_weight": UNTRAINED, "phase1_convergence_threshold": "ngrams head",
-    "min_batches": "ngrams contexts", "init_scale": "ngrams", "seed": "", "num_samples": "", "vocab_size": "",
+    "dist_reg_weight": UNTRAINED, "phase1_convergence_threshold": "ngrams head counting retrieval",
+    "min_batches": COUNTED, "init_scale": "ngrams counting", "seed": "", "num_samples": "", "vocab_size": "",
+    **dict.fromkeys(["retrieval", "retrieval_keys", "retrieval_window"],
+                    "ngrams contexts head phase1 phase2"),
 }  # fmt: skip
 
 
@@ -148,8 +151,8 @@ def test_stages_of_equal_settings_are_taken(complete):
 
     def taken(config, fingerprint=state["data_fingerprint"]):
         choice = runs.choose(complete.checkpoint_dir, state, config, fingerprint)
-        assert bool(choice.phase1) == ("Phase 1 (of run" in choice.lines[-1])
-        return " ".join([*choice.reused, *(["phase1"] if choice.phase1 else [])])
+        assert ("phase1" in choice.stages) == ("Phase 1 (of run" in choice.lines[-1])
+        return " ".join([*choice.reused, *choice.stages])
 
     for name, parts in TAKEN.items():
         changed = with_(complete, **{name: OTHER[name]})

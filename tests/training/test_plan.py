@@ -107,6 +107,7 @@ OTHER = dict(
     val_quick_every_n_batches=7, weight_decay=5.0, context_memory_mb=1, compile=True, attention="math",
     gpu_memory_fraction=0.3, save_every_n_batches=1, save_min_seconds=1.5, save_every_minutes=0.001,
     keep_last=5, backup_dir="BACKUP", backup_every_minutes=0.001,
+    retrieval="ngram,cache", retrieval_keys="tokens", retrieval_window=5,
 )  # fmt: skip
 
 SMALL = dict(min_batches=10, dist_reg_weight=0.0, tune_share=0.25, val_quick_every_n_batches=0)
@@ -121,6 +122,9 @@ CASES = {
     "transformer": dict(model_type="transformer"),
     "window": dict(model_type="window"),
     "token": dict(model_type="token", token_layers=0),
+    "whitened": dict(freeze_context=True, whiten_context=True, phase1_max_iterations=1),
+    "counts alone": dict(model_type="gru", retrieval="ngram"),
+    "Phase 1, looking up": dict(phase="1", retrieval="ngram,knn"),
 }
 # Not the same twice; "contexts" is a word, not a figure.
 MEASURED = ("run_id", "date", "device", "seconds", "tok_per_s", "memory", "saving_share", "compile")
@@ -197,6 +201,12 @@ GRU = dict(model_type="gru", init_scale=3.0, phase1_max_iterations=9, dist_reg_w
         (dict(keep_last=3, save_checkpoint=False), "keep_last"),
         (dict(phase="1", freeze_context=True, phase2_epochs=3), "freeze_context"),
         (dict(phase="1", untrained_control=False, phase2_epochs=3), "phase2_epochs"),
+        (dict(retrieval="ngram,knn", retrieval_window=99), "retrieval_window"),
+        (
+            dict(retrieval="none", retrieval_window=99, retrieval_keys="tokens"),
+            "retrieval_window retrieval_keys",
+        ),
+        (dict(retrieval="cache", retrieval_window=99, retrieval_keys="tokens"), ""),
     ],
     ids=str,
 )
