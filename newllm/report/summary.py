@@ -230,19 +230,16 @@ def curves(results):
     last = results.get("phase2", {})
     contexts = last.get("contexts") or results.get("phase1", {}).get("contexts") or {}
     untrained = results["untrained"].get("contexts", {})
-    by_position = {}
-    if own := results.get("retrieval"):
-        whole = list(own["weights"])[-1]
-        by_position = {name: part["by_position"] for name, part in own["in_turn"].items()}
-        by_position |= {whole: own["by_position"]}
-        by_position |= {"counting": results["untrained"]["counting"]["by_position"]}
-    return {
+    found = {
         "val_sample_nats": last.get("head", {}).get("sample_nats"),
         "bpb_by_context": last.get("bpb_by_context"),
-        "retrieval_by_position": by_position,
         **{name: contexts.get(name) for name in CURVES},
         **{f"{name}_untrained": untrained.get(name) for name in CURVES},
     }
+    if own := results.get("retrieval"):
+        parts = own["in_turn"] | {list(own["weights"])[-1]: own, "counting": results["untrained"]["counting"]}
+        found["retrieval_by_position"] = {name: part["by_position"] for name, part in parts.items()}
+    return found
 
 
 def plain(summary):
