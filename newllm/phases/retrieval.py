@@ -11,15 +11,15 @@ import torch
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from newllm.evaluate import text_bytes, trajectories
+from newllm.evaluate import SEQUENCES_AT_A_TIME, text_bytes, trajectories
 from newllm.retrieval.keys import SAMPLE, Keys
 from newllm.retrieval.mixture import Retrieval, network_opinion
 from newllm.saving.stop import poll
 
 RIDGE = 1e-3  # keeps the gate from trusting a feature that few places have
 STEPS = 60  # of L-BFGS, at most
-SAMPLES_AT_A_TIME = 16  # whose logits are held together
-STORED_AT_A_TIME = 64  # whose layers the network holds together
+SAMPLES_AT_A_TIME = SEQUENCES_AT_A_TIME // 16  # whose logits are held together
+STORED_AT_A_TIME = SEQUENCES_AT_A_TIME // 4  # whose layers the network holds together
 
 
 class Reading:
