@@ -260,7 +260,7 @@ class Run:
         self.complete(results)
 
     def complete_untrained_row(self):
-        """A run that began with retrieval "none" has a row without it: what can be had of that, is made."""
+        """A run that began with retrieval "none" has a row without it, which gets what can be had of that."""
         row, control = self.checkpointer.results["untrained"], None
         if "head" in row and "retrieval" not in row:
             control = self.saved_control()

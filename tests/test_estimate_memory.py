@@ -10,6 +10,7 @@ from helpers import write_dialogues
 from config import ResidualConfig
 from newllm.apart import call_apart
 from newllm.models.baselines import BASELINES, build_model
+from newllm.saving.trained import retrieval_bytes
 from newllm.training import memory_estimate
 from newllm.training.memory_estimate import memory_table, predicted_peak
 from newllm.training.runtime import Runtime, open_runtime
@@ -20,7 +21,7 @@ V = 300
 SMALL = dict(
     tokenizer="bpe", vocab_size=V, num_samples=12, val_samples=6, max_seq_length=24, context_dim=20,
     embed_dim=16, num_layers=2, phase1_batch_size=4, phase2_batch_size=4, min_batches=3, precision="fp32",
-    device="cpu", untrained_control=False,
+    device="cpu", untrained_control=False, retrieval="none",
 )  # fmt: skip
 TYPES = ("context", "window", "token", *BASELINES)
 FORMS = [*(dict(model_type=kind) for kind in TYPES), dict(tie_weights=False), dict(token_layers=0)]
@@ -78,10 +79,11 @@ def test_contexts_and_features_by_hand(precision, width):
 @pytest.mark.parametrize("kind", TYPES)
 def test_a_run_has_the_stages_of_its_kind_and_a_table_of_them(kind, capsys, monkeypatch):
     """Only the context map has an untrained row and a Phase 1. The largest sum is the peak."""
-    config = settings(model_type=kind, untrained_control=True)
+    config = settings(model_type=kind, untrained_control=True, retrieval="knn")
     doctor.print_memory(config, measuring=False)
     text = capsys.readouterr().out.replace("|", " ")
     stages = ["untrained", "phase1", "phase2"] if kind == "context" else ["phase2"]
+    stages.append("retrieval")
     assert f"MB {' '.join(stages)}" in " ".join(text.split())
     sums = [float(number.replace(",", "")) for number in re.search("sum (.*)", text)[1].split()]
     peak = re.search("predicted peak: (.*) MB, give or take", text)[1].replace(",", "")
@@ -110,6 +112,22 @@ def test_more_of_anything_is_never_less_memory(kind):
         peaks = [peak(dataclasses.replace(config, **change)) for change in doubled]
         assert peaks == sorted(peaks), name
     assert peak(config, vocab_size=50257) > peak(config)
+
+
+def test_what_is_looked_up_is_the_peak_of_long_texts_alone():
+    """At 100,000 tokens training holds more; at two million, with the same network, the store does."""
+    size = dict(
+        context_dim=256, embed_dim=256, max_seq_length=128, val_samples=79, retrieval="ngram,cache,knn"
+    )
+    sums = {}
+    for samples in (781, 15_625):
+        config = settings(**size | dict(num_samples=samples, phase1_batch_size=24, phase2_batch_size=32))
+        held = table(config, 4096)
+        sums[samples] = {stage: sum(things.values()) for stage, things in held.items()}
+        assert held["retrieval"]["looked up"] >= retrieval_bytes(config, 4096, 128 * samples) / 1e6
+        assert "retrieval" not in table(dataclasses.replace(config, retrieval="none"))
+    assert max(sums[781], key=sums[781].get) != "retrieval"
+    assert max(sums[15_625], key=sums[15_625].get) == "retrieval"
 
 
 def test_a_run_is_predicted_no_less_than_its_process_holds_already(monkeypatch):

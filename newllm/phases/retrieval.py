@@ -12,15 +12,15 @@ import torch
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from newllm.evaluate import text_bytes, trajectories
-from newllm.retrieval.keys import Keys
+from newllm.evaluate import SEQUENCES_AT_A_TIME, text_bytes, trajectories
+from newllm.retrieval.keys import SAMPLE, Keys
 from newllm.retrieval.mixture import Retrieval, network_opinion
 from newllm.saving.stop import poll
 
 RIDGE = 1e-4  # keeps the gate from trusting a feature that few places have
 STEPS = 60  # of L-BFGS, at most
-SAMPLES_AT_A_TIME = 16  # whose logits are held together
-STORED_AT_A_TIME = 256
+SAMPLES_AT_A_TIME = SEQUENCES_AT_A_TIME // 16  # whose logits are held together
+STORED_AT_A_TIME = SEQUENCES_AT_A_TIME // 4  # whose layers the network holds together
 
 
 class Reading:
@@ -56,19 +56,30 @@ def build(retrieval, train, read):
     device = retrieval.gate.weight.device
     retrieval.ngram.fit(train.numpy())
     retrieval.ngram.to(device)
-    first = read(slice(0, STORED_AT_A_TIME))
-    retrieval.keys.fit({name: made.flatten(0, 1) for name, made in first.items()})
+    _fit_keys(retrieval.keys, train, read)
 
     def parts():
-        for start in range(0, len(train), STORED_AT_A_TIME):
+        for part in _slices(len(train)):
             poll()
-            part = slice(start, start + STORED_AT_A_TIME)
             ids = train[part].to(device).long()
             keys = retrieval.keys(ids[:, :-1], **read(part))
             yield ids[:, :-1].flatten(), keys.flatten(0, 1), ids[:, 1:].flatten()
 
     retrieval.store.fill(parts())
     return retrieval
+
+
+def _fit_keys(keys, train, read):
+    names, first = [name for name in keys.parts if name != "tokens"], []
+    samples = min(len(train), -(-SAMPLE // (train.shape[1] - 1)))
+    for part in _slices(samples) if names else ():
+        made = read(part)
+        first.append({name: made[name].flatten(0, 1) for name in names})
+    keys.fit({name: torch.cat([made[name] for made in first]) for name in names})
+
+
+def _slices(count):
+    return [slice(at, min(at + STORED_AT_A_TIME, count)) for at in range(0, count, STORED_AT_A_TIME)]
 
 
 def gather(retrieval, ids, read):

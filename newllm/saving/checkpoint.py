@@ -143,9 +143,6 @@ class Checkpointer:
     def _continue(self, state):
         """Take over a state, which is of this very run."""
         vars(self).update({name: state[name] for name in BEGINNING})
-        if runs.lacks_retrieval(state, self.config):
-            self.stage = "retrieval"
-        self._found = state | {"stage": self.stage}
         self.saved_at = datetime.fromisoformat(state["saved_at"]).timestamp()
         self._clock.add(state["times"]["parts"])
         self.thread.saves = state["times"]["saves"]

@@ -288,7 +288,7 @@ def distinction(state, config, fingerprint):
         marks |= {"untrained", "row"}
     if "head" in untrained:
         marks.add("control")
-    if "retrieval" in untrained or "counting" in untrained:
+    if state["stage"] == "complete" or {"retrieval", "counting"} & untrained.keys():
         marks.add("retrieval")
     ahead = {"phase1", "phase2"} - done
     if config.phase == "1":
@@ -300,12 +300,6 @@ def distinction(state, config, fingerprint):
     if not changes and state["data_fingerprint"] != fingerprint:
         return "other data: the source or its text"
     return listed(changes)
-
-
-def lacks_retrieval(state, config):
-    """Whether a complete run, which looked nothing up, has that ahead of it by these settings."""
-    wanted = config.phase == "both" and config.looks_up
-    return bool(state["stage"] == "complete" and wanted and not state["results"].get("retrieval"))
 
 
 @dataclass

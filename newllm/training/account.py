@@ -16,7 +16,7 @@ from newllm.report.summary import banner, curves, plain, summarize
 from newllm.saving.checkpoint import WARNING, provenance, require_space
 from newllm.saving.files import second_folder, usable_folder
 from newllm.saving.guard import holder
-from newllm.saving.runs import changed, choose, lacks_retrieval, listed, newest
+from newllm.saving.runs import changed, choose, listed, newest
 from newllm.saving.trained import save_model
 from newllm.training.memory_estimate import usable_memory
 from newllm.training.plan import make_plan, unused_lines
@@ -137,8 +137,6 @@ def _checkpoint_lines(config, fingerprint):
         return [*(f"checkpoint: {line}" for line in beside), "checkpoint: the run begins from the start"]
     state = newest(choice.home)[0]
     then = "reports once more, as it is complete" if state["stage"] == "complete" else "continues"
-    if lacks_retrieval(state, config):
-        then = "continues with what the model looks up"
     held = f"checkpoint: {choice.home} holds run {state['run_id']}, saved {state['saved_at']}, to go on"
     changes = changed(state["config"], config.to_dict())
     warning = [WARNING + listed(changes)] if changes else []

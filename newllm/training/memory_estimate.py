@@ -16,15 +16,21 @@ from newllm.evaluate import RANK_TOKENS, SEQUENCES_AT_A_TIME
 from newllm.fixed_point.diagnostics import PROBE_DIMS, PROBE_LAGS
 from newllm.models.baselines import build_model
 from newllm.models.cross_entropy import CHUNK_ELEMENTS
+from newllm.saving.trained import retrieval_bytes
 from newllm.training.plan import training_samples
 from newllm.training.runtime import memory_mb, peak_memory_mb
 from newllm.training.step import make_optimizer
 
-THINGS = "libraries", "weights", "gradients, moments", "best, in saving", "contexts", "activations", "logits"
+THINGS = (
+    "libraries", "weights", "gradients, moments", "best, in saving", "contexts", "looked up", "activations",
+    "logits",
+)  # fmt: skip
 # Floats of a token for each unit of width: of a layer, kept for the backward pass; of a pass without one.
 KEPT = {"context": 5.6, "gru": 8.4, "lstm": 17.3, "transformer": 28.5, "window": 0.0, "token": 0.0}
 FORWARD = {"context": 2.6, "gru": 3.6, "lstm": 3.6, "transformer": 17.0, "window": 2.6, "token": 2.6}
 HEAD, LOSS, SHARES = 4.3, 8.0, 3.0  # kept of a layer of the head, of Phase 1's loss, of attention's shares
+NEIGHBOURS = 256  # that a place finds in the training text
+FOUND, FITTED = 10, 36  # bytes of a place that another is compared with: as it is found, and while fitting
 HALF = 0.7  # of what is kept, where products are made in half precision
 SCATTERED_MB = 70.0  # of the saving thread, and of freed memory between what is in use
 
@@ -54,7 +60,7 @@ def memory_table(config, vocab_size, runtime):
         """What is held all the time, and the largest of the works."""
         kept = sum(size for size in stored if size <= 1e6 * config.context_memory_mb)  # larger: in files
         saving = 3 * trained if config.save_checkpoint and on_cpu else 0  # beside the best weights so far
-        held = copies * weights, 3 * trained, trained + saving, kept, *max(works, key=sum)
+        held = copies * weights, 3 * trained, trained + saving, kept, 0, *max(works, key=sum)
         return dict(zip(THINGS, (libraries, *(size / 1e6 for size in held)), strict=True))
 
     chunks = -(-validated * vocab_size // CHUNK_ELEMENTS)
@@ -75,7 +81,27 @@ def memory_table(config, vocab_size, runtime):
         passes = max(1, config.gradient_sweeps) if context else 1
         work = step(config.phase2_batch_size, passes * in_layers + in_head)
         table["phase2"] = stage(head + context, [], work, validation, probes if context else work)
+    if config.phase == "both" and config.looks_up:
+        held = looking_up(config, vocab_size, samples, read * FORWARD[kind])
+        held = dict(zip(THINGS, (0, weights, 0, 0, 0, *held), strict=True))
+        table["retrieval"] = {name: size / 1e6 for name, size in held.items()} | {"libraries": libraries}
     return table
+
+
+def looking_up(config, vocab_size, samples, floats):
+    """Bytes of (what is looked up, activations, logits) in the stage after Phase 2, at its largest moment.
+
+    Args:
+        samples: to train on. floats: of a token that the network reads, of all its layers.
+    """
+    T, validated = config.max_seq_length, config.val_samples
+    built = retrieval_bytes(config, vocab_size, samples * T)
+    read = T * min(SEQUENCES_AT_A_TIME // 4, samples) * (floats + config.context_dim + 2 * config.embed_dim)
+    compared = NEIGHBOURS * ("knn" in config.looks_up) + T * ("cache" in config.looks_up)
+    evidence = validated * T * compared
+    logits = 16 * T * min(SEQUENCES_AT_A_TIME // 16, validated) * vocab_size
+    storing = 3 * built, 4 * read, 0  # its parts are still there when they are put in order
+    return max(storing, (built, FOUND * evidence, logits), (built, FITTED * evidence, 0), key=sum)
 
 
 def predicted_peak(config, vocab_size, runtime):

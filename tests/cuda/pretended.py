@@ -68,7 +68,7 @@ SCATTERING = {aten.index_put, aten.index_put_, aten._index_put_impl_, aten._unsa
 # The host cannot go on before the device is done: it wants a value, or a size that depends on values.
 WAITING = {
     aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero, aten.unique_dim,
-    aten._unique2, aten._linalg_check_errors, aten.bincount, aten._linalg_eigh,
+    aten._unique2, aten._linalg_check_errors, aten.bincount, aten._linalg_eigh, aten.repeat_interleave,
 }  # fmt: skip
 WITHOUT_KERNEL = {
     aten.empty, aten.empty_like, aten.new_empty, aten.empty_strided, aten.new_empty_strided, aten.detach,
@@ -227,7 +227,10 @@ def compute(operation, args, kwargs):
             return x
         return known.get(id(x)) if id(x) in known else OnDevice(x) if lands else x
 
-    return mapped(placed, made)
+    # A view of what was made outside of inference mode is no tensor of that mode either.
+    outside = operation.is_view and ours and not ours[0].is_inference()
+    with torch.inference_mode(False) if outside else contextlib.nullcontext():
+        return mapped(placed, made)
 
 
 def _refuse(operation, args, kwargs, tensors, ours):

@@ -14,11 +14,15 @@ import pytest
 import torch
 
 from config import ResidualConfig
+from newllm.config import DataSettings, MachineSettings, RetrievalSettings
+from newllm.data.samples import load_data
 from newllm.fixed_point.solver import prefill, sequential
 from newllm.models.network import LanguageModel
+from newllm.phases.retrieval import retrieval_of
 from newllm.saving.checkpoint import Checkpointer
 from newllm.saving.files import load_sealed
 from newllm.saving.stop import Interrupt, Stopped
+from newllm.saving.trained import open_model
 from newllm.training.runtime import open_runtime
 from newllm.training.step_function import StepFunction
 from scripts import prefill as prefill_command
@@ -100,6 +104,20 @@ def test_memory_that_runs_out_costs_no_effective_batch(settings, capsys):
     assert "out of memory at" in capsys.readouterr().out
     assert found["phase2_steps"] == expected["phase2_steps"]
     assert found["val_loss"] == pytest.approx(expected["val_loss"], rel=0.02)
+
+
+def test_what_is_looked_up_has_the_figures_of_a_cpu(settings):
+    """Of one trained model, in fp32: perplexities to 1e-3."""
+    config = ResidualConfig(**settings | dict(retrieval="ngram,cache,knn", device="cpu", precision="fp32"))
+    main(config)
+    model, _, _ = open_model(config.checkpoint_dir)
+    data, asked = load_data(config.part(DataSettings)), config.part(RetrievalSettings)
+    found = []
+    for device in ("cpu", "cuda"):
+        runtime = open_runtime(dataclasses.replace(config, device=device).part(MachineSettings))
+        _, figures = retrieval_of(model.to(runtime.device), data, asked, runtime)
+        found.append(figures["ppl"])
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
 
 
 # The step

@@ -1,4 +1,4 @@
-"""The whole project on a CUDA device that is pretended: the tests of cases.py, in one process of their own.
+"""The whole project on a CUDA device that is pretended: the tests of cases*.py, in one process of their own.
 
 `python3 -m pytest tests/cuda -s` prints launches and waits of a step; pretended.py says what it cannot show.
 """
@@ -25,7 +25,7 @@ def test_every_case_passes_on_a_pretended_device():
     """A process of its own, as torch asks once what devices there are."""
     environment = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     options = ["-p", "pretended", "-p", "no:cacheprovider", "-o", "addopts=-q", "--durations=5"]
-    command = [sys.executable, "-m", "pytest", HERE / "cases.py", *options]
+    command = [sys.executable, "-m", "pytest", *sorted(HERE.glob("cases*.py")), *options]
     ended = subprocess.run(command, cwd=HERE.parent.parent, env=environment, capture_output=True, text=True)
     print(*(line for line in ended.stdout.splitlines() if "launches" in line), sep="\n")
     assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -2,7 +2,6 @@
 
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -74,28 +73,22 @@ def test_a_stop_in_the_untrained_row_changes_nothing(looking_up, folder, monkeyp
 
 
 @pytest.mark.parametrize("version", ["none", "earlier"])
-def test_a_complete_run_without_it_gets_it_and_trains_nothing(looking_up, folder, monkeypatch, version):
-    """Whether it said "none" or is of a version that knew no retrieval: all rows, as if made at once."""
+def test_after_a_complete_run_without_it_nothing_is_trained(looking_up, folder, monkeypatch, version):
+    """Whether it said "none" or is of a version that knew no retrieval: a run with all rows, as if alone."""
     config = copy_of(looking_up.complete(OFF)[0], folder, retrieval=ON)
     state = latest(config)
     if version == "earlier":
         del state["results"]["retrieval"]
         state["config"] = {name: value for name, value in state["config"].items() if name not in EARLIER}
-        write_state(Path(config.checkpoint_dir), state | {"save_number": state["save_number"] + 1})
+        write_state(folder, state | {"save_number": state["save_number"] + 1})
     expected, summary = looking_up.complete(ON)
     train_nothing(monkeypatch)
     found = train.main(config)
-    assert rows(found) == rows(summary) and set(ROWS) <= found.keys() and found["run_id"] == state["run_id"]
+    assert rows(found) == rows(summary) and set(ROWS) <= found.keys()
     assert_equal(config, expected)
-    train.main(config)  # and is complete by now
-    assert latest(config)["save_number"] == state["save_number"] + 1 + (version == "earlier")
-
-
-def test_phase_1_alone_adds_nothing(looking_up, folder):
-    config = copy_of(looking_up.complete(OFF)[0], folder, retrieval=ON, phase="1")
-    before = (folder / "model_latest.pt").read_bytes()
-    train.main(config)
-    assert (folder / "model_latest.pt").read_bytes() == before and not retrieval_file(config).exists()
+    assert not rows(train.main(replace(config, retrieval=OFF)))
+    assert latest(config)["run_id"] == state["run_id"]  # kept as it was
+    assert train.main(config)["run_id"] == found["run_id"]
 
 
 def test_a_run_that_gets_it_on_the_way_has_all_rows(looking_up, folder):
@@ -109,7 +102,8 @@ def test_a_run_that_gets_it_on_the_way_has_all_rows(looking_up, folder):
 
 
 def test_without_the_controls_weights_its_row_is_left_out_with_a_line(looking_up, folder, capsys):
-    config = copy_of(looking_up.complete(OFF)[0], folder, retrieval=ON)
+    config = replace(looking_up.complete(ON)[0], checkpoint_dir=str(folder))
+    train.main(replace(config, retrieval=OFF, phase="1"))
     (folder / CONTROL).unlink()
     found = train.main(config)
     assert "the untrained control's weights are gone" in capsys.readouterr().out
