@@ -53,7 +53,7 @@ def good_keys(summary):
     return 0.9 * summary[KEYS] if KEYS in summary else None
 
 
-# Criterion, figure, side, limit, untrained value; each a number, a key of a run's summary, or a function of it.
+# Criterion, figure, side, limit, untrained value: numbers, keys of a run's summary, or functions of it.
 GATES = (
     ("Phase 1 optimizer steps", "phase1_steps", ">", 0, 0),
     ("Phase 1 relative parameter change", "phase1_param_change", ">", 0, 0),

@@ -1,8 +1,8 @@
 """After Phase 2: retrieval is built from the training text and fitted on held-out dialogues.
 
 Nothing is reported on what was fitted: each half of the held-out samples, which are of different dialogues,
-is measured with what the other half gave; what is kept is fitted on both. Where training samples are held back
-for fitting (`fit_share`), all held-out samples are measured with what those gave, and that is kept.
+is measured with what the other half gave; what is kept is fitted on both. Where training samples are held
+back for fitting (`fit_share`), all held-out samples are measured with what those gave, and that is kept.
 Shapes: n samples, T tokens, E width of the head's output, C context width, V vocabulary, x experts.
 """
 
