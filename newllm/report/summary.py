@@ -194,7 +194,7 @@ def language_rows(summary):
 
 
 def retrieval_rows(summary):
-    """What each part of a mixture is worth: texts (what it is, perplexity, against the network alone, weight).
+    """What each part of a mixture is worth: texts (what it is, perplexity, against the network, weight).
 
     The parts are added in turn, each mixture fitted by itself; the weight is the gate's mean in the whole.
     """
