@@ -16,7 +16,7 @@ from newllm.retrieval.keys import SAMPLE, Keys
 from newllm.retrieval.mixture import Retrieval, network_opinion
 from newllm.saving.stop import poll
 
-RIDGE = 1e-3  # keeps the gate from trusting a feature that few places have
+RIDGE = 1e-4  # keeps the gate from trusting a feature that few places have
 STEPS = 60  # of L-BFGS, at most
 SAMPLES_AT_A_TIME = SEQUENCES_AT_A_TIME // 16  # whose logits are held together
 STORED_AT_A_TIME = SEQUENCES_AT_A_TIME // 4  # whose layers the network holds together
@@ -82,7 +82,7 @@ def _slices(count):
 
 
 def gather(retrieval, ids, read):
-    """(Evidence, the network's opinion or None, targets [n, T]) of samples: what fitting and measuring need."""
+    """(Evidence, the network's opinion or None, targets [n, T]) of samples: what fitting needs."""
     found = []
     for start in range(0, len(ids), SAMPLES_AT_A_TIME):
         poll()

@@ -67,5 +67,8 @@ class Keys(nn.Module):
 
     def _spelled(self, ids):
         vectors = self.table[ids.clamp_min(0)] * (ids >= 0)[..., None]
-        back = [functional.pad(vectors, (0, 0, lag, 0))[:, : ids.shape[1]] for lag in range(LAST_TOKENS)]
+        back = []
+        for lag in range(LAST_TOKENS):
+            earlier = functional.pad(vectors, (0, 0, lag, 0))[:, : ids.shape[1]]
+            back.append(earlier * 0.5 ** (lag / 2))  # it counts half as much in a cosine as the one after it
         return functional.normalize(torch.cat(back, -1), dim=-1)
