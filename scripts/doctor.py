@@ -5,7 +5,7 @@
     python3 -m scripts.doctor --memory               # what that run holds in memory, by stage, and its peak
     python3 -m scripts.doctor --measure              # the same, beside what two rounds of each stage take
 
-Needs no GPU and changes nothing; folders that a run would make are made.
+Needs no GPU and changes nothing; folders that a run would make are made, and its data is put into its cache.
 """
 
 import contextlib
@@ -25,8 +25,10 @@ import torch
 import train
 from config import ResidualConfig
 from newllm.apart import call_apart
+from newllm.config import DataSettings
 from newllm.data import hub
 from newllm.data.dialogues import ULTRACHAT, ULTRACHAT_REVISION, open_corpus
+from newllm.data.samples import load_data, shared_runs
 from newllm.data.tokens import choose_tokenizer, tokenizer_choice
 from newllm.errors import UserError, exit_on_user_error
 from newllm.flags import parse_args
@@ -42,6 +44,7 @@ from newllm.training.plan import make_plan, training_samples
 from newllm.training.runtime import allocator_setting, describe_device, open_runtime
 from newllm.versions import outside
 
+MUCH, MOST = 0.1, 20  # share of a sample's runs of words that is worth naming it; numbers that are listed
 MARGIN = 0.9  # share of the memory that a run may be predicted to take
 # Saves and best weights lie beside training from the second round on.
 ROUNDS = dict(phase1_max_iterations=2, phase2_epochs=2, load_checkpoint=False, artifacts=False, backup_dir="")
@@ -159,9 +162,19 @@ def check_tokenizer(config):
     return f"{trained} ({reason})" if reason else trained
 
 
+def check_overlap(config):
+    """That what is predicted was not read: most of all what is looked up would profit."""
+    shares = shared_runs(load_data(config.part(DataSettings)))
+    many = [number for number, share in enumerate(shares) if share > MUCH]
+    said = f"training samples have {sum(shares) / len(shares):.1%} of the 8-word runs of a validation sample"
+    said += f"; of {len(many)} of {len(shares)} they have more than {MUCH:.0%}"
+    listed = ", ".join(map(str, many[:MOST])) + (", ..." if len(many) > MOST else "")
+    return said + (f": those numbered {listed}" if many else "")
+
+
 CHECKS = (
     check_packages, check_device, check_in_effect, check_memory, check_folders, check_disk, check_drive,
-    check_hub, check_data, check_tokenizer,
+    check_hub, check_data, check_tokenizer, check_overlap,
 )  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import torch
 
 from config import ResidualConfig
 from newllm.data import hub
+from newllm.data.samples import shared_runs
 from scripts import doctor
 
 
@@ -75,6 +76,20 @@ def test_what_settings_lead_to(examine, tmp_path, check, settings, verdict, says
         settings = {name: str(tmp_path / value) for name, value in settings.items()}
     found = examine(**settings)[check]
     assert found[0] == verdict and says in found[1]
+
+
+def test_wording_that_samples_share_is_counted_and_named(examine, monkeypatch):
+    """By runs of eight words, in any training sample; a few words in common are no run."""
+    words = [f"w{number}" for number in range(200)]
+    texts = [words[:40], words[100:140]]  # to train on
+    texts += [[*words[:24], *words[150:160]], words[160:190], [*words[20:29], *words[190:199]]]
+    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(texts[ids[0]]))
+    numbers = torch.arange(5)[:, None]
+    data = SimpleNamespace(train=numbers[:2], val=numbers[2:], tokenizer=tokenizer)
+    assert shared_runs(data) == [17 / 27, 0.0, 2 / 11]
+    monkeypatch.setattr(doctor, "load_data", lambda settings: data)
+    said = "training samples have 27.0% of the 8-word runs of a validation sample; of 2 of 3 they have more "
+    assert examine()["overlap"] == ("OK", said + "than 10%: those numbered 0, 2")
 
 
 def test_one_cause_is_one_failure(examine, monkeypatch):

@@ -25,7 +25,7 @@ def test_runs_in_one_process_leave_no_more_than_the_second(tiny_settings):
     after = []
     for number in range(4):
         own = dict(checkpoint_dir=f"{tiny_settings['checkpoint_dir']}_{number}", phase1_max_iterations=1)
-        main(ResidualConfig(**tiny_settings | own | dict(phase2_epochs=1)))
+        main(ResidualConfig(**tiny_settings | own | dict(phase2_epochs=1, retrieval="ngram,cache,knn")))
         after.append(live_bytes())
     kept = torch.zeros(100_000)
     assert live_bytes() - after[3] == kept.nbytes  # the measure sees what is left

@@ -7,16 +7,24 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import InitProcessGroupKwargs
 from helpers import as_flags
 
+import train
 from config import ResidualConfig
 from newllm.errors import exit_on_user_error
+from newllm.phases.retrieval import retrieval_of
+from newllm.report.record import format_value
 from newllm.saving.files import load_sealed
-from train import main
+from newllm.training import runtime
+from train import Run, main
 
 ROOT = Path(__file__).parent.parent
 SAME = dict(dropout=0.0, phase1_convergence_threshold=1e-6)  # dropout masks depend on who computes a row
@@ -123,3 +131,63 @@ def test_a_killed_process_ends_the_other_with_a_sentence(tiny_settings, tmp_path
     assert ended(processes) == [2, -signal.SIGKILL] and time.monotonic() < deadline + 60
     assert "error: another process of this run has ended" in output.read_text()
     assert latest(tiny_settings)["stage"] == "phase1"
+
+
+LOOKS_UP = dict(retrieval="ngram,cache,knn", num_samples=6, val_samples=4, max_seq_length=16)
+
+
+def cut_before_the_stage(settings):
+    """A run of one process, killed when all but retrieval is done."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def killed(run):
+            raise KeyboardInterrupt
+
+        patch.setattr(Run, "complete_untrained_row", killed)
+        main(ResidualConfig(**settings))
+
+
+def elsewhere(settings, name):
+    folder = f"{settings['checkpoint_dir']}_{name}"
+    shutil.copytree(settings["checkpoint_dir"], folder)
+    return settings | dict(checkpoint_dir=folder)
+
+
+def looked_up(settings):
+    content = load_sealed(Path(settings["checkpoint_dir"]) / "model_retrieval.pt")
+    return {name: value for name, value in content.items() if name != "run_id"}
+
+
+def interrupted(*arguments):
+    signal.raise_signal(signal.SIGTERM)
+    return retrieval_of(*arguments)
+
+
+def slowly(*arguments):
+    time.sleep(9)
+    return retrieval_of(*arguments)
+
+
+def test_one_of_two_looks_up_for_both_stops_both_and_gives_the_bits_of_one(tiny_settings, tmp_path):
+    """Told to stop in its middle both end with exit 75; then the other waits, past the usual time-out."""
+    settings = tiny_settings | SAME | LOOKS_UP
+    cut_before_the_stage(settings)
+    alone, output = elsewhere(settings, "alone"), tmp_path / "output"
+    expected = main(ResidualConfig(**alone))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "retrieval_of", interrupted)
+        assert ended(two(settings, output)) == [75, 75]
+    assert output.read_text().count("stopped: SIGTERM received") == 2
+    assert not (Path(settings["checkpoint_dir"]) / "model_retrieval.pt").exists()
+    output.write_text("")
+    with pytest.MonkeyPatch.context() as patch:
+        hasty = InitProcessGroupKwargs(timeout=timedelta(seconds=6))
+        patch.setattr(runtime, "Accelerator", partial(runtime.Accelerator, kwargs_handlers=[hasty]))
+        patch.setattr(train, "retrieval_of", slowly)
+        assert ended(two(settings, output)) == [0, 0]
+    found = dict(line.split(": ", 1) for line in output.read_text().split("\n---\n")[1].splitlines())
+    for name in ("val_ppl_retrieval", "val_ppl_retrieval_counting", "val_ppl_retrieval_untrained"):
+        assert found[name] == format_value(expected[name])
+    one, other = looked_up(settings), looked_up(alone)
+    assert one["model"] == other["model"] and one["description"] == other["description"]
+    assert all(torch.equal(one["state"][name], tensor) for name, tensor in other["state"].items())

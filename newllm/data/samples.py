@@ -77,6 +77,24 @@ def _cut(data, setting, share, name, note, mark):
     )
 
 
+def shared_runs(data, words=8):
+    """Share of the runs of so many words of each validation sample that training samples have too, a list.
+
+    Dialogues are disjoint as wholes; this says how much of their wording they share all the same.
+    """
+
+    def runs(sample):
+        text = data.tokenizer.decode(sample.tolist()).split()
+        return [tuple(text[start : start + words]) for start in range(len(text) - words + 1)]
+
+    known = {run for sample in data.train for run in runs(sample)}
+    shares = []
+    for sample in data.val:
+        own = runs(sample)
+        shares.append(sum(run in known for run in own) / max(1, len(own)))
+    return shares
+
+
 def _load_samples(settings, progress):
     """Training and held-out samples: from the cache, if possible without the hub, else built and cached."""
     folder = usable_folder(settings.cache_dir, "cache_dir")

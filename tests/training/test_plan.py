@@ -91,8 +91,8 @@ def test_the_banner_says_the_cadence(tiny_settings):
 ALWAYS = {
     "preset", "data_source", "data_split", "data_column", "tokenizer", "max_seq_length", "num_tokens",
     "tune_share", "fit_share", "cache_dir", "model_type", "embed_dim", "tie_weights", "embeddings", "phase",
-    "grad_clip", "min_batches", "device", "precision", "seed", "save_checkpoint", "load_checkpoint", "checkpoint_dir",
-    "max_minutes", "artifacts", "trackers",
+    "grad_clip", "min_batches", "device", "precision", "seed", "save_checkpoint", "load_checkpoint",
+    "checkpoint_dir", "max_minutes", "artifacts", "trackers",
 }  # fmt: skip
 
 # Another value of each other setting.
