@@ -47,11 +47,12 @@ def trajectories(model, ids, autocast, device, dtype=torch.float32):
 
 
 @torch.no_grad()
-def token_scores(model, ids, autocast, device, features=None):
+def token_scores(model, ids, autocast, device, features=None, retrieval=None):
     """[(nats [b, T], hits [b, T]), ...] of the targets of some samples at a time.
 
     Args:
         features: function of a slice of the samples to their (contexts, streams), when these are at hand.
+        retrieval: what the model looks up, whose nats [b, T] then come third; or None.
     """
     model.eval()
 
@@ -59,9 +60,33 @@ def token_scores(model, ids, autocast, device, features=None):
         contexts, streams = features(part) if features else trajectories(model, ids[part], autocast, device)
         targets = ids[part, 1:].to(device).long()
         with autocast():
-            return linear_token_nll(model.hidden(contexts, streams), *model.output_weights(), targets)
+            scores = linear_token_nll(model.hidden(contexts, streams), *model.output_weights(), targets)
+        if retrieval is None:
+            return scores
+        read = ids[part, :-1].to(device).long(), contexts, streams
+        return *scores, looked_up_nats(model, retrieval, *read, targets, autocast)
 
     return map_parts(scored, len(ids), SEQUENCES_AT_A_TIME)
+
+
+@torch.no_grad()
+def looked_up_nats(model, retrieval, ids, contexts, streams, targets, autocast):
+    """Nats [B, T] of targets with retrieval, each text read as a stream from its first id on.
+
+    Args:
+        ids, targets: int64 [B, T]. contexts, streams: what the model made of them.
+    """
+    texts = max(1, TOKENS_LOOKED_UP // ids.shape[1])
+    nats = []
+    for few in zip(*(each.split(texts) for each in (ids, contexts, streams, targets)), strict=True):
+        past = retrieval.start(len(few[0]), ids.device)
+        for piece in zip(*(each.split(TOKENS_LOOKED_UP, 1) for each in few), strict=True):
+            poll()
+            with autocast():
+                probability, past = retrieval.read(model, *piece[:3], past, piece[3])
+            nats.append(-probability.log())
+    count = -(-ids.shape[1] // TOKENS_LOOKED_UP)
+    return torch.cat([torch.cat(nats[i : i + count], 1) for i in range(0, len(nats), count)])
 
 
 def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None, totals=lambda *sums: sums):

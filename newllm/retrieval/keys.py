@@ -67,5 +67,6 @@ class Keys(nn.Module):
 
     def _spelled(self, ids):
         vectors = self.table[ids.clamp_min(0)] * (ids >= 0)[..., None]
-        back = [functional.pad(vectors, (0, 0, lag, 0))[:, : ids.shape[1]] for lag in range(LAST_TOKENS)]
+        count, vectors = ids.shape[1], functional.pad(vectors, (0, 0, LAST_TOKENS - 1, 0))
+        back = [vectors[:, first : first + count] for first in reversed(range(LAST_TOKENS))]
         return functional.normalize(torch.cat(back, -1), dim=-1)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 ROWS = 8  # questions compared at a time: always as many, as a product of other shape rounds differently
+TOGETHER = 64  # keys of the text so far that are joined to the older ones at once
 
 
 class Finds(NamedTuple):
@@ -63,27 +64,41 @@ def over_all(weights, finds, vocab_size):
 
 
 class Past(NamedTuple):
-    """The text so far, as far back as it is looked up; an id below 0 is padding."""
+    """The text so far, as far back as it is looked up; an id below 0 is padding.
+
+    The keys of the newest tokens lie apart until there are TOGETHER of them: a token then copies few keys.
+    """
 
     ids: torch.Tensor  # [B, M]
-    keys: torch.Tensor  # [B, M, K]
+    keys: torch.Tensor  # [B, M - r, K] of all but the newest
+    newest: torch.Tensor  # [B, r, K]
     length: torch.Tensor  # [B] tokens read, however far back
 
+    def joined(self):
+        """The same with all keys [B, M, K] together, none apart."""
+        keys = torch.cat([self.keys, self.newest], 1)
+        return self._replace(keys=keys, newest=keys[:, :0])
+
     def extended(self, ids, keys, window):
-        """The text with the next ids [B, Q] and their keys [B, Q, K]."""
-        ids, keys = torch.cat([self.ids, ids], 1), torch.cat([self.keys, keys], 1)
-        added = (ids[:, self.ids.shape[1] :] >= 0).sum(1)
-        return Past(ids[:, -window:], keys[:, -window:], self.length + added)
+        """The text with the next ids [B, Q] and their keys [B, Q, K], or those of the last `window` alone."""
+        length = self.length + (ids >= 0).sum(1)
+        ids = torch.cat([self.ids, ids], 1)[:, -window:]
+        newest = torch.cat([self.newest, keys], 1)[:, -window:]
+        older = self.keys
+        if newest.shape[1] >= TOGETHER:
+            older, newest = torch.cat([older, newest], 1), newest[:, :0]
+        kept = ids.shape[1] - newest.shape[1]
+        return Past(ids, older[:, older.shape[1] - kept :], newest, length)
 
     def find(self, ids, keys, window):
         """What the next ids [B, Q] with keys [B, Q, K] find, at most `window` tokens back."""
-        count = ids.shape[1]
-        ids, known = torch.cat([self.ids, ids], 1), torch.cat([self.keys, keys], 1)
-        place = torch.arange(ids.shape[1], device=ids.device)
-        age = place[-count:, None] - place
-        there = ((age > 0) & (age <= window))[None] & (ids >= 0)[:, None]
-        following = functional.pad(ids[:, 1:], (0, 1), value=-1)[:, None]
-        return Finds(keys @ known.transpose(1, 2), there, following, age.float().expand(len(ids), -1, -1))
+        known = torch.cat([self.ids, ids], 1)
+        cosine = torch.cat([keys @ part.transpose(1, 2) for part in (self.keys, self.newest, keys)], -1)
+        place = torch.arange(known.shape[1], device=ids.device)
+        age = place[-ids.shape[1] :, None] - place
+        there = ((age > 0) & (age <= window))[None] & (known >= 0)[:, None]
+        following = functional.pad(known[:, 1:], (0, 1), value=-1)[:, None]
+        return Finds(cosine, there, following, age.float().expand(len(ids), -1, -1))
 
 
 class Store(nn.Module):
@@ -116,21 +131,23 @@ class Store(nn.Module):
     def nearest(self, ids, keys, count):
         """The `count` places with the largest cosine to each of keys [B, Q, K] among those of its token."""
         flat, tokens = keys.flatten(0, 1), ids.flatten()
-        cosine = flat.new_zeros(len(flat), count)
-        there = torch.zeros_like(cosine, dtype=torch.bool)
-        following = torch.zeros_like(cosine, dtype=torch.int32)
-        first, last = self.starts[tokens].tolist(), self.starts[tokens + 1].tolist()
+        starts, ends = self.starts[tokens], self.starts[tokens + 1]
         asking = {}
-        for row, place in enumerate(zip(first, last, strict=True)):
+        for row, place in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
             asking.setdefault(place, []).append(row)
+        cosine = flat.new_zeros(len(flat), count)
+        following = torch.zeros_like(cosine, dtype=torch.int32)
         for (start, end), rows in asking.items():
             if end <= start:  # not in the training text, or padding
                 continue
             known, kept = self.keys[start:end].float(), min(count, end - start)
-            for some in torch.tensor(rows, device=flat.device).split(ROWS):
-                asked = functional.pad(flat[some], (0, 0, 0, ROWS - len(some)))
-                found, place = (asked @ known.T)[: len(some)].topk(kept)
-                cosine[some, :kept], there[some, :kept] = found, True
-                following[some, :kept] = self.following[place + start]
+            few = torch.tensor(rows, device=flat.device).split(ROWS) if len(flat) > 1 else [slice(1)]
+            for some in few:
+                own = flat[some]
+                asked = functional.pad(own, (0, 0, 0, ROWS - len(own)))
+                found, place = (asked @ known.T)[: len(own)].topk(kept)
+                cosine[some, :kept] = found
+                following[some, :kept] = self.following[start:end][place]
+        there = torch.arange(count, device=flat.device) < (ends - starts)[:, None]
         shape = *ids.shape, count
         return Finds(cosine.view(shape), there.view(shape), following.view(shape))
