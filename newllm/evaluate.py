@@ -6,6 +6,7 @@ Arguments: ids [B, T+1], samples whose last id is only a target; autocast, funct
 manager of the precision. Shapes: B sequences, T tokens, C and E widths, V vocabulary.
 """
 
+import hashlib
 import math
 
 import torch
@@ -23,6 +24,8 @@ CURVE_SEQUENCES = 32  # sequences behind cold-start and memory curves
 MAX_SWEEPS = 16
 SPECTRUM_POINTS = 64  # singular values kept of a spectrum, evenly over its ranks
 SEQUENCES_AT_A_TIME = 256
+LOOKED_UP_LOGITS = 1 << 23  # held at a time with retrieval, some five times over
+LOOKED_UP_LENGTH = 512  # tokens of a long text that are looked up together
 
 
 def encode(model, ids):
@@ -76,17 +79,18 @@ def looked_up_nats(model, retrieval, ids, contexts, streams, targets, autocast):
     Args:
         ids, targets: int64 [B, T]. contexts, streams: what the model made of them.
     """
-    texts = max(1, TOKENS_LOOKED_UP // ids.shape[1])
-    nats = []
+    tokens = max(1, LOOKED_UP_LOGITS // model.vocab_size)
+    texts, length = max(1, tokens // ids.shape[1]), min(tokens, LOOKED_UP_LENGTH)
+    rows = []
     for few in zip(*(each.split(texts) for each in (ids, contexts, streams, targets)), strict=True):
-        past = retrieval.start(len(few[0]), ids.device)
-        for piece in zip(*(each.split(TOKENS_LOOKED_UP, 1) for each in few), strict=True):
+        past, nats = retrieval.start(len(few[0]), ids.device), []
+        for *made, wanted in zip(*(each.split(length, 1) for each in few), strict=True):
             poll()
             with autocast():
-                probability, past = retrieval.read(model, *piece[:3], past, piece[3])
+                probability, past = retrieval.read(model, *made, past, wanted)
             nats.append(-probability.log())
-    count = -(-ids.shape[1] // TOKENS_LOOKED_UP)
-    return torch.cat([torch.cat(nats[i : i + count], 1) for i in range(0, len(nats), count)])
+        rows.append(torch.cat(nats, 1))
+    return torch.cat(rows)
 
 
 def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None, totals=lambda *sums: sums):
@@ -100,18 +104,47 @@ def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None
         {"loss": nats a token, "ppl": its exponential, "acc": share of right argmaxes, "bpb": bits a byte}.
     """
     parts = token_scores(model, ids, autocast, device, features)
+    return _prediction(parts, ids, token_bytes, totals)
+
+
+def evaluate_retrieval(model, retrieval, ids, token_bytes, autocast, device):
+    """The same figures, and {"loss_retrieval", "ppl_retrieval", "bpb_retrieval"} of one reading of samples.
+
+    Samples that the retrieval was measured on, when it was fitted, count as they did then: its gate may have
+    been fitted on them since.
+    """
+    parts = token_scores(model, ids, autocast, device, retrieval=retrieval)
+    figures = _prediction([scores[:2] for scores in parts], ids, token_bytes, lambda *sums: sums)
+    nats = torch.cat([scores[2].double().sum(1) for scores in parts]).tolist()
+    held_out = retrieval.held_out or {}
+    nats = [held_out.get(sample_digest(sample), read) for sample, read in zip(ids, nats, strict=True)]
+    looked_up = loss_figures(sum(nats), ids[:, 1:].numel(), text_bytes(ids, token_bytes))
+    return figures | {f"{name}_retrieval": value for name, value in looked_up.items()}
+
+
+def _prediction(parts, ids, token_bytes, totals):
     sums = [torch.stack([nats.double().sum(), hits.double().sum()]).tolist() for nats, hits in parts]
     sums = torch.tensor(sums, dtype=torch.float64).view(-1, 2)  # the view: a process may own no sample
     nats, right, count, size = totals(*sums.sum(0).tolist(), ids[:, 1:].numel(), text_bytes(ids, token_bytes))
+    return loss_figures(nats, count, size) | {"acc": right / count}
+
+
+def loss_figures(nats, count, size):
+    """{"loss", "ppl", "bpb"}, as above, of the nats of so many targets that stand for `size` bytes."""
     loss = nats / count
     perplexity = math.exp(min(loss, 700))  # fp64 ends at exp(709)
-    return {"loss": loss, "ppl": perplexity, "acc": right / count, "bpb": nats / math.log(2) / size}
+    return {"loss": loss, "ppl": perplexity, "bpb": nats / math.log(2) / size}
 
 
 def sample_nats(model, ids, autocast, device, features=None):
     """Nats of each sample over all its targets, for paired comparisons: fp64 [B]. Features as above."""
     parts = token_scores(model, ids, autocast, device, features)
     return torch.cat([torch.empty(0, device=device), *(nats.double().sum(-1) for nats, _ in parts)])
+
+
+def sample_digest(ids):
+    """What a sample, ids [T+1], is known again by: a part of its SHA-256 (hex)."""
+    return hashlib.sha256(ids.cpu().int().numpy().tobytes()).hexdigest()[:16]
 
 
 def text_bytes(ids, token_bytes):

@@ -49,6 +49,8 @@ class Retrieval(nn.Module):
         sizes: of the counts and the store that `load_state_dict` will bring: (KneserNey.sizes, places).
     """
 
+    held_out = None  # {digest of a sample: nats it got from a fit on others}, once that was measured
+
     def __init__(self, experts, keys, vocab_size, network=True, window=4096, neighbours=256, sizes=((), 0)):
         super().__init__()
         self.experts = [name for name in EXPERTS if name in experts]
