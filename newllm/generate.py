@@ -6,6 +6,7 @@ import collections
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional
 
 from newllm.saving.stop import poll
 
@@ -70,6 +71,24 @@ def read(model, ids, retrieval=None, state=None):
         hidden = model.hidden(contexts, streams)
         past = retrieval.remember(ids[None], past, hidden=hidden, contexts=contexts)
     return State(recurrent, past)
+
+
+@torch.no_grad()
+def after(model, ids, contexts, retrieval=None):
+    """The State after a text, ids [T], whose contexts [T, C] are there, by sweeps for instance.
+
+    Args:
+        model: one with a `step`. retrieval: what it looks up, or None.
+    """
+    state, past = (contexts[-1:] if len(contexts) else None), None
+    if retrieval:
+        last = slice(-retrieval.window, None)
+        before = functional.pad(contexts, (0, 0, 1, 0))[:-1]
+        _, streams = model.step(before[last], model.embed(ids[last]))
+        contexts = contexts[last]
+        made = {"hidden": model.hidden(contexts, streams)[None], "contexts": contexts[None]}
+        past = retrieval.remember(ids[None], retrieval.start(1, ids.device), **made)
+    return State(state, past)
 
 
 @torch.no_grad()

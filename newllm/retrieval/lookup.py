@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 ROWS = 8  # questions compared at a time: always as many, as a product of other shape rounds differently
+BLOCK = 1 << 14  # places compared at a time
 TOGETHER = 64  # keys of the text so far that are joined to the older ones at once
 
 
@@ -93,7 +94,8 @@ class Past(NamedTuple):
     def find(self, ids, keys, window):
         """What the next ids [B, Q] with keys [B, Q, K] find, at most `window` tokens back."""
         known = torch.cat([self.ids, ids], 1)
-        cosine = torch.cat([keys @ part.transpose(1, 2) for part in (self.keys, self.newest, keys)], -1)
+        parts = self.keys, self.newest, keys
+        cosine = torch.cat([torch.bmm(keys, part.transpose(1, 2)) for part in parts], -1)
         place = torch.arange(known.shape[1], device=ids.device)
         age = place[-ids.shape[1] :, None] - place
         there = ((age > 0) & (age <= window))[None] & (known >= 0)[:, None]
@@ -140,12 +142,15 @@ class Store(nn.Module):
         for (start, end), rows in asking.items():
             if end <= start:  # not in the training text, or padding
                 continue
-            known, kept = self.keys[start:end].float(), min(count, end - start)
+            blocks, kept = self.keys[start:end].split(BLOCK), min(count, end - start)
+            if len(blocks) == 1:
+                blocks = [blocks[0].float()]
             few = torch.tensor(rows, device=flat.device).split(ROWS) if len(flat) > 1 else [slice(1)]
             for some in few:
                 own = flat[some]
                 asked = functional.pad(own, (0, 0, 0, ROWS - len(own)))
-                found, place = (asked @ known.T)[: len(own)].topk(kept)
+                found = torch.cat([(asked @ block.float().T)[: len(own)] for block in blocks], 1)
+                found, place = found.topk(kept)
                 cosine[some, :kept] = found
                 following[some, :kept] = self.following[start:end][place]
         there = torch.arange(count, device=flat.device) < (ends - starts)[:, None]

@@ -125,7 +125,7 @@ class Retrieval(nn.Module):
         Args:
             past: before them. made: as above, of all T places or of as many of the last as the window has.
         """
-        near = torch.cat([past.ids[:, 1 - ORDER :], ids], 1)
+        near = torch.cat([past.ids[:, 1 - ORDER :], ids[:, -self.window - ORDER :]], 1)
         with torch.autocast(ids.device.type, enabled=False):
             keys = self.keys(near, **made)[:, -ids.shape[1] :]
         return past.extended(ids, keys, self.window)
@@ -161,9 +161,8 @@ class Retrieval(nn.Module):
         grams = evidence.grams
         given = self.ngram.over_all(grams) if targets is None else self.ngram.of(targets, grams).float()
         longest = self.ngram.longest(grams)
-        return Opinion(
-            given, functional.one_hot(longest, ORDER).float(), torch.ones_like(longest, dtype=bool)
-        )
+        which = longest[..., None] == torch.arange(ORDER, device=longest.device)
+        return Opinion(given, which.float(), torch.ones_like(longest, dtype=bool))
 
     def _cache_opinion(self, evidence, targets):
         opinion = self._votes(self.cache, evidence.cache, targets)

@@ -71,10 +71,11 @@ class Level(nn.Module):
     def after(self, contexts, vocab_size):
         """(Which of contexts [n], id of a k-gram of it) of all k-grams of contexts, -1: one never seen."""
         # They lie together in the keys, and nothing lies below key 0.
-        bounds = torch.stack([contexts, contexts + 1]) * vocab_size
-        first, last = torch.searchsorted(self.keys, bounds)
         if len(contexts) == 1:
-            return 0, slice(first.item(), last.item())
+            first = contexts.item() * vocab_size
+            bounds = torch.tensor([first, first + vocab_size], device=contexts.device)
+            return 0, slice(*torch.searchsorted(self.keys, bounds).tolist())
+        first, last = torch.searchsorted(self.keys, torch.stack([contexts, contexts + 1]) * vocab_size)
         many = last - first
         row = torch.arange(len(contexts), device=contexts.device).repeat_interleave(many)
         place = torch.arange(len(row), device=row.device) - (many.cumsum(0) - many - first)[row]
