@@ -1,7 +1,7 @@
 """What looking up costs: while generating, behind a long text, in evaluation, and among many places.
 
-    python3 -m scripts.bench_retrieval                             # the network of config.py; settings are flags
-    python3 -m scripts.bench_retrieval --parts generation --json   # some of the parts
+    python3 -m scripts.bench_retrieval                      # the network of config.py; settings are flags
+    python3 -m scripts.bench_retrieval --parts long --json  # one of the parts
 
 Ids are random, as frequent as words are (Zipf-Mandelbrot); weights and keys are random too, as times do not
 depend on them. With and without retrieval take turns, and a ratio is the median over the turns. Seconds are

@@ -4,9 +4,9 @@
     python3 -m scripts.evaluate checkpoints/model_best.pt --data_source other.jsonl --samples 100
     python3 -m scripts.evaluate checkpoints/model_latest.pt --inspect    # what it holds; no data needed
 
-Trains nothing and changes nothing; compare models with other tokenizers by bits per byte. `val_ppl` and its like
-are of the network alone, `val_ppl_retrieval` and its like of what the model is used with: each sample is read
-from its first token on, and what was read so far is looked up.
+Trains nothing and changes nothing; compare models with other tokenizers by bits per byte. `val_ppl` and its
+like are of the network alone, `val_ppl_retrieval` and its like of what the model is used with: each sample is
+read from its first token on, and what was read so far is looked up.
 """
 
 import contextlib

@@ -42,8 +42,8 @@ PIECE, MAX_SWEEPS = 4096, 64  # tokens swept at once, and sweeps of these at mos
 LOOP_PIECE = 256  # tokens of the loop between two looks at the clock
 CURVE_TOKENS, CURVE_SWEEPS = 2048, 32  # of the curve of errors, in fp32
 COLUMNS = (
-    "weights", "tokens", "tolerance", "passes", "sweeps", "error", "worst token", "prediction", "loop s", "sweeps s",
-    "loop tok/s", "sweeps tok/s", "speed-up",
+    "weights", "tokens", "tolerance", "passes", "sweeps", "error", "worst token", "prediction", "loop s",
+    "sweeps s", "loop tok/s", "sweeps tok/s", "speed-up",
 )  # fmt: skip
 
 
@@ -180,11 +180,9 @@ def retrieval_beside(config, model, say):
     if found is None:
         say(f"retrieval: none, as {config.checkpoint_dir} holds {reason}; the network predicts alone")
         return None
-    each = 4 * found.keys.width + 8
-    say(
-        f"retrieval: {', '.join(found.experts)}; behind a text of any length the state is {each * found.window / 1e6:.1f} "
-        f"MB at most, of its last {found.window:,} tokens"
-    )
+    megabytes = found.window * (4 * found.keys.width + 8) / 1e6
+    parts = f"{', '.join(found.experts)}; the state behind a text of any length"
+    say(f"retrieval: {parts} has its last {found.window:,} tokens, {megabytes:.1f} MB at most")
     return found
 
 

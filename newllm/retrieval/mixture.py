@@ -45,7 +45,7 @@ class Retrieval(nn.Module):
     Args:
         experts: those beside the network, some of EXPERTS. keys: Keys. vocab_size: V.
         network: whether there is one to mix with.
-        window: tokens of the text so far that are looked up. neighbours: places of the training text that are.
+        window, neighbours: tokens of the text so far, and places of the training text, that are looked up.
         sizes: of the counts and the store that `load_state_dict` will bring: (KneserNey.sizes, places).
     """
 

@@ -143,7 +143,7 @@ class KneserNey(nn.Module):
         return -np.log(self.of(ids[:, 1:], self.contexts(ids[:, :-1])).numpy())
 
     def contexts(self, ids):
-        """Ids [B, T] -> [order - 1][B, T]: which 1-gram, 2-gram, ... ends at each place, -1: one never seen."""
+        """Ids [B, T] -> [order - 1][B, T]: the 1-gram, 2-gram, ... ending at each place; -1: never seen."""
         found = [ids] if len(self.levels) > 1 else []
         for level in self.levels[1:-1]:
             before = torch.nn.functional.pad(found[-1][:, :-1], (1, 0), value=NO_TOKEN)
