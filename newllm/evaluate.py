@@ -10,6 +10,7 @@ import hashlib
 import math
 
 import torch
+from torch.nn import functional
 
 from newllm.fixed_point import diagnostics
 from newllm.fixed_point.solver import sequential, sweep
@@ -62,19 +63,18 @@ def token_scores(model, ids, autocast, device, features=None, retrieval=None):
     def scored(part):
         contexts, streams = features(part) if features else trajectories(model, ids[part], autocast, device)
         targets = ids[part, 1:].to(device).long()
+        if retrieval:
+            read = ids[part, :-1].to(device).long(), contexts, streams
+            return looked_up_scores(model, retrieval, *read, targets, autocast)
         with autocast():
-            scores = linear_token_nll(model.hidden(contexts, streams), *model.output_weights(), targets)
-        if retrieval is None:
-            return scores
-        read = ids[part, :-1].to(device).long(), contexts, streams
-        return *scores, looked_up_nats(model, retrieval, *read, targets, autocast)
+            return linear_token_nll(model.hidden(contexts, streams), *model.output_weights(), targets)
 
     return map_parts(scored, len(ids), SEQUENCES_AT_A_TIME)
 
 
 @torch.no_grad()
-def looked_up_nats(model, retrieval, ids, contexts, streams, targets, autocast):
-    """Nats [B, T] of targets with retrieval, each text read as a stream from its first id on.
+def looked_up_scores(model, retrieval, ids, contexts, streams, targets, autocast):
+    """(Nats, hits, nats with retrieval), each [B, T], of targets; a text is a stream from its first id on.
 
     Args:
         ids, targets: int64 [B, T]. contexts, streams: what the model made of them.
@@ -83,14 +83,19 @@ def looked_up_nats(model, retrieval, ids, contexts, streams, targets, autocast):
     texts, length = max(1, tokens // ids.shape[1]), min(tokens, LOOKED_UP_LENGTH)
     rows = []
     for few in zip(*(each.split(texts) for each in (ids, contexts, streams, targets)), strict=True):
-        past, nats = retrieval.start(len(few[0]), ids.device), []
-        for *made, wanted in zip(*(each.split(length, 1) for each in few), strict=True):
+        past, scores = retrieval.start(len(few[0]), ids.device), []
+        for read, *made, wanted in zip(*(each.split(length, 1) for each in few), strict=True):
             poll()
             with autocast():
-                probability, past = retrieval.read(model, *made, past, wanted)
-            nats.append(-probability.log())
-        rows.append(torch.cat(nats, 1))
-    return torch.cat(rows)
+                hidden = model.hidden(*made)
+                logits = functional.linear(hidden, *model.output_weights()).float()
+            nats = functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+            probability, past = retrieval.read_logits(
+                logits, read, past, wanted, hidden=hidden, contexts=made[0]
+            )
+            scores.append((nats.view_as(wanted), logits.argmax(-1) == wanted, -probability.log()))
+        rows.append([torch.cat(each, 1) for each in zip(*scores, strict=True)])
+    return tuple(torch.cat(each) for each in zip(*rows, strict=True))
 
 
 def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None, totals=lambda *sums: sums):

@@ -101,8 +101,12 @@ class Retrieval(nn.Module):
         """
         hidden = model.hidden(contexts, streams)
         logits = functional.linear(hidden, *model.output_weights())
+        return self.read_logits(logits, ids, past, targets, hidden=hidden, contexts=contexts)
+
+    def read_logits(self, logits, ids, past, targets=None, **made):
+        """The same of a network's logits [B, T, V] at hand; `made`: what keys are made of, [B, T, ...]."""
         with torch.autocast(logits.device.type, enabled=False):
-            evidence, past = self.look_up(ids, past, hidden=hidden, contexts=contexts)
+            evidence, past = self.look_up(ids, past, **made)
             probability, _ = self(evidence, network_opinion(logits, targets), targets)
         return probability, past
 
