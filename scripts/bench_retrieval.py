@@ -35,7 +35,8 @@ from newllm.training.runtime import open_runtime, peak_memory_mb
 
 VOCABULARY = 4096
 PLACES = 100_000  # tokens of training text that are looked up
-TURNS, TOKENS = 5, 40  # of generation: turns, and tokens in each
+TURNS, TOKENS = 9, 30  # of generation: turns, and tokens in each
+SHORT = 100  # tokens of a short text
 SAMPLES = 64  # evaluated
 LENGTHS = (5_000, 50_000, 500_000, 2_000_000)  # of the text so far
 SIZES = (100_000, 1_000_000, 10_000_000)  # places
@@ -105,18 +106,21 @@ class Made:
 
 
 def generation(config, wall):
-    """Tokens a second behind a text as long as the window, without and with retrieval in turns."""
+    """Tokens a second without and with retrieval in turns, behind a short text and a window of text."""
     made = Made(config)
     alone = read(made.model, made.text(8))
-    state = State(alone.recurrent, long_past(made, config.retrieval_window))
-    seconds = [
-        (made.seconds_a_token(None, alone, wall), made.seconds_a_token(made.retrieval, state, wall))
-        for _ in range(TURNS)
-    ]
-    without, with_it = (median(each) for each in zip(*seconds, strict=True))
-    ratio = median(one / other for one, other in seconds)
     name = f"{config.num_layers} x {config.context_dim}, {torch.get_num_threads()} threads"
-    yield dict(network=name, without_tok_s=1 / without, with_tok_s=1 / with_it, speed_kept=ratio)
+    for length in (SHORT, config.retrieval_window):
+        state = State(alone.recurrent, long_past(made, length))
+        seconds = [
+            (made.seconds_a_token(None, alone, wall), made.seconds_a_token(made.retrieval, state, wall))
+            for _ in range(TURNS)
+        ]
+        without, with_it = (1 / median(each) for each in zip(*seconds, strict=True))
+        kept = median(one / other for one, other in seconds)
+        yield dict(
+            network=name, text_so_far=length, without_tok_s=without, with_tok_s=with_it, speed_kept=kept
+        )
 
 
 def long_past(made, length):
