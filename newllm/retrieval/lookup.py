@@ -26,7 +26,7 @@ class Finds(NamedTuple):
     def largest(self):
         """(Largest cosine [B, Q], 0 where nothing was found; whether anything was)."""
         any_there = self.there.any(-1)
-        largest = self.cosine.masked_fill(~self.there, -1).amax(-1)
+        largest = torch.where(self.there, self.cosine, -1).amax(-1)
         return largest * any_there, any_there
 
 
@@ -47,7 +47,7 @@ class Votes(nn.Module):
         score = finds.cosine / self.log_temperature.exp()
         if self.log_fading is not None:
             score = score - self.log_fading.exp() * finds.age
-        score = score.masked_fill(~finds.there, -torch.inf)
+        score = torch.where(finds.there, score, -torch.inf)
         top = score.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(score.dtype).min)
         weights = (score - top).exp()  # of the best place 1, of a row without any 0
         return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(score.dtype).tiny)

@@ -169,8 +169,8 @@ class KneserNey(nn.Module):
         """Probabilities [B, T, V] (fp32) of every id at each place."""
         lowest, *higher = self.levels
         rows = contexts[0].shape
-        start = (lowest.discounted[:-1] + lowest.backoff[0] / self.vocab_size).float()
-        probability = start.repeat(rows.numel(), 1)
+        start = lowest.discounted[:-1] + lowest.backoff[0] / self.vocab_size
+        probability = start.float().repeat(rows.numel(), 1)
         for level, ids in zip(higher, contexts, strict=True):
             ids = ids.flatten()
             if len(ids) == 1 and ids.item() < 0:  # as in most of a generated text: not seen, so unchanged
