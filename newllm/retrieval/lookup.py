@@ -137,22 +137,29 @@ class Store(nn.Module):
         asking = {}
         for row, place in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
             asking.setdefault(place, []).append(row)
+        if len(flat) == 1 and ends > starts:  # one token of one text: nothing has to be put together
+            cosine, following = (found[None] for found in next(self._among(*place, flat, count)))
+            return Finds(cosine, torch.ones_like(cosine, dtype=torch.bool), following)
         cosine = flat.new_zeros(len(flat), count)
         following = torch.zeros_like(cosine, dtype=torch.int32)
         for (start, end), rows in asking.items():
             if end <= start:  # not in the training text, or padding
                 continue
-            blocks, kept = self.keys[start:end].split(BLOCK), min(count, end - start)
-            if len(blocks) == 1:
-                blocks = [blocks[0].float()]
-            few = torch.tensor(rows, device=flat.device).split(ROWS) if len(flat) > 1 else [slice(1)]
-            for some in few:
-                own = flat[some]
-                asked = functional.pad(own, (0, 0, 0, ROWS - len(own)))
-                found = torch.cat([(asked @ block.float().T)[: len(own)] for block in blocks], 1)
-                found, place = found.topk(kept)
-                cosine[some, :kept] = found
-                following[some, :kept] = self.following[start:end][place]
+            rows = torch.tensor(rows, device=flat.device)
+            found = self._among(start, end, flat[rows], count)
+            for some, (best, after) in zip(rows.split(ROWS), found, strict=True):
+                cosine[some, : best.shape[1]], following[some, : best.shape[1]] = best, after
         there = torch.arange(count, device=flat.device) < (ends - starts)[:, None]
         shape = *ids.shape, count
         return Finds(cosine.view(shape), there.view(shape), following.view(shape))
+
+    def _among(self, start, end, asked, count):
+        """The best of places start to end for keys [n, K], ROWS at a time: (cosine, id after) [n, m]."""
+        blocks = self.keys[start:end].split(BLOCK)
+        if len(blocks) == 1:
+            blocks = [blocks[0].float()]
+        for own in asked.split(ROWS):
+            filled = functional.pad(own, (0, 0, 0, ROWS - len(own)))
+            cosine = torch.cat([(filled @ block.float().T)[: len(own)] for block in blocks], 1)
+            best, place = cosine.topk(min(count, end - start))
+            yield best, self.following[start:end][place]
