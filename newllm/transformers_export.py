@@ -22,9 +22,13 @@ CODE = {  # file of the folder: the module it is copied from
     f"{MODEL}.py": "transformers_model.py",
     "network.py": "models/network.py",
     "solver.py": "fixed_point/solver.py",
+    "keys.py": "retrieval/keys.py",
+    "lookup.py": "retrieval/lookup.py",
+    "mixture.py": "retrieval/mixture.py",
+    "ngram.py": "retrieval/ngram.py",
     "versions.py": "versions.py",
 }
-NEEDED = ("torch", "transformers", "tokenizers")  # to load an exported folder
+NEEDED = ("torch", "transformers", "tokenizers", "numpy")  # to load an exported folder
 # Writes a dialogue as the data's `render` does, and raises where that does: encode() on lone surrogates.
 CHAT_TEMPLATE = """\
 {%- set dialogue = namespace(text='') -%}
@@ -99,17 +103,21 @@ def to_transformers(saved):
             "exported: use transformers' own, or --format zip."
         )
     network, tokenizer = load_model(saved)
+    retrieval = saved.get("retrieval")
     config = NewLLMConfig(
         network=kind, vocab_size=tokenizer.vocab_size, hidden_size=settings["context_dim"],
         embed_dim=settings["embed_dim"], num_hidden_layers=settings["num_layers"],
         token_layers=settings["token_layers"], keeps_embedding=network.context_embedding is not None,
         tie_word_embeddings=settings["tie_weights"], seed=settings["seed"],
         eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id,
+        retrieval=retrieval and retrieval["description"],
         auto_map={"AutoConfig": f"{MODEL}.NewLLMConfig",
                   "AutoModelForCausalLM": f"{MODEL}.NewLLMForCausalLM"},
     )  # fmt: skip
     model = NewLLMForCausalLM(config)
     model.network.load_state_dict(network.state_dict())
+    if retrieval:
+        model.retrieval.load_state_dict(retrieval["state"])
     end = tokenizer.decode([tokenizer.eos_id])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.to_json()), eos_token=end, pad_token=end,
@@ -127,9 +135,15 @@ def write_code(folder):
         tested = [text for text in requirements if re.match(r"[\w-]+", text)[0] in NEEDED]
     for name, source in CODE.items():
         text = (Path(__file__).parent / source).read_text(encoding="utf-8")
-        text = re.sub(r"^from newllm\.(?:\w+\.)*(\w+) import", r"from .\1 import", text, flags=re.M)
+        text = re.sub(r"^from newllm\.([\w.]+) import", beside, text, flags=re.M)
         text = re.sub(r"^TESTED = None.*", f"TESTED = {tested!r}", text, flags=re.M)
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def beside(match):
+    """An import from a package or a module of the project, as from one folder that holds all of them."""
+    path = Path(__file__).parent.joinpath(*match[1].split("."))
+    return "from . import" if path.is_dir() else f"from .{path.name} import"
 
 
 @contextlib.contextmanager
