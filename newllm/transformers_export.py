@@ -1,4 +1,7 @@
-"""A trained model as a folder that transformers loads offline: weights, tokenizer, code, model card."""
+"""A trained model as a folder that transformers loads offline: weights, tokenizer, code, model card.
+
+What it looks up beside its own prediction lies among the weights.
+"""
 
 import contextlib
 import importlib.metadata
@@ -55,7 +58,8 @@ def export_folder(saved, record, folder):
     """Write all of it.
 
     Args:
-        saved: what newllm.saving.trained.save_model wrote. record: of its run, newllm.report.record.Record.
+        saved: what newllm.saving.trained.save_model wrote; without "retrieval" the network alone is exported.
+        record: of its run, newllm.report.record.Record.
         folder: made if it is not there; an earlier export is replaced.
 
     Raises:
@@ -69,7 +73,8 @@ def export_folder(saved, record, folder):
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         write_code(new)
-        (new / "README.md").write_text(model_card(record), encoding="utf-8", errors="backslashreplace")
+        card = model_card(record, model.retrieval)
+        (new / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
 def refresh_folder(folder):
@@ -164,10 +169,49 @@ def written_together(folder):
         raise UserError(f"{folder} cannot be written ({reason}): choose another folder.") from error
 
 
-def model_card(record):
-    """The folder's README.md, from what the run has written down: data, figures beside others, limits."""
+LOOKED_UP = {
+    "ngram": "how often each run of up to five tokens occurs in its training text (Kneser-Ney counts),",
+    "cache": "places of the text so far, up to {window:,} tokens back, that are like this one,",
+    "knn": "the {neighbours} places of its training text that are most like this one,",
+}
+RETRIEVAL_CARD = """
+## What it looks up
+
+The probabilities are a mixture, weighed anew at each token: the network's own prediction, and what follows in
+
+{looked_up}
+
+`from_pretrained(..., retrieval="none")` gives the network alone.
+
+**Whoever has this folder can read much of the training text.** It is in `model.safetensors`: the ids of every
+run of up to five tokens, and of each place of the text the token that follows. Publish it only if you may
+publish that text. An export with `--retrieval none` holds neither; what a network has learned by heart it
+holds, as any does.
+"""
+
+
+def retrieval_card(retrieval):
+    """What a model looks up, and what of its training text the folder therefore holds; "" of None."""
+    if retrieval is None:
+        return ""
+    sizes = dict(window=retrieval.window, neighbours=retrieval.neighbours)
+    lines = [f"- {LOOKED_UP[name].format(**sizes)}" for name in retrieval.experts]
+    return RETRIEVAL_CARD.format(looked_up="\n".join(lines).removesuffix(",") + ".")
+
+
+def model_card(record, retrieval):
+    """The folder's README.md, from what the run has written down: data, figures beside others, limits.
+
+    Args:
+        record: newllm.report.record.Record. retrieval: the model's, or None.
+    """
     config, summary = record.config, record.summary
-    table = "\n".join(f"| {name} | {ppl:.1f} | {bpb:.3f} |" for name, ppl, bpb in language_rows(summary))
+    rows = language_rows(summary)
+    if retrieval is not None:
+        alone = "its network alone", summary["val_ppl"], summary["val_bpb"]
+        others = [row for row in rows if row[0] != "this model"]
+        rows = [("this model", summary["val_ppl_retrieval"], summary["val_bpb_retrieval"]), alone, *others]
+    table = "\n".join(f"| {name} | {ppl:.1f} | {bpb:.3f} |" for name, ppl, bpb in rows)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -196,4 +240,4 @@ model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
 inputs = tokenizer("User: hello", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```
-"""
+{retrieval_card(retrieval)}"""

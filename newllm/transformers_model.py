@@ -1,8 +1,8 @@
 """The model as a transformers model, whose logits are the log probabilities of its retrieval if it has one.
 
-The state that generation keeps is the context and, for retrieval, a window of the text so far. A folder written by `scripts.export --format transformers` carries this file and those it needs, so that
-transformers alone can load it. Shapes: B sequences, T tokens, C and E widths of context and embedding,
-V vocabulary.
+The state that generation keeps is the context and, for retrieval, a window of the text so far. A folder
+written by `scripts.export --format transformers` carries this file and those it needs, so that transformers
+alone can load it. Shapes: B sequences, T tokens, C and E widths of context and embedding, V vocabulary.
 """
 
 import warnings
@@ -91,20 +91,21 @@ class LookUp(Retrieval):
         return torch.cat(logs, 1), past
 
     def _row_by_row(self, network, ids, contexts, streams, past, first):
-        """The same without the padding of each text."""
+        """The same, of each text without its padding."""
         logs, pasts = contexts.new_zeros(*ids.shape, self.vocab_size, dtype=torch.float32), []
         for row, there in enumerate(ids >= 0):
-            own = Past(*(part[row : row + 1] for part in past))
+            known = past.ids[row] >= 0
+            own = Past(past.ids[row, known][None], past.keys[row, known][None], past.length[row : row + 1])
             if there.any():
                 parts = (part[row, there][None] for part in (ids, contexts, streams))
                 logs[row, there], own = self.read_on(network, *parts, own)
             pasts.append(own)
         longest = max(own.ids.shape[1] for own in pasts)
-        ids = [pad(own.ids, (longest - own.ids.shape[1], 0), value=-1) for own in pasts]
-        keys = [pad(own.keys, (0, 0, longest - own.keys.shape[1], 0)) for own in pasts]
-        return logs[:, first:], Past(
-            torch.cat(ids), torch.cat(keys), torch.cat([own.length for own in pasts])
-        )
+        for row, own in enumerate(pasts):
+            short = longest - own.ids.shape[1]
+            own_ids, own_keys = pad(own.ids, (short, 0), value=-1), pad(own.keys, (0, 0, short, 0))
+            pasts[row] = Past(own_ids, own_keys, own.length)
+        return logs[:, first:], Past(*map(torch.cat, zip(*pasts, strict=True)))
 
 
 class ContextCache:
@@ -226,7 +227,8 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
             labels: [B, T], shifted inside; -100: ignored. logits_to_keep: last positions, or indices; 0: all.
 
         Returns:
-            NewLLMOutput, whose logits are log probabilities (fp32) if there is a retrieval; hidden_states is (contexts [B, T, C],) if asked for.
+            NewLLMOutput. Its logits are log probabilities, in fp32, if there is a retrieval; hidden_states is
+            (contexts [B, T, C],) if asked for.
 
         Raises:
             ValueError: given inputs_embeds or another model's cache, or an id that the model lacks.

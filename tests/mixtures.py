@@ -7,7 +7,7 @@ import torch
 
 from newllm.phases.retrieval import Reading, build
 from newllm.retrieval.keys import PARTS, Keys
-from newllm.retrieval.mixture import EXPERTS, Retrieval
+from newllm.retrieval.mixture import Retrieval
 from newllm.transformers_model import NewLLMConfig, NewLLMForCausalLM
 
 V = 50  # ids, of which a training text has those below 40
