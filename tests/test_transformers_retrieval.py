@@ -9,10 +9,10 @@ from newllm.evaluate import encode
 from newllm.retrieval.mixture import AT_ONCE, EXPERTS
 
 pytest.importorskip("transformers")
-from mixtures import V, made  # noqa: E402
+from mixtures import V, made
 
-from newllm import transformers_model  # noqa: E402
-from newllm.transformers_model import NewLLMForCausalLM  # noqa: E402
+from newllm import transformers_model
+from newllm.transformers_model import NewLLMForCausalLM
 
 
 def texts(batch=2, length=40):
