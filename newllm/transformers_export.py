@@ -142,6 +142,9 @@ def write_code(folder):
         text = (Path(__file__).parent / source).read_text(encoding="utf-8")
         text = re.sub(r"^from newllm\.([\w.]+) import", beside, text, flags=re.M)
         text = re.sub(r"^TESTED = None.*", f"TESTED = {tested!r}", text, flags=re.M)
+        if name == f"{MODEL}.py":  # transformers 5.0 finds only the files that this one names itself
+            others = (Path(other).stem for other in CODE if other != name)
+            text += "".join(f"from .{other} import __doc__ as _\n" for other in others)
         (folder / name).write_text(text, encoding="utf-8")
 
 

@@ -146,6 +146,9 @@ def exported(tmp_path, monkeypatch):
         return folder
 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", sys.path.copy())  # to which that is added, and searched for ever after
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
     return exported
 
 
