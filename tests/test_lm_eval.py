@@ -73,9 +73,11 @@ def held_out():
 
 @torch.no_grad()
 def chances(model, retrieval, ids):
-    """Log probabilities [T] of ids 1 to T."""
+    """Log probabilities [T] of ids 1 to T; without a retrieval those of the network."""
     given, targets = torch.tensor([ids[:-1]]), torch.tensor([ids[1:]])
     read = encode(model, given)
+    if retrieval is None:
+        return model.logits(*read).log_softmax(-1).gather(-1, targets[..., None])[0, :, 0]
     return retrieval.read(model, given, *read, retrieval.start(1), targets)[0][0].log()
 
 
@@ -96,7 +98,8 @@ def likelihood(model, retrieval, tokenizer, context, choice):
 def test_the_harness_gives_our_own_figures(own):
     """Bits per byte, likelihoods and choices; alone and padded in batches, by steps and by sweeps.
 
-    The command of the docs, in a process of its own with the code of the folder, gives the same.
+    Those of the network alone too, as the command line asks for it: `retrieval=none` is None there. The
+    command of the docs, in a process of its own with the code of the folder, gives the same.
     """
     texts, rows = held_out()
     expected = bits_per_byte(*own, texts)
@@ -117,6 +120,19 @@ def test_the_harness_gives_our_own_figures(own):
         for sample in found["samples"]["replies"]:
             found_scores = [score for score, _ in sample["filtered_resps"]]
             assert found_scores == pytest.approx(scores[sample["doc_id"]], rel=1e-4)
+    given = dict(pretrained="model", trust_remote_code=True, max_length=100_000, retrieval=None)
+    found = lm_eval.simple_evaluate(
+        model="hf",
+        model_args=given,
+        tasks=["dialogues"],
+        task_manager=manager,
+        device="cpu",
+        bootstrap_iters=0,
+    )
+    model, _, tokenizer = own
+    network = bits_per_byte(model, None, tokenizer, texts)
+    assert abs(network / expected - 1) > 0.01
+    assert found["results"]["dialogues"]["bits_per_byte,none"] == pytest.approx(network, rel=1e-4)
     caches = {name: str(Path(name).absolute()) for name in ("HF_HOME", "HF_MODULES_CACHE")}
     environment = os.environ | caches | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "lm_eval", *shlex.split(COMMAND), "--output_path=out", "--device=cpu"]
