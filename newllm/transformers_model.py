@@ -77,8 +77,7 @@ class LookUp(Retrieval):
         Arguments as of `read`, but that ids below 0 may lie anywhere.
         """
         known = torch.cat([past.ids, ids], 1) >= 0
-        begun = (known[:, 1:] & ~known[:, :-1]).sum(1) + known[:, 0]
-        if (begun > 1).any():  # padding inside of a text
+        if (known[:, :-1] & ~known[:, 1:]).any():  # padding behind a token
             return self._row_by_row(network, ids, contexts, streams, past, first)
         if first:
             made = contexts[:, :first], streams[:, :first]
@@ -91,11 +90,10 @@ class LookUp(Retrieval):
         return torch.cat(logs, 1), past
 
     def _row_by_row(self, network, ids, contexts, streams, past, first):
-        """The same, of each text without its padding."""
+        """The same, of each text without its padding; in the state that lies on the left."""
         logs, pasts = contexts.new_zeros(*ids.shape, self.vocab_size, dtype=torch.float32), []
         for row, there in enumerate(ids >= 0):
-            known = past.ids[row] >= 0
-            own = Past(past.ids[row, known][None], past.keys[row, known][None], past.length[row : row + 1])
+            own = Past(*(part[row : row + 1] for part in past))
             if there.any():
                 parts = (part[row, there][None] for part in (ids, contexts, streams))
                 logs[row, there], own = self.read_on(network, *parts, own)
@@ -104,7 +102,7 @@ class LookUp(Retrieval):
         for row, own in enumerate(pasts):
             short = longest - own.ids.shape[1]
             own_ids, own_keys = pad(own.ids, (short, 0), value=-1), pad(own.keys, (0, 0, short, 0))
-            pasts[row] = Past(own_ids, own_keys, own.length)
+            pasts[row] = own._replace(ids=own_ids, keys=own_keys)
         return logs[:, first:], Past(*map(torch.cat, zip(*pasts, strict=True)))
 
 
