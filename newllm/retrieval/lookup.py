@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 ROWS = 8  # questions compared at a time: always as many, as a product of other shape rounds differently
+STEPS = 127  # in 8 bits: a value of a key, at most 1, is kept as a whole number of steps of 1 / 127
 
 
 class Finds(NamedTuple):
@@ -95,7 +96,7 @@ class Store(nn.Module):
 
     def __init__(self, vocab_size, size, width):
         super().__init__()
-        self.register_buffer("keys", torch.zeros(size, width, dtype=torch.float16))
+        self.register_buffer("rounded", torch.zeros(size, width, dtype=torch.int8))  # keys, in STEPS
         self.register_buffer("following", torch.zeros(size, dtype=torch.int32))
         self.register_buffer("starts", torch.zeros(vocab_size + 1, dtype=torch.int64))
 
@@ -105,10 +106,10 @@ class Store(nn.Module):
         Args:
             parts: of the samples, each (ids [n], keys [n, K], ids that follow [n]).
         """
-        ids, keys, following = zip(*((i, k.half(), f) for i, k, f in parts), strict=True)
-        ids = torch.cat(ids)
+        parts = ((i, (k * STEPS).round().to(torch.int8), f) for i, k, f in parts)
+        ids, rounded, following = map(torch.cat, zip(*parts, strict=True))
         order = ids.argsort(stable=True)
-        self.keys, self.following = torch.cat(keys)[order], torch.cat(following)[order].int()
+        self.rounded, self.following = rounded[order], following[order].int()
         counts = torch.bincount(ids, minlength=len(self.starts) - 1)
         self.starts = functional.pad(counts.cumsum(0), (1, 0))
         return self
@@ -126,7 +127,7 @@ class Store(nn.Module):
         for (start, end), rows in asking.items():
             if end <= start:  # not in the training text, or padding
                 continue
-            known, kept = self.keys[start:end].float(), min(count, end - start)
+            known, kept = self.rounded[start:end].float() / STEPS, min(count, end - start)
             for some in torch.tensor(rows, device=flat.device).split(ROWS):
                 asked = functional.pad(flat[some], (0, 0, 0, ROWS - len(some)))
                 found, place = (asked @ known.T)[: len(some)].topk(kept)
