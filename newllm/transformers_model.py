@@ -162,6 +162,10 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         self.network = LanguageModel(settings, config.vocab_size)
         self.retrieval = None
         if config.retrieval not in (None, "none"):
+            if not isinstance(config.retrieval, dict):
+                raise ValueError(
+                    f"retrieval={config.retrieval!r}: give 'none', the network alone, or nothing."
+                )
             self.retrieval = LookUp.described(**config.retrieval)
         self.post_init()
 

@@ -39,6 +39,12 @@ def test_its_probabilities_are_those_of_the_project(experts, window):
     torch.testing.assert_close(last.exp(), expected[:, -3:], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("network", ["window", "token"])
+def test_so_are_those_of_the_other_networks(network):
+    model, ids = made(EXPERTS, network=network), texts()
+    torch.testing.assert_close(model(ids).logits.exp(), own(model, ids), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("options", [dict(), dict(num_beams=3)], ids=["greedy", "beams"])
 def test_a_prompt_longer_than_the_window(options):
     """Generation with a cache is that without one, also behind padding; the state is bounded."""
@@ -114,6 +120,8 @@ def test_its_network_alone(tmp_path):
         alone.save_pretrained(tmp_path / "alone")
         again = NewLLMForCausalLM.from_pretrained(tmp_path / "alone")
         assert again(ids).logits.equal(alone(ids).logits) and again.retrieval is None
+    with pytest.raises(ValueError, match="retrieval='ngram': give 'none'"):
+        NewLLMForCausalLM.from_pretrained(tmp_path / "whole", retrieval="ngram")
 
 
 def test_training_it_is_possible_and_advised_against(monkeypatch):
