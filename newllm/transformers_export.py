@@ -173,23 +173,25 @@ def written_together(folder):
 
 
 LOOKED_UP = {
-    "ngram": "how often each run of up to five tokens occurs in its training text (Kneser-Ney counts),",
-    "cache": "places of the text so far, up to {window:,} tokens back, that are like this one,",
-    "knn": "the {neighbours} places of its training text that are most like this one,",
+    "ngram": "what followed the last tokens in its training text, from none to four of them (Kneser-Ney counts)",
+    "cache": "what followed places like this one in the text so far, up to {window:,} tokens back",
+    "knn": "what followed the {neighbours} places of its training text that are most like this one",
+}
+HELD = {
+    "ngram": "the ids of each run of up to five tokens in it",
+    "knn": "the ids of the two tokens at each place of it",
 }
 RETRIEVAL_CARD = """
 ## What it looks up
 
-The probabilities are a mixture, weighed anew at each token: the network's own prediction, and what follows in
-
-{looked_up}
-
+The probabilities are a mixture, weighed anew at each token, of the network's own and of those by
+{looked_up}.
 `from_pretrained(..., retrieval="none")` gives the network alone.
-
-**Whoever has this folder can read much of the training text.** It is in `model.safetensors`: the ids of every
-run of up to five tokens, and of each place of the text the token that follows. Publish it only if you may
-publish that text. An export with `--retrieval none` holds neither; what a network has learned by heart it
-holds, as any does.
+"""
+HELD_CARD = """
+**Whoever has this folder can read much of the training text.** In `model.safetensors` are {held}.
+Publish it only if you may publish that text. An export with `--retrieval none` does not have them; what a
+network has learned by heart it holds, as any does.
 """
 
 
@@ -199,7 +201,9 @@ def retrieval_card(retrieval):
         return ""
     sizes = dict(window=retrieval.window, neighbours=retrieval.neighbours)
     lines = [f"- {LOOKED_UP[name].format(**sizes)}" for name in retrieval.experts]
-    return RETRIEVAL_CARD.format(looked_up="\n".join(lines).removesuffix(",") + ".")
+    held = " and ".join(HELD[name] for name in retrieval.experts if name in HELD)
+    card = RETRIEVAL_CARD.format(looked_up=",\n".join(lines))
+    return card + HELD_CARD.format(held=held) if held else card
 
 
 def model_card(record, retrieval):

@@ -29,6 +29,7 @@ from newllm.generate import generate
 from newllm.models.network import LanguageModel
 from newllm.report.page import artifact_paths
 from newllm.report.record import find_records, read_record
+from newllm.retrieval.mixture import EXPERTS
 from newllm.saving.trained import filled_retrieval, load_model, open_saved
 from scripts import export
 from train import main as train
@@ -126,6 +127,23 @@ def test_a_run_exported_is_used_by_transformers_alone(tiny_settings, tmp_path):
     assert used["logits"] == pytest.approx(shares[0, -1].log().tolist(), abs=1e-4)
     assert used["alone"] == pytest.approx(alone[0, -1].tolist(), abs=1e-5)
     assert used["grown"] == [[size, size + 1], size + 2, True]
+
+
+@pytest.mark.parametrize(
+    ("experts", "held"),
+    [
+        (["cache"], None),
+        (["ngram", "cache"], "are the ids of each run of up to five tokens in it."),
+        (["cache", "knn"], "are the ids of the two tokens at each place of it."),
+        (["ngram", "knn"], "tokens in it and the ids of the two tokens at each place of it."),
+    ],
+)
+def test_a_card_says_what_of_the_training_text_a_folder_holds(experts, held):
+    """And no more than that: the text so far is no training text."""
+    card = transformers_export.retrieval_card(SimpleNamespace(experts=experts, window=4096, neighbours=256))
+    listed = ["the last tokens" in card, "up to 4,096 tokens back" in card, "the 256 places" in card]
+    assert listed == [name in experts for name in EXPERTS]
+    assert (held or "at each token, of") in card and ("much of the training text" in card) == bool(held)
 
 
 CONFIG = dict(
