@@ -173,7 +173,7 @@ def written_together(folder):
 
 
 LOOKED_UP = {
-    "ngram": "what followed the last tokens in its training text, from none to four of them (Kneser-Ney counts)",
+    "ngram": "what followed the last tokens, up to four, in its training text (Kneser-Ney counts)",
     "cache": "what followed places like this one in the text so far, up to {window:,} tokens back",
     "knn": "what followed the {neighbours} places of its training text that are most like this one",
 }
@@ -184,12 +184,15 @@ HELD = {
 RETRIEVAL_CARD = """
 ## What it looks up
 
-The probabilities are a mixture, weighed anew at each token, of the network's own and of those by
+The probabilities are a mixture, weighed anew at each token, of the network's own and of
+
 {looked_up}.
+
 `from_pretrained(..., retrieval="none")` gives the network alone.
 """
 HELD_CARD = """
-**Whoever has this folder can read much of the training text.** In `model.safetensors` are {held}.
+**Whoever has this folder can read much of the training text.** In `model.safetensors` are
+{held}.
 Publish it only if you may publish that text. An export with `--retrieval none` does not have them; what a
 network has learned by heart it holds, as any does.
 """
@@ -201,7 +204,7 @@ def retrieval_card(retrieval):
         return ""
     sizes = dict(window=retrieval.window, neighbours=retrieval.neighbours)
     lines = [f"- {LOOKED_UP[name].format(**sizes)}" for name in retrieval.experts]
-    held = " and ".join(HELD[name] for name in retrieval.experts if name in HELD)
+    held = " and\n".join(HELD[name] for name in retrieval.experts if name in HELD)
     card = RETRIEVAL_CARD.format(looked_up=",\n".join(lines))
     return card + HELD_CARD.format(held=held) if held else card
 

@@ -133,9 +133,9 @@ def test_a_run_exported_is_used_by_transformers_alone(tiny_settings, tmp_path):
     ("experts", "held"),
     [
         (["cache"], None),
-        (["ngram", "cache"], "are the ids of each run of up to five tokens in it."),
-        (["cache", "knn"], "are the ids of the two tokens at each place of it."),
-        (["ngram", "knn"], "tokens in it and the ids of the two tokens at each place of it."),
+        (["ngram", "cache"], "are\nthe ids of each run of up to five tokens in it."),
+        (["cache", "knn"], "are\nthe ids of the two tokens at each place of it."),
+        (["ngram", "knn"], "tokens in it and\nthe ids of the two tokens at each place of it."),
     ],
 )
 def test_a_card_says_what_of_the_training_text_a_folder_holds(experts, held):
