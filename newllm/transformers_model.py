@@ -97,7 +97,7 @@ class LookUp(Retrieval):
             if there.any():
                 parts = (part[row, there][None] for part in (ids, contexts, streams))
                 logs[row, there], own = self.read_on(network, *parts, own)
-            pasts.append(own)
+            pasts.append(own.joined())
         longest = max(own.ids.shape[1] for own in pasts)
         for row, own in enumerate(pasts):
             short = longest - own.ids.shape[1]

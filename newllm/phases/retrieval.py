@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from newllm.evaluate import text_bytes, trajectories
+from newllm.evaluate import sample_digest, text_bytes, trajectories
 from newllm.retrieval.keys import Keys
 from newllm.retrieval.mixture import Retrieval, network_opinion
 
@@ -160,6 +160,7 @@ def retrieval_of(model, data, settings, runtime):
     build(retrieval.to(runtime.device), data.train, read)
     gathered = gather(retrieval, data.val, Reading(model, data.val, runtime))
     figures = measure(retrieval, gathered, data.val, data.token_bytes)
+    retrieval.held_out = dict(zip(map(sample_digest, data.val), figures["sample_nats"], strict=True))
     fit(retrieval, *gathered)
     return retrieval, figures
 

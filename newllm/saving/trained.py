@@ -93,7 +93,8 @@ def retrieval_content(retrieval, model):
         return None
     state = {name: tensor.cpu() for name, tensor in retrieval.state_dict().items()}
     digest = tensors_digest({name: tensor.cpu() for name, tensor in model.state_dict().items()})
-    return {"model": digest, "description": retrieval.description(), "state": state}
+    about = {"description": retrieval.description(), "held_out": retrieval.held_out}
+    return {"model": digest, "state": state, **about}
 
 
 def filled_retrieval(content):
@@ -102,6 +103,7 @@ def filled_retrieval(content):
         return None
     retrieval = Retrieval.described(**content["description"])
     retrieval.load_state_dict(content["state"])
+    retrieval.held_out = content.get("held_out")
     return retrieval
 
 
