@@ -21,7 +21,8 @@ def tiny_settings(tmp_path, corpus_file):
         data_source=str(corpus_file), tokenizer="bpe", vocab_size=300, num_samples=12, val_samples=6,
         max_seq_length=24, context_dim=16, embed_dim=16, num_layers=1, phase1_max_iterations=3,
         phase1_batch_size=4, phase2_epochs=3, phase2_batch_size=4, phase2_learning_rate=0.002, dropout=0.3,
-        min_batches=3, retrieval="none", precision="fp32", device="cpu", save_every_n_batches=2, save_min_seconds=0.0,
+        min_batches=3, retrieval="none", precision="fp32", device="cpu",
+        save_every_n_batches=2, save_min_seconds=0.0,
         cache_dir=str(tmp_path / "cache"), checkpoint_dir=str(tmp_path / "checkpoints"), artifacts=False,
     )  # fmt: skip
 

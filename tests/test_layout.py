@@ -51,8 +51,8 @@ MAY_IMPORT = {
     },
     "newllm.report": {"newllm.report", "newllm.saving.files", "newllm.errors"},
     "newllm.saving": {
-        "newllm.saving", "newllm.data", "newllm.models", "newllm.training.contexts", "newllm.errors",
-        "newllm.config", "newllm.clock", "newllm",
+        "newllm.saving", "newllm.data", "newllm.models", "newllm.retrieval", "newllm.training.contexts",
+        "newllm.errors", "newllm.config", "newllm.clock", "newllm",
     },
     "newllm.phases": {
         "newllm.fixed_point", "newllm.models", "newllm.evaluate", "newllm.seeding",

@@ -15,7 +15,7 @@ from newllm.evaluate import sample_digest, text_bytes, trajectories
 from newllm.retrieval.keys import Keys
 from newllm.retrieval.mixture import Retrieval, network_opinion
 
-RIDGE = 1e-3  # keeps the gate from trusting a feature that few places have
+RIDGE = 1e-4  # keeps the gate from trusting a feature that few places have
 STEPS = 60  # of L-BFGS, at most
 SAMPLES_AT_A_TIME = 16  # whose logits are held together
 STORED_AT_A_TIME = 256
@@ -75,7 +75,7 @@ def build(retrieval, train, read):
 
 
 def gather(retrieval, ids, read):
-    """(Evidence, the network's opinion or None, targets [n, T]) of samples: what fitting and measuring need."""
+    """(Evidence, the network's opinion or None, targets [n, T]) of samples: what fitting needs."""
     found = []
     for start in range(0, len(ids), SAMPLES_AT_A_TIME):
         part = slice(start, start + SAMPLES_AT_A_TIME)

@@ -68,7 +68,10 @@ class Keys(nn.Module):
     def _spelled(self, ids):
         vectors = self.table[ids.clamp_min(0)] * (ids >= 0)[..., None]
         count, vectors = ids.shape[1], functional.pad(vectors, (0, 0, LAST_TOKENS - 1, 0))
-        back = [vectors[:, first : first + count] for first in reversed(range(LAST_TOKENS))]
+        back = []
+        for lag in range(LAST_TOKENS):
+            earlier = vectors[:, LAST_TOKENS - 1 - lag :][:, :count]
+            back.append(earlier * 0.5 ** (lag / 2))  # it counts half as much in a cosine as the one after it
         return _unit(torch.cat(back, -1))
 
 

@@ -1,6 +1,7 @@
 """A model that looks up predicts the same however its text is read: evaluated, generated, prefilled."""
 
 import contextlib
+import io
 import json
 import math
 import shutil
@@ -15,6 +16,7 @@ from newllm.evaluate import encode, looked_up_scores, trajectories
 from newllm.generate import after, generate, predict, read
 from newllm.saving.trained import open_model, open_retrieval
 from scripts import evaluate, prefill
+from scripts import generate as script
 
 EXACT = contextlib.nullcontext
 KINDS = {
@@ -221,3 +223,22 @@ def test_prefill_predicts_with_what_is_looked_up(trained):
     finally:
         (trained.folder / "hidden").rename(hidden)
     assert any("the network predicts alone" in line for line in said)
+
+
+def test_generate_and_chat_look_up_unless_told_not_to(trained, capsys, monkeypatch):
+    """The same seed writes another text; an answer knows what was said before."""
+    said = []
+    for more in ([], ["--retrieval=none"]):
+        script.main([f"--model_path={trained.file}", "--prompt=User: hello", "--max_tokens=20", *more])
+        said.append(capsys.readouterr().out)
+    assert said[0] != said[1]
+    pasts = []
+    real = type(trained.retrieval).remember
+    monkeypatch.setattr(
+        type(trained.retrieval),
+        "remember",
+        lambda *given, **made: pasts.append(given[1]) or real(*given, **made),
+    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand more\n"))
+    script.main(["--chat", "--max_tokens=5", f"--model_path={trained.folder}"])
+    assert len(pasts) == 2 and pasts[1].shape[1] > pasts[0].shape[1]
