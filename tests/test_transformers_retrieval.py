@@ -1,4 +1,4 @@
-"""A transformers model that looks things up: the project's own probabilities, in any type, batch and piece."""
+"""A transformers model that looks things up has the project's own probabilities, in any type and batch."""
 
 from itertools import chain
 
