@@ -28,7 +28,7 @@ from newllm.generate import State, generate, read
 from newllm.models.baselines import build_model
 from newllm.report.compare import table
 from newllm.retrieval.keys import Keys
-from newllm.retrieval.lookup import Store
+from newllm.retrieval.lookup import Store, rounded
 from newllm.retrieval.mixture import Retrieval
 from newllm.saving.stop import Interrupt
 from newllm.training.runtime import open_runtime, peak_memory_mb
@@ -178,13 +178,13 @@ def places(config, wall):
         store = Store(VOCABULARY, 0, width)
         counts = torch.multinomial(share, size, True, generator=draw).bincount(minlength=VOCABULARY)
         store.starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        store.keys, store.following = some.half().repeat(size // SIZES[0], 1), torch.zeros(size).int()
+        store.rounded, store.following = rounded(some).repeat(size // SIZES[0], 1), torch.zeros(size).int()
         clock = Clock(wall)
         for row, token in enumerate(asked):
             store.nearest(token.view(1, 1), some[row].view(1, 1, -1), kept.neighbours)
         mean, clock = clock.seconds() / LOOKUPS, Clock(wall)
         store.nearest(torch.zeros(1, 1, dtype=torch.int64), some[:1, None], kept.neighbours)
-        memory = (store.keys.nbytes + store.following.nbytes) / 1e6
+        memory = (store.rounded.nbytes + store.following.nbytes) / 1e6
         yield dict(places=size, mean_ms=1e3 * mean, most_frequent_ms=1e3 * clock.seconds(), store_mb=memory)
 
 

@@ -50,10 +50,15 @@ def no_reading(part):
 
 
 def build(retrieval, train, read):
-    """Take in the training text, samples [n, T+1]; `read` is as Reading. Returns the retrieval."""
+    """Take in what is looked up of the training text, samples [n, T+1]; `read` is as Reading.
+
+    Returns:
+        The retrieval.
+    """
     device = retrieval.gate.weight.device
-    retrieval.ngram.fit(train.numpy())
-    retrieval.ngram.to(device)
+    if "ngram" in retrieval.experts:
+        retrieval.ngram.fit(train.numpy())
+        retrieval.ngram.to(device)
     first = read(slice(0, STORED_AT_A_TIME))
     retrieval.keys.fit({name: made.flatten(0, 1) for name, made in first.items()})
 
@@ -64,7 +69,8 @@ def build(retrieval, train, read):
             keys = retrieval.keys(ids[:, :-1], **read(part))
             yield ids[:, :-1].flatten(), keys.flatten(0, 1), ids[:, 1:].flatten()
 
-    retrieval.store.fill(parts())
+    if "knn" in retrieval.experts:
+        retrieval.store.fill(parts())
     return retrieval
 
 

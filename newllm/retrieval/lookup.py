@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 ROWS = 8  # questions compared at a time: always as many, as a product of other shape rounds differently
+STEPS = 127  # in 8 bits: a value of a key, at most 1, is kept as a whole number of steps of 1 / 127
 BLOCK = 1 << 14  # places compared at a time
 TOGETHER = 64  # keys of the text so far that are joined to the older ones at once
 
@@ -103,6 +104,11 @@ class Past(NamedTuple):
         return Finds(cosine, there, following, age.float().expand(len(ids), -1, -1))
 
 
+def rounded(keys):
+    """Keys [..., K] in 8 bits, in STEPS."""
+    return (keys * STEPS).round().to(torch.int8)
+
+
 class Store(nn.Module):
     """Every place of the training text, sorted by its token: only places of the same token are compared.
 
@@ -112,7 +118,7 @@ class Store(nn.Module):
 
     def __init__(self, vocab_size, size, width):
         super().__init__()
-        self.register_buffer("keys", torch.zeros(size, width, dtype=torch.float16))
+        self.register_buffer("rounded", torch.zeros(size, width, dtype=torch.int8))  # keys, in STEPS
         self.register_buffer("following", torch.zeros(size, dtype=torch.int32))
         self.register_buffer("starts", torch.zeros(vocab_size + 1, dtype=torch.int64))
 
@@ -122,10 +128,9 @@ class Store(nn.Module):
         Args:
             parts: of the samples, each (ids [n], keys [n, K], ids that follow [n]).
         """
-        ids, keys, following = zip(*((i, k.half(), f) for i, k, f in parts), strict=True)
-        ids = torch.cat(ids)
+        ids, keys, following = map(torch.cat, zip(*((i, rounded(k), f) for i, k, f in parts), strict=True))
         order = ids.argsort(stable=True)
-        self.keys, self.following = torch.cat(keys)[order], torch.cat(following)[order].int()
+        self.rounded, self.following = keys[order], following[order].int()
         counts = torch.bincount(ids, minlength=len(self.starts) - 1)
         self.starts = functional.pad(counts.cumsum(0), (1, 0))
         return self
@@ -155,11 +160,11 @@ class Store(nn.Module):
 
     def _among(self, start, end, asked, count):
         """The best of places start to end for keys [n, K], ROWS at a time: (cosine, id after) [n, m]."""
-        blocks = self.keys[start:end].split(BLOCK)
+        blocks = self.rounded[start:end].split(BLOCK)
         if len(blocks) == 1:
             blocks = [blocks[0].float()]
         for own in asked.split(ROWS):
-            filled = functional.pad(own, (0, 0, 0, ROWS - len(own)))
+            filled = functional.pad(own / STEPS, (0, 0, 0, ROWS - len(own)))
             cosine = torch.cat([(filled @ block.float().T)[: len(own)] for block in blocks], 1)
             best, place = cosine.topk(min(count, end - start))
             yield best, self.following[start:end][place]
