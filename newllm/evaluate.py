@@ -6,9 +6,11 @@ Arguments: ids [B, T+1], samples whose last id is only a target; autocast, funct
 manager of the precision. Shapes: B sequences, T tokens, C and E widths, V vocabulary.
 """
 
+import hashlib
 import math
 
 import torch
+from torch.nn import functional
 
 from newllm.fixed_point import diagnostics
 from newllm.fixed_point.solver import sequential, sweep
@@ -23,6 +25,8 @@ CURVE_SEQUENCES = 32  # sequences behind cold-start and memory curves
 MAX_SWEEPS = 16
 SPECTRUM_POINTS = 64  # singular values kept of a spectrum, evenly over its ranks
 SEQUENCES_AT_A_TIME = 256
+LOOKED_UP_LOGITS = 1 << 23  # held at a time with retrieval, some five times over
+LOOKED_UP_LENGTH = 512  # tokens of a long text that are looked up together
 
 
 def encode(model, ids):
@@ -47,21 +51,51 @@ def trajectories(model, ids, autocast, device, dtype=torch.float32):
 
 
 @torch.no_grad()
-def token_scores(model, ids, autocast, device, features=None):
+def token_scores(model, ids, autocast, device, features=None, retrieval=None):
     """[(nats [b, T], hits [b, T]), ...] of the targets of some samples at a time.
 
     Args:
         features: function of a slice of the samples to their (contexts, streams), when these are at hand.
+        retrieval: what the model looks up, whose nats [b, T] then come third; or None.
     """
     model.eval()
 
     def scored(part):
         contexts, streams = features(part) if features else trajectories(model, ids[part], autocast, device)
         targets = ids[part, 1:].to(device).long()
+        if retrieval:
+            read = ids[part, :-1].to(device).long(), contexts, streams
+            return looked_up_scores(model, retrieval, *read, targets, autocast)
         with autocast():
             return linear_token_nll(model.hidden(contexts, streams), *model.output_weights(), targets)
 
     return map_parts(scored, len(ids), SEQUENCES_AT_A_TIME)
+
+
+@torch.no_grad()
+def looked_up_scores(model, retrieval, ids, contexts, streams, targets, autocast):
+    """(Nats, hits, nats with retrieval), each [B, T], of targets; a text is a stream from its first id on.
+
+    Args:
+        ids, targets: int64 [B, T]. contexts, streams: what the model made of them.
+    """
+    tokens = max(1, LOOKED_UP_LOGITS // model.vocab_size)
+    texts, length = max(1, tokens // ids.shape[1]), min(tokens, LOOKED_UP_LENGTH)
+    rows = []
+    for few in zip(*(each.split(texts) for each in (ids, contexts, streams, targets)), strict=True):
+        past, scores = retrieval.start(len(few[0]), ids.device), []
+        for read, *made, wanted in zip(*(each.split(length, 1) for each in few), strict=True):
+            poll()
+            with autocast():
+                hidden = model.hidden(*made)
+                logits = functional.linear(hidden, *model.output_weights()).float()
+            nats = functional.cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none")
+            probability, past = retrieval.read_logits(
+                logits, read, past, wanted, hidden=hidden, contexts=made[0]
+            )
+            scores.append((nats.view_as(wanted), logits.argmax(-1) == wanted, -probability.log()))
+        rows.append([torch.cat(each, 1) for each in zip(*scores, strict=True)])
+    return tuple(torch.cat(each) for each in zip(*rows, strict=True))
 
 
 def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None, totals=lambda *sums: sums):
@@ -75,18 +109,47 @@ def evaluate_prediction(model, ids, token_bytes, autocast, device, features=None
         {"loss": nats a token, "ppl": its exponential, "acc": share of right argmaxes, "bpb": bits a byte}.
     """
     parts = token_scores(model, ids, autocast, device, features)
+    return _prediction(parts, ids, token_bytes, totals)
+
+
+def evaluate_retrieval(model, retrieval, ids, token_bytes, autocast, device):
+    """The same figures, and {"loss_retrieval", "ppl_retrieval", "bpb_retrieval"} of one reading of samples.
+
+    Samples that the retrieval was measured on, when it was fitted, count as they did then: its gate may have
+    been fitted on them since.
+    """
+    parts = token_scores(model, ids, autocast, device, retrieval=retrieval)
+    figures = _prediction([scores[:2] for scores in parts], ids, token_bytes, lambda *sums: sums)
+    nats = torch.cat([scores[2].double().sum(1) for scores in parts]).tolist()
+    held_out = retrieval.held_out or {}
+    nats = [held_out.get(sample_digest(sample), read) for sample, read in zip(ids, nats, strict=True)]
+    looked_up = loss_figures(sum(nats), ids[:, 1:].numel(), text_bytes(ids, token_bytes))
+    return figures | {f"{name}_retrieval": value for name, value in looked_up.items()}
+
+
+def _prediction(parts, ids, token_bytes, totals):
     sums = [torch.stack([nats.double().sum(), hits.double().sum()]).tolist() for nats, hits in parts]
     sums = torch.tensor(sums, dtype=torch.float64).view(-1, 2)  # the view: a process may own no sample
     nats, right, count, size = totals(*sums.sum(0).tolist(), ids[:, 1:].numel(), text_bytes(ids, token_bytes))
+    return loss_figures(nats, count, size) | {"acc": right / count}
+
+
+def loss_figures(nats, count, size):
+    """{"loss", "ppl", "bpb"}, as above, of the nats of so many targets that stand for `size` bytes."""
     loss = nats / count
     perplexity = math.exp(min(loss, 700))  # fp64 ends at exp(709)
-    return {"loss": loss, "ppl": perplexity, "acc": right / count, "bpb": nats / math.log(2) / size}
+    return {"loss": loss, "ppl": perplexity, "bpb": nats / math.log(2) / size}
 
 
 def sample_nats(model, ids, autocast, device, features=None):
     """Nats of each sample over all its targets, for paired comparisons: fp64 [B]. Features as above."""
     parts = token_scores(model, ids, autocast, device, features)
     return torch.cat([torch.empty(0, device=device), *(nats.double().sum(-1) for nats, _ in parts)])
+
+
+def sample_digest(ids):
+    """What a sample, ids [T+1], is known again by: a part of its SHA-256 (hex)."""
+    return hashlib.sha256(ids.cpu().int().numpy().tobytes()).hexdigest()[:16]
 
 
 def text_bytes(ids, token_bytes):

@@ -2,17 +2,29 @@
 retrieval, a window of the text so far.
 """
 
+import collections
+from typing import Any, NamedTuple
+
 import torch
+from torch.nn import functional
 
 from newllm.saving.stop import poll
 
 COLDEST = 1e-6  # a temperature below it would divide by nothing
 
 
+class State(NamedTuple):
+    """What is kept of one text that has been read."""
+
+    recurrent: Any  # what the model's `advance` left; None: nothing read
+    past: Any = None  # the text so far, as retrieval keeps it
+
+
 @torch.inference_mode()
 def generate(
-    model, prompt_ids, count, seed, temperature=1.0, top_k=0, top_p=1.0, eos_id=None, retrieval=None
-):
+    model, prompt_ids, count, seed, temperature=1.0, top_k=0, top_p=1.0, eos_id=None, retrieval=None,
+    before=None,
+):  # fmt: skip
     """Continue a prompt.
 
     Args:
@@ -22,26 +34,18 @@ def generate(
             probability together (nucleus sampling, Holtzman et al. 2020, arXiv 1904.09751).
         seed: of the draws. eos_id: id that ends the text, and is not given out; None: none does.
         retrieval: what the model looks up beside its own prediction, also in what it has written; or None.
+        before: State of a text that the prompt goes on from, made with the same retrieval.
 
     Yields:
         Ids, as they are drawn.
     """
     model.eval()
     device = model.embedding.weight.device
-    generator = torch.Generator().manual_seed(seed)
-    narrow, state, unread = _narrowing(temperature, top_k, top_p), None, prompt_ids
-    past = retrieval.start(1, device) if retrieval else None
+    generator, narrow = torch.Generator().manual_seed(seed), _narrowing(temperature, top_k, top_p)
+    *prompt, token = prompt_ids
+    state = read(model, torch.tensor(prompt, dtype=torch.int64, device=device), retrieval, before)
     for _ in range(count):
-        for token in unread:
-            poll()
-            ids = torch.tensor([token], device=device)
-            context, stream, state = model.advance(ids, state)
-            if retrieval:
-                one = ids[:, None], context[:, None], stream[:, None]
-                shares, past = retrieval.read(model, *one, past)
-                logits = shares[:, 0].log()
-            else:
-                logits = model.logits(context, stream)
+        logits, state = predict(model, torch.tensor([token], device=device), retrieval, state)
         if temperature < COLDEST:
             token = logits.argmax().item()
         else:
@@ -51,7 +55,52 @@ def generate(
         if token == eos_id:
             return
         yield token
-        unread = [token]
+
+
+@torch.no_grad()
+def read(model, ids, retrieval=None, state=None):
+    """The State after a text whose tokens are not to be predicted, ids [T]; arguments as of `generate`."""
+    recurrent, past = state or State(None, retrieval and retrieval.start(1, ids.device))
+    made = collections.deque(maxlen=retrieval.window if retrieval else 0)
+    for token in ids[:, None]:
+        poll()
+        context, stream, recurrent = model.advance(token, recurrent)
+        made.append((context, stream))
+    if made:
+        contexts, streams = (torch.stack(parts, 1) for parts in zip(*made, strict=True))
+        hidden = model.hidden(contexts, streams)
+        past = retrieval.remember(ids[None], past, hidden=hidden, contexts=contexts)
+    return State(recurrent, past)
+
+
+@torch.no_grad()
+def after(model, ids, contexts, retrieval=None):
+    """The State after a text, ids [T], whose contexts [T, C] are there, by sweeps for instance.
+
+    Args:
+        model: one with a `step`. retrieval: what it looks up, or None.
+    """
+    state, past = (contexts[-1:] if len(contexts) else None), None
+    if retrieval:
+        last = slice(-retrieval.window, None)
+        before = functional.pad(contexts, (0, 0, 1, 0))[:-1]
+        _, streams = model.step(before[last], model.embed(ids[last]))
+        contexts = contexts[last]
+        made = {"hidden": model.hidden(contexts, streams)[None], "contexts": contexts[None]}
+        past = retrieval.remember(ids[None], retrieval.start(1, ids.device), **made)
+    return State(state, past)
+
+
+@torch.no_grad()
+def predict(model, token, retrieval, state):
+    """(Logits [1, V], or with retrieval log probabilities, of what follows one more token [1]; the State)."""
+    poll()
+    context, stream, recurrent = model.advance(token, state.recurrent)
+    if retrieval is None:
+        return model.logits(context, stream), State(recurrent)
+    one = token[:, None], context[:, None], stream[:, None]
+    shares, past = retrieval.read(model, *one, state.past)
+    return shares[:, 0].log(), State(recurrent, past)
 
 
 def _narrowing(temperature, top_k, top_p):

@@ -1,4 +1,7 @@
-"""A trained model as a folder that transformers loads offline: weights, tokenizer, code, model card."""
+"""A trained model as a folder that transformers loads offline: weights, tokenizer, code, model card.
+
+What it looks up beside its own prediction lies among the weights.
+"""
 
 import contextlib
 import importlib.metadata
@@ -22,9 +25,13 @@ CODE = {  # file of the folder: the module it is copied from
     f"{MODEL}.py": "transformers_model.py",
     "network.py": "models/network.py",
     "solver.py": "fixed_point/solver.py",
+    "keys.py": "retrieval/keys.py",
+    "lookup.py": "retrieval/lookup.py",
+    "mixture.py": "retrieval/mixture.py",
+    "ngram.py": "retrieval/ngram.py",
     "versions.py": "versions.py",
 }
-NEEDED = ("torch", "transformers", "tokenizers")  # to load an exported folder
+NEEDED = ("torch", "transformers", "tokenizers", "numpy")  # to load an exported folder
 # Writes a dialogue as the data's `render` does, and raises where that does: encode() on lone surrogates.
 CHAT_TEMPLATE = """\
 {%- set dialogue = namespace(text='') -%}
@@ -51,7 +58,8 @@ def export_folder(saved, record, folder):
     """Write all of it.
 
     Args:
-        saved: what newllm.saving.trained.save_model wrote. record: of its run, newllm.report.record.Record.
+        saved: what newllm.saving.trained.save_model wrote; without "retrieval" the network alone is exported.
+        record: of its run, newllm.report.record.Record.
         folder: made if it is not there; an earlier export is replaced.
 
     Raises:
@@ -65,7 +73,8 @@ def export_folder(saved, record, folder):
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         write_code(new)
-        (new / "README.md").write_text(model_card(record), encoding="utf-8", errors="backslashreplace")
+        card = model_card(record, model.retrieval)
+        (new / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
 
 
 def refresh_folder(folder):
@@ -99,17 +108,21 @@ def to_transformers(saved):
             "exported: use transformers' own, or --format zip."
         )
     network, tokenizer = load_model(saved)
+    retrieval = saved.get("retrieval")
     config = NewLLMConfig(
         network=kind, vocab_size=tokenizer.vocab_size, hidden_size=settings["context_dim"],
         embed_dim=settings["embed_dim"], num_hidden_layers=settings["num_layers"],
         token_layers=settings["token_layers"], keeps_embedding=network.context_embedding is not None,
         tie_word_embeddings=settings["tie_weights"], seed=settings["seed"],
         eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.eos_id,
+        retrieval=retrieval and retrieval["description"],
         auto_map={"AutoConfig": f"{MODEL}.NewLLMConfig",
                   "AutoModelForCausalLM": f"{MODEL}.NewLLMForCausalLM"},
     )  # fmt: skip
     model = NewLLMForCausalLM(config)
     model.network.load_state_dict(network.state_dict())
+    if retrieval:
+        model.retrieval.load_state_dict(retrieval["state"])
     end = tokenizer.decode([tokenizer.eos_id])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer.from_str(tokenizer.to_json()), eos_token=end, pad_token=end,
@@ -127,9 +140,18 @@ def write_code(folder):
         tested = [text for text in requirements if re.match(r"[\w-]+", text)[0] in NEEDED]
     for name, source in CODE.items():
         text = (Path(__file__).parent / source).read_text(encoding="utf-8")
-        text = re.sub(r"^from newllm\.(?:\w+\.)*(\w+) import", r"from .\1 import", text, flags=re.M)
+        text = re.sub(r"^from newllm\.([\w.]+) import", beside, text, flags=re.M)
         text = re.sub(r"^TESTED = None.*", f"TESTED = {tested!r}", text, flags=re.M)
+        if name == f"{MODEL}.py":  # transformers 5.0 finds only the files that this one names itself
+            others = (Path(other).stem for other in CODE if other != name)
+            text += "".join(f"from .{other} import __doc__ as _\n" for other in others)
         (folder / name).write_text(text, encoding="utf-8")
+
+
+def beside(match):
+    """An import from a package or a module of the project, as from one folder that holds all of them."""
+    path = Path(__file__).parent.joinpath(*match[1].split("."))
+    return "from . import" if path.is_dir() else f"from .{path.name} import"
 
 
 @contextlib.contextmanager
@@ -150,10 +172,52 @@ def written_together(folder):
         raise UserError(f"{folder} cannot be written ({reason}): choose another folder.") from error
 
 
-def model_card(record):
-    """The folder's README.md, from what the run has written down: data, figures beside others, limits."""
+LOOKED_UP = {
+    "ngram": "what followed the last tokens, up to four, in its training text (Kneser-Ney counts)",
+    "cache": "what followed places like this one in the text so far, up to {window:,} tokens back",
+    "knn": "what followed the {neighbours} places of its training text that are most like this one",
+}
+HELD = {
+    "ngram": "the ids of each run of up to five tokens in it",
+    "knn": "the ids of the two tokens at each place of it",
+}
+RETRIEVAL_CARD = """
+## What it looks up
+
+The probabilities are a mixture, weighed anew at each token, of the network's own and of
+
+{looked_up}.
+
+`from_pretrained(..., retrieval="none")` gives the network alone.
+"""
+HELD_CARD = """
+**Whoever has this folder can read much of the training text.** In `model.safetensors` are
+{held}.
+Publish it only if you may publish that text. An export with `--retrieval none` does not have them; what a
+network has learned by heart it holds, as any does.
+"""
+
+
+def retrieval_card(retrieval):
+    """What a model looks up, and what of its training text the folder therefore holds; "" of None."""
+    if retrieval is None:
+        return ""
+    sizes = dict(window=retrieval.window, neighbours=retrieval.neighbours)
+    lines = [f"- {LOOKED_UP[name].format(**sizes)}" for name in retrieval.experts]
+    held = " and\n".join(HELD[name] for name in retrieval.experts if name in HELD)
+    card = RETRIEVAL_CARD.format(looked_up=",\n".join(lines))
+    return card + HELD_CARD.format(held=held) if held else card
+
+
+def model_card(record, retrieval):
+    """The folder's README.md, from what the run has written down: data, figures beside others, limits.
+
+    Args:
+        record: newllm.report.record.Record. retrieval: the model's, or None.
+    """
     config, summary = record.config, record.summary
-    table = "\n".join(f"| {name} | {ppl:.1f} | {bpb:.3f} |" for name, ppl, bpb in language_rows(summary))
+    rows = language_rows(summary, looks_up=retrieval is not None)
+    table = "\n".join(f"| {name} | {ppl:.1f} | {bpb:.3f} |" for name, ppl, bpb in rows)
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -182,4 +246,4 @@ model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)
 inputs = tokenizer("User: hello", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))
 ```
-"""
+{retrieval_card(retrieval)}"""

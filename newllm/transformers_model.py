@@ -1,21 +1,27 @@
-"""The model as a transformers model: its context is the recurrent state that generation keeps.
+"""The model as a transformers model, whose logits are the log probabilities of its retrieval if it has one.
 
-A folder written by `scripts.export --format transformers` carries this file and those it needs, so that
-transformers alone can load it. Shapes: B sequences, T tokens, C and E widths of context and embedding,
-V vocabulary.
+The state that generation keeps is the context and, for retrieval, a window of the text so far. A folder
+written by `scripts.export --format transformers` carries this file and those it needs, so that transformers
+alone can load it. Shapes: B sequences, T tokens, C and E widths of context and embedding, V vocabulary.
 """
 
 import warnings
 from types import SimpleNamespace
+from typing import ClassVar
 
 import torch
+from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
 from newllm.fixed_point.solver import prefill, sequential
 from newllm.models.network import LanguageModel
+from newllm.retrieval.lookup import Past
+from newllm.retrieval.mixture import AT_ONCE, Retrieval
 from newllm.versions import TESTED, outside
 
+logger = logging.get_logger(__name__)
 MAX_SWEEPS = 64  # of a piece; a map that has not converged by then is evaluated step by step
 # Its name in the installed transformers: since 5.24 "cache", before that "past_key_values".
 CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -36,20 +42,81 @@ class NewLLMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     prefill: str = "steps"  # how a prompt is read: token after token, or by "sweeps" over all of them ...
     prefill_tolerance: float = 1e-4  # ... to this relative change of each context
+    retrieval: dict | str | None = None  # its Retrieval.description; "none", None: the network alone
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | None = 0
     pad_token_id: int | None = 0
 
 
+class LookUp(Retrieval):
+    """A retrieval whose tensors have the types that it gives them, whatever becomes of the network's."""
+
+    @classmethod
+    def described(cls, **description):
+        """An empty one, made in fp32 where transformers makes the network in another type."""
+        usual = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            return super().described(**description)
+        finally:
+            torch.set_default_dtype(usual)
+
+    def _apply(self, fn, recurse=True):
+        """What `to`, `half` and the like do: here to another device alone."""
+
+        def moved(tensor):
+            new = fn(tensor)
+            return new if new.dtype == tensor.dtype else tensor.to(new.device)
+
+        return super()._apply(moved, recurse)
+
+    def read_on(self, network, ids, contexts, streams, past, first=0):
+        """Log probabilities [B, T - first, V] of what follows each place from `first` on, and the state.
+
+        Arguments as of `read`, but that ids below 0 may lie anywhere.
+        """
+        known = torch.cat([past.ids, ids], 1) >= 0
+        if (known[:, :-1] & ~known[:, 1:]).any():  # padding behind a token
+            return self._row_by_row(network, ids, contexts, streams, past, first)
+        if first:
+            made = contexts[:, :first], streams[:, :first]
+            past = self.remember(ids[:, :first], past, hidden=network.hidden(*made), contexts=made[0])
+        logs = []
+        for start in range(first, ids.shape[1], AT_ONCE):
+            part = slice(start, start + AT_ONCE)
+            shares, past = self.read(network, ids[:, part], contexts[:, part], streams[:, part], past)
+            logs.append(shares.clamp_min(torch.finfo(shares.dtype).tiny).log())
+        return torch.cat(logs, 1), past
+
+    def _row_by_row(self, network, ids, contexts, streams, past, first):
+        """The same, of each text without its padding; in the state that lies on the left."""
+        logs, pasts = contexts.new_zeros(*ids.shape, self.vocab_size, dtype=torch.float32), []
+        for row, there in enumerate(ids >= 0):
+            own = Past(*(part[row : row + 1] for part in past))
+            if there.any():
+                parts = (part[row, there][None] for part in (ids, contexts, streams))
+                logs[row, there], own = self.read_on(network, *parts, own)
+            pasts.append(own.joined())
+        longest = max(own.ids.shape[1] for own in pasts)
+        for row, own in enumerate(pasts):
+            short = longest - own.ids.shape[1]
+            own_ids, own_keys = pad(own.ids, (short, 0), value=-1), pad(own.keys, (0, 0, short, 0))
+            pasts[row] = own._replace(ids=own_ids, keys=own_keys)
+        return logs[:, first:], Past(*map(torch.cat, zip(*pasts, strict=True)))
+
+
 class ContextCache:
-    """The context after the last token of each text, [B, C], in the form of a cache."""
+    """The state after the last token of each text, in the form of a cache.
+
+    It is the context [B, C] and, of a model with retrieval, the text so far (newllm.retrieval.lookup.Past).
+    """
 
     is_compileable = is_croppable = False  # a context cannot be rolled back
     is_linear = (True,)  # as for other recurrent models, input_ids are those that it has not read
 
     def __init__(self):
-        self.context = None
+        self.context = self.past = None
 
     def get_seq_length(self, layer_idx=0):
         """No token's keys and values are kept."""
@@ -57,7 +124,10 @@ class ContextCache:
 
     def reorder_cache(self, rows):
         """Take the rows [B'] of the batch, as beams do."""
-        self.context = self.context.index_select(0, rows.to(self.context.device))
+        rows = rows.to(self.context.device)
+        self.context = self.context.index_select(0, rows)
+        if self.past is not None:
+            self.past = Past(*(part.index_select(0, rows) for part in self.past))
 
 
 class NewLLMOutput(CausalLMOutputWithPast):
@@ -70,12 +140,14 @@ class NewLLMOutput(CausalLMOutputWithPast):
 
 
 class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
-    """Next-token prediction by stepping, or sweeping, a learned context."""
+    """Next-token prediction by stepping, or sweeping, a learned context, mixed with what is looked up."""
 
     config_class = NewLLMConfig
     base_model_prefix = "network"
     _is_stateful = True  # transformers then refuses what would roll a cache back
-    _no_split_modules = ("ContextMap",)
+    _no_split_modules = ("ContextMap", "LookUp")
+    # The network alone of a folder that has one.
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^retrieval\."]
 
     def __init__(self, config):
         super().__init__(config)
@@ -88,6 +160,13 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
             init_scale=0.5, dropout=0.0, token_dropout=0.0,
         )  # fmt: skip
         self.network = LanguageModel(settings, config.vocab_size)
+        self.retrieval = None
+        if config.retrieval not in (None, "none"):
+            if not isinstance(config.retrieval, dict):
+                raise ValueError(
+                    f"retrieval={config.retrieval!r}: give 'none', the network alone, or nothing."
+                )
+            self.retrieval = LookUp.described(**config.retrieval)
         self.post_init()
 
     def _init_weights(self, module):
@@ -113,9 +192,15 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
         """As in transformers, always with mean_resizing; new ids are as likely as the least likely were.
 
         Raises:
-            ValueError: the end-of-text id, or every id, would go; nothing has changed.
+            ValueError: the end-of-text id, or every id, would go, or the model has a retrieval, which knows
+                the ids of its training text alone; nothing has changed.
         """
         network = self.network
+        if self.retrieval is not None and (new_num_tokens is not None or pad_to_multiple_of is not None):
+            raise ValueError(
+                "what this model looks up has the ids of its training text: to change their number load it "
+                "with from_pretrained(..., retrieval='none')."
+            )
         needed = [self.config.eos_token_id, self.config.pad_token_id, 0]
         last = max(token for token in needed if isinstance(token, int))
         if new_num_tokens is not None and new_num_tokens <= last:
@@ -144,7 +229,8 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
             labels: [B, T], shifted inside; -100: ignored. logits_to_keep: last positions, or indices; 0: all.
 
         Returns:
-            NewLLMOutput; hidden_states is (contexts [B, T, C],) if asked for.
+            NewLLMOutput. Its logits are log probabilities, in fp32, if there is a retrieval; hidden_states is
+            (contexts [B, T, C],) if asked for.
 
         Raises:
             ValueError: given inputs_embeds or another model's cache, or an id that the model lacks.
@@ -170,17 +256,39 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
             mask = None
         contexts, streams = self.read(self.network.embed(input_ids), cache.context, mask)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.network.logits(contexts[:, keep], streams[:, keep])
+        past = None
+        if self.retrieval is None:
+            logits = self.network.logits(contexts[:, keep], streams[:, keep])
+        else:
+            ids = input_ids if mask is None else input_ids.masked_fill(mask == 0, -1)
+            logits, past = self.mixture(ids, contexts, streams, cache.past, keep)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=known, **kwargs)
         if self.config.use_cache if use_cache is None else use_cache:
-            cache.context = contexts[:, -1].detach()
+            cache.context, cache.past = contexts[:, -1].detach(), past
         else:
             cache = given
         hidden = (contexts,) if output_hidden_states else None
         output = NewLLMOutput(loss=loss, logits=logits, hidden_states=hidden, **{CACHE: cache})
         return output if return_dict else output.to_tuple()
+
+    def mixture(self, ids, contexts, streams, past, keep):
+        """Log probabilities [B, kept, V] by network and retrieval, and the text so far.
+
+        Args:
+            ids: [B, T], below 0: padding. past: before them, or None. keep: slice or indices of places.
+        """
+        if self.training:
+            logger.warning_once(
+                "what this model looks up was made of its weights as they were: to train it load it with "
+                "from_pretrained(..., retrieval='none')."
+            )
+        if past is None:
+            past = self.retrieval.start(len(ids), ids.device)
+        first = keep.indices(ids.shape[1])[0] if isinstance(keep, slice) else 0
+        logs, past = self.retrieval.read_on(self.network, ids, contexts, streams, past, first)
+        return logs if isinstance(keep, slice) else logs[:, keep], past
 
     def read(self, tokens, state=None, mask=None):
         """Contexts [B, T, C] and streams [B, T, E] of embeddings, from a state [B, C]; mask 0: padding."""

@@ -4,7 +4,9 @@
     python3 -m scripts.evaluate checkpoints/model_best.pt --data_source other.jsonl --samples 100
     python3 -m scripts.evaluate checkpoints/model_latest.pt --inspect    # what it holds; no data needed
 
-Trains nothing and changes nothing; compare models with other tokenizers by bits per byte.
+Trains nothing and changes nothing; compare models with other tokenizers by bits per byte. `val_ppl` and its
+like are of the network alone, `val_ppl_retrieval` and its like of what the model is used with: each sample is
+read from its first token on, and what was read so far is looked up.
 """
 
 import contextlib
@@ -18,18 +20,19 @@ from newllm.config import EARLIER, Range, expanded
 from newllm.data.dialogues import open_corpus
 from newllm.data.samples import pack
 from newllm.errors import UserError, exit_on_user_error
-from newllm.evaluate import evaluate_prediction
+from newllm.evaluate import evaluate_prediction, evaluate_retrieval, sample_digest
 from newllm.flags import Parser, flag
 from newllm.report.record import format_value
 from newllm.saving.stop import Interrupt
-from newllm.saving.trained import open_model, open_saved
+from newllm.saving.trained import open_model, open_retrieval, open_saved
 
 
-def evaluate(path, data_source="", samples=0):
+def evaluate(path, data_source="", samples=0, retrieval="model"):
     """Figures of a model file or a checkpoint, as a dict of plain values.
 
     Args:
         data_source: as in config.py; "": that of its run. samples: how many; 0: as many as its run did.
+        retrieval: "model": with what it looks up, if it does; "none": the network alone.
 
     Raises:
         UserError: the file is neither, the data cannot be had, or holds fewer samples.
@@ -43,7 +46,12 @@ def evaluate(path, data_source="", samples=0):
     if len(ids) < count:
         raise UserError(f"{corpus.name} gives {len(ids)} samples, not {count}: ask for fewer by --samples.")
     cpu, parameters = torch.device("cpu"), list(model.parameters())
-    metrics = evaluate_prediction(model, ids, tokenizer.token_bytes(), contextlib.nullcontext, cpu)
+    given = ids, tokenizer.token_bytes(), contextlib.nullcontext, cpu
+    looked_up = open_retrieval(path, model, saved) if retrieval == "model" else None
+    if looked_up is None:
+        metrics, about = evaluate_prediction(model, *given), "none"
+    else:
+        metrics, about = evaluate_retrieval(model, looked_up, *given), described(looked_up, ids)
     return {
         "model_type": config["model_type"],
         "run_id": saved["run_id"],
@@ -53,8 +61,22 @@ def evaluate(path, data_source="", samples=0):
         "vocab_size": tokenizer.vocab_size,
         "data_source": corpus.name,
         "val_tokens": ids[:, 1:].numel(),
+        "retrieval": about,
         **{f"val_{name}": value for name, value in metrics.items()},
     }
+
+
+def described(retrieval, ids):
+    """What a retrieval looks up, and what its figures on samples are worth."""
+    parts = ", ".join(retrieval.experts)
+    if retrieval.held_out is None:
+        return f"{parts}; it does not say what its gate was fitted on: take the figures as in-sample"
+    known = sum(sample_digest(sample) in retrieval.held_out for sample in ids)
+    if not known:
+        return f"{parts}; its gate was fitted on none of the {len(ids)} samples"
+    return (
+        f"{parts}; {known} of {len(ids)} samples are its run's own: each as a gate fitted on others gave it"
+    )
 
 
 def inspect(path):
@@ -97,11 +119,13 @@ def main(arguments=None):
     add("--data_source", type=expanded, default="", help="other data than the run's, as in config.py")
     whole = flag("samples", int, Range(0))
     add("--samples", type=whole, default=0, help="samples to predict; 0: as many as the run did")
+    what = "none: the network alone, without what it looks up"
+    add("--retrieval", choices=("model", "none"), default="model", help=what)
     add("--json", action="store_true", help="one JSON object instead of lines")
     options = parser.parse_args(arguments)
     with Interrupt():
-        path = options.model_path
-        figures = inspect(path) if options.inspect else evaluate(path, options.data_source, options.samples)
+        path, asked = options.model_path, (options.data_source, options.samples, options.retrieval)
+        figures = inspect(path) if options.inspect else evaluate(path, *asked)
     if options.json:
         print(json.dumps(figures))
     else:

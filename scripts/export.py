@@ -3,6 +3,7 @@
 python3 -m scripts.export                  # the latest complete run with a model, as a .zip here
 python3 -m scripts.export RUN --output my.zip
 python3 -m scripts.export --format transformers --output model
+python3 -m scripts.export --format transformers --output model --retrieval none  # the network alone
 python3 -m scripts.export --refresh model  # an exported transformers folder: the code of today
 """
 
@@ -56,6 +57,7 @@ def main(arguments=None):
     usual = ResidualConfig().checkpoint_dir
     add("--checkpoint_dir", type=expanded, default=usual, help="folder of the runs")
     add("--format", choices=("zip", "transformers"), default="zip", help="what to write")
+    add("--retrieval", choices=("none",), help="leave out of a transformers folder what the model looks up")
     add("--output", type=expanded, help="the file, or the folder, to write")
     add("--refresh", type=expanded, metavar="FOLDER", help="only rewrite the code in an exported folder")
     options = parser.parse_args(arguments)
@@ -65,6 +67,8 @@ def main(arguments=None):
         refresh_folder(options.refresh)
         print(f"{options.refresh}: its code is that of this project now; all else is as it was")
         return
+    if options.retrieval and options.format == "zip":
+        raise UserError("--retrieval is for --format transformers: an archive holds the model file as it is.")
     if options.run:
         [record] = complete([find_run(options.checkpoint_dir, options.run)], options.checkpoint_dir)
     else:
@@ -84,7 +88,8 @@ def main(arguments=None):
         raise UserError(f"{none}: name another run, or train one to its end.")
     from newllm.transformers_export import export_folder
 
-    export_folder(open_saved(paths["model"])[1], record, target)
+    saved = open_saved(paths["model"])[1]
+    export_folder(saved | {"retrieval": None} if options.retrieval == "none" else saved, record, target)
     print(f"{target}: AutoModelForCausalLM.from_pretrained({str(target)!r}, trust_remote_code=True)")
 
 

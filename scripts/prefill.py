@@ -7,7 +7,9 @@ The sequence is the run's data, training and validation ids end to end. The loop
 fp32: for one token, converting the weights costs more than using them. Sweeps begin cold and go on until no
 token's context would change by more than a tolerance. Passes count the evaluations of an average token,
 sweeps those that depend on each other. Both ways make contexts alone, from embeddings that are there already.
-Errors are distances to the loop's contexts, relative to their norm: over all tokens, and of the worst one.
+Errors are distances to the loop's contexts, relative to their norm: over all tokens, and of the worst one; of
+the prediction after the text, the largest difference of a probability. A trained model predicts with what it
+looks up: its state after a text is the context and the keys of the last `retrieval_window` tokens.
 """
 
 import contextlib
@@ -25,13 +27,14 @@ from newllm.errors import UserError, exit_on_user_error
 from newllm.fixed_point.diagnostics import cold_start
 from newllm.fixed_point.solver import prefill
 from newllm.flags import parse_args
+from newllm.generate import after, predict
 from newllm.models.baselines import build_model
 from newllm.models.pretrained import load_embedding
 from newllm.progress import Progress
 from newllm.report.compare import table
 from newllm.report.pictures import prefill_speed
 from newllm.report.record import new_run_id
-from newllm.saving.trained import load_trained
+from newllm.saving.trained import load_trained, stored_retrieval
 from newllm.training.runtime import describe_device, open_runtime, peak_memory_mb
 from newllm.training.step_function import StepFunction
 
@@ -39,15 +42,20 @@ PIECE, MAX_SWEEPS = 4096, 64  # tokens swept at once, and sweeps of these at mos
 LOOP_PIECE = 256  # tokens of the loop between two looks at the clock
 CURVE_TOKENS, CURVE_SWEEPS = 2048, 32  # of the curve of errors, in fp32
 COLUMNS = (
-    "weights", "tokens", "tolerance", "passes", "sweeps", "error", "worst token", "loop s", "sweeps s",
-    "loop tok/s", "sweeps tok/s", "speed-up",
+    "weights", "tokens", "tolerance", "passes", "sweeps", "error", "worst token", "prediction", "loop s",
+    "sweeps s", "loop tok/s", "sweeps tok/s", "speed-up",
 )  # fmt: skip
 
 
 class Stream:
-    """One long sequence, int64 [T] on the device, and a network: its contexts by the loop and by sweeps."""
+    """One long sequence, int64 [T] on the device, and a network: its contexts by the loop and by sweeps.
 
-    def __init__(self, model, ids, runtime):
+    Args:
+        retrieval: what the network looks up, or None.
+    """
+
+    def __init__(self, model, ids, runtime, retrieval=None):
+        self.model, self.ids, self.retrieval = model, ids, retrieval
         self.width, self.runtime = model.context_dim, runtime
         self.step = StepFunction(model.step, runtime.compile)
         self.embeddings = model.embed(ids)[None]
@@ -95,6 +103,17 @@ class Stream:
                 break
         return contexts.float(), work, all(stats.converged), self.clock() - started
 
+    def state(self, contexts):
+        """What generation goes on from behind a text with contexts [1, T, C]."""
+        return after(self.model, self.ids[: contexts.shape[1]], contexts[0], self.retrieval)
+
+    def prediction(self, contexts):
+        """Probabilities [V] of what follows a text with contexts [1, T, C]."""
+        length = contexts.shape[1]
+        state = self.state(contexts[:, : length - 1])
+        logits, _ = predict(self.model, self.ids[length - 1 : length], self.retrieval, state)
+        return logits[0].softmax(-1)
+
 
 @torch.no_grad()
 def measure(stream, weights, lengths, tolerances):
@@ -116,6 +135,7 @@ def measure(stream, weights, lengths, tolerances):
             "work": work, "converged": converged,
             "error": (difference.norm() / truth.norm()).item(),
             "worst_token_error": (difference.norm(dim=-1) / truth.norm(dim=-1)).max().item(),
+            "prediction_error": (stream.prediction(contexts) - stream.prediction(truth)).abs().max().item(),
             "loop_seconds": loop, "sweeps_seconds": seconds,
             "speed_up": loop / seconds if converged else None,  # else what the loop gives was not reached
         })  # fmt: skip
@@ -132,7 +152,8 @@ def shown(row):
     return (
         row["weights"], f"{tokens:,}", f"{row['tolerance']:g}", passes,
         sweeps if row["converged"] else f"not in {sweeps}",
-        f"{row['error']:.1e}", f"{row['worst_token_error']:.1e}", f"{loop:.2f}", f"{seconds:.2f}",
+        *(f"{row[name]:.1e}" for name in ("error", "worst_token_error", "prediction_error")),
+        f"{loop:.2f}", f"{seconds:.2f}",
         f"{tokens / loop:,.0f}", f"{tokens / seconds:,.0f}",
         f"{row['speed_up']:.1f}x" if row["converged"] else "-",
     )  # fmt: skip
@@ -145,6 +166,24 @@ def one_sequence(data, length):
     if length > len(ids):
         line += f", repeated {length / len(ids):.1f} times for {length:,}"
     return ids.repeat(-(-length // len(ids)))[:length].long(), line
+
+
+def retrieval_beside(config, model, say):
+    """What the trained model looks up, or None, which is said."""
+    if config.retrieval == "none":
+        return None
+    found, reason = None, "no such file of these weights"
+    try:
+        found = stored_retrieval(Path(config.checkpoint_dir).resolve(), model)
+    except UserError as error:
+        reason = str(error)
+    if found is None:
+        say(f"retrieval: none, as {config.checkpoint_dir} holds {reason}; the network predicts alone")
+        return None
+    megabytes = found.window * (4 * found.keys.width + 8) / 1e6
+    parts = f"{', '.join(found.experts)}; the state behind a text of any length"
+    say(f"retrieval: {parts} has its last {found.window:,} tokens, {megabytes:.1f} MB at most")
+    return found
 
 
 def report(config, options, say):
@@ -165,8 +204,8 @@ def report(config, options, say):
     say("\n".join([f"device: {describe_device(runtime)}", *data.notes, line]))
     rows, curves = [], {}
 
-    def add(weights):
-        stream = Stream(model, ids.to(runtime.device), runtime)
+    def add(weights, retrieval=None):
+        stream = Stream(model, ids.to(runtime.device), runtime, retrieval)
         more, curves[weights] = measure(stream, weights, options.lengths, options.tolerance)
         rows.extend(more)
 
@@ -182,7 +221,10 @@ def report(config, options, say):
         raise UserError(line)
     say(f"trained: {trained or line}")
     if trained:
-        add("trained")
+        retrieval = retrieval_beside(config, model, say)
+        if retrieval:
+            retrieval.to(runtime.device)
+        add("trained", retrieval)
     return {"rows": rows, "curves": curves}
 
 

@@ -169,7 +169,7 @@ def test_ctrl_c_at_the_prompt_leaves_at_once():
     code = (
         "from newllm.errors import exit_on_user_error\nfrom scripts import generate\n"
         "generate.open_model = lambda *options: print('ready', flush=True) or (None, None, None)\n"
-        "with exit_on_user_error():\n    generate.main(['--chat'])"
+        "with exit_on_user_error():\n    generate.main(['--chat', '--retrieval=none'])"
     )
     ours, theirs = pty.openpty()
     process = subprocess.Popen(

@@ -42,7 +42,9 @@ MAY_IMPORT = {
         "newllm.fixed_point", "newllm.models", "newllm.saving.stop", "newllm.memory", "newllm.progress",
     },
     "newllm.generate": {"newllm.saving.stop"},
-    "newllm.transformers_model": {"newllm.models", "newllm.fixed_point", "newllm.versions"},
+    "newllm.transformers_model": {
+        "newllm.models", "newllm.fixed_point", "newllm.retrieval", "newllm.versions",
+    },
     "newllm.transformers_export": {
         "newllm.transformers_model", "newllm.saving", "newllm.training", "newllm.report", "newllm.errors",
         "newllm.versions",

@@ -24,11 +24,13 @@ from newllm import transformers_export
 from newllm.data.rows import render
 from newllm.data.tokens import choose_tokenizer, train_bpe
 from newllm.errors import UserError
+from newllm.evaluate import encode
 from newllm.generate import generate
 from newllm.models.network import LanguageModel
 from newllm.report.page import artifact_paths
 from newllm.report.record import find_records, read_record
-from newllm.saving.trained import load_model, open_saved
+from newllm.retrieval.mixture import EXPERTS
+from newllm.saving.trained import filled_retrieval, load_model, open_saved
 from scripts import export
 from train import main as train
 
@@ -62,7 +64,10 @@ used = {
     "pipeline": [one["generated_text"] for [one] in made],
     "chat": tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
 }
-# Two more tokens, saved and loaded: their ids, the number of ids, and whether the texts are the same.
+# The network alone with two more tokens, saved and loaded: their ids, the number of ids, and whether the
+# texts are the same.
+model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True, retrieval="none")
+used["alone"] = model(**inputs).logits[0, -1].tolist()
 tokenizer.add_tokens(["<one>", "<two>"])
 model.resize_token_embeddings(len(tokenizer))
 for part in (model, tokenizer):
@@ -76,14 +81,24 @@ print(json.dumps(used))
 
 
 def test_a_run_exported_is_used_by_transformers_alone(tiny_settings, tmp_path):
-    """In a process that cannot import newllm, as in the docs: the same ids, logits, texts and chats."""
-    train(ResidualConfig(**tiny_settings | dict(artifacts=True, freeze_context=True, tie_weights=False)))
+    """In a process that cannot import newllm, as in the docs: the same ids, logits, texts and chats.
+
+    Also of its network alone; the card says what is looked up, and what the folder holds for it.
+    """
+    settings = dict(artifacts=True, freeze_context=True, tie_weights=False, retrieval="ngram,cache,knn")
+    train(ResidualConfig(**tiny_settings | settings))
     place = ["--checkpoint_dir", tiny_settings["checkpoint_dir"], "--output", str(tmp_path / "model")]
     export.main(["--format=transformers", *place])
     record = read_record(find_records(tiny_settings["checkpoint_dir"])[-1])
     card = (tmp_path / "model" / "README.md").read_text()
-    assert f"| this model | {record.summary['val_ppl']:.1f} |" in card
+    assert f"| this model | {record.summary['val_ppl_retrieval']:.1f} |" in card
+    assert f"| its network alone | {record.summary['val_ppl']:.1f} |" in card
     assert "untrained contexts" in card and record.run in card
+    assert "up to 4,096 tokens back" in card and "can read much of the training text" in card
+    export.main(["--format=transformers", *place[:2], "--output", str(tmp_path / "bare"), "--retrieval=none"])
+    assert "looks up" not in (tmp_path / "bare" / "README.md").read_text()
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in ("bare", "model")]
+    assert sizes[0] < sizes[1] and not (tmp_path / "bare").joinpath("config.json").read_text().count("knn")
     private = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", ALONE, json.dumps([EXAMPLE, PROMPTS, MESSAGES])]
     options = dict(cwd=tmp_path, env=os.environ | private, stdin=subprocess.DEVNULL)
@@ -91,23 +106,44 @@ def test_a_run_exported_is_used_by_transformers_alone(tiny_settings, tmp_path):
     assert done.returncode == 0, done.stderr
     used = json.loads(done.stdout.splitlines()[-1])
     path = artifact_paths(record.folder, record.kind, record.run)["model"]
-    model, tokenizer = load_model(open_saved(path)[1])
+    saved = open_saved(path)[1]
+    model, tokenizer = load_model(saved)
     model.eval()
+    retrieval = filled_retrieval(saved["retrieval"])
 
     def continued(prompt, count):
         ids = tokenizer.encode(prompt)
-        return [*ids, *generate(model, ids, count, seed=0, temperature=0)]
+        return [*ids, *generate(model, ids, count, seed=0, temperature=0, retrieval=retrieval)]
 
-    ids, size, state = tokenizer.encode(PROMPTS[0]), tokenizer.vocab_size, None
+    ids, size = tokenizer.encode(PROMPTS[0]), tokenizer.vocab_size
     assert used["ids"] == ids and used["text"] == continued(PROMPTS[0], 8)
     assert used["pipeline"] == [tokenizer.decode(continued(prompt, 8)) for prompt in PROMPTS]
     assert used["example"] == continued("User: hello", 16)
     assert used["chat"] == render({"messages": MESSAGES}, "here") + "\nAssistant:"
-    for token in ids:
-        *place, state = model.advance(torch.tensor([token]), state)
-        logits = model.logits(*place)
-    assert used["logits"] == pytest.approx(logits[0].tolist(), abs=1e-5)
+    read = encode(model, torch.tensor([ids]))
+    with torch.no_grad():
+        shares, _ = retrieval.read(model, torch.tensor([ids]), *read, retrieval.start(1))
+        alone = model.logits(*read)
+    assert used["logits"] == pytest.approx(shares[0, -1].log().tolist(), abs=1e-4)
+    assert used["alone"] == pytest.approx(alone[0, -1].tolist(), abs=1e-5)
     assert used["grown"] == [[size, size + 1], size + 2, True]
+
+
+@pytest.mark.parametrize(
+    ("experts", "held"),
+    [
+        (["cache"], None),
+        (["ngram", "cache"], "are\nthe ids of each run of up to five tokens in it."),
+        (["cache", "knn"], "are\nthe ids of the two tokens at each place of it."),
+        (["ngram", "knn"], "tokens in it and\nthe ids of the two tokens at each place of it."),
+    ],
+)
+def test_a_card_says_what_of_the_training_text_a_folder_holds(experts, held):
+    """And no more than that: the text so far is no training text."""
+    card = transformers_export.retrieval_card(SimpleNamespace(experts=experts, window=4096, neighbours=256))
+    listed = ["the last tokens" in card, "up to 4,096 tokens back" in card, "the 256 places" in card]
+    assert listed == [name in experts for name in EXPERTS]
+    assert (held or "at each token, of") in card and ("much of the training text" in card) == bool(held)
 
 
 CONFIG = dict(
@@ -123,11 +159,14 @@ def exported(tmp_path, monkeypatch):
     def exported(tokenizer, folder=tmp_path / "model"):
         network = LanguageModel(SimpleNamespace(**CONFIG), tokenizer.vocab_size)
         monkeypatch.setattr(transformers_export, "load_model", lambda found: (network, tokenizer))
-        monkeypatch.setattr(transformers_export, "model_card", lambda record: "card")
+        monkeypatch.setattr(transformers_export, "model_card", lambda record, retrieval: "card")
         transformers_export.export_folder(dict(config=CONFIG), None, folder)
         return folder
 
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", sys.path.copy())  # to which that is added, and searched for ever after
+    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)
     return exported
 
 
@@ -150,6 +189,8 @@ def test_what_cannot_be_exported_is_refused(exported, small, tmp_path):
         exported(small, tmp_path / "far" / "away" / "again")
     with pytest.raises(UserError, match="cannot be written"):
         exported(small, tmp_path / "project" / "README.md")
+    with pytest.raises(UserError, match="is for --format transformers"):
+        export.main(["--retrieval", "none"])
 
 
 # Tokenizer and chat template
@@ -244,6 +285,22 @@ def test_the_code_of_an_export_is_renewed(exported, small, capsys):
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(".")]
 
 
+def test_a_folder_from_before_there_was_retrieval_is_renewed(exported, small):
+    """Neither its configuration nor its code knows any: it is the network that it was."""
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    folder = exported(small)
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["retrieval"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    for name in ("keys.py", "lookup.py", "mixture.py", "ngram.py"):
+        (folder / name).unlink()
+    export.main(["--refresh", str(folder)])
+    model = get_class_from_dynamic_module("modeling_newllm.NewLLMForCausalLM", folder).from_pretrained(folder)
+    assert model.retrieval is None
+    model.generate(torch.tensor([[1, 2]]), max_new_tokens=2)
+
+
 @pytest.mark.parametrize("config", [b'{"model_type": "gpt2"}', b"{", b"[]", b"\xff", None])
 def test_what_is_no_export_is_not_renewed(tmp_path, config):
     """Another model's folder, a torn configuration, nothing there: one sentence, nothing touched."""
@@ -283,7 +340,7 @@ def test_an_export_says_what_it_was_not_tested_with(exported, small, tmp_path, m
     from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
     for torch_range, said in (("torch>=2", False), ("torch<2", True)):
-        monkeypatch.setattr(importlib.metadata, "requires", lambda name, own=torch_range: [own, "numpy<1"])
+        monkeypatch.setattr(importlib.metadata, "requires", lambda name, own=torch_range: [own, "pytest<1"])
         folder = exported(small, tmp_path / f"said_{said}")  # code of one name is loaded once
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")

@@ -9,22 +9,20 @@ import pytest
 import torch
 
 from newllm.generate import generate
+from newllm.retrieval.mixture import EXPERTS
 from newllm.versions import outside
 
 transformers = pytest.importorskip("transformers")
-from newllm.transformers_model import NewLLMConfig, NewLLMForCausalLM  # noqa: E402
+from mixtures import V, made  # noqa: E402
 
-V, B, T = 50, 3, 9
-
-
-def made(**settings):
-    shape = dict(vocab_size=V, hidden_size=32, embed_dim=24, num_hidden_layers=2)
-    return NewLLMForCausalLM(NewLLMConfig(**shape | settings)).eval()
+B, T = 3, 9
 
 
-@pytest.fixture(params=["context", "window"])
+@pytest.fixture(
+    params=[dict(), dict(network="window"), dict(experts=EXPERTS)], ids=["context", "window", "mixture"]
+)
 def model(request):
-    return made(network=request.param, eos_token_id=None)
+    return made(**request.param, eos_token_id=None)
 
 
 @pytest.fixture
@@ -50,7 +48,8 @@ def test_greedy_is_the_same_with_and_without_cache_and_by_our_own_generation(mod
     for options in (dict(use_cache=False), dict(logits_to_keep=0), dict(cache_implementation="static")):
         assert cached.equal(greedy(model, ids, 12, **options))
     for row in range(B):
-        own = list(generate(model.network, ids[row].tolist(), 12, seed=0, temperature=0))
+        prompt, looked_up = ids[row].tolist(), model.retrieval
+        own = list(generate(model.network, prompt, 12, seed=0, temperature=0, retrieval=looked_up))
         assert cached[row, T:].tolist() == own
 
 
@@ -187,7 +186,9 @@ def test_labels_and_the_positions_to_keep(model, ids):
     labels[:, :-1] = -100
     last = torch.nn.functional.cross_entropy(output.logits[:, -2], ids[:, -1])
     torch.testing.assert_close(model(ids, labels=labels).loss, last)
-    assert model(ids, logits_to_keep=2).logits.equal(output.logits[:, -2:])
+    for kept in (2, torch.tensor([4, 1])):
+        place = slice(-kept, None) if isinstance(kept, int) else kept
+        torch.testing.assert_close(model(ids, logits_to_keep=kept).logits, output.logits[:, place])
 
 
 def test_transformers_trainer_trains_it(ids, tmp_path):

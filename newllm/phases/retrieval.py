@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 from torch.utils._pytree import tree_map
 
-from newllm.evaluate import SEQUENCES_AT_A_TIME, text_bytes, trajectories
+from newllm.evaluate import SEQUENCES_AT_A_TIME, sample_digest, text_bytes, trajectories
 from newllm.retrieval.keys import SAMPLE, Keys
 from newllm.retrieval.mixture import Retrieval, network_opinion
 from newllm.saving.stop import poll
@@ -52,10 +52,15 @@ def no_reading(part):
 
 
 def build(retrieval, train, read):
-    """Take in the training text, samples [n, T+1]; `read` is as Reading. Returns the retrieval."""
+    """Take in what is looked up of the training text, samples [n, T+1]; `read` is as Reading.
+
+    Returns:
+        The retrieval.
+    """
     device = retrieval.gate.weight.device
-    retrieval.ngram.fit(train.numpy())
-    retrieval.ngram.to(device)
+    if "ngram" in retrieval.experts:
+        retrieval.ngram.fit(train.numpy())
+        retrieval.ngram.to(device)
     _fit_keys(retrieval.keys, train, read)
 
     def parts():
@@ -65,7 +70,8 @@ def build(retrieval, train, read):
             keys = retrieval.keys(ids[:, :-1], **read(part))
             yield ids[:, :-1].flatten(), keys.flatten(0, 1), ids[:, 1:].flatten()
 
-    retrieval.store.fill(parts())
+    if "knn" in retrieval.experts:
+        retrieval.store.fill(parts())
     return retrieval
 
 
@@ -232,6 +238,7 @@ def retrieval_of(model, data, settings, runtime, parts=False):
     figures = measure(retrieval, gathered, data, held_back)
     if parts:
         figures["in_turn"] = in_turn(retrieval, gathered, data, held_back)
+    retrieval.held_out = dict(zip(map(sample_digest, data.val), figures["sample_nats"], strict=True))
     fit(retrieval, held_back or gathered)
     return retrieval, figures
 

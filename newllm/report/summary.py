@@ -172,19 +172,23 @@ def retrieval_figures(results):
     return summary
 
 
-def language_rows(summary):
-    """(what it is, perplexity, bits per byte) on held-out dialogues, of a model and of those beside it."""
-    with_all = "val_ppl_retrieval" in summary
+def language_rows(summary, looks_up=True):
+    """(what it is, perplexity, bits per byte) on held-out dialogues, of a model and of those beside it.
+
+    Args:
+        looks_up: False of a model without what it looked up: its rows are left out.
+    """
+    with_all = looks_up and "val_ppl_retrieval" in summary
     rows = []
     for key, name in (
-        ("val_{}_retrieval", "this model with all that it looks up"),
-        ("val_{}", "this model alone" if with_all else "this model"),
+        ("val_{}_retrieval", "this model"),
+        ("val_{}", "its network alone" if with_all else "this model"),
         ("val_{}_retrieval_counting", "the same retrieval without a network: counting and copying"),
         ("val_{}_retrieval_untrained", "the same retrieval on untrained contexts"),
         ("val_{}_untrained_context", "the same head on untrained contexts, alone"),
     ):
         figures = [summary.get(key.format(unit)) for unit in ("ppl", "bpb")]
-        if figures[0] is not None:
+        if figures[0] is not None and (looks_up or "retrieval" not in key):
             rows.append((name, *figures))
     bits_a_nat = summary["val_bpb"] / summary["val_loss"]
     for key, name in COUNTED.items():

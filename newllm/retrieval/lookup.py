@@ -11,6 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 ROWS = 8  # questions compared at a time: always as many, as a product of other shape rounds differently
+STEPS = 127  # in 8 bits: a value of a key, at most 1, is kept as a whole number of steps of 1 / 127
+BLOCK = 1 << 14  # places compared at a time
+TOGETHER = 64  # keys of the text so far that are joined to the older ones at once
 
 
 class Finds(NamedTuple):
@@ -24,7 +27,7 @@ class Finds(NamedTuple):
     def largest(self):
         """(Largest cosine [B, Q], 0 where nothing was found; whether anything was)."""
         any_there = self.there.any(-1)
-        largest = self.cosine.masked_fill(~self.there, -1).amax(-1)
+        largest = torch.where(self.there, self.cosine, -1).amax(-1)
         return largest * any_there, any_there
 
 
@@ -45,7 +48,7 @@ class Votes(nn.Module):
         score = finds.cosine / self.log_temperature.exp()
         if self.log_fading is not None:
             score = score - self.log_fading.exp() * finds.age
-        score = score.masked_fill(~finds.there, -torch.inf)
+        score = torch.where(finds.there, score, -torch.inf)
         top = score.detach().amax(-1, keepdim=True).clamp_min(torch.finfo(score.dtype).min)
         weights = (score - top).exp()  # of the best place 1, of a row without any 0
         return weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(score.dtype).tiny)
@@ -63,27 +66,47 @@ def over_all(weights, finds, vocab_size):
 
 
 class Past(NamedTuple):
-    """The text so far, as far back as it is looked up; an id below 0 is padding."""
+    """The text so far, as far back as it is looked up; an id below 0 is padding.
+
+    The keys of the newest tokens lie apart until there are TOGETHER of them: a token then copies few keys.
+    """
 
     ids: torch.Tensor  # [B, M]
-    keys: torch.Tensor  # [B, M, K]
+    keys: torch.Tensor  # [B, M - r, K] of all but the newest
+    newest: torch.Tensor  # [B, r, K]
     length: torch.Tensor  # [B] tokens read, however far back
 
+    def joined(self):
+        """The same with all keys [B, M, K] together, none apart."""
+        keys = torch.cat([self.keys, self.newest], 1)
+        return self._replace(keys=keys, newest=keys[:, :0])
+
     def extended(self, ids, keys, window):
-        """The text with the next ids [B, Q] and their keys [B, Q, K]."""
-        ids, keys = torch.cat([self.ids, ids], 1), torch.cat([self.keys, keys], 1)
-        added = (ids[:, self.ids.shape[1] :] >= 0).sum(1)
-        return Past(ids[:, -window:], keys[:, -window:], self.length + added)
+        """The text with the next ids [B, Q] and their keys [B, Q, K], or those of the last `window` alone."""
+        length = self.length + (ids >= 0).sum(1)
+        ids = torch.cat([self.ids, ids], 1)[:, -window:]
+        newest = torch.cat([self.newest, keys], 1)[:, -window:]
+        older = self.keys
+        if newest.shape[1] >= TOGETHER:
+            older, newest = torch.cat([older, newest], 1), newest[:, :0]
+        kept = ids.shape[1] - newest.shape[1]
+        return Past(ids, older[:, older.shape[1] - kept :], newest, length)
 
     def find(self, ids, keys, window):
         """What the next ids [B, Q] with keys [B, Q, K] find, at most `window` tokens back."""
-        count = ids.shape[1]
-        ids, known = torch.cat([self.ids, ids], 1), torch.cat([self.keys, keys], 1)
-        place = torch.arange(ids.shape[1], device=ids.device)
-        age = place[-count:, None] - place
-        there = ((age > 0) & (age <= window))[None] & (ids >= 0)[:, None]
-        following = functional.pad(ids[:, 1:], (0, 1), value=-1)[:, None]
-        return Finds(keys @ known.transpose(1, 2), there, following, age.float().expand(len(ids), -1, -1))
+        known = torch.cat([self.ids, ids], 1)
+        parts = self.keys, self.newest, keys
+        cosine = torch.cat([torch.bmm(keys, part.transpose(1, 2)) for part in parts], -1)
+        place = torch.arange(known.shape[1], device=ids.device)
+        age = place[-ids.shape[1] :, None] - place
+        there = ((age > 0) & (age <= window))[None] & (known >= 0)[:, None]
+        following = functional.pad(known[:, 1:], (0, 1), value=-1)[:, None]
+        return Finds(cosine, there, following, age.float().expand(len(ids), -1, -1))
+
+
+def rounded(keys):
+    """Keys [..., K] in 8 bits, in STEPS."""
+    return (keys * STEPS).round().to(torch.int8)
 
 
 class Store(nn.Module):
@@ -95,7 +118,7 @@ class Store(nn.Module):
 
     def __init__(self, vocab_size, size, width):
         super().__init__()
-        self.register_buffer("keys", torch.zeros(size, width, dtype=torch.float16))
+        self.register_buffer("rounded", torch.zeros(size, width, dtype=torch.int8))  # keys, in STEPS
         self.register_buffer("following", torch.zeros(size, dtype=torch.int32))
         self.register_buffer("starts", torch.zeros(vocab_size + 1, dtype=torch.int64))
 
@@ -105,10 +128,9 @@ class Store(nn.Module):
         Args:
             parts: of the samples, each (ids [n], keys [n, K], ids that follow [n]).
         """
-        ids, keys, following = zip(*((i, k.half(), f) for i, k, f in parts), strict=True)
-        ids = torch.cat(ids)
+        ids, keys, following = map(torch.cat, zip(*((i, rounded(k), f) for i, k, f in parts), strict=True))
         order = ids.argsort(stable=True)
-        self.keys, self.following = torch.cat(keys)[order], torch.cat(following)[order].int()
+        self.rounded, self.following = keys[order], following[order].int()
         counts = torch.bincount(ids, minlength=len(self.starts) - 1)
         self.starts = functional.pad(counts.cumsum(0), (1, 0))
         return self
@@ -116,21 +138,33 @@ class Store(nn.Module):
     def nearest(self, ids, keys, count):
         """The `count` places with the largest cosine to each of keys [B, Q, K] among those of its token."""
         flat, tokens = keys.flatten(0, 1), ids.flatten()
-        cosine = flat.new_zeros(len(flat), count)
-        there = torch.zeros_like(cosine, dtype=torch.bool)
-        following = torch.zeros_like(cosine, dtype=torch.int32)
-        first, last = self.starts[tokens].tolist(), self.starts[tokens + 1].tolist()
+        starts, ends = self.starts[tokens], self.starts[tokens + 1]
         asking = {}
-        for row, place in enumerate(zip(first, last, strict=True)):
+        for row, place in enumerate(zip(starts.tolist(), ends.tolist(), strict=True)):
             asking.setdefault(place, []).append(row)
+        if len(flat) == 1 and ends > starts:  # one token of one text: nothing has to be put together
+            cosine, following = (found[None] for found in next(self._among(*place, flat, count)))
+            return Finds(cosine, torch.ones_like(cosine, dtype=torch.bool), following)
+        cosine = flat.new_zeros(len(flat), count)
+        following = torch.zeros_like(cosine, dtype=torch.int32)
         for (start, end), rows in asking.items():
             if end <= start:  # not in the training text, or padding
                 continue
-            known, kept = self.keys[start:end].float(), min(count, end - start)
-            for some in torch.tensor(rows, device=flat.device).split(ROWS):
-                asked = functional.pad(flat[some], (0, 0, 0, ROWS - len(some)))
-                found, place = (asked @ known.T)[: len(some)].topk(kept)
-                cosine[some, :kept], there[some, :kept] = found, True
-                following[some, :kept] = self.following[place + start]
+            rows = torch.tensor(rows, device=flat.device)
+            found = self._among(start, end, flat[rows], count)
+            for some, (best, after) in zip(rows.split(ROWS), found, strict=True):
+                cosine[some, : best.shape[1]], following[some, : best.shape[1]] = best, after
+        there = torch.arange(count, device=flat.device) < (ends - starts)[:, None]
         shape = *ids.shape, count
         return Finds(cosine.view(shape), there.view(shape), following.view(shape))
+
+    def _among(self, start, end, asked, count):
+        """The best of places start to end for keys [n, K], ROWS at a time: (cosine, id after) [n, m]."""
+        blocks = self.rounded[start:end].split(BLOCK)
+        if len(blocks) == 1:
+            blocks = [blocks[0].float()]
+        for own in asked.split(ROWS):
+            filled = functional.pad(own / STEPS, (0, 0, 0, ROWS - len(own)))
+            cosine = torch.cat([(filled @ block.float().T)[: len(own)] for block in blocks], 1)
+            best, place = cosine.topk(min(count, end - start))
+            yield best, self.following[start:end][place]

@@ -49,6 +49,8 @@ class Retrieval(nn.Module):
         sizes: of the counts and the store that `load_state_dict` will bring: (KneserNey.sizes, places).
     """
 
+    held_out = None  # {digest of a sample: nats it got from a fit on others}, once that was measured
+
     def __init__(self, experts, keys, vocab_size, network=True, window=4096, neighbours=256, sizes=((), 0)):
         super().__init__()
         self.experts = [name for name in EXPERTS if name in experts]
@@ -84,10 +86,10 @@ class Retrieval(nn.Module):
         """The state before the first token of texts."""
         ids = torch.empty(batch, 0, dtype=torch.int64, device=device)
         keys = torch.empty(batch, 0, self.keys.width, device=device)
-        return lookup.Past(ids, keys, torch.zeros(batch, dtype=torch.int64, device=device))
+        return lookup.Past(ids, keys, keys, torch.zeros(batch, dtype=torch.int64, device=device))
 
     def read(self, model, ids, contexts, streams, past, targets=None):
-        """Read tokens on and predict what follows each.
+        """Read tokens on and predict what follows each; keys and mixture are fp32, also under autocast.
 
         Args:
             model: with `hidden` and `output_weights`. ids: [B, T], below 0: padding on the left.
@@ -98,9 +100,14 @@ class Retrieval(nn.Module):
             (probabilities of the targets [B, T], or of all ids [B, T, V]; the state after these tokens).
         """
         hidden = model.hidden(contexts, streams)
-        network = network_opinion(functional.linear(hidden, *model.output_weights()), targets)
-        evidence, past = self.look_up(ids, past, hidden=hidden, contexts=contexts)
-        probability, _ = self(evidence, network, targets)
+        logits = functional.linear(hidden, *model.output_weights())
+        return self.read_logits(logits, ids, past, targets, hidden=hidden, contexts=contexts)
+
+    def read_logits(self, logits, ids, past, targets=None, **made):
+        """The same of a network's logits [B, T, V] at hand; `made`: what keys are made of, [B, T, ...]."""
+        with torch.autocast(logits.device.type, enabled=False):
+            evidence, past = self.look_up(ids, past, **made)
+            probability, _ = self(evidence, network_opinion(logits, targets), targets)
         return probability, past
 
     @torch.no_grad()
@@ -117,9 +124,15 @@ class Retrieval(nn.Module):
 
     @torch.no_grad()
     def remember(self, ids, past, **made):
-        """The state after ids [B, T] whose followers nobody asks for; `made` as above."""
-        near = torch.cat([past.ids[:, 1 - ORDER :], ids], 1)
-        return past.extended(ids, self.keys(near, **made)[:, -ids.shape[1] :], self.window)
+        """The state after ids [B, T] whose followers nobody asks for.
+
+        Args:
+            past: before them. made: as above, of all T places or of as many of the last as the window has.
+        """
+        near = torch.cat([past.ids[:, 1 - ORDER :], ids[:, -self.window - ORDER :]], 1)
+        with torch.autocast(ids.device.type, enabled=False):
+            keys = self.keys(near, **made)[:, -ids.shape[1] :]
+        return past.extended(ids, keys, self.window)
 
     def forward(self, evidence, network=None, targets=None):
         """The mixture.
@@ -152,9 +165,8 @@ class Retrieval(nn.Module):
         grams = evidence.grams
         given = self.ngram.over_all(grams) if targets is None else self.ngram.of(targets, grams).float()
         longest = self.ngram.longest(grams)
-        return Opinion(
-            given, functional.one_hot(longest, ORDER).float(), torch.ones_like(longest, dtype=bool)
-        )
+        which = longest[..., None] == torch.arange(ORDER, device=longest.device)
+        return Opinion(given, which.float(), torch.ones_like(longest, dtype=bool))
 
     def _cache_opinion(self, evidence, targets):
         opinion = self._votes(self.cache, evidence.cache, targets)

@@ -68,6 +68,19 @@ class Level(nn.Module):
         index = torch.searchsorted(self.keys, keys)
         return torch.where(self.keys[index] == keys, index, -1)
 
+    def after(self, contexts, vocab_size):
+        """(Which of contexts [n], id of a k-gram of it) of all k-grams of contexts, -1: one never seen."""
+        # They lie together in the keys, and nothing lies below key 0.
+        if len(contexts) == 1:
+            first = contexts.item() * vocab_size
+            bounds = torch.tensor([first, first + vocab_size], device=contexts.device)
+            return 0, slice(*torch.searchsorted(self.keys, bounds).tolist())
+        first, last = torch.searchsorted(self.keys, torch.stack([contexts, contexts + 1]) * vocab_size)
+        many = last - first
+        row = torch.arange(len(contexts), device=contexts.device).repeat_interleave(many)
+        place = torch.arange(len(row), device=row.device) - (many.cumsum(0) - many - first)[row]
+        return row, place
+
 
 class KneserNey(nn.Module):
     """Interpolated modified Kneser-Ney (Chen & Goodman 1998, "An Empirical Study of Smoothing", section 3).
@@ -139,10 +152,9 @@ class KneserNey(nn.Module):
 
     def longest(self, contexts):
         """Tokens [B, T] of the longest context that was seen before some token: 0 to order - 1."""
-        seen = torch.zeros_like(contexts[0])
-        for k, (level, ids) in enumerate(zip(self.levels[1:], contexts, strict=True), start=1):
-            seen[level.backoff[ids] < 1] = k
-        return seen
+        pairs = zip(self.levels[1:], contexts, strict=True)
+        seen = torch.stack([level.backoff[ids] < 1 for level, ids in pairs])
+        return (seen * torch.arange(1, len(seen) + 1, device=seen.device)[:, None, None]).amax(0)
 
     def of(self, targets, contexts):
         """Probabilities [B, T] (fp64) of one id at each place; contexts as `contexts` gives them."""
@@ -157,19 +169,15 @@ class KneserNey(nn.Module):
         """Probabilities [B, T, V] (fp32) of every id at each place."""
         lowest, *higher = self.levels
         rows = contexts[0].shape
-        start = (lowest.discounted[:-1] + lowest.backoff[0] / self.vocab_size).float()
-        probability = start.repeat(rows.numel(), 1)
+        start = lowest.discounted[:-1] + lowest.backoff[0] / self.vocab_size
+        probability = start.float().repeat(rows.numel(), 1)
         for level, ids in zip(higher, contexts, strict=True):
             ids = ids.flatten()
+            if len(ids) == 1 and ids.item() < 0:  # as in most of a generated text: not seen, so unchanged
+                continue
             probability *= level.backoff[ids, None].float()
-            # What follows a context lies together in the keys.
-            first = torch.searchsorted(level.keys, ids.clamp_min(0) * self.vocab_size)
-            last = torch.searchsorted(level.keys, (ids + 1) * self.vocab_size)
-            many = torch.where(ids < 0, 0, last - first)
-            row = torch.arange(len(ids), device=ids.device).repeat_interleave(many)
-            place = torch.arange(len(row), device=ids.device) - (many.cumsum(0) - many - first)[row]
-            following = level.keys[place] % self.vocab_size
-            probability[row, following] += level.discounted[place].float()
+            row, place = level.after(ids, self.vocab_size)
+            probability[row, level.keys[place] % self.vocab_size] += level.discounted[place].float()
         return probability.view(*rows, -1)
 
 

@@ -99,7 +99,8 @@ def retrieval_content(retrieval, model):
     if retrieval is None:
         return None
     state = {name: tensor.cpu() for name, tensor in retrieval.state_dict().items()}
-    return {"model": model_digest(model), "description": retrieval.description(), "state": state}
+    about = {"description": retrieval.description(), "held_out": retrieval.held_out}
+    return {"model": model_digest(model), "state": state, **about}
 
 
 def filled_retrieval(content):
@@ -108,6 +109,7 @@ def filled_retrieval(content):
         return None
     retrieval = Retrieval.described(**content["description"])
     retrieval.load_state_dict(content["state"])
+    retrieval.held_out = content.get("held_out")
     return retrieval
 
 

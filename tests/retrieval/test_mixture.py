@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from newllm.retrieval.keys import Keys
+from newllm.retrieval.lookup import STEPS
 from newllm.retrieval.mixture import AT_ONCE, EXPERTS, Retrieval, network_opinion
 
 VOCAB, WIDTH = 50, 12
@@ -116,13 +117,24 @@ def test_nearest_are_the_best_of_those_with_the_same_token():
     retrieval, ids = retrieval_of(), texts()
     keys = retrieval.keys(ids, hidden=made_of(ids)[0])
     finds = retrieval.store.nearest(ids, keys, 8)
-    stored, starts = retrieval.store.keys.float(), retrieval.store.starts
+    stored, starts = retrieval.store.rounded.float() / STEPS, retrieval.store.starts
     for text in range(3):
         for place in range(40):
             same = slice(starts[ids[text, place]], starts[ids[text, place] + 1])
             best = (stored[same] @ keys[text, place]).sort(descending=True).values[:8]
             torch.testing.assert_close(finds.cosine[text, place, : len(best)], best)
             assert finds.there[text, place].sum() == len(best)
+
+
+def test_the_store_knows_its_keys_to_8_bits():
+    """A place that asks with the key it has in the store finds itself, as alike as a rounded key can be."""
+    retrieval, ids = retrieval_of(), texts()
+    keys = retrieval.keys(ids, hidden=made_of(ids)[0])
+    retrieval.store.fill([(ids.flatten(), keys.flatten(0, 1), torch.arange(ids.numel()))])
+    finds = retrieval.store.nearest(ids, keys, 1)
+    exact = (keys[..., None, :] @ keys.flatten(0, 1)[finds.following[..., 0].long()][..., None])[..., 0, 0]
+    assert (exact > 0.999).all() and (finds.cosine[..., 0] - exact).abs().max() < 0.01
+    assert retrieval.store.rounded.dtype == torch.int8
 
 
 def test_a_long_text_takes_no_more_time_and_memory_a_token():

@@ -5,6 +5,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+import torch
 
 from newllm.retrieval.ngram import FALLBACK_DISCOUNTS, KneserNey, discounts, ngram_rows, unigram_nll
 
@@ -86,6 +87,17 @@ def test_distributions_sum_to_one_for_every_context(order):
             p = distribution(model, context)
             assert p.min() > 0
             assert abs(p.sum() - 1) < 1e-12
+
+
+def test_a_place_alone_has_the_distribution_that_it_has_among_others():
+    """To the bit: at the start, behind seen and unseen ids, on one way of counting and on the other."""
+    train = zipf_samples(8, 30, 30, seed=1)
+    model = KneserNey(5, 40).fit(train)
+    ids = torch.from_numpy(np.concatenate([train[2, :12], [35, 39, 39], train[3, :9]]).astype(np.int64))[None]
+    contexts = model.contexts(ids)
+    for place, expected in enumerate(model.over_all(contexts)[0]):
+        alone = model.over_all([level[:, place : place + 1] for level in contexts])
+        assert torch.equal(alone[0, 0], expected), place
 
 
 @pytest.mark.parametrize(("order", "seed"), [(3, 0), (3, 1), (4, 2), (1, 3)])
