@@ -22,7 +22,7 @@ SMALL = dict(
 
 
 class Runs:
-    """Complete runs by their setting `retrieval`, and one that was killed before the stage, each made once."""
+    """Complete runs by their setting `retrieval`, and one killed before the stage, each made once."""
 
     def __init__(self, scratch, corpus):
         self.scratch, self.made = scratch, {}
