@@ -1,4 +1,4 @@
-"""The stage that makes what a model looks up: stopped, continued, added to a run, left out, made otherwise."""
+"""The stage that makes what a model looks up: stopped, continued, added, left out, made otherwise."""
 
 import signal
 from dataclasses import replace
@@ -35,7 +35,7 @@ def rows(summary):
 
 @pytest.mark.parametrize("place", ["build", "gather", "fit", "cross_fitted", "time"])
 def test_a_stop_inside_changes_nothing(looking_up, folder, monkeypatch, capsys, place):
-    """In good order, exit 75; the next start makes the stage from its beginning, as if nobody had stopped it."""
+    """In good order, exit 75; the next start makes the stage anew, as if nobody had stopped it."""
     expected, summary = looking_up.complete(ON)
     config = copy_of(looking_up.cut(), folder)
     before = {path: path.read_bytes() for path in folder.glob("model_*.pt")}
@@ -111,7 +111,7 @@ def test_without_the_controls_weights_its_row_is_left_out_with_a_line(looking_up
 
 
 def test_without_it_is_another_run_which_takes_over_all_training(looking_up, folder, monkeypatch, capsys):
-    """To the bit, with no row of retrieval; the run with it keeps its file, and comes back by its settings."""
+    """To the bit, with no row of retrieval; the run with it keeps its file, and comes back."""
     config = copy_of(looking_up.complete(ON)[0], folder)
     before, run_id = retrieval_file(config).read_bytes(), latest(config)["run_id"]
     expected = latest(looking_up.complete(OFF)[0])
