@@ -100,21 +100,28 @@ def test_text_is_that_of_a_cpu_with_few_launches_and_waits_a_token(config, capsy
 
 
 def test_building_and_fitting_take_few_launches_and_waits(config, monkeypatch, capsys):
-    """Of building and gathering a few a part of the samples, of fitting some a step of L-BFGS."""
-    ceilings = {"build": (800, 60), "gather": (900, 80), "_maximize": (16_000, 1300)}
-    taken = {}
+    """Of building and gathering a few a part of the samples, of fitting some an evaluation of its loss."""
+    ceilings = {"build": (800, 60), "gather": (900, 80), "_maximize": (500, 60)}
+    taken, evaluated, poll = {}, [0], stage.poll
+
+    def polled():
+        evaluated[0] += 1
+        poll()
 
     def counted(name):
         real = getattr(stage, name)
 
         def call(*arguments):
-            before = counts.launches, counts.waits
+            before, evaluated[0] = (counts.launches, counts.waits), 0
             found = real(*arguments)
-            taken.setdefault(name, []).append((counts.launches - before[0], counts.waits - before[1]))
+            times = evaluated[0] if name == "_maximize" else 1
+            done = counts.launches - before[0], counts.waits - before[1]
+            taken.setdefault(name, []).append([count / times for count in done])
             return found
 
         monkeypatch.setattr(stage, name, call)
 
+    monkeypatch.setattr(stage, "poll", polled)
     for name in ceilings:
         counted(name)
     with pretended_cuda(T4) as counts:
@@ -122,7 +129,7 @@ def test_building_and_fitting_take_few_launches_and_waits(config, monkeypatch, c
     for name, ceiling in ceilings.items():
         launches, waits = map(max, zip(*taken[name], strict=True))
         with capsys.disabled():
-            print(f"{name}: {launches} launches and {waits} waits")
+            print(f"{name}: {launches:.0f} launches and {waits:.1f} waits")
         assert launches <= ceiling[0] and waits <= ceiling[1]
 
 
