@@ -26,7 +26,7 @@ class ResidualConfig(Config):
     num_layers = 6  # residual layers of the context map F
     token_layers = 1  # layers of the head that read context and token stream; 0 reads the token stream alone
     tie_weights = True  # logits through the embedding matrix: fewer parameters, better at this scale
-    embeddings = "random"  # or to start from: "spectral" (neighbours). Frozen: "gpt2", "wordllama", a model
+    embeddings = "random"  # "gpt2", "wordllama", a model (folder or hub name): its token vectors, frozen
     init_scale = 0.5  # weights start with std init_scale / sqrt(fan-in); larger makes F chaotic
 
     # Phase 1: the context

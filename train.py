@@ -26,7 +26,7 @@ from newllm.flags import parse_args
 from newllm.memory import free_memory
 from newllm.models.baselines import Baseline, build_model
 from newllm.models.network import TokenPredictor
-from newllm.models.pretrained import load_embedding, require_own_ids, require_peft, spectral_start
+from newllm.models.pretrained import load_embedding, require_own_ids, require_peft
 from newllm.phases.phase1 import Phase1
 from newllm.phases.phase2 import Phase2
 from newllm.phases.retrieval import counting, retrieval_of
@@ -118,11 +118,6 @@ def load(config, runtime):
     peak = predicted_peak(config, data.vocab_size, runtime)
     model = build_model(config.part(ModelSettings), data.vocab_size, pretrained).to(runtime.device)
     model.start_at_frequencies(data.train[:, 1:])
-    if config.embeddings == "spectral":
-        vectors = None  # one process makes them for all, as those of another machine may differ
-        if runtime.group.is_main:
-            vectors = spectral_start(model.embedding.weight.cpu(), data.train)
-        model.start_embedding(runtime.group.decided(vectors))
     return data, model, peak
 
 
@@ -165,7 +160,6 @@ class Run:
             control.keep_context_embedding()
             log.say(context_line("untrained", results["contexts"]))
             results["head"] = self.train_head(control, "untrained", freeze_context=True)
-            self.model.start_embedding(control.context_embedding)  # restored, it may be another machine's
             if settings.experts:
                 _, results["retrieval"] = self.look_up(control)
             del control

@@ -26,7 +26,7 @@ from newllm.fixed_point.diagnostics import cold_start
 from newllm.fixed_point.solver import prefill
 from newllm.flags import parse_args
 from newllm.models.baselines import build_model
-from newllm.models.pretrained import load_embedding, spectral_start
+from newllm.models.pretrained import load_embedding
 from newllm.progress import Progress
 from newllm.report.compare import table
 from newllm.report.pictures import prefill_speed
@@ -162,8 +162,6 @@ def report(config, options, say):
     pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
     ids, line = one_sequence(data, options.lengths[-1])
     model = build_model(config, data.vocab_size, pretrained).to(runtime.device).eval()
-    if config.embeddings == "spectral":
-        model.start_embedding(spectral_start(model.embedding.weight.cpu(), data.train))
     say("\n".join([f"device: {describe_device(runtime)}", *data.notes, line]))
     rows, curves = [], {}
 

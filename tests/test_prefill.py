@@ -132,18 +132,3 @@ def test_bad_input_is_a_sentence(tiny_settings):
     for argv in ("--lengths=0", "--lengths=1,x", "--tolerance=0", "--tolerance=nan"):
         with pytest.raises(UserError, match="are wanted, not"):
             parsed(argv)
-
-
-def test_the_untrained_network_is_what_a_run_begins_with(tiny_settings, monkeypatch):
-    """Its token vectors too, where the training text gives them."""
-    config, streams = ResidualConfig(**tiny_settings, embeddings="spectral"), []
-
-    def kept(stream, *_):
-        streams.append(stream)
-        return [], []
-
-    monkeypatch.setattr(prefill, "measure", kept)
-    prefill.report(config, options(), str)
-    data, model, _ = train.load(config, open_runtime(config))
-    ids, _ = prefill.one_sequence(data, LENGTHS[-1])
-    assert torch.equal(streams[0].embeddings[0], model.embed(ids))

@@ -15,7 +15,6 @@ from helpers import as_flags
 
 from config import ResidualConfig
 from newllm.errors import exit_on_user_error
-from newllm.models.pretrained import spectral_start
 from newllm.saving.files import load_sealed
 from train import main
 
@@ -86,20 +85,6 @@ def test_two_processes_train_what_one_does(tiny_settings, tmp_path):
             assert found[history][name] == pytest.approx(one[history][name], rel=1e-3), name
     for folder in (alone, settings["checkpoint_dir"]):
         assert not list(Path(folder).glob("contexts_*.bin"))
-
-
-def test_two_processes_start_at_the_vectors_of_one(tiny_settings, tmp_path, monkeypatch):
-    """Spectral vectors that would come out otherwise on the other's machine: the figures of one process."""
-
-    def turned(random, ids):
-        return spectral_start(random, ids) * (-1 if os.environ.get("RANK") == "1" else 1)
-
-    monkeypatch.setattr("train.spectral_start", turned)
-    settings = tiny_settings | SAME | dict(embeddings="spectral")
-    expected = main(ResidualConfig(**settings))
-    settings["checkpoint_dir"] += "_two"
-    assert ended(two(settings, tmp_path / "output")) == [0, 0]
-    agrees((tmp_path / "output").read_text(), expected)
 
 
 def test_a_signal_stops_both_with_one_state_and_another_number_goes_on(tiny_settings, tmp_path):

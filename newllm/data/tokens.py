@@ -31,7 +31,6 @@ GPT2_ON_HUB = ("vocab.json", "merges.txt")  # the same files, by their names the
 
 WORDLLAMA_SIZE = 32000
 WORDLLAMA_FILE, WORDLLAMA_END = "tokenizers/l2_supercat_tokenizer_config.json", "</s>"
-OWN_EMBEDDINGS = "random", "spectral"  # those that are no other model's, and whose ids may be any
 PROBE = "User: it's 3 o'clock,\n\n  na\xefve e\u0301 \u6771\u4eac \U0001f642\x00 <|endoftext|>"
 
 
@@ -112,7 +111,7 @@ class Tokenizer:
 
 def tokenizer_choice(settings):
     """The setting `tokenizer`; "auto" beside pretrained embeddings is the one these belong to."""
-    theirs = settings.tokenizer == "auto" and settings.embeddings not in OWN_EMBEDDINGS
+    theirs = settings.tokenizer == "auto" and settings.embeddings != "random"
     return settings.embeddings if theirs else settings.tokenizer
 
 

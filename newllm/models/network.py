@@ -195,11 +195,6 @@ class TokenPredictor(nn.Module):
         scale = ALIGNED_LOGIT / (self.embed_dim**0.5 * vectors.norm(dim=1).mean())
         self.embedding.weight = nn.Parameter(scale * vectors, requires_grad=False)
 
-    @torch.no_grad()
-    def start_embedding(self, vectors):
-        """Let the embedding start at given vectors [V, E]; it trains on where it would have."""
-        self.embedding.weight.copy_(vectors)
-
     def context_parameters(self):
         """Parameters that move the contexts: what Phase 1 trains. Here none."""
         return []
@@ -248,11 +243,6 @@ class LanguageModel(TokenPredictor):
             self.freeze_embedding(pretrained)
         self.register_buffer("context_embedding", None)
         if settings.freeze_context or not learns_context:
-            self.keep_context_embedding()
-
-    def start_embedding(self, vectors):
-        super().start_embedding(vectors)
-        if self.context_embedding is not None:
             self.keep_context_embedding()
 
     def keep_context_embedding(self):

@@ -1,4 +1,4 @@
-"""Token vectors that a model begins with, pretrained or from counts; low-rank additions to F (peft)."""
+"""What others bring to the model: pretrained token vectors, and low-rank additions to F (peft)."""
 
 import importlib.util
 import json
@@ -6,10 +6,9 @@ import math
 from pathlib import Path
 
 import torch
-from torch.nn import functional
 
 from newllm.data import hub
-from newllm.data.tokens import GPT2, GPT2_REVISION, OWN_EMBEDDINGS, choose_tokenizer
+from newllm.data.tokens import GPT2, GPT2_REVISION, choose_tokenizer
 from newllm.errors import UserError
 
 WORDLLAMA_FILE, WORDLLAMA_TENSOR = "weights/l2_supercat_256.safetensors", "embedding.weight"
@@ -20,17 +19,17 @@ SCALE = 2  # of the additions' product, usual in the field
 
 
 def load_embedding(source, vocab_size, embed_dim):
-    """Input embedding [V, E] of a pretrained model, or None for "random" and "spectral", which train.
+    """Input embedding [V, E] of a pretrained model, or None for "random".
 
     Args:
-        source: "random", "spectral", "gpt2", "wordllama" (the package: 256 dimensions, out of Llama models),
-            or a folder or hub name in transformers' format.
+        source: "random", "gpt2", "wordllama" (the package: 256 dimensions, out of Llama models), or a folder
+            or hub name in transformers' format.
         vocab_size: V; rows beyond these ids, which some models have for speed, are left out.
 
     Raises:
         UserError: it cannot be had, or its shape is not [vocab_size, embed_dim].
     """
-    if source in OWN_EMBEDDINGS:
+    if source == "random":
         return None
     from safetensors import SafetensorError
 
@@ -82,7 +81,7 @@ def require_own_ids(embeddings, tokenizer):
     Raises:
         UserError: the tokenizer is not that of the embeddings, or one of the two cannot be had.
     """
-    if embeddings in (*OWN_EMBEDDINGS, tokenizer):
+    if embeddings in ("random", tokenizer):
         return
     # A tokenizer that is trained here always numbers other tokens.
     if tokenizer == "bpe" or not _vocabulary(tokenizer).items() <= _vocabulary(embeddings).items():
@@ -94,53 +93,6 @@ def require_own_ids(embeddings, tokenizer):
 
 def _vocabulary(choice):
     return json.loads(choose_tokenizer(choice)[0].to_json())["model"]["vocab"]
-
-
-# Token vectors from the training text itself.
-
-
-@torch.no_grad()
-def spectral_start(random, ids):
-    """Token vectors from what stands beside each token, to train on from: like neighbours, like vectors.
-
-    Positive pointwise mutual information of a token and a neighbour, max(0, log(p(v, w) / (p(v) p(w)))), the
-    one before and the one after in columns of their own; its largest directions, each times the root of its
-    singular value (Levy, Goldberg & Dagan 2015, TACL 3; SVD: Halko et al. 2011). Rows get the mean length of
-    the random ones, which suits the first logits.
-
-    Args:
-        random: [V, E], kept where a token is not in `ids`. ids: samples [n, L], neighbours within a sample.
-
-    Returns:
-        [V, E], the same at each call on a machine; elsewhere rounding may turn directions.
-    """
-    present, ids = ids.long().unique(return_inverse=True)
-    size, embed_dim = len(present), random.shape[1]
-    tokens, neighbours, values = zip(*(_information(ids, step, size) for step in (1, -1)), strict=True)
-    places = torch.stack([torch.cat(tokens), torch.cat([neighbours[0], neighbours[1] + size])])
-    matrix = torch.sparse_coo_tensor(places, torch.cat(values), (size, 2 * size), check_invariants=True)
-    with torch.random.fork_rng(devices=[]):  # the library draws from the global generator
-        torch.manual_seed(0)
-        directions, weights, _ = torch.svd_lowrank(matrix, q=min(embed_dim, size))
-    directions *= directions.gather(0, directions.abs().argmax(0, keepdim=True)).sign()  # free in an SVD
-    found = functional.pad(directions * weights.sqrt(), (0, embed_dim - len(weights)))
-    lengths = found.norm(dim=1, keepdim=True)
-    known = lengths[:, 0] > 1e-3 * lengths.max()  # a token may have no neighbour that tells of it
-    vectors = random.clone()
-    vectors[present[known]] = (random.norm(dim=1).mean() * found / lengths)[known]
-    return vectors
-
-
-def _information(ids, step, size):
-    """(Tokens [k], their neighbours [k], values [k] > 0): pairs that stand together more than by chance."""
-    before, after = ids[:, :-1].flatten(), ids[:, 1:].flatten()
-    tokens, neighbours = (before, after)[::step]
-    pairs, counts = (tokens * size + neighbours).unique(return_counts=True)
-    token, neighbour = pairs // size, pairs % size
-    expected = tokens.bincount()[token].double() * neighbours.bincount()[neighbour] / len(tokens)
-    values = (counts / expected).log()
-    kept = values > 0
-    return token[kept], neighbour[kept], values[kept].float()
 
 
 # Low-rank additions to the matrices of F (LoRA, Hu et al. 2021, arXiv 2106.09685). While they are there they

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional
 
 from newllm.data.order import batch_count
-from newllm.data.tokens import GPT2_SIZE, OWN_EMBEDDINGS, WORDLLAMA_SIZE, tokenizer_choice
+from newllm.data.tokens import GPT2_SIZE, WORDLLAMA_SIZE, tokenizer_choice
 from newllm.evaluate import RANK_TOKENS, SEQUENCES_AT_A_TIME
 from newllm.fixed_point.diagnostics import PROBE_DIMS, PROBE_LAGS
 from newllm.models.baselines import build_model
@@ -111,6 +111,5 @@ def vocabulary(config):
 def sketch(config, vocab_size):
     """The network of a configuration without values: on torch's meta device, where only shapes count."""
     with torch.device("meta"):
-        own = config.embeddings in OWN_EMBEDDINGS
-        pretrained = None if own else torch.empty(vocab_size, config.embed_dim)
+        pretrained = None if config.embeddings == "random" else torch.empty(vocab_size, config.embed_dim)
         return build_model(config, vocab_size, pretrained)

@@ -1,6 +1,5 @@
-"""Token vectors: pretrained ones exactly, for their own ids, or a sentence; spectral ones as by hand."""
+"""Pretrained embeddings: had exactly, for their own ids, or the run stops with a sentence. No network."""
 
-import dataclasses
 import importlib.util
 from pathlib import Path
 from unittest.mock import Mock
@@ -10,21 +9,16 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from helpers import stop_after
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers
-from torch.nn import functional
 
 import train
 from config import ResidualConfig
 from newllm.data import hub
 from newllm.data.tokens import GPT2, GPT2_REVISION, choose_tokenizer
 from newllm.errors import UserError
-from newllm.models.baselines import build_model
-from newllm.models.pretrained import load_embedding, require_own_ids, spectral_start
+from newllm.models.pretrained import load_embedding, require_own_ids
 from newllm.saving.files import load_sealed
-from newllm.saving.trained import open_model, open_saved
-from newllm.training.runtime import open_runtime
 
 V, E = 11, 8
 
@@ -172,84 +166,3 @@ def test_a_run_on_pretrained_vectors_needs_them_where_it_begins_alone(tiny_setti
     [frozen] = checkpoints.glob("model_frozen_*.pt")
     weight, own = load_sealed(frozen)["embedding.weight"], own[: summary["vocab_size"]]
     torch.testing.assert_close(weight / weight.norm(), own / own.norm())
-
-
-def pmi_cosines(ids):
-    """Cosines of tokens 0 ... n-1 by their neighbours in samples: plain arithmetic on dense matrices."""
-    size, sides = int(ids.max()) + 1, []
-    for tokens, neighbours in ((ids[:, :-1], ids[:, 1:]), (ids[:, 1:], ids[:, :-1])):
-        counts = torch.zeros(size, size, dtype=torch.float64)
-        for token, neighbour in zip(tokens.flatten(), neighbours.flatten(), strict=True):
-            counts[token, neighbour] += 1
-        ratio = counts * counts.sum() / (counts.sum(1, keepdim=True) * counts.sum(0))
-        sides.append(ratio.nan_to_num(0).clamp_min(1).log())
-    directions, weights, _ = torch.linalg.svd(torch.cat(sides, 1), full_matrices=False)
-    vectors = functional.normalize(directions * weights.sqrt(), dim=1)
-    return vectors @ vectors.T
-
-
-def test_spectral_vectors_are_directions_of_the_neighbours_information():
-    """As dense arithmetic has it; each as long as a random one; a token that is not there stays random."""
-    generator = torch.Generator().manual_seed(0)
-    ids, random = torch.randint(6, (5, 12), generator=generator), torch.randn(9, 16, generator=generator)
-    state, present = torch.get_rng_state(), 1 + ids.int()
-    vectors = spectral_start(random, present)
-    assert torch.equal(vectors, spectral_start(random, present))
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(vectors[[0, 7, 8]], random[[0, 7, 8]])
-    found = vectors[1:7] / random.norm(dim=1).mean()
-    torch.testing.assert_close(found @ found.T, pmi_cosines(ids).float(), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("ids", [[[2] * 9] * 3, [[0, 1]]], ids=["one token", "one pair"])
-def test_a_text_that_tells_nothing_of_its_tokens_leaves_them_random(ids):
-    """No chance is beaten where everything is said."""
-    random = torch.randn(5, 8)
-    assert torch.equal(spectral_start(random, torch.tensor(ids)), random)
-
-
-def test_tokens_with_like_neighbours_start_alike():
-    """Two that stand in for each other do, at a width below the vocabulary; no sample touches the next."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.stack([torch.arange(40) % 10] * 6)
-    ids[(ids == 3) & (torch.rand(ids.shape, generator=generator) < 0.5)] = 11  # in place of 3 now and then
-    vectors = functional.normalize(spectral_start(torch.randn(12, 4, generator=generator), ids), dim=1)
-    cosines = vectors @ vectors[3]
-    assert cosines[11] > 0.99 and cosines[[0, 1, 2, 4, 5, 6, 7, 8, 9]].max() < 0.9
-    apart = torch.tensor([[0, 1], [2, 3], [0, 1], [2, 3]])  # 1 is never before 2
-    swapped = torch.tensor([[0, 1], [0, 1], [2, 3], [2, 3]])
-    random = torch.randn(4, 4, generator=generator)
-    torch.testing.assert_close(spectral_start(random, apart), spectral_start(random, swapped))
-
-
-@pytest.mark.parametrize("changes", [dict(freeze_context=True), dict(), dict(model_type="gru")], ids=str)
-def test_a_run_starts_at_spectral_vectors_and_trains_them(tiny_settings, tmp_path, changes):
-    """F of frozen contexts goes on reading them. Data from the cache, or new: the same figures."""
-    config = ResidualConfig(**tiny_settings | changes, embeddings="spectral")
-    runtime = open_runtime(config)
-    data, model, _ = train.load(config, runtime)
-    random = build_model(config, data.vocab_size).embedding.weight.detach()
-    expected = spectral_start(random, data.train)
-    assert torch.equal(model.embedding.weight, expected) and model.embedding.weight.requires_grad
-    assert not torch.equal(expected, random)
-    train.main(config)
-    found, _, _ = open_model(config.checkpoint_dir)
-    assert not torch.equal(found.embedding.weight, expected)
-    if "freeze_context" in changes:
-        assert torch.equal(model.context_embedding, expected) and torch.equal(
-            found.context_embedding, expected
-        )
-
-
-@pytest.mark.parametrize("batches, stage", [(2, "untrained"), (12, "phase1"), (20, "phase2")])
-def test_a_run_that_goes_on_elsewhere_keeps_its_own_vectors(tiny_settings, monkeypatch, batches, stage):
-    """Stopped in each stage and continued where the vectors come out otherwise: the same weights."""
-    config = ResidualConfig(**tiny_settings, embeddings="spectral", freeze_context=True)
-    stop_after(config, batches)
-    assert open_saved(config.checkpoint_dir)[1]["stage"] == stage
-    other = dataclasses.replace(config, checkpoint_dir=config.checkpoint_dir + "_alone")
-    train.main(other)
-    monkeypatch.setattr(train, "spectral_start", lambda random, ids: -spectral_start(random, ids))
-    train.main(config)
-    found, expected = (open_model(c.checkpoint_dir)[0].state_dict() for c in (config, other))
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
