@@ -305,13 +305,13 @@ class Run:
 
     @timed("retrieval")
     def look_up_by_contexts(self, model):
-        """{"by_contexts": what contexts are worth as keys, without a network's prediction, or None}."""
-        settings, group, figures = self.config.part(RetrievalSettings), self.runtime.group, None
-        if self.compares_contexts:
-            self.log.say("looking up by contexts alone")
-            figures = group.by_main(lambda: by_contexts(model, self.data, settings, self.runtime))
-            figures = group.decided(figures)
-        return {"by_contexts": figures}
+        """{"by_contexts": what contexts are worth as keys, without a network's prediction}, if compared."""
+        if not self.compares_contexts:
+            return {}
+        settings, group = self.config.part(RetrievalSettings), self.runtime.group
+        self.log.say("looking up by contexts alone")
+        figures = group.by_main(lambda: by_contexts(model, self.data, settings, self.runtime))
+        return {"by_contexts": group.decided(figures)}
 
     def train_head(self, model, stage, freeze_context):
         settings, folder = self.config.part(Phase2Settings), self.checkpointer.folder

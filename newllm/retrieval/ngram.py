@@ -71,11 +71,9 @@ class Level(nn.Module):
     def after(self, contexts, vocab_size):
         """(Which of contexts [n], id of a k-gram of it) of all k-grams of contexts, -1: one never seen."""
         # They lie together in the keys, and nothing lies below key 0.
-        if len(contexts) == 1:
-            first = contexts.item() * vocab_size
-            bounds = torch.tensor([first, first + vocab_size], device=contexts.device)
-            return 0, slice(*torch.searchsorted(self.keys, bounds).tolist())
         first, last = torch.searchsorted(self.keys, torch.stack([contexts, contexts + 1]) * vocab_size)
+        if len(contexts) == 1:
+            return 0, slice(*torch.cat([first, last]).tolist())
         many = last - first
         row = torch.arange(len(contexts), device=contexts.device).repeat_interleave(many)
         place = torch.arange(len(row), device=row.device) - (many.cumsum(0) - many - first)[row]
@@ -173,8 +171,6 @@ class KneserNey(nn.Module):
         probability = start.float().repeat(rows.numel(), 1)
         for level, ids in zip(higher, contexts, strict=True):
             ids = ids.flatten()
-            if len(ids) == 1 and ids.item() < 0:  # as in most of a generated text: not seen, so unchanged
-                continue
             probability *= level.backoff[ids, None].float()
             row, place = level.after(ids, self.vocab_size)
             probability[row, level.keys[place] % self.vocab_size] += level.discounted[place].float()

@@ -96,7 +96,7 @@ def test_text_is_that_of_a_cpu_with_few_launches_and_waits_a_token(config, capsy
     launches, waits = map(max, zip(*steps, strict=True))
     with capsys.disabled():
         print(f"a token with retrieval: {launches} launches and {waits} waits")
-    assert launches <= 400 and waits <= 16
+    assert launches <= 320 and waits <= 12
 
 
 def test_building_and_fitting_take_few_launches_and_waits(config, monkeypatch, capsys):

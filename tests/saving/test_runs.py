@@ -27,12 +27,14 @@ OTHER = dict(
     context_dim=12, vocab_size=280, max_seq_length=15, init_scale=0.4,
     retrieval="ngram", retrieval_keys="tokens", retrieval_window=9,
 )  # fmt: skip
-COUNTED, UNTRAINED = "ngrams contexts counting", "ngrams contexts head counting retrieval"
+COUNTED = "ngrams contexts counting by_contexts"
+UNTRAINED = "ngrams contexts head counting by_contexts retrieval"
 TAKEN = {  # settings that differ -> what of the first run is taken
     "phase2_learning_rate": f"{COUNTED} phase1", "dropout": f"{COUNTED} phase1",
     "whiten_context": f"{COUNTED} phase1", "untrained_control": f"{COUNTED} phase1 phase2",
     "context_lr_scale": f"{UNTRAINED} phase1", "freeze_context": f"{UNTRAINED} phase1",
-    "dist_reg_weight": UNTRAINED, "phase1_convergence_threshold": "ngrams head counting retrieval",
+    "dist_reg_weight": UNTRAINED,
+    "phase1_convergence_threshold": "ngrams head counting by_contexts retrieval",
     "min_batches": COUNTED, "init_scale": "ngrams counting", "seed": "", "num_samples": "", "vocab_size": "",
     **dict.fromkeys(["retrieval", "retrieval_keys", "retrieval_window"],
                     "ngrams contexts head phase1 phase2"),
