@@ -160,10 +160,11 @@ class Run:
             results["contexts"] = self.measure_contexts()
         if "by_contexts" not in results:
             results |= self.look_up_by_contexts(self.model)
-        control, wanted = None, self.learns_context and self.config.untrained_control
-        if wanted and "head" in results and self.config.looks_up and "retrieval" not in results:
-            control = self.saved_control()
-        if wanted and ("head" not in results or (self.config.looks_up and "retrieval" not in results)):
+        control = None
+        needed = {"head", "retrieval"} if self.config.looks_up else {"head"}
+        if self.learns_context and self.config.untrained_control and not needed <= results.keys():
+            if "head" in results:  # which another run has trained
+                control = self.saved_control()
             control = control or self.trained_control(results)
         self.look_up_untrained(results, control)
         self.complete(results)
@@ -305,9 +306,9 @@ class Run:
 
     @timed("retrieval")
     def look_up_by_contexts(self, model):
-        """{"by_contexts": what contexts are worth as keys, without a network's prediction}, if compared."""
+        """{"by_contexts": what contexts are worth as keys, without a network's prediction, or None}."""
         if not self.compares_contexts:
-            return {}
+            return {"by_contexts": None}
         settings, group = self.config.part(RetrievalSettings), self.runtime.group
         self.log.say("looking up by contexts alone")
         figures = group.by_main(lambda: by_contexts(model, self.data, settings, self.runtime))

@@ -17,7 +17,6 @@ from newllm.retrieval.keys import SAMPLE, Keys
 from newllm.retrieval.mixture import Retrieval, network_opinion
 from newllm.saving.stop import poll
 
-RIDGE = 1e-4  # keeps the gate from trusting a feature that few places have
 STEPS = 60  # of L-BFGS, at most
 SAMPLES_AT_A_TIME = SEQUENCES_AT_A_TIME // 16  # whose logits are held together
 STORED_AT_A_TIME = SEQUENCES_AT_A_TIME // 4  # whose layers the network holds together
@@ -126,7 +125,10 @@ def fit(retrieval, gathered):
 
 
 def _maximize(probability, parameters):
-    """Move parameters to where the mean log probability, less a ridge on how far they moved, is largest."""
+    """Move parameters to the likeliest, by a prior of unit variance around where they begin.
+
+    It keeps the gate from trusting a feature that few places have.
+    """
     begun = [parameter.detach().clone() for parameter in parameters]
     optimizer = torch.optim.LBFGS(parameters, max_iter=STEPS, line_search_fn="strong_wolfe")
 
@@ -134,7 +136,8 @@ def _maximize(probability, parameters):
         poll()
         optimizer.zero_grad()
         moved = sum((now - then).square().sum() for now, then in zip(parameters, begun, strict=True))
-        value = RIDGE * moved - probability().log().mean()
+        given = probability()
+        value = (moved / 2 - given.log().sum()) / given.numel()
         value.backward()
         return value
 

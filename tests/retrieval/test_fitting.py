@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from newllm.phases.retrieval import (
-    RIDGE,
     build,
     cross_fitted,
     fit,
@@ -68,7 +67,7 @@ def test_with_samples_held_back_no_measured_one_is_fitted_on(built):
 
 
 def test_weights_without_features_are_those_of_em(built):
-    """At the fixed point of EM each weight is the mean of its share in what came, but for the ridge."""
+    """At the fixed point of EM each weight is the mean of its share in what came, but for the prior."""
     gathered = gather(built, samples(30, 1)[:, 1:], no_reading)
     begun = {name: parameter.detach().clone() for name, parameter in built.named_parameters()}
     fit_fixed(built, *gathered)
@@ -78,8 +77,8 @@ def test_weights_without_features_are_those_of_em(built):
         own = torch.stack([opinion.probability for opinion in opinions], -1)
         shares = gate * own / mixed[..., None]
     assert not built.gate.weight.any()
-    ridge = 2 * RIDGE * built.gate.bias.detach()
-    torch.testing.assert_close(shares.mean((0, 1)), gate.mean((0, 1)) + ridge, atol=1e-3, rtol=0)
+    prior = built.gate.bias.detach() / mixed.numel()
+    torch.testing.assert_close(shares.mean((0, 1)), gate.mean((0, 1)) + prior, atol=1e-3, rtol=0)
     built.load_state_dict(begun, strict=False)
 
 
