@@ -21,7 +21,7 @@ SMALLER = {  # what a command says in print: what it says here, where its size o
     "--preset seed": "--preset seed --tokenizer bpe --context_dim 8 --embed_dim 8 --num_layers 1",
     "/content/drive/MyDrive/newllm": "../drive",
     "scripts.bench": "scripts.bench --no_switches",
-    "scripts.bench_retrieval": "scripts.bench_retrieval --parts evaluation",
+    "scripts.bench_retrieval": "scripts.bench_retrieval --parts evaluation --retrieval cache",
     "scripts.prefill": "scripts.prefill --lengths 100,200",
     "--nproc_per_node 2": "--nproc_per_node 2 --master_port 29617",
 }
