@@ -172,13 +172,10 @@ def retrieval_beside(config, model, say):
     """What the trained model looks up, or None, which is said."""
     if config.retrieval == "none":
         return None
-    found, reason = None, "no such file of these weights"
     try:
         found = stored_retrieval(Path(config.checkpoint_dir).resolve(), model)
     except UserError as error:
-        reason = str(error)
-    if found is None:
-        say(f"retrieval: none, as {config.checkpoint_dir} holds {reason}; the network predicts alone")
+        say(f"retrieval: none, as {error}; the network predicts alone")
         return None
     megabytes = found.window * (4 * found.keys.width + 8) / 1e6
     parts = f"{', '.join(found.experts)}; the state behind a text of any length"

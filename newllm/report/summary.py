@@ -66,10 +66,10 @@ def looked_up(config):
     """What is looked up after Phase 2, and by which keys."""
     if not config.looks_up or config.phase != "both":
         return "nothing is looked up"
-    keys = (
-        f", places compared by {' and '.join(config.keys)}" if {"cache", "knn"} & {*config.looks_up} else ""
-    )
-    return f"{', '.join(config.looks_up)}, at most {config.retrieval_window:,} tokens back{keys}"
+    said = f"{', '.join(config.looks_up)}, at most {config.retrieval_window:,} tokens back"
+    if {"cache", "knn"} & {*config.looks_up}:
+        said += f", places compared by {' and '.join(config.keys)}"
+    return said
 
 
 def trainable(plan):

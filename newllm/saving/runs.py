@@ -278,9 +278,8 @@ def distinction(state, config, fingerprint):
     That is what shaped a figure which the run has made, or has begun to make. What is ahead of it may change.
     """
     untrained = state["results"].get("untrained", {})
-    done = {
-        stage for stage in ("phase1", "phase2", "retrieval") if state["results"].get(stage)
-    }  # {} without contexts
+    stages = "phase1", "phase2", "retrieval"
+    done = {stage for stage in stages if state["results"].get(stage)}  # {} where it had nothing to do
     marks = WHOLE | done
     if state["position"]:
         marks.add("control" if state["stage"] == "untrained" else state["stage"])

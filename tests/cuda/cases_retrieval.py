@@ -49,7 +49,7 @@ def test_a_whole_run_has_the_figures_of_a_cpu(config, card, capsys):
     assert (state["store.rounded"].dtype, state["gate.weight"].dtype) == (torch.int8, torch.float32)
 
 
-@pytest.mark.parametrize(("place", "call"), [("_maximize", 13)])  # behind the rows' own
+@pytest.mark.parametrize(("place", "call"), [("build", 4), ("_maximize", 13)])  # behind the rows' own
 def test_a_stage_that_was_stopped_ends_with_the_same_bits(config, monkeypatch, place, call):
     config = elsewhere(config, "stopped", untrained_control=False)
     expected = run(T4, elsewhere(config, "whole"))
