@@ -178,6 +178,7 @@ class Phase2Settings(SharedSettings):
     warmup_ratio: real("control phase2", 0, 1)
     patience: whole("control phase2", 1)
     weight_decay: real("control phase2", 0)
+    ngram_smoothing: real("control phase2", 0, 0.95)
     val_quick_frac: real("", 0, 1, above=True)
     val_quick_every_n_batches: whole("", 0)
 
@@ -237,6 +238,7 @@ EARLIER = dict(
     adapter_rank=0,
     attention="auto",
     save_min_seconds=30.0,
+    ngram_smoothing=0.0,
     retrieval="none",
     retrieval_keys="hidden,tokens",
     retrieval_window=4096,

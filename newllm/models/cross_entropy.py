@@ -16,14 +16,18 @@ CHUNK_ELEMENTS = 1 << 26
 CACHE_ELEMENTS = 1 << 19
 
 
-def linear_cross_entropy(hidden, weight_VE, bias_V, targets):
+def linear_cross_entropy(hidden, weight_VE, bias_V, targets, shares=None):
     """Mean cross-entropy in nats, with gradient to hidden, weight and bias.
 
     Args:
         hidden: [..., E]; targets: ids [...]; weight_VE, bias_V: the output layer.
+        shares: [S], of the ids [..., S] that are the target of a place together; None: there is one, [...].
     """
-    total = _LinearCrossEntropySum.apply(hidden.flatten(0, -2), weight_VE, bias_V, targets.flatten().long())
-    return total / targets.numel()
+    if shares is None:
+        targets, shares = targets[..., None], bias_V.new_ones(1, dtype=torch.float32)
+    targets = targets.flatten(0, -2).long()
+    total = _LinearCrossEntropySum.apply(hidden.flatten(0, -2), weight_VE, bias_V, targets, shares)
+    return total / len(targets)
 
 
 @torch.no_grad()
@@ -39,10 +43,13 @@ def linear_token_nll(hidden, weight_VE, bias_V, targets):
 
 
 class _LinearCrossEntropySum(torch.autograd.Function):
-    """Sum over tokens of -log softmax(hidden @ weight.T + bias)[target], gradients made in the same pass."""
+    """Sum over tokens and their targets of -share * log softmax(hidden @ weight.T + bias)[target].
+
+    The gradients are made in the same pass. Shares add up to 1.
+    """
 
     @staticmethod
-    def forward(ctx, hidden_NE, weight_VE, bias_V, targets_N):
+    def forward(ctx, hidden_NE, weight_VE, bias_V, targets_NS, shares_S):
         hidden, weight, bias = in_compute_type(hidden_NE), in_compute_type(weight_VE), in_compute_type(bias_V)
         with torch.autocast(hidden.device.type, enabled=False):
             loss = torch.zeros((), device=hidden.device)
@@ -54,15 +61,15 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             size = _chunk_size(len(hidden), len(weight))
             buffer, product = hidden.new_empty(size, len(weight)), torch.empty_like(weight)
             rows = max(1, CACHE_ELEMENTS // len(weight)) if hidden.device.type == "cpu" else size
-            chunks = (tensor.split(size) for tensor in (hidden, grad_hidden, targets_N[:, None]))
+            chunks = (tensor.split(size) for tensor in (hidden, grad_hidden, targets_NS))
             for part, grad_part, targets in zip(*chunks, strict=True):
                 logits = torch.addmm(bias, part, weight.T, out=buffer[: len(part)])
                 for some, wanted in zip(logits.split(rows), targets.split(rows), strict=True):
                     log_share = torch.log_softmax(some, -1, dtype=torch.float32)
-                    loss -= log_share.gather(-1, wanted).sum()
-                    # The gradient to the logits is softmax - one-hot. It takes their place in the buffer.
+                    loss -= (log_share.gather(-1, wanted) * shares_S).sum()
+                    # The gradient to the logits is softmax - shares. It takes their place in the buffer.
                     gradient = log_share.exp_()
-                    gradient.scatter_add_(-1, wanted, -torch.ones_like(wanted, dtype=gradient.dtype))
+                    gradient.scatter_add_(-1, wanted, -shares_S.expand_as(wanted))
                     grad_bias += gradient.sum(0)
                     some.copy_(gradient)
                 torch.mm(logits, weight, out=grad_part)
@@ -74,7 +81,8 @@ class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         # In place: nobody else has these, and the weight's is the largest tensor of a step.
-        return *(None if g is None else g.mul_(grad_output.to(g.dtype)) for g in ctx.saved_tensors), None
+        scaled = [None if g is None else g.mul_(grad_output.to(g.dtype)) for g in ctx.saved_tensors]
+        return *scaled, None, None
 
 
 def _chunk_size(num_tokens, vocab_size):

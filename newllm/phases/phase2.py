@@ -13,8 +13,31 @@ from newllm.fixed_point.solver import sequential, truncated
 from newllm.models.baselines import Baseline
 from newllm.models.cross_entropy import linear_cross_entropy
 from newllm.models.pretrained import adapter_rank, add_adapter, has_adapter, merge_adapter
+from newllm.retrieval.ngram import KneserNey
+from newllm.saving.stop import poll
 from newllm.seeding import derived_generator
 from newllm.training.contexts import FrozenFeatures
+
+SAMPLES_AT_A_TIME = 32  # whose targets are drawn together
+FOLDS = 5  # of the training samples, each counted by the others: in its own counts a text is certain
+DRAWS = 16  # tokens that stand for what counting predicts at a place; few are as noise
+
+
+def counted_targets(samples, vocab_size, generator):
+    """What counting, of the other samples, would put at each place of samples [N, T+1]: ids [N, T, DRAWS].
+
+    Smoothing by n-grams (Malagutti et al. 2024, arXiv 2403.17240): a share of each target follows Kneser-Ney
+    where label smoothing spreads it evenly. Draws stand for the distribution, so nothing has the size of V.
+    """
+    numbers, length = torch.arange(len(samples)), samples.shape[1] - 1
+    drawn = torch.empty(len(samples), length, DRAWS, dtype=torch.int32)
+    for fold in range(FOLDS):
+        counts = KneserNey(5, vocab_size).fit(samples[numbers % FOLDS != fold].numpy())
+        for part in numbers[fold::FOLDS].split(SAMPLES_AT_A_TIME):
+            poll()
+            ids = samples[part, :-1].long()
+            drawn[part] = counts.draw(counts.contexts(ids), DRAWS, generator).int()
+    return drawn
 
 
 class Phase2:
@@ -52,7 +75,8 @@ class Phase2:
         self.baseline = isinstance(model, Baseline)
         self.function = model.encode if self.baseline else model.step
         self.cast = None if self.baseline else model.cast_step
-        self.features = None
+        self.features = self.counted = None
+        self.counted_for = None  # the epoch whose targets these are
 
     def begin(self):
         """Let the right parameters train; compute what a frozen map gives the head."""
@@ -81,11 +105,25 @@ class Phase2:
     def _part_gradients(self, step, batch, part):
         with self.runtime.autocast():
             hidden = self.model.hidden(*self._encoded(step, batch, part))
-            targets = batch.ids[part, 1:]
-            loss = linear_cross_entropy(hidden, *self.model.output_weights(), targets)
-        loss = loss * (len(targets) / len(batch.samples))
+            targets = self._targets(batch, part)
+            loss = linear_cross_entropy(hidden, *self.model.output_weights(), *targets)
+        loss = loss * (len(hidden) / len(batch.samples))
         self.runtime.accelerator.backward(loss)
         return loss.detach().double()
+
+    def _targets(self, batch, part):
+        """What the loss asks for: the ids [b, T], or several at each place [b, T, S] and their shares."""
+        targets, share = batch.ids[part, 1:], self.settings.ngram_smoothing
+        if not share:
+            return (targets,)
+        if self.counted_for != batch.epoch:
+            generator = derived_generator(self.settings.seed, f"{self.stage} targets", batch.epoch)
+            self.counted = counted_targets(self.train, self.model.vocab_size, generator)
+            self.counted_for = batch.epoch
+        counted = self.counted[batch.own_samples[part]].to(targets.device, non_blocking=True)
+        shares = torch.full([1 + DRAWS], share / DRAWS, device=targets.device)
+        shares[0] = 1 - share
+        return torch.cat([targets[..., None], counted], -1), shares
 
     def _encoded(self, step, batch, part):
         """What the head reads: (contexts [b, T, C], streams [b, T, E]), with gradient where F trains."""

@@ -5,9 +5,12 @@ Shapes: n samples, L predictions per sample, B texts, T tokens, V vocabulary. Sa
 only. Losses are in nats, float64. Ids are taken as int64: smaller types would wrap around in the keys.
 """
 
+import functools
+
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
 # D1, D2, D3+ where counts of counts cannot give them (few or very regular data), as KenLM falls back to.
 FALLBACK_DISCOUNTS = (0.5, 1.0, 1.5)
@@ -67,6 +70,22 @@ class Level(nn.Module):
         """Ids of k-grams by their keys [...], -1 where one was never seen."""
         index = torch.searchsorted(self.keys, keys)
         return torch.where(self.keys[index] == keys, index, -1)
+
+    @functools.cached_property
+    def reached(self):
+        """[m + 1]: what all k-grams before one keep together."""
+        return functional.pad(self.discounted[:-1].cumsum(0), (1, 0))
+
+    def invert(self, contexts, numbers, vocab_size):
+        """Which k-grams of contexts [...] numbers [..., S] in [0, 1) fall on: (their last ids, numbers).
+
+        Id -1: on none of them; the number is then stretched to [0, 1) again, for the next shorter context.
+        """
+        handed_on = self.backoff[contexts][..., None]
+        kept, first = 1 - handed_on, torch.searchsorted(self.keys, contexts * vocab_size)
+        found = torch.searchsorted(self.reached, self.reached[first][..., None] + numbers, right=True) - 1
+        ids = torch.where(numbers < kept, self.keys[found] % vocab_size, NO_TOKEN)
+        return ids, (numbers - kept) / handed_on
 
     def after(self, contexts, vocab_size):
         """(Which of contexts [n], id of a k-gram of it) of all k-grams of contexts, -1: one never seen."""
@@ -162,6 +181,20 @@ class KneserNey(nn.Module):
             seen = level.find(torch.where(ids < 0, -1, ids * self.vocab_size + targets))
             probability = level.discounted[seen] + level.backoff[ids] * probability
         return probability
+
+    def draw(self, contexts, times, generator=None):
+        """Ids [B, T, times], drawn from the prediction at each place; contexts as `contexts` gives them.
+
+        Its distribution function is inverted: a number in [0, 1) is handed from the longest context down.
+        """
+        alike = torch.zeros_like(contexts[0])  # the context of no ids
+        ids = torch.full([*alike.shape, times], NO_TOKEN)
+        numbers = torch.rand(ids.shape, dtype=torch.float64, generator=generator)
+        for level, seen in zip(self.levels[::-1], [*contexts[::-1], alike], strict=True):
+            found, left = level.invert(seen, numbers, self.vocab_size)
+            ids, numbers = torch.where(ids < 0, found, ids), torch.where(found < 0, left, numbers)
+        uniform = (numbers * self.vocab_size).long().clamp(0, self.vocab_size - 1)
+        return torch.where(ids < 0, uniform, ids)
 
     def over_all(self, contexts):
         """Probabilities [B, T, V] (fp32) of every id at each place."""

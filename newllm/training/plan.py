@@ -88,7 +88,10 @@ PHASE1 = "phase1_shuffle phase1_learning_rate phase1_batch_size dist_reg dist_re
 CONTEXT = f"{PHASE1} phase1_max_iterations phase1_convergence_threshold phase1_min_converged_ratio init_scale"
 TUNING = "context_lr_scale gradient_sweeps"
 QUICK = "val_quick_every_n_batches val_quick_frac"
-PHASE2 = "phase2_epochs phase2_learning_rate phase2_batch_size warmup_ratio patience weight_decay dropout"
+PHASE2 = (
+    "phase2_epochs phase2_learning_rate phase2_batch_size warmup_ratio patience weight_decay "
+    "ngram_smoothing dropout"
+)
 SAVING = "save_every_n_batches save_min_seconds save_every_minutes keep_last backup_dir backup_every_minutes"
 
 
