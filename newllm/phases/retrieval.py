@@ -45,6 +45,23 @@ class Reading:
             return functional.linear(hidden, *self.model.output_weights()).float()
 
 
+class Averaged:
+    """The same of several models: the mean of their predictions (an ensemble); keys are of the first."""
+
+    def __init__(self, models, ids, runtime):
+        self.each = [Reading(model, ids, runtime) for model in models]
+
+    def __call__(self, part):
+        made = [read(part) for read in self.each]
+        self.hidden = [each["hidden"] for each in made]
+        return made[0]
+
+    def logits(self, hidden):
+        """Of the part that was read last, in place of its `hidden`: [b, T, V] in fp32."""
+        given = [read.logits(each).softmax(-1) for read, each in zip(self.each, self.hidden, strict=True)]
+        return (sum(given) / len(given)).log()
+
+
 def no_reading(part):
     """Without a model: keys are made of the ids alone."""
     return {}

@@ -29,6 +29,7 @@ THINGS = (
 KEPT = {"context": 5.6, "gru": 8.4, "lstm": 17.3, "transformer": 28.5, "window": 0.0, "token": 0.0}
 FORWARD = {"context": 2.6, "gru": 3.6, "lstm": 3.6, "transformer": 17.0, "window": 2.6, "token": 2.6}
 HEAD, LOSS, SHARES = 4.3, 8.0, 3.0  # kept of a layer of the head, of Phase 1's loss, of attention's shares
+TARGET = 200  # bytes of a place whose targets are drawn: the draws, and the counts they come from
 NEIGHBOURS = 256  # that a place finds in the training text
 FOUND, FITTED = 10, 36  # bytes of a place that another is compared with: as it is found, and while fitting
 HALF = 0.7  # of what is kept, where products are made in half precision
@@ -54,6 +55,8 @@ def memory_table(config, vocab_size, runtime):
         """Bytes of (activations, logits) of a training step; the logits with the output's gradient."""
         tokens = T * -(-samples // batch_count(samples, batch_size, config.min_batches))
         kept = 4 * tokens * floats * (1.0 if itemsize == 4 else HALF)
+        if vocabulary and config.ngram_smoothing:
+            kept += TARGET * samples * T
         return kept, min(tokens * vocabulary, CHUNK_ELEMENTS) * itemsize + 8 * vocabulary * E
 
     def stage(trained, stored, *works, copies=1):

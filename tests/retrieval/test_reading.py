@@ -12,6 +12,8 @@ from helpers import TINY_FILE, write_dialogues
 
 import train
 from config import ResidualConfig
+from newllm.data.samples import load_data
+from newllm.errors import UserError
 from newllm.evaluate import encode, looked_up_scores, trajectories
 from newllm.generate import after, generate, predict, read
 from newllm.saving.trained import open_model, open_retrieval
@@ -242,3 +244,31 @@ def test_generate_and_chat_look_up_unless_told_not_to(trained, capsys, monkeypat
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\nand more\n"))
     script.main(["--chat", "--max_tokens=5", f"--model_path={trained.folder}"])
     assert len(pasts) == 2 and pasts[1].shape[1] > pasts[0].shape[1]
+
+
+def test_several_models_predict_by_the_mean_of_their_probabilities(trained, corpus, tmp_path, capsys):
+    """Alone and with what the first looks up, whose gate is fitted to the mean anew."""
+    first, second = trained, Trained(tmp_path, corpus, model_type="gru")
+    ids = load_data(first.config).val
+    capsys.readouterr()
+    alone = evaluated(capsys, first.file, str(first.file), "--retrieval", "none")
+    assert alone["models"] == 2
+    assert alone["val_ppl"] == pytest.approx(first.summary["val_ppl"], rel=1e-4)
+    both = evaluated(capsys, first.file, str(second.file))
+    shares = []
+    for each in (first, second):
+        made = trajectories(each.model, ids, EXACT, "cpu")
+        logits = torch.nn.functional.linear(each.model.hidden(*made), *each.model.output_weights())
+        shares.append(logits.softmax(-1).gather(-1, ids[:, 1:, None].long()))
+    nats = -(sum(shares) / 2).log().mean().item()
+    assert both["val_loss"] == pytest.approx(nats, rel=1e-5)
+    assert both["val_loss"] < max(each.summary["val_loss"] for each in (first, second))
+    repeated = evaluated(capsys, first.file, str(first.file))
+    assert repeated["val_ppl_retrieval"] == pytest.approx(first.summary["val_ppl_retrieval"], rel=0.01)
+
+
+def test_models_of_other_texts_are_not_averaged(trained, corpus, tmp_path, capsys):
+    """One sentence says in what they differ."""
+    other = Trained(tmp_path, corpus, val_samples=5, model_type="token", retrieval="none")
+    with pytest.raises(UserError, match="differs from the first model in val_samples"):
+        evaluated(capsys, trained.file, str(other.file))
