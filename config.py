@@ -43,7 +43,7 @@ class ResidualConfig(Config):
     context_noise = 0.0  # std of noise added to the contexts a sweep starts from
 
     # Phase 2: the language model
-    phase2_epochs = 10  # passes over the training samples, at most
+    phase2_epochs = 16  # passes over the training samples, at most
     phase2_learning_rate = 0.001  # AdamW, warm-up then cosine
     phase2_batch_size = 32  # samples per optimizer step
     untrained_control = True  # also train the head on untrained contexts, to compare with
@@ -55,7 +55,7 @@ class ResidualConfig(Config):
     gradient_sweeps = 3  # tokens back that fine-tuning's gradient reaches, a sweep each; 0: the whole sample
     dropout = 0.0  # on the head's inputs and hidden units
     token_dropout = 0.2  # share of the tokens that contexts in training do not see, others each time
-    ngram_smoothing = 0.0  # share of each target that counting spreads, by n-grams of other samples
+    ngram_smoothing = 0.2  # share of each target that counting spreads, by n-grams of other samples
     warmup_ratio = 0.1  # share of the steps with rising learning rate
     patience = 3  # epochs without a better validation loss before stopping early
     val_quick_frac = 0.1  # fixed share of the validation samples for checks within an epoch
@@ -68,7 +68,7 @@ class ResidualConfig(Config):
 
     # Optimizer and machine
     min_batches = 10  # small budgets use smaller batches: every pass takes at least this many optimizer steps
-    weight_decay = 0.1  # AdamW decay of matrices
+    weight_decay = 3.0  # AdamW decay of matrices: strong, as few samples are read many times
     grad_clip = 1.0  # largest gradient norm
     device = "auto"  # "cuda" if there is one, else "cpu"
     precision = "auto"  # "bf16" where the hardware has it, "fp16" on older GPUs, else "fp32"
