@@ -125,11 +125,22 @@ def loss_curve(record, path):
 
 def run_contexts(record, path):
     """What the contexts of a run are like at the end, beside untrained ones, and by iteration of Phase 1."""
+
+    def named(name, *ends):
+        """With the exponent, which says how the curve of cold sweeps goes on; the last that was measured."""
+        exponents = [record.summary.get(f"lyapunov_exponent{end}") for end in ends]
+        known = [exponent for exponent in exponents if exponent is not None]
+        return f"{name}, Lyapunov exponent {known[-1]:+.2f}" if known else name
+
     with figure(path, 3, 2) as panels:
         last = _draw_contexts(
             panels,
-            (UNTRAINED, "untrained", lambda key: as_curve(record.curves.get(f"{key}_untrained"))),
-            (TRAINED, "trained", lambda key: as_curve(record.curves.get(key))),
+            (
+                UNTRAINED,
+                named("untrained", "_untrained"),
+                lambda key: as_curve(record.curves.get(f"{key}_untrained")),
+            ),
+            (TRAINED, named("trained", "", "_finetuned"), lambda key: as_curve(record.curves.get(key))),
         )
         lines = [(None, 100 * record.summary["er_ceiling"], "effective rank of Gaussian noise", REFERENCE)]
         for key, untrained, label, style in (
@@ -259,6 +270,56 @@ def scale_ladder(summaries, path):
                 if all(summary.get(key) is not None for summary in summaries):  # a baseline has no contexts
                     lines.append((tokens, [scale * summary[key] for summary in summaries], label, style))
             draw(panel, title, "training tokens", ylabel, lines, "x", short)
+
+
+def predictability(rows, path):
+    """Cold sweeps until the error is below 1 % against the Lyapunov exponent of all networks, a point each.
+
+    The line is what the exponent alone says: an error that shrinks by its exponential a sweep, from 1.
+
+    Args:
+        rows: summaries of runs, or rows of a comparison; of each, the untrained contexts, those of Phase 1 if
+            it trained, and those after training them further, as far as measured.
+
+    Returns:
+        How many points there are; without any, nothing is drawn.
+    """
+    points = {}  # label: [(exponent, sweeps or None)]
+    for row in rows:
+        phase1 = bool(row.get("phase1_steps"))
+        for end, label, wanted in (
+            ("_untrained", "untrained", True),
+            ("", "Phase 1", phase1),
+            ("_finetuned", "Phase 1, fine-tuned" if phase1 else "end to end", True),
+        ):
+            exponent = row.get(f"lyapunov_exponent{end}")
+            if wanted and exponent is not None:
+                points.setdefault(label, []).append((exponent, row[f"sweeps_to_1_percent{end}"]))
+    reached = [point for each in points.values() for point in each if point[1]]
+    if not points:
+        return 0
+    most = 1.5 * max((sweeps for _, sweeps in reached), default=64)
+    styles = {label: style for label, style in ARM_STYLES.values()}
+    with figure(path, 1, 1) as ((panel,),):
+        lines = []
+        for label, each in points.items():
+            look = styles[label] | {"linestyle": "none"}
+            where = [(x, y) for x, y in each if y]
+            if where:
+                lines.append((*map(list, zip(*where, strict=True)), label, look))
+            where = [x for x, y in each if not y]
+            if where:
+                name = f"{label}: not reached"
+                lines.append((where, [most] * len(where), name, look | {"markerfacecolor": "none"}))
+        below = [-max(0.05, -x) for x, _ in reached if x < 0]
+        if below:
+            steps = [min(below) + (max(below) - min(below)) * i / 50 for i in range(51)]
+            expected = [max(1, math.log(0.01) / x) for x in steps]
+            lines.append((steps, expected, "ln(1 %) / exponent", REFERENCE))
+        xlabel, ylabel = "Lyapunov exponent, nats a token", "cold sweeps to an error of 1 %"
+        draw(panel, "When parallel reading works", xlabel, ylabel, lines, "y")
+        panel.axvline(0, **REFERENCE | {"linewidth": 1})
+    return sum(map(len, points.values()))
 
 
 def prefill_speed(rows, curves, path):
