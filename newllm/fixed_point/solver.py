@@ -8,9 +8,13 @@ A sweep is Jacobi iteration over time (Song et al. 2021, arXiv 2002.03629): swee
 tokens, and from a cold start, K = 0, it makes every context a function of the last k tokens alone.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
+
+SHARE_TRIED = 1 / 25  # of the loop's time for a text: what sweeps that turn out slower may cost
+SHORTEST_TRIAL = 128  # tokens: fewer do not keep a device busy
 
 
 def sequential(step, tokens_BTE, context_dim, start_BC=None):
@@ -66,7 +70,10 @@ class PrefillStats:
 
 
 @torch.no_grad()
-def prefill(step, tokens_BTE, context_dim, tolerance, max_sweeps, piece=4096, start_BC=None, guess_BTC=None):
+def prefill(
+    step, tokens_BTE, context_dim, tolerance, max_sweeps, piece=4096, start_BC=None, guess_BTC=None,
+    give_up=lambda: False,
+):  # fmt: skip
     """The trajectory of long sequences by parallel sweeps instead of T dependent steps, without gradient.
 
     A sweep evaluates only the tokens before which the context has moved in the last one, and a context moves
@@ -74,7 +81,7 @@ def prefill(step, tokens_BTE, context_dim, tolerance, max_sweeps, piece=4096, st
     by themselves every context obeys |F(c_{t-1}, e_t) - c_t| <= tolerance * |F(c_{t-1}, e_t)|; if F shrinks
     differences by a factor g < 1, no context is further from the trajectory's than about tolerance / (1 - g).
     They do end: a sequence of n tokens is exact after n sweeps, whatever the map. Stopped before that by
-    max_sweeps it is reported as not converged, not raised.
+    max_sweeps or give_up it is reported as not converged, not raised.
 
     A long sequence goes piece by piece, each from the last context of the one before (block Gauss-Seidel):
     what a sweep holds does not grow with T, and the cuts change contexts only within the tolerance.
@@ -83,6 +90,7 @@ def prefill(step, tokens_BTE, context_dim, tolerance, max_sweeps, piece=4096, st
         tolerance: relative change of one token's context. max_sweeps: of a piece, at most.
         piece: tokens swept at once: enough to keep the device busy, few enough for memory.
         start_BC: context before the first token, default 0. guess_BTC: to sweep from, default 0 (cold).
+        give_up: function that says before each sweep whether to stop.
 
     Returns:
         (contexts [B, T, C], streams [B, T, E], PrefillStats).
@@ -100,7 +108,7 @@ def prefill(step, tokens_BTE, context_dim, tolerance, max_sweeps, piece=4096, st
         # Pairs (b, t) to evaluate: at first all tokens of the piece, then those whose start has moved.
         b, t = tokens_BTE.new_ones(batch, last - first).nonzero().T
         t = t + first
-        while len(t) and sweeps < max_sweeps:
+        while len(t) and sweeps < max_sweeps and not give_up():
             old = contexts[b, t + 1]
             new, stream = step(contexts[b, t], tokens_BTE[b, t])
             new = new.to(contexts.dtype)  # autocast gives types by its own rules on each device
@@ -118,3 +126,62 @@ def prefill(step, tokens_BTE, context_dim, tolerance, max_sweeps, piece=4096, st
         converged.append(not len(t))
     stats = PrefillStats(evaluations / (batch * length), sweeps_of_pieces, converged)
     return contexts[:, 1:], streams, stats
+
+
+@dataclass
+class Choice:
+    """How a text was read: by sweeps from beginning to end, or by the loop; and why."""
+
+    by_sweeps: bool
+    why: str
+
+
+def read_text(length, loop, sweeps, exponent, tolerance, max_sweeps, loop_seconds, clock, piece=4096):
+    """Read a text by sweeps where they are faster, else by the loop.
+
+    By the loop at once where the exponent says that sweeps would not converge. Else sweeps read a short piece
+    and then longer ones, each at most twice as long as the last, until they have taken longer than the loop
+    would have for what they have read, by more than SHARE_TRIED of its time for the whole text; the loop
+    reads the rest. So trying costs at most that share, and the sweep that was in hand.
+
+    Args:
+        length: tokens. piece: tokens that are swept at once, at most.
+        loop: function (first, last) that reads these tokens, after those before them.
+        sweeps: function (first, last, give_up) that does so too, and returns whether they converged.
+        exponent: the map's Lyapunov exponent, nats a token. tolerance, max_sweeps: as of prefill.
+        loop_seconds: that the loop takes for a token. clock: function that gives seconds.
+
+    Returns:
+        Choice.
+    """
+    expected = sweeps_expected(exponent, tolerance)
+    known = f"Lyapunov exponent {exponent:+.3f}, so {expected:.0f} sweeps to {tolerance:g}"
+    if expected > max_sweeps:
+        loop(0, length)
+        known = known if exponent < 0 else f"Lyapunov exponent {exponent:+.3f}: sweeps do not converge"
+        return Choice(False, known)
+    if length < 2 * SHORTEST_TRIAL:
+        loop(0, length)
+        return Choice(False, f"{length:,} tokens are too few to try")
+    begun, done = clock(), 0
+    size = min(piece, max(SHORTEST_TRIAL, int(SHARE_TRIED * length)))
+    while done < length:
+
+        def give_up(done=done):
+            return clock() - begun > loop_seconds * (done + SHARE_TRIED * length)
+
+        last = min(done + size, length)
+        converged = sweeps(done, last, give_up)
+        faster = loop_seconds * last / max(clock() - begun, 1e-9)
+        if not converged:
+            loop(done, length)
+            return Choice(False, f"{known}; but token {done:,} to {last:,} took too long")
+        if not done:
+            known += f"; {last:,} tokens on trial came {faster:.1f} times as fast"
+        done, size = last, min(2 * size, piece)
+    return Choice(True, known)
+
+
+def sweeps_expected(exponent, tolerance):
+    """Cold sweeps until the error is below a relative tolerance, as a map's exponent alone has it."""
+    return math.log(tolerance) / exponent if exponent < 0 else math.inf

@@ -322,25 +322,26 @@ def predictability(rows, path):
     return sum(map(len, points.values()))
 
 
-def prefill_speed(rows, curves, path):
+def prefill_speed(rows, curves, exponents, path):
     """Error after each cold sweep, and how much sooner than the loop sweeps have a sequence, by its length.
 
     Args:
-        rows: dicts of weights ("trained" or "untrained"), tokens, tolerance and speed_up, which is None where
-            sweeps did not reach the tolerance.
-        curves: {weights: errors after 1, 2, ... sweeps}.
+        rows: dicts of weights ("trained" or "untrained"), tokens, tolerance, by_sweeps and speed_up.
+        curves: {weights: errors after 1, 2, ... sweeps}. exponents: {weights: Lyapunov exponent}.
     """
     from matplotlib.ticker import EngFormatter
 
     weights = {"trained": TRAINED, "untrained": UNTRAINED}
     reached = {}  # (weights, tolerance): (tokens, times as fast) of each length
     for row in rows:
-        if row["speed_up"]:
+        if row["by_sweeps"]:
             reached.setdefault((row["weights"], row["tolerance"]), []).append(
                 (row["tokens"], row["speed_up"])
             )
     with figure(path, 1, 2) as ((error, speed),):
-        lines = [(None, errors, name, weights[name]) for name, errors in curves.items()]
+        lines = []
+        for name, errors in curves.items():
+            lines.append((None, errors, f"{name}, exponent {exponents[name]:+.2f}", weights[name]))
         draw(error, "Cold start", "sweeps", "distance to the loop's contexts, relative", lines, "y")
         smallest = min(e for errors in curves.values() for e in errors if e > 0)
         error.set_ylim(min(0.01, smallest) / 2, 4)  # slow stays slow to the eye
@@ -349,11 +350,11 @@ def prefill_speed(rows, curves, path):
         for (name, tolerance), points in reached.items():
             lines.append((*zip(*points, strict=True), f"{name}, to {tolerance:g}", next(looks)))
         for name in curves.keys() - {name for name, _ in reached}:
-            lines.append(([], [], f"{name}: does not converge", weights[name]))
+            lines.append(([], [], f"{name}: by the loop", weights[name]))
         lines.append((None, 1, "the loop", REFERENCE))
         ylabel = "times as fast as the loop"
         draw(speed, "Speed of sweeps", "tokens of one sequence", ylabel, lines, "x", EngFormatter(sep=""))
         lengths = [row["tokens"] for row in rows]
         speed.set_xlim(min(lengths) / 1.2, max(lengths) * 1.2)
-        speed.set_ylim(0, 1.6 * max(row["speed_up"] or 1 for row in rows))  # room for the legend
+        speed.set_ylim(0, 1.6 * max(row["speed_up"] for row in rows))  # room for the legend
         speed.legend(loc="upper left", ncols=2)

@@ -111,12 +111,12 @@ def test_the_picture_of_a_prefill_shows_both_networks(tmp_path, trained):
     """Curves of both, speeds where sweeps converged; drawn too without any that converged."""
     curves = {"untrained": [1.0, 0.98, 0.97]} | ({"trained": [0.5, 0.1, 0.0]} if trained else {})
     rows = [
-        dict(weights=name, tokens=tokens, tolerance=tolerance, speed_up=5.0 if name == "trained" else None)
+        dict(weights=name, tokens=tokens, tolerance=tolerance, by_sweeps=name == "trained", speed_up=5.0)
         for name in curves
         for tokens in (1000, 10000)
         for tolerance in (1e-2, 1e-4)
     ]
-    prefill_speed(rows, curves, tmp_path / "prefill.png")
+    prefill_speed(rows, curves, {name: -0.1 for name in curves}, tmp_path / "prefill.png")
     there = drawn(tmp_path / "prefill.png", 1, 2)
     assert [there(style) for style in (UNTRAINED, TRAINED, TRAINING_DATA)] == [True, trained, trained]
 
