@@ -40,7 +40,7 @@ from newllm.saving.trained import load_trained, stored_retrieval
 from newllm.training.runtime import describe_device, open_runtime, peak_memory_mb
 from newllm.training.step_function import StepFunction
 
-PIECE, MAX_SWEEPS = 4096, 64  # tokens swept at once; sweeps expected, beyond which none is tried
+PIECE, MAX_SWEEPS = 4096, 256  # tokens swept at once; sweeps expected, beyond which none is tried
 LOOP_PIECE = 256  # tokens of the loop between two looks at the clock
 CURVE_TOKENS, CURVE_SWEEPS = 2048, 32  # of the curve of errors, in fp32
 EXPONENT_TOKENS, EXPONENT_LENGTH = 2048, 128  # behind the exponent, in stretches of so many
@@ -172,8 +172,8 @@ def measure(stream, weights, lengths, tolerances, say):
     exponent = stream.exponent(reference)
     a_token = {length: seconds / length for length, seconds in loop_seconds.items()}
     warm = min(lengths[0], PIECE)
-    few = iter((False, False, True))  # not timed
-    stream.swept(0, warm, tolerances[0], reference.new_zeros(1, stream.width), lambda: next(few), {})
+    start = reference.new_zeros(1, stream.width)
+    stream.swept(0, warm, tolerances[0], start, lambda count, *progress: count > 2, {})  # not timed
     rows = []
     for length, tolerance in itertools.product(lengths, tolerances):
         if rows and rows[-1]["tokens"] == length and not rows[-1]["by_sweeps"]:

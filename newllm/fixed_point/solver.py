@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-SHARE_TRIED = 1 / 25  # of the loop's time for a text: what sweeps that turn out slower may cost
 SHORTEST_TRIAL = 128  # tokens: fewer do not keep a device busy
+TRIAL = 4  # one token in so many of a text is swept on trial ...
+LOOK = 4  # ... and after so many sweeps how far they came counts, in place of the exponent
+MARGIN = 1.25  # by which sweeps must be ahead: their last few tokens take longer than the rest
 
 
 def sequential(step, tokens_BTE, context_dim, start_BC=None):
@@ -72,7 +74,7 @@ class PrefillStats:
 @torch.no_grad()
 def prefill(
     step, tokens_BTE, context_dim, tolerance, max_sweeps, piece=4096, start_BC=None, guess_BTC=None,
-    give_up=lambda: False,
+    give_up=lambda *progress: False,
 ):  # fmt: skip
     """The trajectory of long sequences by parallel sweeps instead of T dependent steps, without gradient.
 
@@ -90,7 +92,8 @@ def prefill(
         tolerance: relative change of one token's context. max_sweeps: of a piece, at most.
         piece: tokens swept at once: enough to keep the device busy, few enough for memory.
         start_BC: context before the first token, default 0. guess_BTC: to sweep from, default 0 (cold).
-        give_up: function that says before each sweep whether to stop.
+        give_up: function that says after each sweep whether to stop, by its number, the evaluations so far
+            of the piece, and how much its contexts have changed, relative to their norm.
 
     Returns:
         (contexts [B, T, C], streams [B, T, E], PrefillStats).
@@ -104,11 +107,11 @@ def prefill(
     streams = None  # allocated when the first ones tell their width
     evaluations, sweeps_of_pieces, converged = 0, [], []
     for first in range(0, length, piece):
-        last, sweeps = min(first + piece, length), 0
+        last, sweeps, before = min(first + piece, length), 0, evaluations
         # Pairs (b, t) to evaluate: at first all tokens of the piece, then those whose start has moved.
         b, t = tokens_BTE.new_ones(batch, last - first).nonzero().T
         t = t + first
-        while len(t) and sweeps < max_sweeps and not give_up():
+        while len(t) and sweeps < max_sweeps:
             old = contexts[b, t + 1]
             new, stream = step(contexts[b, t], tokens_BTE[b, t])
             new = new.to(contexts.dtype)  # autocast gives types by its own rules on each device
@@ -117,11 +120,14 @@ def prefill(
                 streams[b, t] = stream.to(streams.dtype)
             evaluations += len(t)
             sweeps += 1
-            moved = ~((new - old).norm(dim=-1) <= tolerance * new.norm(dim=-1))  # NaN counts as moved
+            change, size = (new - old).norm(dim=-1), new.norm(dim=-1)
+            moved = ~(change <= tolerance * size)  # NaN counts as moved
             # What moved less is not written, so that the tokens after it stand as they are.
             b, t = b[moved], t[moved] + 1
             contexts[b, t] = new[moved]
             b, t = b[t < last], t[t < last]
+            if len(t) and give_up(sweeps, evaluations - before, (change.norm() / size.norm()).item()):
+                break
         sweeps_of_pieces.append(sweeps)
         converged.append(not len(t))
     stats = PrefillStats(evaluations / (batch * length), sweeps_of_pieces, converged)
@@ -139,16 +145,18 @@ class Choice:
 def read_text(length, loop, sweeps, exponent, tolerance, max_sweeps, loop_seconds, clock, piece=4096):
     """Read a text by sweeps where they are faster, else by the loop.
 
-    By the loop at once where the exponent says that sweeps would not converge. Else sweeps read a short piece
-    and then longer ones, each at most twice as long as the last, until they have taken longer than the loop
-    would have for what they have read, by more than SHARE_TRIED of its time for the whole text; the loop
-    reads the rest. So trying costs at most that share, and the sweep that was in hand.
+    By the loop at once where the exponent says that sweeps would not converge. Else sweeps begin with a piece
+    on trial. They stop, and the loop reads on, as soon as the time of an evaluation, times the sweeps that
+    the exponent asks for, or those that the first few have shown to be needed, is not below the loop's for a
+    token. So a trial that is lost costs a few sweeps over a part of the text.
 
     Args:
         length: tokens. piece: tokens that are swept at once, at most.
         loop: function (first, last) that reads these tokens, after those before them.
-        sweeps: function (first, last, give_up) that does so too, and returns whether they converged.
-        exponent: the map's Lyapunov exponent, nats a token. tolerance, max_sweeps: as of prefill.
+        sweeps: function (first, last, give_up) that does so too, and returns whether they converged; give_up
+            as of prefill.
+        exponent: the map's Lyapunov exponent, nats a token. tolerance: as of prefill.
+        max_sweeps: expected ones, beyond which none is tried.
         loop_seconds: that the loop takes for a token. clock: function that gives seconds.
 
     Returns:
@@ -156,30 +164,28 @@ def read_text(length, loop, sweeps, exponent, tolerance, max_sweeps, loop_second
     """
     expected = sweeps_expected(exponent, tolerance)
     known = f"Lyapunov exponent {exponent:+.3f}, so {expected:.0f} sweeps to {tolerance:g}"
-    if expected > max_sweeps:
+    if expected > max_sweeps or length < 2 * SHORTEST_TRIAL:
         loop(0, length)
-        known = known if exponent < 0 else f"Lyapunov exponent {exponent:+.3f}: sweeps do not converge"
-        return Choice(False, known)
-    if length < 2 * SHORTEST_TRIAL:
-        loop(0, length)
-        return Choice(False, f"{length:,} tokens are too few to try")
-    begun, done = clock(), 0
-    size = min(piece, max(SHORTEST_TRIAL, int(SHARE_TRIED * length)))
+        if exponent >= 0:
+            known = f"Lyapunov exponent {exponent:+.3f}: sweeps do not converge"
+        return Choice(False, known if expected > max_sweeps else f"{length:,} tokens are too few to try")
+    done, begun = 0, clock()
+    size = min(piece, max(SHORTEST_TRIAL, length // TRIAL))
     while done < length:
+        last, before = min(done + size, length), clock()
 
-        def give_up(done=done):
-            return clock() - begun > loop_seconds * (done + SHARE_TRIED * length)
+        def give_up(count, evaluations, change, tokens=last - done, before=before):
+            needed, spent = expected, clock() - before
+            if count >= LOOK and evaluations == count * tokens:  # else some are there already
+                needed = count * sweeps_expected(math.log(change), tolerance) if change > 0 else 0
+            return MARGIN * needed * spent / evaluations > loop_seconds or spent > loop_seconds * tokens
 
-        last = min(done + size, length)
-        converged = sweeps(done, last, give_up)
-        faster = loop_seconds * last / max(clock() - begun, 1e-9)
-        if not converged:
+        if not sweeps(done, last, give_up):
             loop(done, length)
-            return Choice(False, f"{known}; but token {done:,} to {last:,} took too long")
-        if not done:
-            known += f"; {last:,} tokens on trial came {faster:.1f} times as fast"
-        done, size = last, min(2 * size, piece)
-    return Choice(True, known)
+            return Choice(False, f"{known}; sweeps of {last - done:,} tokens are slower")
+        done, size = last, piece
+    times = loop_seconds * length / max(clock() - begun, 1e-9)
+    return Choice(True, f"{known}; {times:.1f} times as fast")
 
 
 def sweeps_expected(exponent, tolerance):

@@ -295,30 +295,33 @@ def predictability(rows, path):
             exponent = row.get(f"lyapunov_exponent{end}")
             if wanted and exponent is not None:
                 points.setdefault(label, []).append((exponent, row[f"sweeps_to_1_percent{end}"]))
-    reached = [point for each in points.values() for point in each if point[1]]
     if not points:
         return 0
-    most = 1.5 * max((sweeps for _, sweeps in reached), default=64)
     styles = {label: style for label, style in ARM_STYLES.values()}
+    lines, most = [], 100  # where those stand that did not come so near
+    for label, each in points.items():
+        for name, found, more in (
+            (label, [point for point in each if point[1]], {}),
+            (
+                f"{label}: not reached",
+                [(x, most) for x, sweeps in each if not sweeps],
+                {"markerfacecolor": "none"},
+            ),
+        ):
+            if found:
+                xs, ys = map(list, zip(*found, strict=True))
+                lines.append((xs, ys, name, styles[label] | {"linestyle": "none"} | more))
+    slowest = math.log(0.01) / most
+    fastest = min(slowest, *(exponent for each in points.values() for exponent, _ in each))
+    exponents = [fastest + (slowest - fastest) * i / 100 for i in range(101)]
+    expected = [max(1, math.log(0.01) / exponent) for exponent in exponents]
+    lines.append((exponents, expected, "as the exponent has it", REFERENCE))
     with figure(path, 1, 1) as ((panel,),):
-        lines = []
-        for label, each in points.items():
-            look = styles[label] | {"linestyle": "none"}
-            where = [(x, y) for x, y in each if y]
-            if where:
-                lines.append((*map(list, zip(*where, strict=True)), label, look))
-            where = [x for x, y in each if not y]
-            if where:
-                name = f"{label}: not reached"
-                lines.append((where, [most] * len(where), name, look | {"markerfacecolor": "none"}))
-        below = [-max(0.05, -x) for x, _ in reached if x < 0]
-        if below:
-            steps = [min(below) + (max(below) - min(below)) * i / 50 for i in range(51)]
-            expected = [max(1, math.log(0.01) / x) for x in steps]
-            lines.append((steps, expected, "ln(1 %) / exponent", REFERENCE))
         xlabel, ylabel = "Lyapunov exponent, nats a token", "cold sweeps to an error of 1 %"
         draw(panel, "When parallel reading works", xlabel, ylabel, lines, "y")
         panel.axvline(0, **REFERENCE | {"linewidth": 1})
+        panel.set(ylim=(1, 1.3 * most), yticks=[1, 2, 5, 10, 20, 50], yticklabels=[1, 2, 5, 10, 20, 50])
+        panel.minorticks_off()
     return sum(map(len, points.values()))
 
 
