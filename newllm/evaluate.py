@@ -23,6 +23,9 @@ from newllm.saving.stop import poll
 RANK_TOKENS = 10_000  # tokens behind an effective rank; the ceiling is computed for the same number
 CURVE_SEQUENCES = 32  # sequences behind cold-start and memory curves
 MAX_SWEEPS = 16
+EXPONENT_SEQUENCES, EXPONENT_TOKENS = 16, 64  # of each its first tokens, behind a Lyapunov exponent
+NEAR, NEAR_SEQUENCES = 0.01, 4  # an error that is small, and of how many sequences
+NEAR_SWEEPS = 64  # to it, at most, and half as many as there are tokens: any map is exact after all of them
 SPECTRUM_POINTS = 64  # singular values kept of a spectrum, evenly over its ranks
 SEQUENCES_AT_A_TIME = 256
 LOOKED_UP_LOGITS = 1 << 23  # held at a time with retrieval, some five times over
@@ -168,14 +171,16 @@ def evaluate_contexts(model, data, settings, device, progress=silent):
     Returns:
         Dict of floats and curves. er_train, er_val and er_ceiling: shares of C, over rank_tokens; spectrum:
         {rank: share of the sum of singular values}, of validation tokens; converged_ratio: after 10 cold
-        sweeps; sweeps_to_convergence: None where it takes more than MAX_SWEEPS; the others as in diagnostics.
+        sweeps; sweeps_to_convergence: None where it takes more than MAX_SWEEPS; sweeps_to_1_percent: cold
+        ones until the error is below NEAR, None where NEAR_SWEEPS are too few; the others as in diagnostics.
     """
     model.eval()
     width, length = model.context_dim, data.val.shape[1] - 1
     count = max(1, min(math.ceil(RANK_TOKENS / length), len(data.train), len(data.val)))
-    few = min(CURVE_SEQUENCES, count)
-    # Two trajectories, the sweeps, and the second halves that the memory curve evaluates again.
+    few, fewer = min(CURVE_SEQUENCES, count), min(EXPONENT_SEQUENCES, count)
+    # Two trajectories, the sweeps, the second halves that the memory curve evaluates again, the exponent.
     total = 2 * count * length + few * (MAX_SWEEPS * length + length - length // 2 + 1)
+    total += fewer * min(EXPONENT_TOKENS, length)
     with progress("contexts", total) as bar:
 
         def step(context, token):
@@ -191,6 +196,11 @@ def evaluate_contexts(model, data, settings, device, progress=silent):
         threshold = settings.phase1_convergence_threshold
         errors, converged = diagnostics.cold_start(step, embeddings, contexts, MAX_SWEEPS, threshold)
         memory = diagnostics.memory_curve(step, embeddings, contexts)
+        first = embeddings[:fewer, :EXPONENT_TOKENS], contexts[:fewer, :EXPONENT_TOKENS]
+        exponent = diagnostics.lyapunov_exponent(step, *first)
+    sequences = embeddings[:NEAR_SEQUENCES], contexts[:NEAR_SEQUENCES]
+    most = min(NEAR_SWEEPS, max(1, length // 2))
+    nearer, _ = diagnostics.cold_start(model.step, *sequences, most, until=NEAR)
     enough = [share >= settings.phase1_min_converged_ratio for share in converged]
     capacity = diagnostics.past_capacity(train, val)
     tokens = min(RANK_TOKENS, count * length)  # as many of both sides: a rank depends on their number
@@ -207,6 +217,8 @@ def evaluate_contexts(model, data, settings, device, progress=silent):
         "cold_start_error_10": errors[9],
         "cold_start_curve": errors,
         "contraction": diagnostics.contraction_factor(errors),
+        "lyapunov_exponent": exponent,
+        "sweeps_to_1_percent": len(nearer) if nearer[-1] < NEAR else None,
         "memory_horizon": diagnostics.memory_horizon(memory),
         "memory_curve": memory,
         "past_capacity": sum(capacity),

@@ -1,4 +1,4 @@
-"""How fast the contexts of one long sequence come by parallel sweeps, beside the loop, and how exact.
+"""How fast a long text is read, by parallel sweeps or the loop, whichever is faster, and how exactly.
 
     python3 -m scripts.prefill --num_samples 781    # untrained, and trained where checkpoint_dir has the run
     python3 -m scripts.prefill --trained --lengths 1000,10000 --tolerance 1e-2
@@ -7,6 +7,8 @@ The sequence is the run's data, training and validation ids end to end. The loop
 fp32: for one token, converting the weights costs more than using them. Sweeps begin cold and go on until no
 token's context would change by more than a tolerance. Passes count the evaluations of an average token,
 sweeps those that depend on each other. Both ways make contexts alone, from embeddings that are there already.
+Which of them reads a text is chosen by the network's Lyapunov exponent and a trial on its beginning, whose
+time counts; `by loop` with passes says that the trial was lost.
 Errors are distances to the loop's contexts, relative to their norm: over all tokens, and of the worst one; of
 the prediction after the text, the largest difference of a probability. A trained model predicts with what it
 looks up: its state after a text is the context and the keys of the last `retrieval_window` tokens.
@@ -24,8 +26,8 @@ from config import ResidualConfig
 from newllm.config import expanded
 from newllm.data.samples import load_data
 from newllm.errors import UserError, exit_on_user_error
-from newllm.fixed_point.diagnostics import cold_start
-from newllm.fixed_point.solver import prefill
+from newllm.fixed_point.diagnostics import cold_start, lyapunov_exponent
+from newllm.fixed_point.solver import prefill, read_text
 from newllm.flags import parse_args
 from newllm.generate import after, predict
 from newllm.models.baselines import build_model
@@ -38,12 +40,13 @@ from newllm.saving.trained import load_trained, stored_retrieval
 from newllm.training.runtime import describe_device, open_runtime, peak_memory_mb
 from newllm.training.step_function import StepFunction
 
-PIECE, MAX_SWEEPS = 4096, 64  # tokens swept at once, and sweeps of these at most
+PIECE, MAX_SWEEPS = 4096, 256  # tokens swept at once; sweeps expected, beyond which none is tried
 LOOP_PIECE = 256  # tokens of the loop between two looks at the clock
 CURVE_TOKENS, CURVE_SWEEPS = 2048, 32  # of the curve of errors, in fp32
+EXPONENT_TOKENS, EXPONENT_LENGTH = 2048, 128  # behind the exponent, in stretches of so many
 COLUMNS = (
-    "weights", "tokens", "tolerance", "passes", "sweeps", "error", "worst token", "prediction", "loop s",
-    "sweeps s", "loop tok/s", "sweeps tok/s", "speed-up",
+    "weights", "tokens", "tolerance", "by", "passes", "sweeps", "error", "worst token", "prediction",
+    "loop s", "seconds", "loop tok/s", "tok/s", "speed-up",
 )  # fmt: skip
 
 
@@ -81,27 +84,71 @@ class Stream:
                 progress.update(last - first)
         return contexts, seconds
 
-    def swept(self, length, tolerance):
-        """Contexts [1, length, C] by sweeps, work by precision, whether they converged, seconds.
+    def exponent(self, contexts):
+        """The network's Lyapunov exponent along the loop's contexts [1, T, C], nats a token."""
+        count = min(EXPONENT_TOKENS, contexts.shape[1])
+        length = min(EXPONENT_LENGTH, count)
+        rows = [
+            each[0, : count // length * length].unflatten(0, (-1, length))
+            for each in (self.embeddings, contexts)
+        ]
+        return lyapunov_exponent(self.model.step, *rows)
+
+    def read(self, length, tolerance, exponent, loop_seconds):
+        """Read so many tokens the way that is faster.
+
+        Args:
+            exponent: of the network. loop_seconds: that the loop takes for a token.
+
+        Returns:
+            (contexts [1, length, C], Choice, work of sweeps by precision, seconds).
+        """
+        contexts, work = self.embeddings.new_zeros(1, length, self.width), {}
+
+        def start(first):
+            return contexts[:, first - 1] if first else self.embeddings.new_zeros(1, self.width)
+
+        def loop(first, last):
+            for low in range(first, last, LOOP_PIECE):
+                high = min(low + LOOP_PIECE, last)
+                contexts[:, low:high] = self.step.trajectory(self.embeddings[:, low:high], start(low))
+
+        def sweeps(first, last, give_up):
+            made, converged = self.swept(first, last, tolerance, start(first), give_up, work)
+            contexts[:, first:last] = made
+            return converged
+
+        limits = tolerance, MAX_SWEEPS, loop_seconds
+        started = self.clock()
+        choice = read_text(length, loop, sweeps, exponent, *limits, self.clock, PIECE)
+        seconds = self.clock() - started
+        for done in work.values():
+            done["passes"] /= length
+        return contexts, choice, work, seconds
+
+    def swept(self, first, last, tolerance, start_BC, give_up, work):
+        """Contexts [1, last - first, C] by sweeps and whether they converged; their work is added, in tokens.
 
         A tolerance below the rounding of the precision in effect is finished in fp32.
         """
-        runtime, contexts, work = self.runtime, None, {}
+        runtime, contexts = self.runtime, None
         rounding = torch.finfo(runtime.storage_dtype).eps
         stages = [(runtime.precision, runtime.storage_dtype, runtime.autocast, max(tolerance, rounding))]
         if tolerance < rounding:
             stages.append(("fp32", torch.float32, contextlib.nullcontext, tolerance))
-        started = self.clock()
         for precision, dtype, autocast, enough in stages:
-            tokens = self.embeddings[:, :length].to(dtype)
+            tokens = self.embeddings[:, first:last].to(dtype)
             with autocast():
                 contexts, _, stats = prefill(
-                    self.step.contexts, tokens, self.width, enough, MAX_SWEEPS, PIECE, guess_BTC=contexts
-                )
-            work[precision] = {"passes": stats.passes, "sweeps": max(stats.sweeps)}
+                    self.step.contexts, tokens, self.width, enough, last - first, last - first,
+                    start_BC, contexts, give_up,
+                )  # fmt: skip
+            done = work.setdefault(precision, {"passes": 0, "sweeps": 0})
+            done["passes"] += stats.passes * (last - first)
+            done["sweeps"] = max(done["sweeps"], *stats.sweeps)
             if not all(stats.converged):
-                break
-        return contexts.float(), work, all(stats.converged), self.clock() - started
+                return contexts.float(), False
+        return contexts.float(), True
 
     def state(self, contexts):
         """What generation goes on from behind a text with contexts [1, T, C]."""
@@ -116,46 +163,49 @@ class Stream:
 
 
 @torch.no_grad()
-def measure(stream, weights, lengths, tolerances):
+def measure(stream, weights, lengths, tolerances, say):
     """Errors and speeds of one network, a row for each length and tolerance, and its curve of cold sweeps.
 
-    A tolerance that sweeps do not reach is the last of its length: a tighter one would make the same sweeps.
+    A tolerance at which the loop is faster is the last of its length: to a tighter one sweeps are slower.
     """
     reference, loop_seconds = stream.loop(lengths, f"loop, {weights}")
-    stream.swept(min(lengths[0], PIECE), tolerances[0])  # not timed
+    exponent = stream.exponent(reference)
+    a_token = {length: seconds / length for length, seconds in loop_seconds.items()}
+    warm = min(lengths[0], PIECE)
+    start = reference.new_zeros(1, stream.width)
+    stream.swept(0, warm, tolerances[0], start, lambda count, *progress: count > 2, {})  # not timed
     rows = []
     for length, tolerance in itertools.product(lengths, tolerances):
-        if rows and rows[-1]["tokens"] == length and not rows[-1]["converged"]:
+        if rows and rows[-1]["tokens"] == length and not rows[-1]["by_sweeps"]:
             continue
-        contexts, work, converged, seconds = stream.swept(length, tolerance)
+        contexts, choice, work, seconds = stream.read(length, tolerance, exponent, a_token[length])
+        by = "sweeps" if choice.by_sweeps else "the loop"
+        say(f"{weights}, {length:,} tokens to {tolerance:g}: by {by} ({choice.why})")
         truth, loop = reference[:, :length], loop_seconds[length]
         difference = contexts - truth
         rows.append({
             "weights": weights, "tokens": length, "tolerance": tolerance,
-            "work": work, "converged": converged,
+            "work": work, "by_sweeps": choice.by_sweeps, "why": choice.why,
             "error": (difference.norm() / truth.norm()).item(),
             "worst_token_error": (difference.norm(dim=-1) / truth.norm(dim=-1)).max().item(),
             "prediction_error": (stream.prediction(contexts) - stream.prediction(truth)).abs().max().item(),
-            "loop_seconds": loop, "sweeps_seconds": seconds,
-            "speed_up": loop / seconds if converged else None,  # else what the loop gives was not reached
+            "loop_seconds": loop, "seconds": seconds, "speed_up": loop / seconds,
         })  # fmt: skip
     first = stream.embeddings[:, :CURVE_TOKENS], reference[:, :CURVE_TOKENS]
     errors, _ = cold_start(stream.step.contexts, *first, CURVE_SWEEPS)
-    return rows, errors
+    return rows, errors, exponent
 
 
 def shown(row):
     """A row of the table."""
-    passes = " + ".join(f"{done['passes']:.1f} {precision}" for precision, done in row["work"].items())
-    sweeps = " + ".join(str(done["sweeps"]) for done in row["work"].values())
-    tokens, loop, seconds = row["tokens"], row["loop_seconds"], row["sweeps_seconds"]
+    work, tokens, loop, seconds = row["work"], row["tokens"], row["loop_seconds"], row["seconds"]
     return (
-        row["weights"], f"{tokens:,}", f"{row['tolerance']:g}", passes,
-        sweeps if row["converged"] else f"not in {sweeps}",
+        row["weights"], f"{tokens:,}", f"{row['tolerance']:g}", "sweeps" if row["by_sweeps"] else "loop",
+        " + ".join(f"{done['passes']:.1f} {precision}" for precision, done in work.items()) or "-",
+        " + ".join(str(done["sweeps"]) for done in work.values()) or "-",
         *(f"{row[name]:.1e}" for name in ("error", "worst_token_error", "prediction_error")),
-        f"{loop:.2f}", f"{seconds:.2f}",
-        f"{tokens / loop:,.0f}", f"{tokens / seconds:,.0f}",
-        f"{row['speed_up']:.1f}x" if row["converged"] else "-",
+        f"{loop:.2f}", f"{seconds:.2f}", f"{tokens / loop:,.0f}", f"{tokens / seconds:,.0f}",
+        f"{row['speed_up']:.2f}x",
     )  # fmt: skip
 
 
@@ -187,7 +237,7 @@ def report(config, options, say):
     """Measure the untrained network and the trained one, as far as asked for and there.
 
     Returns:
-        {"rows": of both, "curves": {weights: errors after 1, 2, ... sweeps}}.
+        {"rows": of both, "curves": {weights: errors after 1, 2, ... sweeps}, "exponents": {weights: nats}}.
 
     Raises:
         UserError: bad data or checkpoint, no contexts in the model, or no trained weights where asked for.
@@ -199,11 +249,12 @@ def report(config, options, say):
     ids, line = one_sequence(data, options.lengths[-1])
     model = build_model(config, data.vocab_size, pretrained).to(runtime.device).eval()
     say("\n".join([f"device: {describe_device(runtime)}", *data.notes, line]))
-    rows, curves = [], {}
+    rows, curves, exponents = [], {}, {}
 
     def add(weights, retrieval=None):
         stream = Stream(model, ids.to(runtime.device), runtime, retrieval)
-        more, curves[weights] = measure(stream, weights, options.lengths, options.tolerance)
+        measured = measure(stream, weights, options.lengths, options.tolerance, say)
+        more, curves[weights], exponents[weights] = measured
         rows.extend(more)
 
     if not options.trained:
@@ -222,7 +273,7 @@ def report(config, options, say):
         if retrieval:
             retrieval.to(runtime.device)
         add("trained", retrieval)
-    return {"rows": rows, "curves": curves}
+    return {"rows": rows, "curves": curves, "exponents": exponents}
 
 
 def main(config, options):
@@ -233,7 +284,7 @@ def main(config, options):
     usual = Path(config.checkpoint_dir) / "outputs" / "plots" / f"prefill_{new_run_id()}.png"
     path = Path(options.plot or usual)
     try:
-        prefill_speed(made["rows"], made["curves"], path)
+        prefill_speed(made["rows"], made["curves"], made["exponents"], path)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another --plot.") from error
     print(f"plot: {path}")

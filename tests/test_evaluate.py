@@ -165,3 +165,13 @@ def test_a_chaotic_map_has_no_sweep_of_convergence():
     assert metrics["sweeps_to_convergence"] is None
     assert metrics["converged_ratio"] < 0.5 and metrics["cold_start_error_10"] > 0.1
     assert metrics["contraction"] > 0.9
+    assert metrics["lyapunov_exponent"] > 0.5 and metrics["sweeps_to_1_percent"] is None
+
+
+@pytest.mark.parametrize(("factor", "sweeps"), [(0.3, 4), (0.5, 7)])
+def test_sweeps_to_one_percent_are_as_many_as_the_exponent_says(factor, sweeps):
+    """Of a leak: the first k with factor^k below 1 %."""
+    leak = map_of(lambda context, token: (factor * context + token, token), 4)
+    metrics = evaluate_contexts(leak, data(length=100), settings(), "cpu")
+    assert metrics["lyapunov_exponent"] == pytest.approx(math.log(factor), abs=1e-4)
+    assert metrics["sweeps_to_1_percent"] == sweeps == math.ceil(math.log(0.01) / math.log(factor))

@@ -9,6 +9,7 @@ import torch
 import train
 from config import ResidualConfig
 from newllm.errors import UserError
+from newllm.fixed_point import solver
 from newllm.fixed_point.solver import sequential
 from newllm.flags import parse_args
 from newllm.models.network import LanguageModel
@@ -29,6 +30,15 @@ def pieces(monkeypatch):
     """So short that sequences have several."""
     monkeypatch.setattr(prefill, "PIECE", 16)
     monkeypatch.setattr(prefill, "LOOP_PIECE", 16)
+    monkeypatch.setattr(prefill, "MAX_SWEEPS", 10**6)
+    monkeypatch.setattr(solver, "SHORTEST_TRIAL", 8)
+    monkeypatch.setattr(prefill, "read_text", slow_loop)
+
+
+def slow_loop(*arguments):
+    """What is chosen is no matter of this machine's speed: the loop is said to take long."""
+    *others, _, clock, piece = arguments
+    return solver.read_text(*others, 1e9, clock, piece)
 
 
 def stream(length=40, precision="fp32"):
@@ -55,22 +65,28 @@ def test_the_loop_is_the_reference_with_a_time_for_every_length():
 def test_sweeps_reach_the_tolerance_in_as_low_a_precision_as_it_allows(precision, tolerance, stages):
     """A tolerance below the rounding of bf16 is finished in fp32, from where bf16 came to."""
     long = stream(precision=precision)
-    contexts, work, converged, seconds = long.swept(40, tolerance)
+    contexts, choice, work, seconds = long.read(40, tolerance, -2.0, 1.0)
     expected, _ = sequential(long.step.contexts, long.embeddings, 16)
-    assert list(work) == stages and converged and seconds > 0 and contexts.dtype == torch.float32
+    assert list(work) == stages and choice.by_sweeps and seconds > 0 and contexts.dtype == torch.float32
     assert (contexts - expected).norm() / expected.norm() < 5 * tolerance
     assert all(0 < done["passes"] <= done["sweeps"] <= 16 for done in work.values())
 
 
-def test_a_tolerance_that_is_not_reached_is_the_last_of_its_length(monkeypatch):
-    """Two sweeps are not enough: one row a length, without a speed-up, with the error of what was made."""
-    monkeypatch.setattr(prefill, "MAX_SWEEPS", 2)
-    rows, _ = prefill.measure(stream(precision="bf16", length=50), "untrained", LENGTHS, [1e-2, 1e-4])
-    assert [row["tokens"] for row in rows] == LENGTHS
-    for row in rows:
-        assert not row["converged"] and row["speed_up"] is None and list(row["work"]) == ["bf16"]
-        assert 0.01 < row["error"] <= row["worst_token_error"]
-        assert prefill.shown(row)[4] == "not in 2" and prefill.shown(row)[-1] == "-"
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "in the trial"])
+def test_where_sweeps_lose_the_loop_reads_and_a_row_says_so(late, monkeypatch):
+    """At once where the exponent is no good, and after a lost trial; exact, one row a length, and why."""
+    monkeypatch.setattr(prefill, "read_text", solver.read_text)
+    monkeypatch.setattr(solver, "MARGIN", 1e9)
+    monkeypatch.setattr(prefill.Stream, "exponent", lambda self, contexts: -0.5 if late else 0.01)
+    said = []
+    long = stream(precision="bf16", length=50)
+    rows, _, exponent = prefill.measure(long, "untrained", LENGTHS, [1e-2, 1e-4], said.append)
+    assert [row["tokens"] for row in rows] == LENGTHS and exponent == (-0.5 if late else 0.01)
+    for row, line in zip(rows, said, strict=True):
+        assert not row["by_sweeps"] and row["error"] < 1e-5 and row["speed_up"] > 0
+        assert list(row["work"]) == (["bf16"] if late else []) and prefill.shown(row)[3] == "loop"
+        assert line.startswith(f"untrained, {row['tokens']} tokens to 0.01: by the loop (Lyapunov exponent ")
+        assert ("are slower" in line) is late and ("do not converge" in line) is not late
 
 
 def test_trained_and_untrained_weights_are_measured_and_the_run_is_left_alone(
@@ -85,7 +101,7 @@ def test_trained_and_untrained_weights_are_measured_and_the_run_is_left_alone(
     other = ResidualConfig(**tiny_settings | {"num_samples": 10})
     found = prefill.report(other, options(), said.append)
     assert {row["weights"] for row in found["rows"]} == {"untrained"}
-    assert "holds no trained weights" in said[-1]
+    assert "holds no trained weights" in said[-1] and any("by sweeps" in line for line in said)
     reason = r"checkpoints holds no trained weights of these settings: .*num_samples 12 -> 10"
     with pytest.raises(UserError, match=reason):
         prefill.report(other, options(trained=True), said.append)
@@ -97,6 +113,9 @@ def test_trained_and_untrained_weights_are_measured_and_the_run_is_left_alone(
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("sequence: 450 ids of dialogues") for line in lines)  # 12 + 6 samples of 25
     assert any(line.startswith("trained: phase2_complete of run ") for line in lines)
+    assert any(
+        line.startswith("trained, 50 tokens to 0.01: by sweeps (Lyapunov exponent -") for line in lines
+    )
     assert not any(line.startswith("untrained ") for line in lines)
     picture = lines[-1].removeprefix("plot: ")
     assert (tmp_path / picture).exists() and "outputs/plots/prefill_" in picture
@@ -105,8 +124,8 @@ def test_trained_and_untrained_weights_are_measured_and_the_run_is_left_alone(
     keys = [(row["weights"], row["tokens"], row["tolerance"]) for row in found["rows"]]
     assert keys == [(w, n, t) for w in ("untrained", "trained") for n in LENGTHS for t in (1e-2, 1e-4)]
     for row in found["rows"]:
-        assert row["converged"] and row["error"] < 5 * row["tolerance"]
-        assert row["speed_up"] == pytest.approx(row["loop_seconds"] / row["sweeps_seconds"])
+        assert row["by_sweeps"] and row["error"] < 5 * row["tolerance"]
+        assert row["speed_up"] == pytest.approx(row["loop_seconds"] / row["seconds"])
     assert found["curves"]["trained"] != found["curves"]["untrained"]
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
 

@@ -15,8 +15,9 @@ from newllm.report.record import read_rows
 
 KEYS = {
     "phase1_steps", "phase1_param_change", "phase1_iterations", "converged_ratio", "er_train", "er_val",
-    "er_val_untrained", "er_ceiling", "cold_start_error_10", "contraction", "memory_horizon", "val_loss",
-    "val_ppl", "val_bpb", "val_acc", "val_ppl_untrained_context", "val_ppl_bigram", "val_ppl_kn",
+    "er_val_untrained", "er_ceiling", "cold_start_error_10", "contraction", "lyapunov_exponent",
+    "sweeps_to_1_percent", "memory_horizon", "val_loss", "val_ppl", "val_bpb", "val_acc",
+    "val_ppl_untrained_context", "val_ppl_bigram", "val_ppl_kn",
     "tok_per_s_phase1",
     "peak_memory_mb", "peak_memory_mb_predicted", "seconds",
 }  # fmt: skip

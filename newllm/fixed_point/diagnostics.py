@@ -17,6 +17,8 @@ ROUNDING = 1e-5  # relative error of contexts that says no more about the map
 HORIZON_LEVEL = 1e-2  # relative change of a later context that still counts as remembering
 PROBE_LAGS = 40  # tokens back that the past capacity looks
 PROBE_DIMS = 64  # random projections of an embedding that a probe predicts
+BURN_IN = 4  # one token in so many passes before a random direction is the one that grows most
+VANISHED = 1e-12  # growth of a difference that is no more; its logarithm is finite
 RIDGE = 1e-3  # ridge strength relative to the mean variance of a context dimension
 
 
@@ -43,8 +45,11 @@ def effective_rank_ceiling(num_tokens, context_dim):
     return effective_rank(torch.randn(num_tokens, context_dim, generator=generator))
 
 
-def cold_start(step, tokens_BTE, trajectory_BTC, sweeps, threshold=0.0):
+def cold_start(step, tokens_BTE, trajectory_BTC, sweeps, threshold=0.0, until=0.0):
     """Sweep from nothing, K = 0, with fixed weights. A chaotic map does not come near; the figures say so.
+
+    Args:
+        sweeps: at most; the last is the first whose error is below `until`.
 
     Returns:
         For each sweep k, |G^k(0) - trajectory| / |trajectory| over all tokens, and the share of tokens whose
@@ -59,6 +64,8 @@ def cold_start(step, tokens_BTE, trajectory_BTC, sweeps, threshold=0.0):
         error, share = torch.stack([error.double(), share]).tolist()  # one wait for the device a sweep
         errors.append(error)
         converged.append(share)
+        if error < until:
+            break
         contexts = new
     return errors, converged
 
@@ -72,6 +79,33 @@ def contraction_factor(errors):
     rise = sum((k - centre) * e for k, e in enumerate(logs))
     slope = rise / sum((k - centre) ** 2 for k in range(len(logs)))
     return math.exp(slope)
+
+
+def lyapunov_exponent(step, tokens_BTE, trajectory_BTC, directions=1):
+    """The largest Lyapunov exponent of the map along a trajectory, in nats a token (Benettin et al. 1980).
+
+    A small difference of contexts grows by its exponential a token, whatever it was: Jacobians along the
+    trajectory, token after token, applied to random directions that are renormalised each time. Below zero
+    the trajectory is predictable and sweeps converge, their number independent of the length; above zero they
+    take as many as there are tokens (Gonzalez et al., NeurIPS 2025, arXiv 2508.16817).
+
+    Args:
+        directions: random ones for each sequence.
+
+    Returns:
+        The mean over sequences, directions and tokens; log(VANISHED) of a map that forgets at once.
+    """
+    tokens, contexts = (each.repeat_interleave(directions, 0) for each in (tokens_BTE, trajectory_BTC))
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(contexts[:, 0].shape, generator=generator).to(contexts)
+    direction = direction / direction.norm(dim=-1, keepdim=True)
+    before, logs = torch.zeros_like(direction), []
+    for token, after in zip(tokens.unbind(1), contexts.unbind(1), strict=True):
+        _, moved = torch.func.jvp(lambda c, token=token: step(c, token)[0], (before,), (direction,))
+        growth = moved.norm(dim=-1, keepdim=True).clamp(min=VANISHED)
+        logs.append(growth.log())
+        direction, before = moved / growth, after
+    return torch.stack(logs[len(logs) // BURN_IN :]).double().mean().item()
 
 
 def memory_curve(step, tokens_BTE, trajectory_BTC):

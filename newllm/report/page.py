@@ -18,6 +18,8 @@ CONTEXTS = (  # what it is, key, format
     ("tokens converged after 10 cold sweeps", "converged_ratio", ".1%"),
     ("cold-start error after 10 sweeps", "cold_start_error_10", ".4g"),
     ("change of the error a sweep, times", "contraction", ".4g"),
+    ("Lyapunov exponent, nats a token (sweeps converge below zero)", "lyapunov_exponent", "+.3f"),
+    ("cold sweeps until the error is below 1 %", "sweeps_to_1_percent", "d"),
     ("memory horizon, tokens", "memory_horizon", ".4g"),
     ("past capacity", "past_capacity", ".4g"),
 )

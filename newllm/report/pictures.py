@@ -125,11 +125,22 @@ def loss_curve(record, path):
 
 def run_contexts(record, path):
     """What the contexts of a run are like at the end, beside untrained ones, and by iteration of Phase 1."""
+
+    def named(name, *ends):
+        """With the exponent, which says how the curve of cold sweeps goes on; the last that was measured."""
+        exponents = [record.summary.get(f"lyapunov_exponent{end}") for end in ends]
+        known = [exponent for exponent in exponents if exponent is not None]
+        return f"{name}, Lyapunov exponent {known[-1]:+.2f}" if known else name
+
     with figure(path, 3, 2) as panels:
         last = _draw_contexts(
             panels,
-            (UNTRAINED, "untrained", lambda key: as_curve(record.curves.get(f"{key}_untrained"))),
-            (TRAINED, "trained", lambda key: as_curve(record.curves.get(key))),
+            (
+                UNTRAINED,
+                named("untrained", "_untrained"),
+                lambda key: as_curve(record.curves.get(f"{key}_untrained")),
+            ),
+            (TRAINED, named("trained", "", "_finetuned"), lambda key: as_curve(record.curves.get(key))),
         )
         lines = [(None, 100 * record.summary["er_ceiling"], "effective rank of Gaussian noise", REFERENCE)]
         for key, untrained, label, style in (
@@ -261,25 +272,79 @@ def scale_ladder(summaries, path):
             draw(panel, title, "training tokens", ylabel, lines, "x", short)
 
 
-def prefill_speed(rows, curves, path):
+def predictability(rows, path):
+    """Cold sweeps until the error is below 1 % against the Lyapunov exponent of all networks, a point each.
+
+    The line is what the exponent alone says: an error that shrinks by its exponential a sweep, from 1.
+
+    Args:
+        rows: summaries of runs, or rows of a comparison; of each, the untrained contexts, those of Phase 1 if
+            it trained, and those after training them further, as far as measured.
+
+    Returns:
+        How many points there are; without any, nothing is drawn.
+    """
+    points = {}  # label: [(exponent, sweeps or None)]
+    for row in rows:
+        phase1 = bool(row.get("phase1_steps"))
+        for end, label, wanted in (
+            ("_untrained", "untrained", True),
+            ("", "Phase 1", phase1),
+            ("_finetuned", "Phase 1, fine-tuned" if phase1 else "end to end", True),
+        ):
+            exponent = row.get(f"lyapunov_exponent{end}")
+            if wanted and exponent is not None:
+                points.setdefault(label, []).append((exponent, row[f"sweeps_to_1_percent{end}"]))
+    if not points:
+        return 0
+    styles = {label: style for label, style in ARM_STYLES.values()}
+    lines, most = [], 100  # where those stand that did not come so near
+    for label, each in points.items():
+        for name, found, more in (
+            (label, [point for point in each if point[1]], {}),
+            (
+                f"{label}: not reached",
+                [(x, most) for x, sweeps in each if not sweeps],
+                {"markerfacecolor": "none"},
+            ),
+        ):
+            if found:
+                xs, ys = map(list, zip(*found, strict=True))
+                lines.append((xs, ys, name, styles[label] | {"linestyle": "none"} | more))
+    slowest = math.log(0.01) / most
+    fastest = min(slowest, *(exponent for each in points.values() for exponent, _ in each))
+    exponents = [fastest + (slowest - fastest) * i / 100 for i in range(101)]
+    expected = [max(1, math.log(0.01) / exponent) for exponent in exponents]
+    lines.append((exponents, expected, "as the exponent has it", REFERENCE))
+    with figure(path, 1, 1) as ((panel,),):
+        xlabel, ylabel = "Lyapunov exponent, nats a token", "cold sweeps to an error of 1 %"
+        draw(panel, "When parallel reading works", xlabel, ylabel, lines, "y")
+        panel.axvline(0, **REFERENCE | {"linewidth": 1})
+        panel.set(ylim=(1, 1.3 * most), yticks=[1, 2, 5, 10, 20, 50], yticklabels=[1, 2, 5, 10, 20, 50])
+        panel.minorticks_off()
+    return sum(map(len, points.values()))
+
+
+def prefill_speed(rows, curves, exponents, path):
     """Error after each cold sweep, and how much sooner than the loop sweeps have a sequence, by its length.
 
     Args:
-        rows: dicts of weights ("trained" or "untrained"), tokens, tolerance and speed_up, which is None where
-            sweeps did not reach the tolerance.
-        curves: {weights: errors after 1, 2, ... sweeps}.
+        rows: dicts of weights ("trained" or "untrained"), tokens, tolerance, by_sweeps and speed_up.
+        curves: {weights: errors after 1, 2, ... sweeps}. exponents: {weights: Lyapunov exponent}.
     """
     from matplotlib.ticker import EngFormatter
 
     weights = {"trained": TRAINED, "untrained": UNTRAINED}
     reached = {}  # (weights, tolerance): (tokens, times as fast) of each length
     for row in rows:
-        if row["speed_up"]:
+        if row["by_sweeps"]:
             reached.setdefault((row["weights"], row["tolerance"]), []).append(
                 (row["tokens"], row["speed_up"])
             )
     with figure(path, 1, 2) as ((error, speed),):
-        lines = [(None, errors, name, weights[name]) for name, errors in curves.items()]
+        lines = []
+        for name, errors in curves.items():
+            lines.append((None, errors, f"{name}, exponent {exponents[name]:+.2f}", weights[name]))
         draw(error, "Cold start", "sweeps", "distance to the loop's contexts, relative", lines, "y")
         smallest = min(e for errors in curves.values() for e in errors if e > 0)
         error.set_ylim(min(0.01, smallest) / 2, 4)  # slow stays slow to the eye
@@ -288,11 +353,11 @@ def prefill_speed(rows, curves, path):
         for (name, tolerance), points in reached.items():
             lines.append((*zip(*points, strict=True), f"{name}, to {tolerance:g}", next(looks)))
         for name in curves.keys() - {name for name, _ in reached}:
-            lines.append(([], [], f"{name}: does not converge", weights[name]))
+            lines.append(([], [], f"{name}: by the loop", weights[name]))
         lines.append((None, 1, "the loop", REFERENCE))
         ylabel = "times as fast as the loop"
         draw(speed, "Speed of sweeps", "tokens of one sequence", ylabel, lines, "x", EngFormatter(sep=""))
         lengths = [row["tokens"] for row in rows]
         speed.set_xlim(min(lengths) / 1.2, max(lengths) * 1.2)
-        speed.set_ylim(0, 1.6 * max(row["speed_up"] or 1 for row in rows))  # room for the legend
+        speed.set_ylim(0, 1.6 * max(row["speed_up"] for row in rows))  # room for the legend
         speed.legend(loc="upper left", ncols=2)

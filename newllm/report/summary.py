@@ -8,7 +8,7 @@ from newllm.report.record import STAGES, format_value
 TITLES = {"untrained": "untrained control", "phase1": "Phase 1", "phase2": "Phase 2"}
 CONTEXT_KEYS = (
     "er_train", "er_val", "converged_ratio", "sweeps_to_convergence", "cold_start_error_10", "contraction",
-    "memory_horizon", "past_capacity", "identity_r2",
+    "lyapunov_exponent", "sweeps_to_1_percent", "memory_horizon", "past_capacity", "identity_r2",
 )  # fmt: skip
 COUNTED = {
     "kn": "Kneser-Ney of order 5, counting",
@@ -104,9 +104,19 @@ def context_line(name, contexts):
     return (
         f"{name:>9} contexts | ER train {contexts['er_train']:.1%} val {contexts['er_val']:.1%} "
         f"(ceiling {contexts['er_ceiling']:.1%} at {contexts['rank_tokens']:,} tokens) | cold-start error "
-        f"after 10 sweeps {contexts['cold_start_error_10']:.2g}, x{contexts['contraction']:.2f} a sweep | "
+        f"after 10 sweeps {contexts['cold_start_error_10']:.2g}, x{contexts['contraction']:.2f} a sweep, "
+        f"{predictability(contexts)} | "
         f"memory horizon {contexts['memory_horizon']} tokens, past capacity {contexts['past_capacity']:.2f}"
     )
+
+
+def predictability(contexts):
+    """Whether sweeps work, in words: the Lyapunov exponent, and the sweeps that it took."""
+    exponent, sweeps = contexts.get("lyapunov_exponent"), contexts.get("sweeps_to_1_percent")
+    if exponent is None:
+        return "Lyapunov exponent not measured"  # contexts that an earlier version has measured
+    taken = f"1 % after {sweeps} sweeps" if sweeps else "1 % not reached"
+    return f"Lyapunov exponent {exponent:+.3f} nats a token, {taken}"
 
 
 def retrieval_line(figures):
@@ -132,8 +142,8 @@ def summarize(config, data, results):
     if phase1:
         summary |= phase1["training"]
         for key in CONTEXT_KEYS:
-            summary[key] = phase1["contexts"][key]
-            summary[f"{key}_untrained"] = untrained["contexts"][key]
+            summary[key] = phase1["contexts"].get(key)
+            summary[f"{key}_untrained"] = untrained["contexts"].get(key)
         summary |= {key: phase1["contexts"][key] for key in ("er_ceiling", "rank_tokens")}
     if "phase2" in results:
         head, contexts = results["phase2"]["head"], results["phase2"].get("contexts", {})

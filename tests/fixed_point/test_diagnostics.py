@@ -1,9 +1,11 @@
 """What a context is worth: each figure against maps and spectra where it is known by hand."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
-from maps import delay_line, leaky, memoryless, network, random_tokens
+from maps import chaotic, delay_line, leaky, memoryless, network, random_tokens
 
 from newllm.fixed_point.diagnostics import (
     cold_start,
@@ -11,6 +13,7 @@ from newllm.fixed_point.diagnostics import (
     effective_rank,
     effective_rank_ceiling,
     identity_r2,
+    lyapunov_exponent,
     memory_curve,
     memory_horizon,
     past_capacity,
@@ -67,6 +70,7 @@ def test_the_cold_start_of_a_linear_map_decays_by_its_factor(factor):
     assert converged == pytest.approx([k / 600 for k in range(8)])
     assert cold_start(leaky(factor), tokens, path, 1, threshold=1.0)[1] == [0]
     assert cold_start(leaky(factor), tokens, path, 1, threshold=1.0 + 1e-6)[1] == [1]
+    assert len(cold_start(leaky(factor), tokens, path, 99, until=errors[2] + 1e-9)[0]) == 3
 
 
 def test_the_contraction_factor_of_a_geometric_curve_is_its_ratio():
@@ -75,6 +79,48 @@ def test_the_contraction_factor_of_a_geometric_curve_is_its_ratio():
     assert contraction_factor([0.8 * 0.3**k for k in range(8)]) == pytest.approx(0.3)
     assert contraction_factor([0.3**k for k in range(8)] + [1e-8, 3e-8, 2e-8]) == pytest.approx(0.3)
     assert contraction_factor([0.1 * 1.5**k for k in range(6)]) == pytest.approx(1.5)
+
+
+def linear(matrix):
+    """c_t = A c_{t-1} + e_t."""
+    return lambda context, token: (context @ matrix.T + token, token)
+
+
+ROTATION = torch.linalg.qr(random_tokens(6, 6))[0]
+SHEAR = torch.triu(random_tokens(6, 6, seed=4), 1)
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.98, 1.1])
+@pytest.mark.parametrize("kind", ["leak", "rotation", "one direction", "shear"])
+def test_the_exponent_of_a_linear_map_is_the_log_of_its_largest_eigenvalue(kind, factor):
+    """Of a rotation scaled by g it is ln g at every token; where directions differ, that of the one that
+    shrinks least, whatever the map does to a difference at first."""
+    matrix = {
+        "leak": factor * torch.eye(6, dtype=torch.float64),
+        "rotation": factor * ROTATION,
+        "one direction": factor * ROTATION @ torch.diag(0.8 ** torch.arange(6).double()) @ ROTATION.T,
+        "shear": factor * torch.diag(0.7 ** torch.arange(6).double()) + SHEAR,
+    }[kind]
+    tokens = random_tokens(3, 200, 6)
+    exponent = lyapunov_exponent(linear(matrix), tokens, trajectory(linear(matrix), tokens, 6), directions=2)
+    exact = kind in ("leak", "rotation")
+    assert exponent == pytest.approx(math.log(factor), abs=1e-9 if exact else 0.01)
+
+
+def test_the_exponent_tells_chaos_from_forgetting():
+    """ln 2 of the logistic map, the one chaotic map that is known by hand; a map without memory has none."""
+    start = torch.full((1, 2000, 1), 0.0, dtype=torch.float64)
+    start[0, 0] = 0.3
+
+    def logistic(context, token):
+        return 4 * context * (1 - context) + token, token
+
+    assert lyapunov_exponent(logistic, start, trajectory(logistic, start, 1)) == pytest.approx(
+        math.log(2), rel=0.02
+    )
+    tokens = random_tokens(2, 40, 3)
+    assert lyapunov_exponent(chaotic, tokens, trajectory(chaotic, tokens, 3)) > 0.5
+    assert lyapunov_exponent(memoryless, tokens, tokens) < -20
 
 
 # Memory

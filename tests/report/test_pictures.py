@@ -87,17 +87,36 @@ def test_the_picture_of_retrieval_has_a_line_for_each_expert_that_there_is(tmp_p
     assert {name for name, style in styles.items() if there(style)} == set(curves)
 
 
+def test_the_picture_of_exponents_has_a_point_for_each_network_that_was_measured(tmp_path):
+    """Untrained, after Phase 1 if it trained, after training through time; rows of before it give none."""
+
+    def row(steps, **measured):
+        figures = {"phase1_steps": steps}
+        for end, (exponent, sweeps) in measured.items():
+            figures |= {f"lyapunov_exponent{end}": exponent, f"sweeps_to_1_percent{end}": sweeps}
+        return figures
+
+    path = tmp_path / "plots" / "exponents.png"
+    assert pictures.predictability([{"phase1_steps": 3}], path) == 0 and not path.exists()
+    end_to_end = row(0, _untrained=(0.01, None), **{"": (0.01, None)}, _finetuned=(-0.13, 37))
+    frozen = row(9, _untrained=(0.01, None), **{"": (-0.9, 6)})
+    assert pictures.predictability([end_to_end, frozen, {"phase1_steps": 3}], path) == 4
+    there = drawn(path, 1, 1)
+    assert [there(style) for style in (UNTRAINED, TRAINED, COUNTED)] == [True] * 3
+    assert not there(TRAINING_DATA)
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_the_picture_of_a_prefill_shows_both_networks(tmp_path, trained):
     """Curves of both, speeds where sweeps converged; drawn too without any that converged."""
     curves = {"untrained": [1.0, 0.98, 0.97]} | ({"trained": [0.5, 0.1, 0.0]} if trained else {})
     rows = [
-        dict(weights=name, tokens=tokens, tolerance=tolerance, speed_up=5.0 if name == "trained" else None)
+        dict(weights=name, tokens=tokens, tolerance=tolerance, by_sweeps=name == "trained", speed_up=5.0)
         for name in curves
         for tokens in (1000, 10000)
         for tolerance in (1e-2, 1e-4)
     ]
-    prefill_speed(rows, curves, tmp_path / "prefill.png")
+    prefill_speed(rows, curves, {name: -0.1 for name in curves}, tmp_path / "prefill.png")
     there = drawn(tmp_path / "prefill.png", 1, 2)
     assert [there(style) for style in (UNTRAINED, TRAINED, TRAINING_DATA)] == [True, trained, trained]
 
