@@ -8,7 +8,7 @@ from pathlib import Path
 from newllm.errors import UserError
 from newllm.report.pictures import by_position, loss_curve, run_contexts
 from newllm.report.record import format_value, read_records
-from newllm.report.summary import language_rows, network_share, retrieval_rows, summary_lines
+from newllm.report.summary import language_rows, network_share, plain, retrieval_rows, summary_lines
 from newllm.saving.files import write_text
 
 CONTEXTS = (  # what it is, key, format
@@ -95,7 +95,7 @@ def page(record, pictures):
         if columns:
             rows = zip(*(map(format_value, values) for values in columns.values()), strict=True)
             folded.append((title, list(columns), list(rows)))
-    facts = {"device": device, "commit": record.start.get("git_commit"), **summary}
+    facts = {"device": device, "commit": record.start.get("git_commit"), **plain(summary)}
     for title, values in (("All figures", facts), ("Settings", record.config)):
         rows = [(name, format_value(value)) for name, value in values.items()]
         folded.append((title, ("name", "value"), rows))
@@ -124,7 +124,7 @@ def models_table(folder):
         row |= record.config | {"commit": record.start.get("git_commit")}
         # The device that was in effect takes the column of the one asked for; other settings stay.
         own = record.config.keys() - {"device"} | {"time"}
-        row |= {key: value for key, value in record.summary.items() if key not in own}
+        row |= {key: value for key, value in plain(record.summary).items() if key not in own}
         rows.append(row)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO(newline="")
