@@ -126,10 +126,11 @@ def narrowed(logits, temperature, top_k, top_p):
 def samples(model, data, seed, retrieval=None):
     """How a model goes on with the beginnings of a few held-out dialogues, which the seed chooses.
 
-    `scripts.generate` writes the same from these prompts, with this seed and length.
+    `scripts.generate` writes the same from these prompts, with these seeds and length.
 
     Args:
-        data: newllm.data.samples.TokenData. seed: of the choice, and of the draws of each text.
+        data: newllm.data.samples.TokenData. seed: of the choice, and of the draws of the first; one more
+            for each of the others, as a weak network goes on much the same from any prompt.
         retrieval: what the model looks up, or None.
 
     Returns:
@@ -138,16 +139,16 @@ def samples(model, data, seed, retrieval=None):
     """
     tokenizer, made = data.tokenizer, []
 
-    def written(prompt, looked_up):
+    def written(prompt, draws, looked_up):
         ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
-        drawn = generate(model, ids, NEW_TOKENS, seed, **USUAL, eos_id=tokenizer.eos_id, retrieval=looked_up)
+        drawn = generate(model, ids, NEW_TOKENS, draws, **USUAL, eos_id=tokenizer.eos_id, retrieval=looked_up)
         return tokenizer.decode(drawn)
 
     chosen = torch.randperm(len(data.val), generator=derived_generator(seed, "samples"))[:SAMPLES]
-    for sample in data.val[chosen]:
+    for draws, sample in enumerate(data.val[chosen], start=seed):
         prompt = _first_turn(sample.tolist(), tokenizer)
-        looked_up = written(prompt, retrieval) if retrieval else None
-        made.append({"prompt": prompt, "network": written(prompt, None), "retrieval": looked_up})
+        looked_up = written(prompt, draws, retrieval) if retrieval else None
+        made.append({"prompt": prompt, "network": written(prompt, draws, None), "retrieval": looked_up})
     return made
 
 
