@@ -1,6 +1,7 @@
 """Samples of a run: made once, from held-out beginnings that the seed chooses, as scripts.generate writes."""
 
 import signal
+from html import unescape
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +15,9 @@ from newllm.data.samples import load_data
 from newllm.data.tokens import train_bpe
 from newllm.generate import NEW_TOKENS, narrowed, samples
 from newllm.models.baselines import build_model
-from newllm.report.page import artifact_paths
+from newllm.report.page import artifact_paths, page
 from newllm.report.record import find_records, read_record
+from newllm.report.summary import summary_lines
 from newllm.saving.stop import Interrupt, Stopped
 from scripts import generate as script
 
@@ -49,7 +51,7 @@ def test_prompts_are_beginnings_of_held_out_dialogues_by_the_seed(made):
 
 
 def test_the_command_writes_the_same(made, capsys):
-    """From the same prompt, as many tokens, by the run's seed or one or two more, alone and with retrieval."""
+    """From the same prompt as many tokens, by the run's seed or one or two more, alone or with retrieval."""
     settings, summary = made
     for seed, sample in enumerate(summary["samples"], start=42):
         for name, retrieval in (("network", "none"), ("retrieval", "model")):
@@ -136,3 +138,23 @@ def test_filters_are_those_of_transformers(temperature, top_k, top_p):
     if top_p < 1:
         filters.append(TopPLogitsWarper(top_p))
     assert narrowed(logits, temperature, top_k, top_p).equal(filters(None, logits[None])[0])
+
+
+def test_what_a_model_writes_breaks_no_page(made):
+    """Tags, Markdown, quotes, control characters, right-to-left marks, nothing: text within the page."""
+    record = read_record(find_records(made[0]["checkpoint_dir"])[0])
+    nasty = "</blockquote><script>alert(1)</script> **b** | `c` {{ 7 * 7 }} <!-- & \u202e\x1b[31m"
+    before = page(record, {})
+    record.summary["samples"] = [{"prompt": nasty, "network": nasty, "retrieval": ""}]
+    text = page(record, {})
+    for tag in ("<script", "<!--", "</blockquote>"):
+        assert text.count(tag) <= before.count(tag)
+    assert unescape(text).count(nasty) == 2 and "(the end of the text)" in text
+    lines = summary_lines(record, {})
+    assert [line for line in lines if "alert" in line] == [
+        f"  {name}: {nasty!r}" for name in ("prompt", "network")
+    ]
+    record.summary["samples"] = []
+    assert "cannot read a new text" in page(record, {})
+    del record.summary["samples"]
+    assert "<h2>Samples" not in page(record, {})

@@ -21,7 +21,7 @@ from newllm.errors import UserError
 from newllm.report.answers import QUESTIONS, answers
 from newllm.report.page import artifact_paths, models_table, page
 from newllm.report.record import RunLog, find_records, read_record
-from newllm.report.summary import network_share, speed_lines, summary_lines
+from newllm.report.summary import network_share, speed_lines
 from newllm.saving.trained import load_model, open_saved
 from scripts import evaluate, export
 from train import main as train
@@ -273,23 +273,3 @@ def test_the_page_begins_with_four_answers_and_samples(folder):
         places = [text.index(part) for part in parts]
         assert places == sorted(places) and places[-1] < text.index("<table")
         assert all(answer.words in text for answer in answers(record))
-
-
-def test_what_a_model_writes_breaks_no_page(copied):
-    """Tags, Markdown, quotes, control characters, right-to-left marks, nothing: text within the page."""
-    record = read_record(find_records(copied)[0])
-    nasty = "</blockquote><script>alert(1)</script> **b** | `c` {{ 7 * 7 }} <!-- & \u202e\x1b[31m"
-    before = page(record, {})
-    record.summary["samples"] = [{"prompt": nasty, "network": nasty, "retrieval": ""}]
-    text = page(record, {})
-    for tag in ("<script", "<!--", "</blockquote>"):
-        assert text.count(tag) <= before.count(tag)
-    assert unescape(text).count(nasty) == 2 and "(the end of the text)" in text
-    lines = summary_lines(record, {})
-    assert [line for line in lines if "alert" in line] == [
-        f"  {name}: {nasty!r}" for name in ("prompt", "network")
-    ]
-    record.summary["samples"] = []
-    assert "cannot read a new text" in page(record, {})
-    del record.summary["samples"]
-    assert "<h2>Samples" not in page(record, {})
