@@ -77,7 +77,8 @@ def draw(panel, title, xlabel, ylabel, lines, log="", form="{x:g}"):
     """Lines on a panel, its words, and a legend of those with a label.
 
     Args:
-        lines: (xs, ys, label or None, style) of each; xs of None: 1, 2, ...; one number as ys: a level.
+        lines: (xs, ys, label or None, style) of each; xs of None: 1, 2, ...; one number as ys: a level. Of
+            none the panel says so.
         log: logarithmic axes, "x", "y" or "xy". form: of the numbers below a logarithmic x, 1, 2, 5, 10 ...
     """
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -91,6 +92,10 @@ def draw(panel, title, xlabel, ylabel, lines, log="", form="{x:g}"):
         if xs is None:
             panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if not lines:
+        panel.text(0.5, 0.5, "not measured", ha="center", color=REFERENCE["color"], transform=panel.transAxes)
+        panel.set(xticks=[], yticks=[])
+        return
     if "y" in log:
         panel.set_yscale("log")
     if "x" in log and panel.lines:
