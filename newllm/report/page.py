@@ -101,6 +101,7 @@ def page(record, pictures):
         samples=summary.get("samples"),
         sections=_sections(summary),
         pictures=images,
+        phase1=bool(record.phase1),
         folded=_folded(record),
         warnings=record.warnings,
     )
