@@ -23,6 +23,7 @@ from newllm.data.tokens import tokenizer_choice
 from newllm.errors import UserError, exit_on_user_error
 from newllm.evaluate import bpb_by_context, evaluate_contexts
 from newllm.flags import parse_args
+from newllm.generate import samples
 from newllm.memory import free_memory
 from newllm.models.baselines import Baseline, build_model
 from newllm.models.network import TokenPredictor
@@ -255,6 +256,7 @@ class Run:
             results["model"] = model_digest(self.model)
             log.say(retrieval_line(results))
             self.keep(found)
+        results |= self.write_samples(found)
         if config.artifacts and config.save_checkpoint and log.writes:
             head = self.checkpointer.results["phase2"]["head"]
             leave_model(config, self.data, self.model, head, log, found)
@@ -313,6 +315,15 @@ class Run:
         self.log.say("looking up by contexts alone")
         figures = group.by_main(lambda: by_contexts(model, self.data, settings, self.runtime))
         return {"by_contexts": group.decided(figures)}
+
+    @timed("samples")
+    def write_samples(self, found):
+        """{"samples": how the model goes on with a few held-out dialogues}; found: its retrieval, or None."""
+        config, group, written = self.config, self.runtime.group, []
+        if not config.whiten_context:  # such contexts are those of no new text
+            self.log.say("writing on from held-out dialogues")
+            written = group.by_main(lambda: samples(self.model, self.data, config.seed, found))
+        return {"samples": group.decided(written)}
 
     def train_head(self, model, stage, freeze_context):
         settings, folder = self.config.part(Phase2Settings), self.checkpointer.folder

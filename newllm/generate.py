@@ -9,8 +9,12 @@ import torch
 from torch.nn import functional
 
 from newllm.saving.stop import poll
+from newllm.seeding import derived_generator
 
 COLDEST = 1e-6  # a temperature below it would divide by nothing
+USUAL = dict(temperature=0.8, top_k=0, top_p=0.9)  # of draws
+SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 3, 16, 40
+NEXT_TURNS = "\nAssistant:", "\nUser:"  # what the first turn of a dialogue ends before
 
 
 class State(NamedTuple):
@@ -41,7 +45,7 @@ def generate(
     """
     model.eval()
     device = model.embedding.weight.device
-    generator, narrow = torch.Generator().manual_seed(seed), _narrowing(temperature, top_k, top_p)
+    generator = torch.Generator().manual_seed(seed)
     *prompt, token = prompt_ids
     state = read(model, torch.tensor(prompt, dtype=torch.int64, device=device), retrieval, before)
     for _ in range(count):
@@ -50,7 +54,7 @@ def generate(
             token = logits.argmax().item()
         else:
             # On the CPU, where a seed draws the same on every machine.
-            shares = narrow(None, logits.float().cpu()).softmax(-1)
+            shares = narrowed(logits[0].float().cpu(), temperature, top_k, top_p).softmax(-1)
             token = torch.multinomial(shares, 1, generator=generator).item()
         if token == eos_id:
             return
@@ -103,15 +107,58 @@ def predict(model, token, retrieval, state):
     return shares[:, 0].log(), State(recurrent, past)
 
 
-def _narrowing(temperature, top_k, top_p):
-    """transformers' filters of logits [1, V], in its own order."""
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+def narrowed(logits, temperature, top_k, top_p):
+    """Logits [V] to draw by, -inf where nothing is to be drawn; as transformers' filters, to the bit.
 
-    filters = LogitsProcessorList()
-    if temperature not in (0, 1):
-        filters.append(TemperatureLogitsWarper(temperature))
-    if top_k:
-        filters.append(TopKLogitsWarper(top_k))
+    Their import takes as long as all draws of a small run.
+    """
+    logits = logits / temperature
+    if 0 < top_k < len(logits):
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[-1], -torch.inf)
     if top_p < 1:
-        filters.append(TopPLogitsWarper(top_p))
-    return filters
+        rising, ids = logits.sort()
+        unlikely = rising.softmax(-1).cumsum(-1) <= 1 - top_p
+        unlikely[-1] = False
+        logits = logits.masked_fill(unlikely.scatter(0, ids, unlikely), -torch.inf)
+    return logits
+
+
+def samples(model, data, seed, retrieval=None):
+    """How a model goes on with the beginnings of a few held-out dialogues, which the seed chooses.
+
+    `scripts.generate` writes the same from these prompts, with these seeds and length.
+
+    Args:
+        data: newllm.data.samples.TokenData. seed: of the choice, and of the draws of the first; one more
+            for each of the others, as a weak network goes on much the same from any prompt.
+        retrieval: what the model looks up, or None.
+
+    Returns:
+        A list of {"prompt": the first turn, as far as its first tokens go, "network": what the network alone
+        writes, "retrieval": what it writes with retrieval, None without}.
+    """
+    tokenizer, made = data.tokenizer, []
+
+    def written(prompt, draws, looked_up):
+        ids = tokenizer.encode(prompt) or [tokenizer.eos_id]
+        drawn = generate(model, ids, NEW_TOKENS, draws, **USUAL, eos_id=tokenizer.eos_id, retrieval=looked_up)
+        return tokenizer.decode(drawn)
+
+    chosen = torch.randperm(len(data.val), generator=derived_generator(seed, "samples"))[:SAMPLES]
+    for draws, sample in enumerate(data.val[chosen], start=seed):
+        prompt = _first_turn(sample.tolist(), tokenizer)
+        looked_up = written(prompt, draws, retrieval) if retrieval else None
+        made.append({"prompt": prompt, "network": written(prompt, draws, None), "retrieval": looked_up})
+    return made
+
+
+def _first_turn(ids, tokenizer):
+    """The text of a sample's first ids, without half a character at its end, as far as its first turn."""
+    if tokenizer.eos_id in ids:
+        ids = ids[: ids.index(tokenizer.eos_id)]
+    decode = tokenizer.decoder()
+    begun = "".join(map(decode, ids[:PROMPT_TOKENS]))
+    turn = begun + "".join(map(decode, ids[PROMPT_TOKENS:]))
+    for mark in NEXT_TURNS:
+        turn = turn.partition(mark)[0]
+    return begun[: len(turn)]

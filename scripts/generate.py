@@ -15,16 +15,21 @@ from config import ResidualConfig
 from newllm.config import Range, expanded
 from newllm.errors import UserError, exit_on_user_error
 from newllm.flags import Parser, flag
-from newllm.generate import generate
+from newllm.generate import USUAL, generate
 from newllm.saving.stop import Interrupt, Stopped
 from newllm.saving.trained import open_model, open_retrieval
 
 TURN = "\nUser:"  # what an answer in a conversation ends before
 NUMBERS = {  # flag: type, bounds, default, help
     "max_tokens": (int, Range(1), 100, "length, at most"),
-    "temperature": (float, Range(0), 0.8, "0: always the likeliest token"),
-    "top_k": (int, Range(0), 0, "draw among so many likeliest tokens; 0: all"),
-    "top_p": (float, Range(0, 1, above=True), 0.9, "draw among the likeliest with this much together"),
+    "temperature": (float, Range(0), USUAL["temperature"], "0: always the likeliest token"),
+    "top_k": (int, Range(0), USUAL["top_k"], "draw among so many likeliest tokens; 0: all"),
+    "top_p": (
+        float,
+        Range(0, 1, above=True),
+        USUAL["top_p"],
+        "draw among the likeliest with this much together",
+    ),
     "seed": (int, Range(0, 2**63 - 1), 0, "of the draws"),
 }
 

@@ -41,7 +41,7 @@ MAY_IMPORT = {
     "newllm.evaluate": {
         "newllm.fixed_point", "newllm.models", "newllm.saving.stop", "newllm.memory", "newllm.progress",
     },
-    "newllm.generate": {"newllm.saving.stop"},
+    "newllm.generate": {"newllm.saving.stop", "newllm.seeding"},
     "newllm.transformers_model": {
         "newllm.models", "newllm.fixed_point", "newllm.retrieval", "newllm.versions",
     },

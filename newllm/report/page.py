@@ -6,9 +6,10 @@ import io
 from pathlib import Path
 
 from newllm.errors import UserError
+from newllm.report.answers import answers
 from newllm.report.pictures import by_position, loss_curve, run_contexts
 from newllm.report.record import format_value, read_records
-from newllm.report.summary import language_rows, network_share, retrieval_rows, summary_lines
+from newllm.report.summary import language_rows, plain, retrieval_rows, summary_lines
 from newllm.saving.files import write_text
 
 CONTEXTS = (  # what it is, key, format
@@ -22,6 +23,13 @@ CONTEXTS = (  # what it is, key, format
     ("cold sweeps until the error is below 1 %", "sweeps_to_1_percent", "d"),
     ("memory horizon, tokens", "memory_horizon", ".4g"),
     ("past capacity", "past_capacity", ".4g"),
+)
+ADDED = "Each row with a + adds a part to those above it; the weights are those of all of them together."
+GLOSSARY = (
+    "Effective rank: the share of their width that contexts use. A sweep: one step at all tokens at once. "
+    "Cold-start error: how far contexts are, after sweeps from nothing, from those of reading token by "
+    "token, relative to their size. Memory horizon: how many tokens later a replaced token still changes a "
+    "context by 1 %. Past capacity: how many earlier tokens a straight-line fit reads back from a context."
 )
 
 
@@ -53,19 +61,21 @@ def write_artifacts(record):
     if not record.summary:
         remedy = "run the same command again, with room on the disk"
         raise UserError(f"{record.path} does not say how the run ended: {remedy}.")
-    paths, pictures = artifact_paths(record.folder, record.kind, record.run), []
+    paths = artifact_paths(record.folder, record.kind, record.run)
     paths["report"].parent.mkdir(parents=True, exist_ok=True)
+    there = {
+        "loss_curve": (loss_curve, record.phase2),
+        "retrieval": (by_position, record.curves.get("retrieval_by_position")),
+        "contexts": (run_contexts, "er_ceiling" in record.summary),
+    }
+    pictures = {}
+    for name, (draw, known) in there.items():
+        if known:
+            draw(record, paths[name])
+            pictures[name] = paths[name]
     if record.phase2:
         for side in ("train", "val"):
             np.save(paths[f"{side}_losses"], np.array(record.phase2[f"{side}_loss"], float))
-        loss_curve(record, paths["loss_curve"])
-        pictures.append(paths["loss_curve"])
-    if "er_ceiling" in record.summary:
-        run_contexts(record, paths["contexts"])
-        pictures.append(paths["contexts"])
-    if record.curves.get("retrieval_by_position"):
-        by_position(record, paths["retrieval"])
-        pictures.append(paths["retrieval"])
     write_text(paths["report"], page(record, pictures))
     write_text(paths["table"], models_table(record.path.parent))
     write_text(paths["summary"], "\n".join(summary_lines(record, paths)) + "\n")
@@ -73,18 +83,43 @@ def write_artifacts(record):
 
 
 def page(record, pictures):
-    """One self-contained page of a run as HTML: figures beside the untrained ones, PNG files, settings."""
+    """One self-contained page of a run as HTML: answers, samples, figures beside the untrained, settings.
+
+    Args:
+        pictures: {"loss_curve", "retrieval" or "contexts": PNG file} of those that there are.
+    """
     from jinja2 import Environment
 
     summary, device = record.summary, record.start["device"]
-    tables, folded = [], []
+    data = f"{summary['train_tokens']:,} training tokens of {summary['data_source']}"
+    size = f"{summary['parameters']:,} parameters, {summary['seconds']:.0f} s on {device}"
+    images = {name: base64.b64encode(path.read_bytes()).decode() for name, path in pictures.items()}
+    environment = Environment(autoescape=True, trim_blocks=True)
+    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
+    return template.render(
+        title=f"newllm {record.kind} {record.run}",
+        about=f"{data}, tokenizer {summary['tokenizer']}, {size}",
+        answers=answers(record),
+        samples=summary.get("samples"),
+        sections=_sections(summary),
+        pictures=images,
+        phase1=bool(record.phase1),
+        folded=_folded(record),
+        warnings=record.warnings,
+    )
+
+
+def _sections(summary):
+    """(heading, picture, header, rows, note) of what is shown open; without rows there is no table."""
+    sections = [("Training", "loss_curve", (), [], "")]
     if "val_ppl" in summary:
         rows = [(name, f"{ppl:.1f}", f"{bpb:.3f}") for name, ppl, bpb in language_rows(summary)]
-        tables.append(("Language model", ("held-out dialogues", "perplexity", "bits per byte"), rows, ""))
+        header = ("held-out dialogues", "perplexity", "bits per byte")
+        sections.insert(0, ("Language model", "", header, rows, ""))
     if "val_ppl_retrieval" in summary:
         header = ("what is looked up", "perplexity", "against the network", "mean weight")
-        rows, note = retrieval_rows(summary), network_share(summary)
-        tables.append(("What each part of retrieval is worth", header, rows, note))
+        rows = retrieval_rows(summary)
+        sections.append(("What each part of retrieval is worth", "retrieval", header, rows, ADDED))
     if "er_ceiling" in summary:
         ends = {"untrained": "_untrained", "Phase 1": "", "fine-tuned": "_finetuned"}
         ends = {title: end for title, end in ends.items() if f"er_val{end}" in summary}
@@ -92,28 +127,23 @@ def page(record, pictures):
         for name, key, form in CONTEXTS:
             values = [summary.get(f"{key}{end}") for end in ends.values()]
             rows.append([name, *("" if value is None else format(value, form) for value in values)])
-        tables.append(("Contexts", ("contexts", *ends), rows, ""))
+        sections.append(("Contexts", "contexts", ("contexts", *ends), rows, GLOSSARY))
+    return sections
+
+
+def _folded(record):
+    """(heading, header, rows) of what is shown when it is asked for."""
+    folded = []
     for title, columns in (("Phase 1, by iteration", record.phase1), ("Phase 2, by epoch", record.phase2)):
         if columns:
             rows = zip(*(map(format_value, values) for values in columns.values()), strict=True)
             folded.append((title, list(columns), list(rows)))
-    facts = {"device": device, "commit": record.start.get("git_commit"), **summary}
+    commit = record.start.get("git_commit")
+    facts = {"device": record.start["device"], "commit": commit, **plain(record.summary)}
     for title, values in (("All figures", facts), ("Settings", record.config)):
         rows = [(name, format_value(value)) for name, value in values.items()]
         folded.append((title, ("name", "value"), rows))
-    data = f"{summary['train_tokens']:,} training tokens of {summary['data_source']}"
-    size = f"{summary['parameters']:,} parameters, {summary['seconds']:.0f} s on {device}"
-    images = [(path.stem, base64.b64encode(path.read_bytes()).decode()) for path in pictures]
-    environment = Environment(autoescape=True, trim_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
-    return template.render(
-        title=f"newllm {record.kind} {record.run}",
-        about=f"{data}, tokenizer {summary['tokenizer']}, {size}",
-        tables=tables,
-        pictures=images,
-        folded=folded,
-        warnings=record.warnings,
-    )
+    return folded
 
 
 def models_table(folder):
@@ -126,7 +156,7 @@ def models_table(folder):
         row |= record.config | {"commit": record.start.get("git_commit")}
         # The device that was in effect takes the column of the one asked for; other settings stay.
         own = record.config.keys() - {"device"} | {"time"}
-        row |= {key: value for key, value in record.summary.items() if key not in own}
+        row |= {key: value for key, value in plain(record.summary).items() if key not in own}
         rows.append(row)
     columns = list(dict.fromkeys(column for row in rows for column in row))
     text = io.StringIO(newline="")

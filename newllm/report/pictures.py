@@ -51,8 +51,8 @@ MIXTURES = {  # of a run, in turn, with one more expert each
     "counting": ("all of these without the network", COUNTED),
 }
 CURVES = (  # of contexts: key, logarithmic axes, title, what is on the axes
-    ("cold_start_curve", "y", "Convergence from a cold start", "sweeps", "distance from the trajectory"),
-    ("memory_curve", "xy", "Memory", "tokens since a token was replaced (first point: none)",
+    ("cold_start_curve", "y", "Convergence from a cold start", "sweeps", "distance from reading one by one"),
+    ("memory_curve", "xy", "Memory", "tokens after one that was replaced (0.5: itself)",
      "change of the context"),
     ("past_capacity_by_lag", "", "Tokens that a linear probe reads", "tokens back", "held-out $R^2$"),
     ("spectrum", "y", "Singular values", "rank", "share of their sum"),
@@ -77,7 +77,8 @@ def draw(panel, title, xlabel, ylabel, lines, log="", form="{x:g}"):
     """Lines on a panel, its words, and a legend of those with a label.
 
     Args:
-        lines: (xs, ys, label or None, style) of each; xs of None: 1, 2, ...; one number as ys: a level.
+        lines: (xs, ys, label or None, style) of each; xs of None: 1, 2, ...; one number as ys: a level. Of
+            none the panel says so.
         log: logarithmic axes, "x", "y" or "xy". form: of the numbers below a logarithmic x, 1, 2, 5, 10 ...
     """
     from matplotlib.ticker import LogLocator, NullFormatter
@@ -91,6 +92,10 @@ def draw(panel, title, xlabel, ylabel, lines, log="", form="{x:g}"):
         if xs is None:
             panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if not lines:
+        panel.text(0.5, 0.5, "not measured", ha="center", color=REFERENCE["color"], transform=panel.transAxes)
+        panel.set(xticks=[], yticks=[])
+        return
     if "y" in log:
         panel.set_yscale("log")
     if "x" in log and panel.lines:
@@ -151,7 +156,8 @@ def run_contexts(record, path):
             lines.append((None, shares, label, style))
             lines.append((None, 100 * record.summary[untrained], None, style | {"linestyle": "--"}))
         draw(last, "Phase 1 (dashed: untrained)", "iteration", "% (training tokens)", lines)
-        last.set_ylim(0, 102)
+        last.set(ylim=(0, 150), yticks=range(0, 101, 20))  # room for the legend
+        last.legend(loc="upper left")
 
 
 def by_position(record, path):
@@ -211,7 +217,8 @@ def _draw_contexts(panels, *networks):
         draw(panel, title, xlabel, ylabel, lines, log)
     _, memory, _, spectrum, _ = drawn
     if memory.lines:
-        memory.axhline(1e-2, **REFERENCE)
+        memory.axhline(1e-2, label="forgotten below", **REFERENCE)
+        memory.legend(loc="lower left")
     if spectrum.lines:  # a LayerNorm takes one direction away: its value is rounding
         spectrum.set_ylim(bottom=1e-4 * max(max(line.get_ydata()) for line in spectrum.lines))
     return last

@@ -156,12 +156,14 @@ def summarize(config, data, results):
     if "head" in untrained:
         summary |= {f"val_{key}_untrained_context": untrained["head"][key] for key in ("ppl", "bpb")}
     summary |= retrieval_figures(results)
+    if "samples" in (last := results.get("retrieval", {})):
+        summary["samples"] = last["samples"]
     return summary | {f"val_ppl_{name}": math.exp(nats) for name, nats in untrained["ngrams"].items()}
 
 
 def retrieval_figures(results):
     """Those figures of the block that are of retrieval, from metrics by stage; {} without any."""
-    untrained, own = results["untrained"], results.get("retrieval")
+    untrained, own = results["untrained"], results.get("retrieval", {})
     summary = {}
     for name, figures in (
         ("", own),
@@ -170,9 +172,9 @@ def retrieval_figures(results):
         ("_phase1_contexts", results.get("phase1", {}).get("by_contexts")),
         ("_untrained_contexts", untrained.get("by_contexts")),
     ):
-        if figures:
+        if "ppl" in (figures or ()):
             summary |= {f"val_{key}_retrieval{name}": figures[key] for key in ("ppl", "bpb")}
-    if own:
+    if "ppl" in own:
         summary["val_ppl_retrieval_fixed"] = own["fixed"]["ppl"]
         for count, part in enumerate(own["in_turn"].values(), start=1):
             if count > 1:  # one alone is the network
@@ -250,14 +252,14 @@ def curves(results):
         **{name: contexts.get(name) for name in CURVES},
         **{f"{name}_untrained": untrained.get(name) for name in CURVES},
     }
-    if own := results.get("retrieval"):
+    if "in_turn" in (own := results.get("retrieval", {})):
         parts = own["in_turn"] | {list(own["weights"])[-1]: own, "counting": results["untrained"]["counting"]}
         found["retrieval_by_position"] = {name: part["by_position"] for name, part in parts.items()}
     return found
 
 
 def plain(summary):
-    """The figures of a summary that are single values, without its curves."""
+    """The figures of a summary that are single values, without its curves and samples."""
     return {key: value for key, value in summary.items() if not isinstance(value, list | dict)}
 
 
@@ -275,7 +277,10 @@ def summary_lines(record, files):
     for side in ("train_loss", "val_loss"):
         if losses := record.phase2.get(side):
             lines += [f"  final {side}: {losses[-1]:.4f}", f"  best {side}: {min(losses):.4f}"]
-    lines += [f"  {name}: {format_value(value)}" for name, value in summary.items() if name != "time"]
+    lines += [f"  {name}: {format_value(value)}" for name, value in plain(summary).items() if name != "time"]
+    for sample in summary.get("samples", []):
+        lines += ["", "SAMPLE, begun with the words of a held-out dialogue"]
+        lines += [f"  {name}: {text!r}" for name, text in sample.items() if text is not None]
     return [*lines, "", "ARTEFACTS", *(f"  {name}: {path}" for name, path in files.items() if path.exists())]
 
 

@@ -194,7 +194,7 @@ def report(config, runtime, data, model, checkpointer, log, predicted_peak_mb):
         with timed("report"), spared(log):
             log.say(f"report: {write_artifacts(read_record(log.path))['report']}")
     log.log("times", seconds=checkpointer.seconds, **checkpointer.times)
-    log.finish(summary, saved_at=checkpointer.saved_at, **_last_place(results, config))
+    log.finish(plain(summary), saved_at=checkpointer.saved_at, **_last_place(results, config))
     if unsaved:
         raise UserError(f"the last checkpoint could not be written ({unsaved}): free the disk and run again.")
     return summary | curves(results)

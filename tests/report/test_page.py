@@ -18,6 +18,7 @@ from PIL import Image
 
 from config import ResidualConfig
 from newllm.errors import UserError
+from newllm.report.answers import QUESTIONS, answers
 from newllm.report.page import artifact_paths, models_table, page
 from newllm.report.record import RunLog, find_records, read_record
 from newllm.report.summary import network_share, speed_lines
@@ -145,7 +146,7 @@ def test_what_the_record_holds_is_shown_and_not_obeyed(copied):
     path.write_text(path.read_text().replace('"data_source": "dialogues"', '"data_source": "<script>&"'))
     with open(path, "a") as file:
         file.write(json.dumps({"stage": "warning", "message": "<b>so</b>"}) + "\n")
-    text = page(read_record(path), [])
+    text = page(read_record(path), {})
     assert "&lt;script&gt;&amp;" in text and "&lt;b&gt;so" in text and "<script>" not in text
 
 
@@ -261,4 +262,14 @@ def test_a_run_that_returns_to_phase_1_is_reported(copied, reported):
             del summary[key]
     path.write_text("\n".join(map(json.dumps, rows)))
     assert "Phase 1: 3 of at most 3 iterations" in reported(copied, FIRST)
-    assert "Phase 2, by epoch" in page(read_record(path), [])
+    assert "Phase 2, by epoch" in page(read_record(path), {})
+
+
+def test_the_page_begins_with_four_answers_and_samples(folder):
+    """Of both runs, in this order, before any table; each sample as it was written."""
+    for record in map(read_record, find_records(folder)):
+        text = unescape(paths_of(record)["report"].read_text())
+        parts = [*QUESTIONS, *(sample["prompt"] for sample in record.summary["samples"])]
+        places = [text.index(part) for part in parts]
+        assert places == sorted(places) and places[-1] < text.index("<table")
+        assert all(answer.words in text for answer in answers(record))

@@ -106,6 +106,15 @@ def test_the_picture_of_exponents_has_a_point_for_each_network_that_was_measured
     assert not there(TRAINING_DATA)
 
 
+def test_a_panel_of_nothing_says_so(tmp_path):
+    """Not an empty one whose axes look like figures; one with lines says nothing."""
+    with pictures.figure(tmp_path / "panels.png", 1, 2) as ((empty, full),):
+        pictures.draw(empty, "title", "x", "y", [], "xy")
+        pictures.draw(full, "title", "x", "y", [(None, [1.0, 2.0], "line", TRAINED)], "y")
+    assert [text.get_text() for text in empty.texts] == ["not measured"] and not full.texts
+    assert not len(empty.get_xticks()) and len(full.get_xticks())
+
+
 @pytest.mark.parametrize("trained", [True, False])
 def test_the_picture_of_a_prefill_shows_both_networks(tmp_path, trained):
     """Curves of both, speeds where sweeps converged; drawn too without any that converged."""

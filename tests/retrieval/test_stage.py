@@ -7,6 +7,8 @@ import pytest
 
 import train
 from config import ResidualConfig
+from newllm.report.answers import answers
+from newllm.report.record import find_records, read_record
 
 ALL = "ngram,cache,knn"
 COUNTING, UNTRAINED = {"val_ppl_retrieval_counting"}, {"val_ppl_retrieval_untrained"}
@@ -60,6 +62,8 @@ def test_a_run_has_the_rows_of_what_it_looks_up(tiny_settings, capsys, changes, 
     assert {f"val_ppl{key.removeprefix('val_bpb')}" for key in found if "bpb" in key} <= keys
     block = dict(line.split(": ", 1) for line in capsys.readouterr().out.split("\n---\n")[1].splitlines())
     assert keys <= block.keys() and all(1 < summary[key] < 1000 for key in keys if "ppl" in key)
+    (record,) = map(read_record, find_records(tiny_settings["checkpoint_dir"]))
+    assert all(answer.words.endswith(".") and "None" not in str(answer) for answer in answers(record))
     for kind in ("weight", "fixed_weight") if "val_ppl_retrieval" in keys else ():
         shares = [value for key, value in summary.items() if key.startswith(f"retrieval_{kind}_")]
         assert sum(shares) == pytest.approx(1, abs=1e-5) and min(shares) >= 0
