@@ -2,7 +2,7 @@
 
     python3 -m scripts.compare --data_source dialogues.jsonl --seeds 5 --tokens 6400,25000,100000
     python3 -m scripts.compare --arms phase1_frozen,gru --seeds 3  # other settings are flags, as in train.py
-    python3 -m scripts.compare --tune --tokens 25000  # rate and dropout, on a split of the training samples
+    python3 -m scripts.compare --tune --tokens 25000  # rate, dropout, weight decay, on training samples held back
     python3 -m scripts.compare --report  # tables and pictures from the rows that are there
 
 Each run leaves one row in `results/results.jsonl`, from which the tables are made, and with `--keep` what
@@ -53,8 +53,13 @@ ARMS = {  # name: what it is, and the settings in which it differs from those of
     "lstm": ("LSTM", dict(model_type="lstm")),
     "transformer": ("Transformer (GPT-2's blocks)", dict(model_type="transformer")),
 }
-GRID = dict(phase2_learning_rate=(0.0005, 0.001, 0.002, 0.004), dropout=(0.0, 0.15, 0.3, 0.5))  # of every arm
-TUNING_START = (0.002, 0.3)
+GRID = dict(  # of every arm
+    phase2_learning_rate=(0.0005, 0.001, 0.002, 0.004),
+    dropout=(0.0, 0.15, 0.3, 0.5),
+    weight_decay=(0.1, 0.3, 1.0, 3.0, 10.0),
+)
+TUNING_START = (0.002, 0.3, 0.1)
+DECAY_AHEAD = 1.0  # tried before what lies between: one step up from the least is less than seeds differ
 TUNED_AS = {  # an ablation differs from its arm in one thing: it takes what that arm was tuned to
     **{arm: "phase1_frozen" for arm in ARMS if arm.startswith(("phase1_w", "phase1_shuffled"))},
     "phase1_finetuned_gpt2": "phase1_finetuned",
@@ -75,29 +80,57 @@ def plan(arms, seeds, budgets, tuned):
 
 
 def tune(config, arms, budgets, path):
-    """Walk each arm's grid from TUNING_START until no neighbour is better on dialogues held back."""
+    """Each arm's rate and dropout, then its weight decay from the best of these, on dialogues held back."""
     for samples, arm in itertools.product(budgets, [arm for arm in arms if arm not in TUNED_AS]):
-        split = dict(num_samples=samples, tune_share=TUNE_SHARE, seed=TUNE_SEED, retrieval="none")
-        points = {TUNING_START}
-        while points:
-            runs = {}
-            for point in sorted(points):
-                name = "-".join([arm, str(samples), *(f"{value:g}" for value in point)])
-                runs[name] = arm, ARMS[arm][1] | split | dict(zip(GRID, point, strict=True))
-            make(config, runs, path)
-            made = tried(read_results(path))[samples, arm]
-            points = neighbours(place(made[0])) - {place(row) for row in made}
+        best = walk(config, samples, arm, path, (0, 1), {TUNING_START})
+        walk(config, samples, arm, path, (2,), {best, (*best[:2], DECAY_AHEAD)})
+
+
+def walk(config, samples, arm, path, axes, points):
+    """Try points of the grid and, along some of its axes, what is next to the best until none is better.
+
+    Rows that are there count as they stand, whatever settings there are by now that they do not know.
+
+    Returns:
+        The best of those that differ from the first along these axes alone.
+
+    Raises:
+        UserError: as of `make`.
+    """
+    split = dict(num_samples=samples, tune_share=TUNE_SHARE, seed=TUNE_SEED, retrieval="none")
+    fixed = [axis for axis in range(len(GRID)) if axis not in axes]
+    (aside,) = {tuple(point[axis] for axis in fixed) for point in points}
+
+    def settings(point):
+        return ARMS[arm][1] | split | dict(zip(GRID, point, strict=True))
+
+    def known():
+        rows = tried(read_results(path)).get((samples, arm), [])
+        for row in rows:
+            now = config_of(config, settings(place(row)))
+            refuse_other(row, now, path, shaping(row["settings"], "retrieval"))
+        places = [place(row) for row in rows]
+        return [point for point in places if tuple(point[axis] for axis in fixed) == aside]
+
+    while points:
+        runs = {}
+        for point in sorted(points - set(known())):
+            runs["-".join([arm, str(samples), *map("{:g}".format, point)])] = arm, settings(point)
+        make(config, runs, path)
+        points = neighbours(known()[0], axes) - set(known())
+    return known()[0]
 
 
 def place(row):
-    """The point of the grid at which a row was made."""
-    return tuple(row["changes"][name] for name in GRID)
+    """The point of the grid at which a row was made; rows that name no weight decay are at the least."""
+    return tuple((dict(weight_decay=GRID["weight_decay"][0]) | row["changes"])[name] for name in GRID)
 
 
-def neighbours(point):
-    """Points of the grid at most one step away, along one axis."""
+def neighbours(point, axes):
+    """Points of the grid at most one step away, along one of some axes."""
     near = set()
-    for axis, values in enumerate(GRID.values()):
+    for axis in axes:
+        values = [*GRID.values()][axis]
         at = values.index(point[axis])
         near |= {(*point[:axis], value, *point[axis + 1 :]) for value in values[max(at - 1, 0) : at + 2]}
     return near
@@ -128,21 +161,15 @@ def make(config, runs, path, keep=False):
         Stopped: a signal or max_minutes ended the comparison early.
     """
     folder = usable_folder(config.checkpoint_dir, "checkpoint_dir")
-    configs = {}
-    for name, (_, changes) in runs.items():
-        own = dict(checkpoint_dir=str(folder / name), keep_last=0, backup_dir="", max_minutes=0.0)
-        own |= dict(artifacts=keep, untrained_control=False)
-        configs[name] = dataclasses.replace(config, **own | changes)
+    configs = {
+        name: config_of(config, changes, checkpoint_dir=str(folder / name), artifacts=keep)
+        for name, (_, changes) in runs.items()
+    }
 
     def done():
         rows = {row["run"]: row for row in read_results(path) if row["run"] in runs}
         for name, row in rows.items():
-            before, now = meaning(EARLIER | row["settings"]), meaning(configs[name].to_dict())
-            if changed := [key for key in before | now if before.get(key) != now.get(key)]:
-                others = ", ".join(changed)
-                raise UserError(
-                    f"{path}: {name} was made with other settings ({others}): choose another --results."
-                )
+            refuse_other(row, configs[name], path)
         return rows
 
     def work(name):
@@ -162,6 +189,22 @@ def make(config, runs, path, keep=False):
     with Interrupt(config.max_minutes):
         places = {name: {"size": run.num_samples, "folder": name} for name, run in configs.items()}
         make_series(folder, places, work, done())
+
+
+def config_of(config, changes, **more):
+    """The configuration of a run, which stands beside other runs and needs no control of its own."""
+    own = dict(keep_last=0, backup_dir="", max_minutes=0.0, untrained_control=False)
+    return dataclasses.replace(config, **own | more | changes)
+
+
+def refuse_other(row, config, path, names=None):
+    """Raise UserError where a row was made with other settings than these; names: those that count, or all."""
+    before, now = meaning(EARLIER | row["settings"]), meaning(config.to_dict())
+    if others := [key for key in before | now if before.get(key) != now.get(key) and key in (names or [key])]:
+        raise UserError(
+            f"{path}: {row['run']} was made with other settings ({', '.join(others)}): "
+            "choose another --results."
+        )
 
 
 def meaning(settings):
@@ -234,7 +277,7 @@ def flags(parser):
     add("--tokens", type=tokens, default=(100_000,), help="training tokens, comma-separated")
     add("--results", type=expanded, default="results", help="folder of the rows, pictures, page")
     add("--keep", action="store_true", help="keep models and pictures, in checkpoint_dir/RUN")
-    add("--tune", action="store_true", help="choose each arm's rate and dropout, from a grid")
+    add("--tune", action="store_true", help="choose each arm's rate, dropout and weight decay")
     add("--report", action="store_true", help="train nothing, make tables and pictures")
 
 
