@@ -2,7 +2,7 @@
 
     python3 -m scripts.compare --data_source dialogues.jsonl --seeds 5 --tokens 6400,25000,100000
     python3 -m scripts.compare --arms phase1_frozen,gru --seeds 3  # other settings are flags, as in train.py
-    python3 -m scripts.compare --tune --tokens 25000  # rate, dropout, weight decay, on training samples held back
+    python3 -m scripts.compare --tune --tokens 25000  # rate, dropout, weight decay: on training samples
     python3 -m scripts.compare --report  # tables and pictures from the rows that are there
 
 Each run leaves one row in `results/results.jsonl`, from which the tables are made, and with `--keep` what
@@ -198,7 +198,7 @@ def config_of(config, changes, **more):
 
 
 def refuse_other(row, config, path, names=None):
-    """Raise UserError where a row was made with other settings than these; names: those that count, or all."""
+    """Raise UserError where a row was made with other settings; names: those that count, or all."""
     before, now = meaning(EARLIER | row["settings"]), meaning(config.to_dict())
     if others := [key for key in before | now if before.get(key) != now.get(key) and key in (names or [key])]:
         raise UserError(

@@ -153,7 +153,7 @@ def test_the_walk_over_the_grid_ends_where_no_neighbour_is_better(small, tmp_pat
 
 
 def test_rows_of_the_tuning_count_whatever_settings_came_later(small, tmp_path, bowl):
-    """Rows without a weight decay are at the least one; cut anywhere, the walk goes on; others are refused."""
+    """Without a weight decay they are at the least; cut anywhere, the walk goes on; others are refused."""
     path = tmp_path / "results" / "tuning.jsonl"
     compare.main(small, arguments(tmp_path, "--arms", "gru", "--tune"))
     whole, points = read_results(path), set(bowl)
