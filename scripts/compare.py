@@ -78,6 +78,7 @@ TUNED_AS = VARIANTS | {  # an ablation differs from its arm in one thing: it tak
 }
 TUNE_SHARE, TUNE_SEED = 0.2, 1000  # neither the validation samples nor the seeds of the comparison
 ROWS, TUNING_ROWS = "results.jsonl", "tuning.jsonl"
+SINGLE = "single_runs.md"  # written by hand, the end of the page
 REPEATED = "val_ppl", "val_ppl_retrieval", "val_ppl_retrieval_counting", "val_ppl_kn"
 PICTURES = {"results": "perplexity against training tokens", "contexts": "what the contexts are like"}
 UNTRAINED_CURVES = {f"{name}_untrained" for name in CURVES}
@@ -293,28 +294,32 @@ def tuning_table(rows):
 
 def report(results):
     """Make and print the page, draw its pictures; the project's own page is docs/results.md."""
-    rows = read_results(results / ROWS)
-    if not rows:
-        raise UserError(f"there are no results in {results}: run scripts.compare without --report first.")
     page = PROJECT / "docs" / "results.md" if results == PROJECT / "results" else results / "comparison.md"
-    comparison = Comparison(rows)
+    comparison, lines = page_of(results, os.path.relpath(results, page.parent))
     # A picture more is drawn here and named in PICTURES; the page shows it where it knows the name.
     perplexities(comparison, results / "results.png")
     context_curves(comparison, comparison.budgets[-1], results / "contexts.png")
-    lines = page_of(comparison, read_results(results / TUNING_ROWS), os.path.relpath(results, page.parent))
     write_text(page, "\n".join(lines))
     print("\n".join([*lines, f"page: {page}"]))
 
 
-def page_of(comparison, tuning, folder):
-    """Lines of the page; folder: of the pictures, as seen from it."""
-    labels = {arm: "" for _, arm in comparison.by} | {arm: words for arm, (words, _) in ARMS.items()}
-    pictures = {
-        name: [f"![{words}]({Path(folder, name).as_posix()}.png)"] for name, words in PICTURES.items()
-    }
-    return page_lines(
-        comparison, labels, VARIANTS, tuning_table(row for row in tuning if row["arm"] in ARMS), pictures
-    )
+def page_of(results, pictures):
+    """(Comparison of a folder's rows, lines of their page); pictures: where they lie, as seen from it.
+
+    Raises:
+        UserError: there are no rows.
+    """
+    rows = read_results(results / ROWS)
+    if not rows:
+        raise UserError(f"there are no results in {results}: run scripts.compare without --report first.")
+    labels = {row["arm"]: "" for row in rows} | {arm: words for arm, (words, _) in ARMS.items()}
+    tuned = tuning_table(row for row in read_results(results / TUNING_ROWS) if row["arm"] in ARMS)
+    shown = {name: [f"![{words}]({Path(pictures, name).as_posix()}.png)"] for name, words in PICTURES.items()}
+    comparison = Comparison(rows)
+    lines = page_lines(comparison, labels, VARIANTS, tuned, shown)
+    if (results / SINGLE).exists():
+        lines += (results / SINGLE).read_text(encoding="utf-8").split("\n")
+    return comparison, lines
 
 
 def main(config, arguments):

@@ -6,6 +6,7 @@ _retrieval and _counting with what is looked up; a sample has the same place in 
 dialogue of its own.
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -158,9 +159,10 @@ def as_percent(difference):
 
 
 def markdown(header, rows):
-    """Lines of a Markdown table; none without rows."""
-    lines = [header, ["---"] * len(header), *rows] if rows else []
-    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+    """Lines of a Markdown table, without columns in which no row says anything; none without rows."""
+    said = [any(str(row[at]) for row in rows) for at in range(len(header))]
+    lines = [list(itertools.compress(line, said)) for line in (header, ["---"] * len(header), *rows)]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines] if rows else []
 
 
 def table(header, rows):

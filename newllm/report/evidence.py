@@ -1,19 +1,28 @@
-"""The page of results, docs/results.md, from rows alone: what was done, the result, claims, tables, samples."""
+"""The page of results, docs/results.md, from rows alone: result, what was done, claims, tables, samples."""
 
 import math
 from typing import NamedTuple
 
 from newllm.report.compare import COUNTING, as_percent, markdown
-from newllm.report.summary import CONTEXT_KEYS, EXPERTS, RETRIEVAL_CONTROLS
+from newllm.report.summary import EXPERTS, RETRIEVAL_CONTROLS
 
 FROZEN, FINETUNED, END_TO_END = "phase1_frozen", "phase1_finetuned", "end_to_end"
 OURS = FROZEN, FINETUNED, END_TO_END
 ALONE, WITH_ALL = ("val_ppl", "val_sample_nats"), ("val_ppl_retrieval", "val_sample_nats_retrieval")
 GOAL = 99_968  # tokens at which the goals are set
 PEERS = {  # tokens: what others measured on the same text and split, with its source
-    GOAL: ("[nanoGPT](https://github.com/karpathy/nanoGPT), 2 layers, 512 wide, dropout 0.2, rate 1e-3, best of "
-           "300 steps of 32 samples; measured elsewhere on the same tokens and split", 225.0),
-}  # fmt: skip
+    GOAL: (
+        "[nanoGPT](https://github.com/karpathy/nanoGPT), 2 layers, 512 wide, dropout 0.2, rate 1e-3, best of "
+        "300 steps of 32 samples; measured elsewhere on the same tokens and split",
+        225.0,
+    )
+}
+CONTEXTS = {  # of contexts: what it is, and how it is written
+    "er_val": ("effective rank", ".1%"),
+    "cold_start_error_10": ("error after 10 cold sweeps", ".2g"),
+    "lyapunov_exponent": ("Lyapunov exponent, nats a token", "+.2f"),
+    "memory_horizon": ("memory horizon, tokens", ".3g"),
+}
 
 
 class Claim(NamedTuple):
@@ -50,12 +59,9 @@ CLAIMS = (
 
 
 def best_of(comparison, tokens, arms, key="val_ppl_retrieval"):
-    """The best of some arms at a budget by a figure, or else by the network alone; None without any."""
-    for figure in (key, "val_ppl"):
-        found = [arm for arm in comparison.arms(tokens, figure) if arm in arms]
-        if found:
-            return found[0]
-    return None
+    """The best of some arms at a budget by a figure, or else by the network alone; "" without any."""
+    ordered = [*comparison.arms(tokens, key), *comparison.arms(tokens, "val_ppl")]
+    return next((arm for arm in ordered if arm in arms), "")
 
 
 def runs_of(comparison, tokens, arm):
@@ -95,7 +101,7 @@ def claims_table(comparison):
         verdicts = [verdict(comparison, tokens, claim) for tokens in comparison.budgets]
         if any(verdicts):
             rows.append([claim.sentence, *verdicts])
-    return markdown(["claim", *(f"{tokens:,} tokens" for tokens in comparison.budgets)], rows)
+    return markdown(["claim", *headers(comparison)], rows)
 
 
 def budget_table(comparison, tokens, labels):
@@ -124,29 +130,24 @@ def budget_table(comparison, tokens, labels):
 
 
 def parts_table(comparison):
-    """Markdown: what each part of retrieval adds to our best arm, a column a budget; then what it is without."""
+    """Markdown: what each part of retrieval adds to our best arm, and what it is without the network."""
     columns = []
     for tokens in comparison.budgets:
-        arm = best_of(comparison, tokens, OURS)
-        keyed = best_of(comparison, tokens, (FROZEN, FINETUNED))
-        if not arm or not comparison.has(tokens, arm, "val_ppl_retrieval"):
-            continue
-        column, names = {"(rows)": runs_of(comparison, tokens, arm)}, []
-        for name, label in EXPERTS.items():
-            if comparison.has(tokens, arm, f"retrieval_weight_{name}"):
-                names.append(name)
-                column[label] = comparison.text(tokens, arm, f"val_ppl_{'_'.join(names)}")
-        column[EXPERTS["network"]] = comparison.text(tokens, arm, "val_ppl")
-        column[EXPERTS[names[-1]]] = comparison.text(tokens, arm, "val_ppl_retrieval")
-        for key, label in RETRIEVAL_CONTROLS.items():
-            by = keyed if key.endswith("_contexts") else arm
-            column[label] = comparison.text(tokens, by, key) if by else ""
-        share = comparison.difference(tokens, arm, COUNTING, WITH_ALL[1])
-        column["with the network, against without"] = as_percent(share)
-        columns.append((f"{tokens:,} tokens", column))
-    labels = dict.fromkeys(label for _, column in columns for label, text in column.items() if text)
-    rows = [[label, *(column.get(label, "") for _, column in columns)] for label in labels]
-    return markdown(["perplexity", *(header for header, _ in columns)], rows)
+        arm, by = (best_of(comparison, tokens, arms) for arms in (OURS, (FROZEN, FINETUNED)))
+        names = [name for name in EXPERTS if comparison.has(tokens, arm, f"retrieval_weight_{name}")]
+        column = {"(rows)": runs_of(comparison, tokens, arm)} if names else {}
+        for count, name in enumerate(names, start=1):
+            key = f"val_ppl_{'_'.join(names[:count])}" if count > 1 else "val_ppl"
+            key = "val_ppl_retrieval" if count == len(names) else key
+            column[EXPERTS[name]] = comparison.text(tokens, arm, key)
+        for key, label in RETRIEVAL_CONTROLS.items() if names else ():
+            column[label] = comparison.text(tokens, by if key.endswith("_contexts") else arm, key)
+        against = comparison.difference(tokens, arm, COUNTING, WITH_ALL[1])
+        column["with the network, against without"] = as_percent(against)
+        columns.append(column)
+    labels = dict.fromkeys(label for column in columns for label, text in column.items() if text)
+    rows = [[label, *(column.get(label, "") for column in columns)] for label in labels]
+    return markdown(["perplexity", *headers(comparison)], rows)
 
 
 def variants_table(comparison, variants, labels):
@@ -155,89 +156,83 @@ def variants_table(comparison, variants, labels):
     Args:
         variants: {arm: the one it differs from}.
     """
-    rows, key = [], "val_ppl_retrieval"
+    rows = []
     for base in dict.fromkeys(variants.values()):
         mine = [arm for arm in variants if variants[arm] == base]
+        compared = [n for n in comparison.budgets if any((n, arm) in comparison.by for arm in mine)]
         for arm in [base, *mine]:
             cells = []
             for tokens in comparison.budgets:
-                against = ""
-                if arm != base:
-                    against = as_percent(comparison.difference(tokens, arm, base, WITH_ALL[1]))
-                compared = any(comparison.has(tokens, other, key) for other in mine)
-                text = comparison.text(tokens, arm, key) if compared else ""
-                cells.append(f"{text}, {against}" if text and against else text)
+                text = comparison.text(tokens, arm, WITH_ALL[0]) if tokens in compared else ""
+                against = comparison.difference(tokens, arm, base, WITH_ALL[1]) if arm != base else None
+                cells.append(", ".join(filter(None, (text, as_percent(against)))))
             if any(cells):
                 rows.append([arm, labels[arm], *cells])
-    return markdown(["arm", "what it is", *(f"{tokens:,} tokens" for tokens in comparison.budgets)], rows)
+    return markdown(["arm", "what it is", *headers(comparison)], rows)
+
+
+def headers(comparison):
+    return [f"{tokens:,} tokens" for tokens in comparison.budgets]
 
 
 def contexts_table(comparison, tokens, labels):
     """Markdown: what the contexts are like from which arms predict; arms without any are left out."""
-    shown = {
-        "er_val": ("effective rank", ".1%"),
-        "cold_start_error_10": ("error after 10 cold sweeps", ".2g"),
-        "lyapunov_exponent": ("Lyapunov exponent, nats a token", "+.2f"),
-        "memory_horizon": ("memory horizon, tokens", ".3g"),
-    }
-    shown = {key: words for key, words in shown.items() if key in CONTEXT_KEYS}
     rows = []
     for arm in [arm for arm in labels if comparison.has(tokens, arm, "er_val")]:
         end = "" if comparison.by[tokens, arm][0]["contexts"] == "frozen" else "_finetuned"
         cells = []
-        for key, (_, form) in shown.items():
+        for key, (_, form) in CONTEXTS.items():
             known = comparison.has(tokens, arm, key + end)
             cells.append(format(comparison.mean(tokens, arm, key + end)[0], form) if known else "")
         rows.append([arm, *cells])
-    return markdown(["arm", *(words for words, _ in shown.values())], rows)
+    return markdown(["arm", *(words for words, _ in CONTEXTS.values())], rows)
 
 
 def samples_lines(comparison):
     """What our best network writes at each budget, at its first seed; [] where no row has any."""
     lines = []
     for tokens in reversed(comparison.budgets):
-        arm = best_of(comparison, tokens, OURS)
-        row = comparison.by[tokens, arm][0] if arm else {}
+        row = comparison.by.get((tokens, best_of(comparison, tokens, OURS)), [{}])[0]
         if row.get("samples"):
             lines += [f"`{row['run']}`, {tokens:,} tokens:", ""]
         for sample in row.get("samples") or ():
-            for name in ("prompt", "network", "retrieval"):
-                if sample.get(name) is not None:
-                    lines.append(f"    {name:9} | {' / '.join(sample[name].splitlines())}")
+            for name, text in sample.items():
+                if text is not None:
+                    lines.append(f"    {name:9} | {' / '.join(text.splitlines())}")
             lines.append("")
     return lines
 
 
 def done_lines(comparison):
     """What was done, in five lines."""
-    row = comparison.by[comparison.budgets[-1], best_of(comparison, comparison.budgets[-1], OURS)][0]
-    settings, budgets = row["settings"], ", ".join(f"{tokens:,}" for tokens in comparison.budgets)
+    row = next(iter(comparison.by.values()))[0]
+    s, budgets = row["settings"], ", ".join(f"{tokens:,}" for tokens in comparison.budgets)
     return [
-        f"- **Text**: `{settings['data_source']}`, dialogues ([LOG.md](../LOG.md) says where from). {budgets} tokens to "
-        f"train on; {settings['val_samples']} samples of {settings['max_seq_length']} tokens of other dialogues to "
-        f"measure on. Tokenizer: {settings['tokenizer']}, {row['vocab_size']:,} ids.",
-        f"- **Networks**: {settings['num_layers']} layers, contexts {settings['context_dim']} and embeddings "
-        f"{settings['embed_dim']} wide. Learning rate, dropout and weight decay of each arm were chosen at each budget on "
-        "training dialogues held back (last table).",
+        f"- **Text**: `{s['data_source']}`, dialogues ([LOG.md](../LOG.md) says where from). {budgets} "
+        f"tokens to train on; {s['val_samples']} samples of {s['max_seq_length']} tokens of others to "
+        f"measure on. Tokenizer: {row['tokenizer']}, {row['vocab_size']:,} ids.",
+        f"- **Networks**: {s['num_layers']} layers, contexts {s['context_dim']} and embeddings "
+        f"{s['embed_dim']} wide. Learning rate, dropout and weight decay of each arm were chosen at each "
+        "budget on training dialogues held back (last table).",
         "- **Retrieval**: the network's prediction mixed with counts, the text so far and the training text "
         "([how](theory.md)); each half of the measured dialogues by a gate fitted on the other.",
-        "- **Figures**: means over seeds +- their 95 % interval; differences are of perplexity, paired by seed and dialogue, "
-        "in brackets a bootstrap's 95 %. Time is the fastest seed's, in training alone, on one thread.",
-        "- **Rows**: `results/results.jsonl`, one a run, named ARM-SAMPLES-SEED; `python3 -m scripts.compare --report` makes "
-        "this page of them, `--repeat RUN` makes a run again and compares.",
-    ]  # fmt: skip
+        "- **Figures**: means over seeds +- their 95 % interval; differences are of perplexity, paired by "
+        "seed and dialogue, in brackets a bootstrap's 95 %. Time is the fastest seed's, in training alone.",
+        "- **Rows**: `results/results.jsonl`, one a run, named ARM-SAMPLES-SEED. `python3 -m scripts.compare "
+        "--report` makes this page of them; `--repeat RUN` makes a run again and compares.",
+    ]
 
 
 def result_lines(comparison):
-    """The result, in three lines."""
-    tokens = comparison.budgets[-1]
-    lines, words = [], {COUNTING: "counting", "gru": "a GRU"}
+    """The result at the largest budget, in three lines."""
+    tokens, lines = comparison.budgets[-1], []
     for title, (key, _) in (("With all that is looked up", WITH_ALL), ("Alone", ALONE)):
         best = best_of(comparison, tokens, OURS, key)
-        known = {arm: comparison.text(tokens, arm, key) for arm in (best, *words)}
-        others = ", ".join(f"{word} {known[arm]}" for arm, word in words.items() if known[arm])
+        words = {best: f"`{best}`", COUNTING: "counting", "gru": "a GRU"}
+        known = {arm: comparison.text(tokens, arm, key) for arm in words}
+        said = ", ".join(f"{words[arm]} {known[arm]}" for arm in words if known[arm])
         if known[best]:
-            lines.append(f"- **{title}**, perplexity at {tokens:,} tokens: `{best}` {known[best]}; {others}.")
+            lines.append(f"- **{title}**, perplexity at {tokens:,} tokens: {said}.")
     worth = []
     for what, (ours, theirs) in {
         "its contexts, left as they are, against untrained ones": (FROZEN, "untrained_frozen"),
@@ -249,12 +244,14 @@ def result_lines(comparison):
 
 
 def page_lines(comparison, labels, variants, tuned, pictures):
-    """The page. labels: {arm: what it is} of all arms; variants: {arm: the one it differs from in what is
-    looked up alone}; tuned: the lines of a table. pictures: lines of each, by name.
+    """The page.
+
+    Args:
+        labels: {arm: what it is} of all arms. variants: {arm: the one it differs from in what is looked up}.
+        tuned: lines of a table. pictures: {name: lines that show it}.
     """
-    main = {arm: label for arm, label in labels.items() if arm not in variants} | {
-        COUNTING: "no network: Kneser-Ney of order 5; with retrieval its mixture with what is copied"
-    }
+    main = {arm: label for arm, label in labels.items() if arm not in variants}
+    main[COUNTING] = "no network: Kneser-Ney of order 5; with retrieval its mixture with what is copied"
     largest = comparison.budgets[-1]
     budgets = [(f"{n:,} tokens", budget_table(comparison, n, main)) for n in reversed(comparison.budgets)]
     sections = [
@@ -263,13 +260,12 @@ def page_lines(comparison, labels, variants, tuned, pictures):
         ("Claims", claims_table(comparison)),
         *budgets,
         ("Retrieval, part by part", parts_table(comparison)),
-        ("What places are compared by", variants_table(comparison, variants, labels)),
+        ("What else could be looked up", variants_table(comparison, variants, labels)),
         ("Contexts", [*contexts_table(comparison, largest, main), "", *pictures.get("contexts", [])]),
         ("When sweeps work", pictures.get("sweeps", [])),
         ("What they write", samples_lines(comparison)),
         ("What each arm was tuned to", tuned),
-        ("Single runs", ["Full size, other tokenizers, long texts by sweeps: [single_runs.md](single_runs.md)."]),
-    ]  # fmt: skip
+    ]
     lines = ["# Results", ""]
     for title, content in sections:
         if any(content):

@@ -230,8 +230,10 @@ def network_share(summary):
 
 
 def curves(results):
-    """From metrics by stage, what pictures and comparisons need: curves of contexts, nats of each sample (also with
-    retrieval, and with that of counting)."""
+    """From metrics by stage, what pictures and comparisons need: curves of contexts, nats of each sample.
+
+    The latter also with retrieval, and with that of counting.
+    """
     last = results.get("phase2", {})
     contexts = last.get("contexts") or results.get("phase1", {}).get("contexts") or {}
     untrained = results["untrained"].get("contexts", {})
