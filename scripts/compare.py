@@ -289,7 +289,8 @@ def tuning_table(rows):
     lines = [
         [arm, *(chosen.get((arm, n), "") for n in columns)] for arm in sorted({arm for arm, _ in chosen})
     ]
-    return markdown(["arm", *(f"{n} samples" for n in columns)], lines)
+    caption = [f"{' / '.join(GRID)}: perplexity on training dialogues held back (points tried).", ""]
+    return caption + markdown(["arm", *(f"{n} samples" for n in columns)], lines) if lines else []
 
 
 def report(results):

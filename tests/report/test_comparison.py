@@ -181,9 +181,12 @@ def test_verdicts_say_what_the_numbers_say():
 )
 def test_with_retrieval_a_goal_is_reached_or_not(ours, gru, said):
     """The best of our arms counts; a goal is spoken of only at the budget for which it was set."""
-    for tokens, verdicts in ((evidence.GOAL, said), (1000, said[:3:2])):
+    text, goal = evidence.GOAL
+    for source, tokens, verdicts in ((text, goal, said), (text, 1000, said[:3:2]), ("b", goal, said[:3:2])):
         made = looked_up("end_to_end", ours, tokens=tokens) + looked_up("gru", gru, tokens=tokens)
         made += looked_up("phase1_frozen", 2 * ours, tokens=tokens)
+        for own in made:
+            own["settings"]["data_source"] = source
         found = words(Comparison(made), tokens)
         assert [found[claim] for claim in found if "retrieval" in claim or "..." in claim] == verdicts
 
@@ -205,10 +208,11 @@ def test_a_budget_is_a_table_best_first_with_counting_among_the_arms():
     assert found[""][5] == "with retrieval, against end_to_end"
     plain = table_of(evidence.budget_table(Comparison(rows(("gru", 5.0))), 1000, labels))
     assert not any("against" in name for name in plain[""]) and list(plain)[:-1] == ["gru", "counting"]
-    outside = looked_up("gru", 90.0, tokens=evidence.GOAL)
-    assert (
-        table_of(evidence.budget_table(Comparison(outside), evidence.GOAL, labels))["(outside)"][2] == "225.0"
-    )
+    text, goal = evidence.GOAL
+    outside = looked_up("gru", 90.0, tokens=goal)
+    for own in outside:
+        own["settings"]["data_source"] = text
+    assert table_of(evidence.budget_table(Comparison(outside), goal, labels))["(outside)"][2] == "225.0"
 
 
 def test_parts_and_keys_stand_one_by_one():
