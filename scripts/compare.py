@@ -1,20 +1,23 @@
-"""The evidence: every arm at every seed and budget, then tables, pictures and verdicts.
+"""The evidence: every arm at every seed and budget, then one page of tables, pictures and verdicts.
 
     python3 -m scripts.compare --data_source dialogues.jsonl --seeds 5 --tokens 6400,25000,100000
     python3 -m scripts.compare --arms phase1_frozen,gru --seeds 3  # other settings are flags, as in train.py
-    python3 -m scripts.compare --tune --tokens 25000  # rate and dropout, on a split of the training samples
-    python3 -m scripts.compare --report  # tables and pictures from the rows that are there
+    python3 -m scripts.compare --tune --tokens 25000  # rate, dropout, weight decay: on training samples
+    python3 -m scripts.compare --report  # the page and its pictures from the rows that are there
+    python3 -m scripts.compare --repeat gru-50-0 --data_source dialogues.jsonl  # again: the row's figures?
 
-Each run leaves one row in `results/results.jsonl`, from which the tables are made, and with `--keep` what
+Each run leaves one row in `results/results.jsonl`, from which the page is made, and with `--keep` what
 train.py leaves (model, pictures, page, summary) in `checkpoint_dir/RUN`: scripts.report and scripts.export
 take that folder by --checkpoint_dir. A run is done when its row is there: cut off and started again, also
 with more arms, seeds or budgets, it makes what is missing, and a run in hand goes on from its own
-checkpoint. Several of these may share `results/` at a time, each with arms and a checkpoint_dir of its own.
+checkpoint. Arms that differ in what is looked up alone are trained once, in the folder of the arm that they
+differ from. Several of these may share `results/` at a time, each with arms and a checkpoint_dir of its own.
 """
 
 import dataclasses
 import itertools
 import os
+import shutil
 from pathlib import Path
 
 import train
@@ -23,81 +26,128 @@ from newllm.apart import call_apart
 from newllm.config import EARLIER, Range, expanded
 from newllm.errors import UserError, exit_on_user_error
 from newllm.flags import flag, parse_args
-from newllm.report import compare as tables
-from newllm.report.compare import Comparison, append_row, read_results
-from newllm.report.pictures import comparison_points, context_curves
+from newllm.report.compare import Comparison, append_row, markdown, read_results, table
+from newllm.report.evidence import END_TO_END, FINETUNED, page_lines
+from newllm.report.pictures import context_curves, perplexities
 from newllm.report.series import make_series, whole_numbers
+from newllm.report.summary import CURVES
 from newllm.saving.files import usable_folder, write_text
-from newllm.saving.runs import shaping
+from newllm.saving.runs import MANIFEST, RUNS, shaping
 from newllm.saving.stop import Interrupt
 
 UNTRAINED = dict(phase1_max_iterations=0)
 FROZEN = dict(freeze_context=True)
 ARMS = {  # name: what it is, and the settings in which it differs from those of the command
-    "token": ("the current token alone", dict(model_type="token")),
     "window": ("a window: eight tokens and slow averages of all", dict(model_type="window")),
-    "window_whitened": ("the same window, whitened", dict(model_type="window", whiten_context=True)),
     "untrained_frozen": ("untrained contexts, frozen", UNTRAINED | FROZEN),
-    "untrained_whitened": ("the same, whitened", UNTRAINED | FROZEN | dict(whiten_context=True)),
     "phase1_frozen": ("Phase 1, frozen", FROZEN),
     "phase1_shuffled": ("Phase 1 on shuffled tokens, frozen", FROZEN | dict(phase1_shuffle=True)),
     "phase1_w0": ("Phase 1 without its regularizer, frozen", FROZEN | dict(dist_reg_weight=0.0)),
-    "phase1_w0.1": ("Phase 1 at regularizer weight 0.1, frozen", FROZEN | dict(dist_reg_weight=0.1)),
-    "phase1_w0.5": ("Phase 1 at regularizer weight 0.5, frozen", FROZEN | dict(dist_reg_weight=0.5)),
-    "phase1_w0.9": ("Phase 1 at regularizer weight 0.9, frozen", FROZEN | dict(dist_reg_weight=0.9)),
     "phase1_w1": ("Phase 1 without consistency, frozen", FROZEN | dict(dist_reg_weight=1.0)),
-    "phase1_finetuned": ("Phase 1 and fine-tuning", {}),
-    "phase1_finetuned_gpt2": ("the same on GPT-2's tokens: compare bits per byte", dict(tokenizer="gpt2")),
-    "end_to_end": ("the same network end to end, without Phase 1", UNTRAINED),
+    FINETUNED: ("Phase 1 and fine-tuning", {}),
+    END_TO_END: ("the same network end to end, without Phase 1", UNTRAINED),
     "gru": ("GRU", dict(model_type="gru")),
     "lstm": ("LSTM", dict(model_type="lstm")),
     "transformer": ("Transformer (GPT-2's blocks)", dict(model_type="transformer")),
 }
-GRID = dict(phase2_learning_rate=(0.0005, 0.001, 0.002, 0.004), dropout=(0.0, 0.15, 0.3, 0.5))  # of every arm
-TUNING_START = (0.002, 0.3)
-TUNED_AS = {  # an ablation differs from its arm in one thing: it takes what that arm was tuned to
-    **{arm: "phase1_frozen" for arm in ARMS if arm.startswith(("phase1_w", "phase1_shuffled"))},
-    "phase1_finetuned_gpt2": "phase1_finetuned",
+LOOKED_UP = {  # of each of two arms, with its own name before
+    "by_hidden": ("places compared by the head's output", dict(retrieval_keys="hidden")),
+    "by_contexts": ("places compared by contexts", dict(retrieval_keys="contexts")),
+    "by_tokens": ("places compared by last tokens", dict(retrieval_keys="tokens")),
+    "by_hidden_tokens": ("by head's output and tokens", dict(retrieval_keys="hidden,tokens")),
+    "by_hidden_contexts": ("by head's output and contexts", dict(retrieval_keys="hidden,contexts")),
+    "by_contexts_tokens": ("by contexts and tokens", dict(retrieval_keys="contexts,tokens")),
+    "by_all": ("by all three", dict(retrieval_keys="hidden,contexts,tokens")),
+    "with_cache": ("looks up the text so far alone", dict(retrieval="cache")),
+    "with_knn": ("looks up the training text alone", dict(retrieval="knn")),
+}
+VARIANTS = {}  # arm: the one it is trained as, once for both
+for (name, (words, changes)), arm in itertools.product(LOOKED_UP.items(), (END_TO_END, FINETUNED)):
+    if changes.get("retrieval_keys") != ResidualConfig.retrieval_keys:  # which is the arm itself
+        ARMS[f"{arm}_{name}"] = words, ARMS[arm][1] | changes
+        VARIANTS[f"{arm}_{name}"] = arm
+GRID = dict(  # of every arm
+    phase2_learning_rate=(0.0005, 0.001, 0.002, 0.004),
+    dropout=(0.0, 0.15, 0.3, 0.5),
+    weight_decay=(0.1, 0.3, 1.0, 3.0, 10.0),
+)
+TUNING_START = (0.002, 0.3, 0.1)
+DECAY_AHEAD = 1.0  # tried before what lies between: one step up from the least is less than seeds differ
+TUNED_AS = VARIANTS | {  # an ablation differs from its arm in one thing: it takes what that arm was tuned to
+    arm: "phase1_frozen" for arm in ("phase1_shuffled", "phase1_w0", "phase1_w1")
 }
 TUNE_SHARE, TUNE_SEED = 0.2, 1000  # neither the validation samples nor the seeds of the comparison
 ROWS, TUNING_ROWS = "results.jsonl", "tuning.jsonl"
+SINGLE = "single_runs.md"  # written by hand, the end of the page
+REPEATED = "val_ppl", "val_ppl_retrieval", "val_ppl_retrieval_counting", "val_ppl_kn"
+PICTURES = {"results": "perplexity against training tokens", "contexts": "what the contexts are like"}
+UNTRAINED_CURVES = {f"{name}_untrained" for name in CURVES}
 PROJECT = Path(__file__).resolve().parents[1]
-MARK = "<!-- What follows is made by `python3 -m scripts.compare --report`. -->"
 
 
 def plan(arms, seeds, budgets, tuned):
-    """{name of a run: its arm, its settings} for all arms, seeds and numbers of samples."""
+    """{name of a run: its arm, its settings}; arms that are trained once stand one after the other."""
+    trained = dict.fromkeys(VARIANTS.get(arm, arm) for arm in arms)
+    ordered = [arm for one in trained for arm in arms if VARIANTS.get(arm, arm) == one]
     runs = {}
-    for samples, seed, arm in itertools.product(budgets, range(seeds), arms):
+    for samples, seed, arm in itertools.product(budgets, range(seeds), ordered):
         chosen = settings_at(tuned.get((samples, TUNED_AS.get(arm, arm))))
         runs[f"{arm}-{samples}-{seed}"] = arm, dict(num_samples=samples, seed=seed) | ARMS[arm][1] | chosen
     return runs
 
 
 def tune(config, arms, budgets, path):
-    """Walk each arm's grid from TUNING_START until no neighbour is better on dialogues held back."""
+    """Each arm's rate and dropout, then its weight decay from the best of these, on dialogues held back."""
     for samples, arm in itertools.product(budgets, [arm for arm in arms if arm not in TUNED_AS]):
-        split = dict(num_samples=samples, tune_share=TUNE_SHARE, seed=TUNE_SEED, retrieval="none")
-        points = {TUNING_START}
-        while points:
-            runs = {}
-            for point in sorted(points):
-                name = "-".join([arm, str(samples), *(f"{value:g}" for value in point)])
-                runs[name] = arm, ARMS[arm][1] | split | dict(zip(GRID, point, strict=True))
-            make(config, runs, path)
-            made = tried(read_results(path))[samples, arm]
-            points = neighbours(place(made[0])) - {place(row) for row in made}
+        best = walk(config, samples, arm, path, (0, 1), {TUNING_START})
+        walk(config, samples, arm, path, (2,), {best, (*best[:2], DECAY_AHEAD)})
+
+
+def walk(config, samples, arm, path, axes, points):
+    """Try points of the grid and, along some of its axes, what is next to the best until none is better.
+
+    Rows that are there count as they stand, whatever settings there are by now that they do not know.
+
+    Returns:
+        The best of those that differ from the first along these axes alone.
+
+    Raises:
+        UserError: as of `make`.
+    """
+    split = dict(num_samples=samples, tune_share=TUNE_SHARE, seed=TUNE_SEED, retrieval="none")
+    fixed = [axis for axis in range(len(GRID)) if axis not in axes]
+    (aside,) = {tuple(point[axis] for axis in fixed) for point in points}
+
+    def settings(point):
+        return ARMS[arm][1] | split | dict(zip(GRID, point, strict=True))
+
+    def known():
+        rows = tried(read_results(path)).get((samples, arm), [])
+        for row in rows:
+            now = config_of(config, settings(place(row)))
+            refuse_other(row, now, path, shaping(row["settings"], "retrieval"))
+        places = [place(row) for row in rows]
+        return [point for point in places if tuple(point[axis] for axis in fixed) == aside]
+
+    while points:
+        runs = {}
+        for point in sorted(points - set(known())):
+            runs["-".join([arm, str(samples), *map("{:g}".format, point)])] = arm, settings(point)
+        make(config, runs, path)
+        points = neighbours(known()[0], axes) - set(known())
+    return known()[0]
 
 
 def place(row):
-    """The point of the grid at which a row was made."""
-    return tuple(row["changes"][name] for name in GRID)
+    """The point of the grid at which a row was made; rows that name no weight decay are at the least."""
+    return tuple((dict(weight_decay=GRID["weight_decay"][0]) | row["changes"])[name] for name in GRID)
 
 
-def neighbours(point):
-    """Points of the grid at most one step away, along one axis."""
+def neighbours(point, axes):
+    """Points of the grid at most one step away, along one of some axes."""
     near = set()
-    for axis, values in enumerate(GRID.values()):
+    for axis in axes:
+        values = [*GRID.values()][axis]
         at = values.index(point[axis])
         near |= {(*point[:axis], value, *point[axis + 1 :]) for value in values[max(at - 1, 0) : at + 2]}
     return near
@@ -121,47 +171,107 @@ def make(config, runs, path, keep=False):
 
     Args:
         runs: {name: (arm, settings)}. path: of the file of rows.
-        keep: whether runs leave their artefacts too, each in a folder of its own in checkpoint_dir.
+        keep: whether runs leave their artefacts too, in a folder in checkpoint_dir.
 
     Raises:
         UserError: the file holds such a run with other settings, or a run failed.
         Stopped: a signal or max_minutes ended the comparison early.
     """
     folder = usable_folder(config.checkpoint_dir, "checkpoint_dir")
-    configs = {}
-    for name, (_, changes) in runs.items():
-        own = dict(checkpoint_dir=str(folder / name), keep_last=0, backup_dir="", max_minutes=0.0)
-        own |= dict(artifacts=keep, untrained_control=False)
-        configs[name] = dataclasses.replace(config, **own | changes)
+    homes, configs = {}, {}
+    for name, (arm, changes) in runs.items():
+        homes[name] = VARIANTS.get(arm, arm) + name.removeprefix(arm)
+        own = dict(checkpoint_dir=str(folder / homes[name]), artifacts=keep)
+        configs[name] = config_of(config, changes, **own)
 
     def done():
         rows = {row["run"]: row for row in read_results(path) if row["run"] in runs}
         for name, row in rows.items():
-            before, now = meaning(EARLIER | row["settings"]), meaning(configs[name].to_dict())
-            if changed := [key for key in before | now if before.get(key) != now.get(key)]:
-                others = ", ".join(changed)
-                raise UserError(
-                    f"{path}: {name} was made with other settings ({others}): choose another --results."
-                )
+            refuse_other(row, configs[name], path)
         return rows
 
-    def work(name):
-        rows = done()
-        if name in rows:  # in the meantime, by another process
-            return rows[name]
-        summary = call_apart(train.main, configs[name])
-        arm, changes = runs[name]
-        row = dict(run=name, arm=arm, seed=configs[name].seed, changes=changes) | summary
-        row["val_sample_nats"] = [round(nats, 3) for nats in summary["val_sample_nats"]]
-        row["settings"] = meaning(configs[name].to_dict())
-        append_row(path, row)
-        for checkpoint in (*(folder / name).glob("model_*.pt"), folder / name / "manifest.json"):
-            checkpoint.unlink(missing_ok=True)
-        return row
+    def clear_if_done(home):
+        if {name for name in runs if homes[name] == home} <= done().keys():
+            clear(folder / home)
 
+    def work(name):
+        if name not in done():  # nor made in the meantime by another process
+            summary = call_apart(train.main, configs[name])
+            arm, changes = runs[name]
+            row = dict(run=name, arm=arm, seed=configs[name].seed, changes=changes)
+            append_row(path, row | figures(summary) | dict(settings=meaning(configs[name].to_dict())))
+        clear_if_done(homes[name])
+        return done()[name]
+
+    for home in dict.fromkeys(homes.values()):
+        clear_if_done(home)  # what was cut off after its last row
     with Interrupt(config.max_minutes):
-        places = {name: {"size": run.num_samples, "folder": name} for name, run in configs.items()}
+        places = {name: {"size": run.num_samples, "folder": homes[name]} for name, run in configs.items()}
         make_series(folder, places, work, done())
+
+
+def figures(summary):
+    """What a row keeps of a summary: nats to a thousandth, no curves of untrained contexts."""
+    kept = {key: value for key, value in summary.items() if key not in UNTRAINED_CURVES}
+    for key in kept:
+        if key.startswith("val_sample_nats") and kept[key]:
+            kept[key] = [round(nats, 3) for nats in kept[key]]
+    return kept
+
+
+def clear(folder):
+    """Delete the checkpoints of a folder whose runs have their rows; records and artefacts stay."""
+    shutil.rmtree(folder / RUNS, ignore_errors=True)
+    for path in (*folder.glob("model_*.pt"), folder / MANIFEST):
+        path.unlink(missing_ok=True)
+
+
+def repeat(config, name, path):
+    """Make a run again by the settings of its row; say its figures beside the row's, and whether they agree.
+
+    Raises:
+        UserError: there is no such row, the text is another one, or the figures differ on the same device.
+    """
+    row = next((row for row in read_results(path) if row["run"] == name), None)
+    if row is None:
+        raise UserError(f"{path} has no row of a run {name}: --repeat takes one of its names.")
+    text = row["settings"]["data_source"]
+    if Path(config.data_source).name != text:
+        raise UserError(f"{name} was made of {text}, not of {config.data_source}: give it by --data_source.")
+    folder = usable_folder(config.checkpoint_dir, "checkpoint_dir") / f"repeated-{name}"
+    own = EARLIER | row["settings"] | dict(data_source=config.data_source)
+    with Interrupt(config.max_minutes):
+        made = call_apart(train.main, config_of(config, own, checkpoint_dir=str(folder), artifacts=False))
+    clear(folder)
+    lines = []
+    for key in (key for key in REPEATED if key in row):
+        gap = "none" if made[key] == row[key] else f"{made[key] / row[key] - 1:+.2e}"
+        lines.append([key, row[key], made[key], gap])
+    print(*table(["figure", "row", "again", "difference"], lines), sep="\n")
+    for title, one in (("row", row), ("again", made)):
+        print(f"{title}: {one.get('device')}, commit {one.get('commit')}")
+    if all(line[-1] == "none" for line in lines):
+        print(f"{name}: the figures agree to the bit")
+    elif row.get("device") == made["device"]:
+        raise UserError(f"{name} has other figures than its row, on such a device: mend what changed them.")
+    else:
+        print(f"{name}: the figures differ, and so do the devices")
+
+
+def config_of(config, changes, **more):
+    """The configuration of a run, which stands beside other runs and needs no control of its own."""
+    own = dict(keep_last=0, backup_dir="", max_minutes=0.0, untrained_control=False)
+    return dataclasses.replace(config, **own | more | changes)
+
+
+def refuse_other(row, config, path, names=None):
+    """Raise UserError where a row was made with other settings; names: those that count, or all."""
+    before, now = meaning(EARLIER | row["settings"]), meaning(config.to_dict())
+    if others := [key for key in before | now if before.get(key) != now.get(key) and key in (names or [key])]:
+        raise UserError(
+            f"{path}: {row['run']} was made with other settings ({', '.join(others)}): "
+            "choose another --results."
+        )
 
 
 def meaning(settings):
@@ -169,48 +279,52 @@ def meaning(settings):
     return shaping(settings) | {"data_source": Path(settings["data_source"]).name}
 
 
-def page_lines(comparison, tuning, pictures):
-    """What the page shows of the rows: claims, arms by budget, each budget with pictures, tuned settings."""
-    claims = tables.claims_table(comparison)
-    lines = ["## Claims", "", *claims, ""] if claims else []
-    labels = {arm: label for arm, (label, _) in ARMS.items()}
-    lines += ["## Held-out perplexity", "", *tables.perplexity_table(comparison, labels), ""]
-    for tokens in reversed(comparison.budgets):
-        lines += [f"## {tokens:,} tokens", "", *tables.budget_table(comparison, tokens), ""]
-        lines += [f"![arms at {tokens:,} tokens]({pictures}/comparison_{tokens}.png)", ""]
-        lines += [f"![contexts at {tokens:,} tokens]({pictures}/contexts_{tokens}.png)", ""]
-    return lines + (["## What each arm was tuned to", "", *tuning_table(tuning)] if tuning else [])
-
-
 def tuning_table(rows):
-    """Markdown: the best point of the grid for each number of samples and arm, and how many were tried."""
-    lines = []
-    for (samples, arm), made in sorted(tried(rows).items()):
-        point = [f"{value:g}" for value in place(made[0])]
-        lines.append([samples, arm, *point, f"{made[0]['val_ppl']:.1f}", len(made)])
-    header = ["samples", "arm", *GRID, "perplexity on the tuning split", "points tried"]
-    return tables.markdown(header, lines)
+    """Markdown: the best point of the grid for each arm, a column for each number of training samples."""
+    chosen = {}
+    for (samples, arm), made in tried(rows).items():
+        point = " / ".join(f"{value:g}" for value in place(made[0]))
+        chosen[arm, samples] = f"{point}: {made[0]['val_ppl']:.1f} ({len(made)})"
+    columns = sorted({samples for _, samples in chosen})
+    lines = [
+        [arm, *(chosen.get((arm, n), "") for n in columns)] for arm in sorted({arm for arm, _ in chosen})
+    ]
+    caption = [f"{' / '.join(GRID)}: perplexity on training dialogues held back (points tried).", ""]
+    return caption + markdown(["arm", *(f"{n} samples" for n in columns)], lines) if lines else []
 
 
 def report(results):
-    """Make and print the tables, draw the pictures; the project's own page is docs/results.md."""
-    rows = read_results(results / ROWS)
-    if not rows:
-        raise UserError(f"there are no results in {results}: run scripts.compare without --report first.")
+    """Make and print the page, draw its pictures; the project's own page is docs/results.md."""
     page = PROJECT / "docs" / "results.md" if results == PROJECT / "results" else results / "comparison.md"
-    comparison = Comparison(rows)
-    pictures = Path(os.path.relpath(results, page.parent)).as_posix()
-    lines = page_lines(comparison, read_results(results / TUNING_ROWS), pictures)
-    above = page.read_text(encoding="utf-8").partition(MARK)[0] if page.exists() else "# Results\n\n"
-    write_text(page, "\n".join([above + MARK, "", *lines]) + "\n")
-    for tokens in comparison.budgets:
-        comparison_points(comparison, tokens, results / f"comparison_{tokens}.png")
-        context_curves(comparison, tokens, results / f"contexts_{tokens}.png")
+    comparison, lines = page_of(results, os.path.relpath(results, page.parent))
+    # A picture more is drawn here and named in PICTURES; the page shows it where it knows the name.
+    perplexities(comparison, results / "results.png")
+    context_curves(comparison, comparison.budgets[-1], results / "contexts.png")
+    write_text(page, "\n".join(lines))
     print("\n".join([*lines, f"page: {page}"]))
 
 
+def page_of(results, pictures):
+    """(Comparison of a folder's rows, lines of their page); pictures: where they lie, as seen from it.
+
+    Raises:
+        UserError: there are no rows.
+    """
+    rows = read_results(results / ROWS)
+    if not rows:
+        raise UserError(f"there are no results in {results}: run scripts.compare without --report first.")
+    labels = {row["arm"]: "" for row in rows} | {arm: words for arm, (words, _) in ARMS.items()}
+    tuned = tuning_table(row for row in read_results(results / TUNING_ROWS) if row["arm"] in ARMS)
+    shown = {name: [f"![{words}]({Path(pictures, name).as_posix()}.png)"] for name, words in PICTURES.items()}
+    comparison = Comparison(rows)
+    lines = page_lines(comparison, labels, VARIANTS, tuned, shown)
+    if (results / SINGLE).exists():
+        lines += (results / SINGLE).read_text(encoding="utf-8").split("\n")
+    return comparison, lines
+
+
 def main(config, arguments):
-    """Make what is missing, choose or report."""
+    """Make what is missing and report; or choose, repeat or report alone."""
     arms = list(ARMS) if arguments.arms == "all" else arguments.arms.split(",")
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise UserError(f"there is no arm '{unknown[0]}': choose from {', '.join(ARMS)}.")
@@ -219,6 +333,9 @@ def main(config, arguments):
     if arguments.tune:
         tune(config, arms, budgets, results / TUNING_ROWS)
         print("\n".join(tuning_table(read_results(results / TUNING_ROWS))))
+        return
+    if arguments.repeat:
+        repeat(config, arguments.repeat, results / ROWS)
         return
     if not arguments.report:
         runs = plan(arms, arguments.seeds, budgets, tried(read_results(results / TUNING_ROWS)))
@@ -234,8 +351,9 @@ def flags(parser):
     add("--tokens", type=tokens, default=(100_000,), help="training tokens, comma-separated")
     add("--results", type=expanded, default="results", help="folder of the rows, pictures, page")
     add("--keep", action="store_true", help="keep models and pictures, in checkpoint_dir/RUN")
-    add("--tune", action="store_true", help="choose each arm's rate and dropout, from a grid")
-    add("--report", action="store_true", help="train nothing, make tables and pictures")
+    add("--repeat", default="", metavar="RUN", help="make the run of a row again, and compare its figures")
+    add("--tune", action="store_true", help="choose each arm's rate, dropout and weight decay")
+    add("--report", action="store_true", help="train nothing, make the page and its pictures")
 
 
 if __name__ == "__main__":

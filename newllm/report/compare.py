@@ -1,10 +1,12 @@
-"""Many runs side by side: rows, means over seeds, paired differences, verdicts, tables, growth. No torch.
+"""Many runs side by side: rows, means over seeds, paired differences, growth, tables of text. No torch.
 
 A row is what train.main returns, with run (its name), arm, seed, changes and the settings that shape its
-figures: one JSON object a line. Its val_sample_nats are the nats of each validation sample; a sample has the
-same place in all rows, and starts with a dialogue of its own.
+figures: one JSON object a line. Its val_sample_nats are the nats of each validation sample, those ending in
+_retrieval and _counting with what is looked up; a sample has the same place in all rows, and starts with a
+dialogue of its own.
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -13,22 +15,18 @@ import numpy as np
 
 from newllm.errors import UserError
 from newllm.report.record import append_line, as_curve, read_rows
-from newllm.report.summary import COUNTED
 from newllm.saving.files import sync
 
 NEEDED = {"run", "arm", "seed", "changes", "settings", "val_sample_nats"}
 RESAMPLES = 2000
 # Student's t, two-sided 95 %, 1 ... 10 degrees of freedom
 T_975 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
-FROZEN, FINETUNED = "phase1_frozen", "phase1_finetuned"
-CLAIMS = (  # sentence, the arm it is about, the arms of which it must beat the best
-    ("Phase 1's contexts beat an untrained network's", FROZEN, ("untrained_frozen", "untrained_whitened")),
-    ("Phase 1's contexts beat a window of tokens", FROZEN, ("window", "window_whitened", "token")),
-    ("Phase 1 learns from the order of tokens", FROZEN, ("phase1_shuffled",)),
-    ("Both terms of Phase 1 are needed", FROZEN, ("phase1_w0", "phase1_w1")),
-    ("Phase 1 and fine-tuning beat the same network end to end", FINETUNED, ("end_to_end",)),
-    ("Phase 1 and fine-tuning beat GRU, LSTM, Transformer", FINETUNED, ("gru", "lstm", "transformer")),
-)
+COUNTING = "counting"  # an arm that every run has beside its own: no network, alone and with what it looks up
+COUNTED_AS = {
+    "val_ppl": "val_ppl_kn",
+    "val_ppl_retrieval": "val_ppl_retrieval_counting",
+    "val_sample_nats_retrieval": "val_sample_nats_counting",
+}
 
 
 def append_row(path, row):
@@ -93,18 +91,31 @@ def paired_difference(ours, theirs, length, seed=0):
 
 
 class Comparison:
-    """Rows of several arms, in `by` by number of training tokens and arm."""
+    """Rows of several arms, in `by` by number of training tokens and arm; with them those of counting."""
 
     def __init__(self, rows):
         self.by = {}
-        for row in rows:
+        # Of the runs of a seed, one with all that is looked up counts as all others that have it.
+        for row in sorted(rows, key=lambda row: -len(row["settings"].get("retrieval", ""))):
             self.by.setdefault((row["train_tokens"], row["arm"]), []).append(row)
+            counted = self.by.setdefault((row["train_tokens"], COUNTING), [])
+            if all(row["seed"] != made["seed"] for made in counted):
+                same = {key: row[key] for key in ("seed", "settings", "tokenizer", "vocab_size")}
+                figures = {key: row[name] for key, name in COUNTED_AS.items() if name in row}
+                counted.append({"run": row["run"]} | same | figures)
+        for made in self.by.values():
+            made.sort(key=lambda row: row["seed"])
         self.budgets = sorted({tokens for tokens, _ in self.by})
 
-    def arms(self, tokens):
-        """Arms at a budget, fewest bits per byte first: losses of different tokenizers do not compare."""
-        present = [arm for budget, arm in self.by if budget == tokens]
-        return sorted(present, key=lambda arm: self.mean(tokens, arm, "val_bpb")[0])
+    def has(self, tokens, arm, key):
+        """Whether all rows of an arm at a budget have a figure."""
+        rows = self.by.get((tokens, arm), [])
+        return bool(rows) and all(row.get(key) is not None for row in rows)
+
+    def arms(self, tokens, key):
+        """Arms at a budget that have a figure, the lowest mean first."""
+        present = [arm for budget, arm in self.by if budget == tokens and self.has(tokens, arm, key)]
+        return sorted(present, key=lambda arm: self.mean(tokens, arm, key)[0])
 
     def mean(self, tokens, arm, key):
         """(mean, half width of the interval) over seeds."""
@@ -114,13 +125,6 @@ class Comparison:
         """Training time of the fastest seed: the one that other work on the machine disturbed least."""
         return min(row["seconds_training"] for row in self.by[tokens, arm])
 
-    def counted(self, tokens):
-        """{name: (perplexity, bits per byte)} of n-gram counts, which are the same for every seed."""
-        row = self.by.get((tokens, FINETUNED), self.by[tokens, self.arms(tokens)[0]])[0]
-        bits_a_nat = row["val_bpb"] / row["val_loss"]
-        perplexities = {name: row[f"val_ppl_{name}"] for name in COUNTED}
-        return {name: (ppl, bits_a_nat * math.log(ppl)) for name, ppl in perplexities.items()}
-
     def curve(self, tokens, arm, key):
         """{x: mean over seeds of y}, x ascending, of a curve of each run; None for an arm without it."""
         curves = [as_curve(row[key]) for row in self.by.get((tokens, arm), []) if row.get(key)]
@@ -128,63 +132,22 @@ class Comparison:
             return None
         return {x: statistics.mean(curve[x] for curve in curves) for x in sorted(curves[0])}
 
-    def is_frozen(self, tokens, arm):
-        """Whether the arm's contexts stay as Phase 1, or nobody, has made them."""
-        row = self.by[tokens, arm][0]
-        return row["contexts"] == "frozen" or row["model_type"] in ("window", "token")
-
-    def weights(self, tokens):
-        """(dist_reg_weight, arm), ascending, of the frozen arms of Phase 1 on tokens in their order."""
-        arms = [arm for arm in self.arms(tokens) if arm.startswith("phase1_") and self.is_frozen(tokens, arm)]
-        settings = {arm: self.by[tokens, arm][0]["settings"] for arm in arms}
-        ordered = [arm for arm in arms if not settings[arm]["phase1_shuffle"]]
-        return sorted((settings[arm]["dist_reg_weight"], arm) for arm in ordered)
-
-    def difference(self, tokens, ours, theirs):
-        """paired_difference of two arms at a budget; None where one is missing, or their tokens differ."""
+    def difference(self, tokens, ours, theirs, key="val_sample_nats"):
+        """paired_difference of two arms at a budget; None where one lacks it, or their tokens differ."""
         sides = [self.by.get((tokens, arm), []) for arm in (ours, theirs)]
         tokenizers = [{(row["tokenizer"], row["vocab_size"]) for row in side} for side in sides]
         if tokenizers[0] != tokenizers[1] or not sides[0]:
             return None
-        nats = [{row["seed"]: row["val_sample_nats"] for row in side} for side in sides]
+        nats = [{row["seed"]: row[key] for row in side if row.get(key)} for side in sides]
         return paired_difference(*nats, sides[0][0]["settings"]["max_seq_length"])
 
-    def verdict(self, tokens, ours, rivals):
-        """Whether an arm beats its best rival at a budget, and by which figures; "" where one is missing."""
-        rivals = [arm for arm in rivals if self.difference(tokens, ours, arm)]
-        if not rivals:
-            return ""
-        best = min(rivals, key=lambda arm: self.mean(tokens, arm, "val_loss")[0])
-        difference = self.difference(tokens, ours, best)
-        _, low, high = difference
-        word = "holds" if high < 0 else "refuted" if low > 0 else "open"
-        seeds = min(len(self.by[tokens, arm]) for arm in (ours, best))
-        return f"**{word}**: {as_percent(difference)} against {best}, seeds: {seeds}"
-
-    def perplexity(self, tokens, arm, key="val_ppl"):
-        """Mean and half width, as `175.8 +- 0.9`; "" for an arm that is not there, or lacks the figure."""
-        rows = self.by.get((tokens, arm), [])
-        if not rows or any(row.get(key) is None for row in rows):
+    def text(self, tokens, arm, key, form=",.1f"):
+        """Mean and half width of a figure, as `175.8 +- 0.9`; "" where the arm lacks it."""
+        if not self.has(tokens, arm, key):
             return ""
         mean, half = self.mean(tokens, arm, key)
-        return f"{mean:,.1f}" if math.isnan(half) else f"{mean:,.1f} +- {half:.1f}"
-
-    def looks_up(self, tokens):
-        """Whether an arm at a budget has figures with retrieval."""
-        return any("val_ppl_retrieval" in row for arm in self.arms(tokens) for row in self.by[tokens, arm])
-
-    def counting(self, tokens):
-        """Perplexity of retrieval without any network, the same for every seed; "" where no row has it."""
-        rows = [row for arm in self.arms(tokens) for row in self.by[tokens, arm]]
-        found = [row["val_ppl_retrieval_counting"] for row in rows if "val_ppl_retrieval_counting" in row]
-        return f"{found[0]:,.1f}" if found else ""
-
-    def context_cell(self, tokens, arm, key, form):
-        """The mean of a figure of the contexts that an arm predicts from; "" for an arm without any."""
-        key = key if self.is_frozen(tokens, arm) else f"{key}_finetuned"
-        if any(row.get(key) is None for row in self.by[tokens, arm]):
-            return ""
-        return format(self.mean(tokens, arm, key)[0], form)
+        shown = f"{half:.1f}"
+        return format(mean, form) + (f" +- {shown}" if shown not in ("nan", "0.0") else "")
 
 
 def as_percent(difference):
@@ -195,84 +158,11 @@ def as_percent(difference):
     return f"{middle:+.1f} % ({low:+.1f} ... {high:+.1f})"
 
 
-def claims_table(comparison):
-    """Markdown: a row a claim, a column a budget."""
-    rows = []
-    for sentence, ours, rivals in CLAIMS:
-        verdicts = [comparison.verdict(tokens, ours, rivals) for tokens in comparison.budgets]
-        if any(verdicts):
-            rows.append([sentence, *verdicts])
-    return markdown(["claim", *(f"{tokens:,} tokens" for tokens in comparison.budgets)], rows)
-
-
-def perplexity_table(comparison, labels):
-    """Markdown: a row an arm, a column a budget; fewest bits per byte at the largest budget first.
-
-    Args:
-        labels: {arm: what it is, in words}.
-    """
-    budgets, rows = comparison.budgets, []
-    columns = [(tokens, key) for tokens in budgets for key in figures_shown(comparison, tokens)]
-    for arm in dict.fromkeys(arm for tokens in reversed(budgets) for arm in comparison.arms(tokens)):
-        cells = [comparison.perplexity(tokens, arm, key) for tokens, key in columns]
-        rows.append([arm, labels.get(arm, ""), *cells])
-    if any(map(comparison.looks_up, budgets)):
-        cells = [comparison.counting(tokens) if key != "val_ppl" else "" for tokens, key in columns]
-        rows.append(["(retrieval)", "retrieval without a network: counting and copying", *cells])
-    for name, label in COUNTED.items():
-        cells = []
-        for tokens, key in columns:
-            cells.append(f"{comparison.counted(tokens)[name][0]:,.1f}" if key == "val_ppl" else "")
-        rows.append([f"({name})", label, *cells])
-    header = [f"{tokens:,} {'tokens' if key == 'val_ppl' else 'with retrieval'}" for tokens, key in columns]
-    return markdown(["arm", "what it is", *header], rows)
-
-
-def figures_shown(comparison, tokens):
-    """Which perplexities of the arms stand side by side at a budget."""
-    return ("val_ppl", "val_ppl_retrieval") if comparison.looks_up(tokens) else ("val_ppl",)
-
-
-def budget_table(comparison, tokens):
-    """Markdown: all arms and counts at a budget, fewest bits per byte first; contexts as means over seeds."""
-    rows = []
-    for arm in comparison.arms(tokens):
-        against = against_frozen = None
-        if arm != FINETUNED:
-            against = comparison.difference(tokens, arm, FINETUNED)
-        if arm != FROZEN and comparison.is_frozen(tokens, arm):
-            against_frozen = comparison.difference(tokens, FROZEN, arm)
-        rows.append(
-            {
-                "arm": arm,
-                "seeds": len(comparison.by[tokens, arm]),
-                "val perplexity": comparison.perplexity(tokens, arm),
-                "with retrieval": comparison.perplexity(tokens, arm, "val_ppl_retrieval"),
-                "bits per byte": f"{comparison.mean(tokens, arm, 'val_bpb')[0]:.3f}",
-                "parameters": f"{comparison.by[tokens, arm][0]['parameters']:,}",
-                "training s": f"{comparison.seconds(tokens, arm):.0f}",
-                "peak MB": f"{comparison.mean(tokens, arm, 'peak_memory_mb')[0]:,.0f}",
-                "effective rank": comparison.context_cell(tokens, arm, "er_val", ".1%"),
-                "cold-start error": comparison.context_cell(tokens, arm, "cold_start_error_10", ".2g"),
-                "memory horizon": comparison.context_cell(tokens, arm, "memory_horizon", ".3g"),
-                f"against {FINETUNED}": as_percent(against),
-                f"{FROZEN} against it": as_percent(against_frozen),
-            }
-        )
-    header = [name for name in rows[0] if name != "with retrieval" or comparison.looks_up(tokens)]
-    for name, (perplexity, bits) in comparison.counted(tokens).items():
-        counts = {"arm": f"({name})", "val perplexity": f"{perplexity:,.1f}", "bits per byte": f"{bits:.3f}"}
-        rows.append(counts)
-    rows.sort(key=lambda row: float(row["bits per byte"]))
-    if comparison.looks_up(tokens):
-        rows.append({"arm": "(retrieval)", "with retrieval": comparison.counting(tokens)})
-    return markdown(header, [[row.get(name, "") for name in header] for row in rows])
-
-
 def markdown(header, rows):
-    """Lines of a Markdown table; none without rows."""
-    lines = [header, ["---"] * len(header), *rows] if rows else []
-    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+    """Lines of a Markdown table, without columns in which no row says anything; none without rows."""
+    said = [any(str(row[at]) for row in rows) for at in range(len(header))]
+    lines = [list(itertools.compress(line, said)) for line in (header, ["---"] * len(header), *rows)]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines] if rows else []
 
 
 def table(header, rows):

@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import math
 
-from newllm.report.compare import FINETUNED, growth
+from newllm.report.compare import COUNTING, growth
 from newllm.report.record import as_curve
 
 DPI = 150
@@ -42,6 +42,14 @@ ARM_STYLES = {  # arms of a comparison whose contexts are drawn, in this order
     "phase1_finetuned": ("Phase 1, fine-tuned", dict(color="#000000", marker="s")),
     "end_to_end": ("end to end", COUNTED),
     "window": ("window", dict(color="#E69F00", marker="v", linestyle=":")),
+}
+ARM_LINES = {  # arms of a comparison whose perplexity is drawn against the tokens
+    COUNTING: ("counting", COUNTED),
+    "gru": ("GRU", TRAINING_DATA),
+    "transformer": ("Transformer", dict(color="#E69F00", marker="v")),
+    "phase1_frozen": ("Phase 1, frozen", UNTRAINED),
+    "phase1_finetuned": ("Phase 1, fine-tuned", dict(color="#000000", marker="s")),
+    "end_to_end": ("end to end", TRAINED),
 }
 MIXTURES = {  # of a run, in turn, with one more expert each
     "network": ("the network alone", REFERENCE | {"marker": "v"}),
@@ -178,24 +186,13 @@ def by_position(record, path):
 
 
 def context_curves(comparison, tokens, path):
-    """Contexts of a comparison's arms at a budget, means over seeds, and what dist_reg_weight trades."""
+    """Contexts of a comparison's arms at a budget, means over seeds."""
+    curves = [
+        (style, label, lambda key, arm=arm: comparison.curve(tokens, arm, key))
+        for arm, (label, style) in ARM_STYLES.items()
+    ]
     with figure(path, 2, 3) as panels:
-        curves = [
-            (style, label, lambda key, arm=arm: comparison.curve(tokens, arm, key))
-            for arm, (label, style) in ARM_STYLES.items()
-        ]
-        trade = _draw_contexts(panels, *curves)
-        arms = comparison.weights(tokens)
-        best = min((comparison.mean(tokens, arm, "val_ppl")[0] for _, arm in arms), default=1)
-        lines = []
-        for key, unit, label, style in (
-            ("er_val", 1, "effective rank (share)", TRAINED),
-            ("val_ppl", best, "perplexity / best", UNTRAINED),
-            ("memory_horizon", 16, "memory horizon / 16 tokens", COUNTED),
-        ):
-            values = [comparison.mean(tokens, arm, key)[0] / unit for _, arm in arms]
-            lines.append(([weight for weight, _ in arms], values, label, style))
-        draw(trade, "The trade-off", "dist_reg_weight", "", lines)
+        _draw_contexts(panels, *curves).set_axis_off()
 
 
 def _draw_contexts(panels, *networks):
@@ -224,19 +221,25 @@ def _draw_contexts(panels, *networks):
     return last
 
 
-def comparison_points(comparison, tokens, path):
-    """Bits per byte of a comparison's arms at a budget with their interval over seeds, and a run's time."""
-    with figure(path, 1, 2) as ((bits, seconds),):
-        for arm in reversed(comparison.arms(tokens)):
-            mean, half = comparison.mean(tokens, arm, "val_bpb")
-            colour = TRAINED["color"] if arm == FINETUNED else REFERENCE["color"]
-            # Points, not bars: an axis that does not begin at zero would make lengths lie.
-            bits.errorbar(mean, arm, xerr=half, capsize=2.5, color=colour, marker="o")
-            seconds.plot([comparison.seconds(tokens, arm)], [arm], color=colour, marker="o")
-        bits.set_title(f"{tokens:,} training tokens")
-        bits.set_xlabel("validation bits per byte (mean, 95 % over seeds)")
-        seconds.set(title="Time", xlabel="training time of the fastest seed (s)", yticklabels=[])
-        seconds.set_xlim(left=0)
+def perplexities(comparison, path):
+    """Held-out perplexity of a comparison's arms against training tokens, alone and with retrieval."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    with figure(path, 1, 2) as ((alone, with_all),):
+        with_all.sharey(alone)
+        for panel, title, key in (
+            (alone, "Alone", "val_ppl"),
+            (with_all, "With what is looked up", "val_ppl_retrieval"),
+        ):
+            lines = []
+            for arm, (label, style) in ARM_LINES.items():
+                known = [tokens for tokens in comparison.budgets if comparison.has(tokens, arm, key)]
+                means = [comparison.mean(tokens, arm, key)[0] for tokens in known]
+                lines.append((known, means, label if known else None, style))
+            draw(panel, title, "training tokens", "held-out perplexity", lines, "xy", "{x:,.0f}")
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+            panel.yaxis.set_major_formatter("{x:,.0f}")
+            panel.yaxis.set_minor_formatter(NullFormatter())
 
 
 def scale_ladder(summaries, path):

@@ -242,7 +242,10 @@ def network_share(summary):
 
 
 def curves(results):
-    """From metrics by stage, what pictures and comparisons need: curves of contexts, nats of each sample."""
+    """From metrics by stage, what pictures and comparisons need: curves of contexts, nats of each sample.
+
+    The latter also with retrieval, and with that of counting.
+    """
     last = results.get("phase2", {})
     contexts = last.get("contexts") or results.get("phase1", {}).get("contexts") or {}
     untrained = results["untrained"].get("contexts", {})
@@ -254,6 +257,8 @@ def curves(results):
     }
     if "in_turn" in (own := results.get("retrieval", {})):
         parts = own["in_turn"] | {list(own["weights"])[-1]: own, "counting": results["untrained"]["counting"]}
+        for name, part in (("retrieval", own), ("counting", parts["counting"])):
+            found[f"val_sample_nats_{name}"] = part["sample_nats"]
         found["retrieval_by_position"] = {name: part["by_position"] for name, part in parts.items()}
     return found
 

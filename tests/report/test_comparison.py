@@ -1,4 +1,4 @@
-"""Rows that survive any end, tables and verdicts from rows that are known to be better, worse or the same."""
+"""Rows that survive any end; intervals, differences and pictures of them."""
 
 import json
 import math
@@ -10,38 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+from made_rows import LENGTH, looked_up, row, rows
 from matplotlib.image import imread
 
 from newllm.errors import UserError
 from newllm.report import compare
 from newllm.report.compare import Comparison, append_row, mean_interval, paired_difference, read_results
-from newllm.report.pictures import comparison_points, context_curves
+from newllm.report.pictures import context_curves, perplexities
 from newllm.report.series import make_series, read_series
-
-LENGTH, SAMPLES = 10, 40
-
-
-def row(arm, seed, loss, tokens=1000, **more):
-    """A run whose samples differ among each other far more than arms do, as dialogues do."""
-    dialogues = np.random.default_rng(0).normal(0, 10, SAMPLES)
-    noise = np.random.default_rng(seed).normal(0, 0.2, SAMPLES)
-    nats = (loss * LENGTH + dialogues - dialogues.mean() + noise).tolist()
-    settings = {"max_seq_length": LENGTH, "phase1_shuffle": False}
-    return dict(
-        run=f"{arm}-{tokens}-{seed}", arm=arm, seed=seed, changes={}, settings=settings, tokenizer="bpe",
-        vocab_size=300, train_tokens=tokens, model_type="context", contexts="none", parameters=10,
-        peak_memory_mb=1000.0, seconds_training=5.0 + seed, val_loss=loss, val_ppl=math.exp(loss),
-        val_bpb=loss / 3, val_sample_nats=nats, val_ppl_unigram=600.0, val_ppl_bigram=200.0, val_ppl_kn=150.0,
-    ) | more  # fmt: skip
-
-
-def rows(*losses, seeds=3, **more):
-    return [row(arm, seed, loss + 0.001 * seed, **more) for arm, loss in losses for seed in range(seeds)]
-
-
-def cells(lines):
-    """Cells of a Markdown table's rows."""
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
 
 
 def test_cut_after_any_byte_a_file_keeps_its_rows_and_takes_more(tmp_path):
@@ -142,94 +118,24 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says(monkeypatch):
     assert wrong <= 24
 
 
-def test_verdicts_say_what_the_numbers_say():
-    """A clear win holds, a clear loss is refuted, the same is open; the rival is the best of the rivals."""
-    losses = dict(
-        phase1_frozen=5.0, untrained_frozen=5.3, untrained_whitened=5.2, window=4.7, phase1_shuffled=5.0
-    )
-    found = cells(compare.claims_table(Comparison(rows(*losses.items(), ("phase1_finetuned", 4.6)))))
-    assert [verdict.split("**")[1] for _, verdict in found] == ["holds", "refuted", "open"]
-    assert ": -18" in found[0][1] and found[0][1].endswith("against untrained_whitened, seeds: 3")
-    assert found[1][1].endswith("against window, seeds: 3")
-
-
-def test_tables_are_sorted_and_complete():
-    """Best first at each budget, counts among the arms, a column a budget; the time of the fastest seed."""
-    comparison = Comparison(rows(("gru", 5.1), ("phase1_finetuned", 5.0)) + rows(("gru", 6.0), tokens=500))
-    found = cells(compare.budget_table(comparison, 1000))
-    assert [line[:2] for line in found] == [
-        ["phase1_finetuned", "3"], ["(kn)", ""], ["gru", "3"], ["(bigram)", ""], ["(unigram)", ""],
-    ]  # fmt: skip
-    assert found[2][-2].startswith("+10.5 % (") and found[0][-2] == "" and found[0][5] == "5"
-    found = cells(compare.perplexity_table(comparison, {"gru": "a GRU"}))
-    assert [line[:3] for line in found[:2]] == [
-        ["phase1_finetuned", "", ""],
-        ["gru", "a GRU", "403.8 +- 1.0"],
-    ]
-    assert found[1][3].startswith("164.2 +- ") and found[2][2:] == ["150.0", "150.0"]
-
-
-def test_retrieval_stands_beside_what_the_network_gives_alone():
-    """Where rows have it; an arm of older rows has a blank, and tables of none stay without the column."""
-    old = rows(("gru", 5.1)) + rows(("phase1_finetuned", 6.0), tokens=500)
-    looked = rows(("phase1_finetuned", 5.0), val_ppl_retrieval=90.0, val_ppl_retrieval_counting=100.0)
-    comparison = Comparison(looked + old)
-    lines = compare.perplexity_table(comparison, {})
-    header = [cell.strip() for cell in lines[0].strip("|").split("|")]
-    assert header[2:] == ["500 tokens", "1,000 tokens", "1,000 with retrieval"]
-    found = {line[0]: line[2:] for line in cells(lines)}
-    assert found["phase1_finetuned"] == ["403.8 +- 1.0", "148.6 +- 0.4", "90.0 +- 0.0"]
-    assert found["gru"][2] == "" and found["(retrieval)"] == ["", "", "100.0"]
-    assert found["(kn)"] == ["150.0", "150.0", ""]
-    found = {line[0]: line[3] for line in cells(compare.budget_table(comparison, 1000))}
-    assert found["phase1_finetuned"] == "90.0 +- 0.0" and found["(retrieval)"] == "100.0"
-    assert found["gru"] == found["(kn)"] == ""
-    for line in (compare.budget_table(comparison, 500)[0], compare.perplexity_table(Comparison(old), {})[0]):
-        assert "retrieval" not in line
-
-
-def test_another_vocabulary_is_not_paired():
-    """Its nats are of other tokens: a row without a difference, no verdict; counts are the reference's."""
-    other = rows(("gru", 4.0), tokenizer="gpt2", val_ppl_kn=1.0)
-    comparison = Comparison(rows(("phase1_finetuned", 5.0)) + other)
-    found = cells(compare.budget_table(comparison, 1000))
-    assert found[0][0] == "gru" and found[0][-2:] == ["", ""]
-    assert [line[2] for line in found if line[0] == "(kn)"] == ["150.0"]
-    assert compare.claims_table(comparison) == []
-
-
-def test_contexts_are_those_that_the_arm_predicts_from():
-    """Of frozen ones the measured, of trained ones those after training; an arm without any has blanks."""
-    measured = dict(er_val=0.5, cold_start_error_10=0.25, memory_horizon=4)
-    trained = {f"{key}_finetuned": 2 * value for key, value in measured.items()} | {"contexts": "fine-tuned"}
-    runs = [row("gru", 0, 4.0), row("phase1_frozen", 0, 5.0, contexts="frozen", **measured)]
-    comparison = Comparison([*runs, row("end_to_end", 0, 4.5, **measured | trained)])
-    found = {line[0]: line[7:10] for line in cells(compare.budget_table(comparison, 1000))}
-    assert found["end_to_end"] == ["100.0%", "0.5", "8"] and found["phase1_frozen"] == ["50.0%", "0.25", "4"]
-    assert found["gru"] == ["", "", ""]
-
-
-def with_curves(arm, weight, seed=0):
+def with_curves(arm, seed=0):
     """A row with curves as JSON gives them back: keys as text, sorted as text."""
     return row(
-        arm, seed, 5.0, contexts="frozen", er_val=0.5 + weight / 2, memory_horizon=4,
+        arm, seed, 5.0, contexts="frozen", er_val=0.5, memory_horizon=4,
         cold_start_curve=[(1 + 2 * seed) * 0.5**k for k in range(1, 17)], past_capacity_by_lag=[0.3, 0.1],
         memory_curve={"0": 1.0, "1": 0.3, "16": 0.001, "2": 0.02},
         bpb_by_context={"1": 3.0, "10": 2.7, "2": 2.8}, spectrum={str(k): 0.1 / k for k in range(1, 30)},
-        settings={"dist_reg_weight": weight, "phase1_shuffle": False},
     )  # fmt: skip
 
 
 def test_points_and_curves_are_pictures(tmp_path):
     """Curves are means over seeds in the order of their points; arms without contexts have none."""
-    weights = {"untrained_frozen": 0.05, "phase1_frozen": 0.05, "phase1_w0": 0.0, "phase1_w1": 1.0}
-    arms = [with_curves(arm, weight, seed) for arm, weight in weights.items() for seed in range(2)]
-    comparison = Comparison(arms + rows(("gru", 5.1)))
+    arms = [with_curves(arm, seed) for arm in ("untrained_frozen", "phase1_frozen") for seed in range(2)]
+    comparison = Comparison(arms + rows(("gru", 5.1)) + looked_up("gru", 90.0, tokens=500))
     assert comparison.curve(1000, "phase1_frozen", "cold_start_curve")[3.0] == pytest.approx(2 * 0.5**3)
     assert list(comparison.curve(1000, "phase1_frozen", "memory_curve")) == [0, 1, 2, 16]
     assert comparison.curve(1000, "gru", "cold_start_curve") is None
-    assert comparison.weights(1000) == [(0.0, "phase1_w0"), (0.05, "phase1_frozen"), (1.0, "phase1_w1")]
-    comparison_points(comparison, 1000, tmp_path / "points.png")
+    perplexities(comparison, tmp_path / "points.png")
     context_curves(comparison, 1000, tmp_path / "plots" / "curves.png")
     assert imread(tmp_path / "points.png").shape[:2] == (540, 1500)
     assert imread(tmp_path / "plots" / "curves.png").shape[:2] == (1080, 2250)

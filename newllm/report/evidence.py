@@ -1,0 +1,277 @@
+"""The page of results, docs/results.md, from rows alone: result, what was done, claims, tables, samples."""
+
+import math
+from typing import NamedTuple
+
+from newllm.report.compare import COUNTING, as_percent, markdown
+from newllm.report.summary import EXPERTS, RETRIEVAL_CONTROLS
+
+FROZEN, FINETUNED, END_TO_END = "phase1_frozen", "phase1_finetuned", "end_to_end"
+OURS = FROZEN, FINETUNED, END_TO_END
+ALONE, WITH_ALL = ("val_ppl", "val_sample_nats"), ("val_ppl_retrieval", "val_sample_nats_retrieval")
+GOAL = "ultrachat_860.jsonl", 99_968  # the text and the tokens for which goals were set
+PEER = (  # measured elsewhere, there
+    "[nanoGPT](https://github.com/karpathy/nanoGPT), 2 layers, 512 wide, dropout 0.2, rate 1e-3, best of 300 "
+    "steps of 32 samples; measured elsewhere on the same tokens and split",
+    225.0,
+)
+CONTEXTS = {  # of contexts: what it is, and how it is written
+    "er_val": ("effective rank", ".1%"),
+    "cold_start_error_10": ("error after 10 cold sweeps", ".2g"),
+    "lyapunov_exponent": ("Lyapunov exponent, nats a token", "+.2f"),
+    "memory_horizon": ("memory horizon, tokens", ".3g"),
+}
+
+
+class Claim(NamedTuple):
+    """That the best of our arms has a perplexity lower than the best of its rivals, by a share `gain` of it.
+
+    kind: the figures that are meant, ALONE or WITH_ALL. goal: it speaks of GOAL alone.
+    at_most: instead of rivals, the perplexity itself.
+    """
+
+    sentence: str
+    ours: tuple
+    rivals: tuple = ()
+    kind: tuple = ALONE
+    gain: float = 0.0
+    goal: bool = False
+    at_most: float = 0.0
+
+
+CLAIMS = (
+    Claim("Phase 1's contexts beat an untrained network's", (FROZEN,), ("untrained_frozen",)),
+    Claim("Phase 1's contexts beat a window of tokens", (FROZEN,), ("window",)),
+    Claim("Phase 1 learns from the order of tokens", (FROZEN,), ("phase1_shuffled",)),
+    Claim("Both terms of Phase 1 are needed", (FROZEN,), ("phase1_w0", "phase1_w1")),
+    Claim("Phase 1 and fine-tuning beat the same network end to end", (FINETUNED,), (END_TO_END,)),
+    Claim(
+        "Phase 1 and fine-tuning beat GRU, LSTM, Transformer", (FINETUNED,), ("gru", "lstm", "transformer")
+    ),
+    Claim("With retrieval, our best network beats a GRU with the same", OURS, ("gru",), WITH_ALL),
+    Claim("... by 3 % or more", OURS, ("gru",), WITH_ALL, 0.03, True),
+    Claim("With retrieval, our best network beats counting with the same", OURS, (COUNTING,), WITH_ALL),
+    Claim("... by 28 % or more", OURS, (COUNTING,), WITH_ALL, 0.28, True),
+    Claim("... and has a perplexity of at most 80", OURS, (), WITH_ALL, 0, True, 80.0),
+)
+
+
+def best_of(comparison, tokens, arms, key="val_ppl_retrieval"):
+    """The best of some arms at a budget by a figure, or else by the network alone; "" without any."""
+    ordered = [*comparison.arms(tokens, key), *comparison.arms(tokens, "val_ppl")]
+    return next((arm for arm in ordered if arm in arms), "")
+
+
+def at_goal(comparison, tokens):
+    """Whether a budget, of this text, is GOAL."""
+    return (comparison.by[tokens, COUNTING][0]["settings"].get("data_source"), tokens) == GOAL
+
+
+def runs_of(comparison, tokens, arm):
+    """Names of an arm's rows at a budget, in short."""
+    return f"`{comparison.by[tokens, arm][0]['run'].rpartition('-')[0]}-*`"
+
+
+def verdict(comparison, tokens, claim):
+    """Whether a claim holds at a budget, by which figures and rows; "" where they are missing."""
+    ppl, nats = claim.kind
+    sides = [
+        [arm for arm in comparison.arms(tokens, ppl) if arm in arms and comparison.has(tokens, arm, nats)]
+        for arms in (claim.ours, claim.rivals)
+    ]
+    if (claim.goal and not at_goal(comparison, tokens)) or not sides[0] or not (sides[1] or claim.at_most):
+        return ""
+    ours = sides[0][0]
+    if claim.at_most:
+        mean, half = comparison.mean(tokens, ours, ppl)
+        word = "open" if math.isnan(half) or abs(mean - claim.at_most) <= half else ""
+        word = word or ("holds" if mean < claim.at_most else "refuted")
+        return f"**{word}**: {comparison.text(tokens, ours, ppl)}, {runs_of(comparison, tokens, ours)}"
+    difference = comparison.difference(tokens, ours, sides[1][0], nats)
+    if difference is None:
+        return ""
+    middle, low, high = difference
+    wanted = math.log1p(-claim.gain)
+    word = "holds" if high < 0 and middle <= wanted else "refuted" if low > wanted else "open"
+    rows = " against ".join(runs_of(comparison, tokens, arm) for arm in (ours, sides[1][0]))
+    return f"**{word}**: {as_percent(difference)}, {rows}"
+
+
+def claims_table(comparison):
+    """Markdown: a row a claim, a column a budget."""
+    rows = []
+    for claim in CLAIMS:
+        verdicts = [verdict(comparison, tokens, claim) for tokens in comparison.budgets]
+        if any(verdicts):
+            rows.append([claim.sentence, *verdicts])
+    return markdown(["claim", *headers(comparison)], rows)
+
+
+def budget_table(comparison, tokens, labels):
+    """Markdown: the arms of `labels`, {arm: what it is}, at a budget, the best first, counting among them."""
+    order = [arm for key in (WITH_ALL[0], ALONE[0]) for arm in comparison.arms(tokens, key)]
+    arms = [arm for arm in dict.fromkeys(order) if arm in labels]
+    # Rows of older versions have no nats with retrieval.
+    nats = next(key for _, key in (WITH_ALL, ALONE) if any(comparison.has(tokens, arm, key) for arm in arms))
+    best = next(arm for arm in arms if comparison.has(tokens, arm, nats))
+    rows = []
+    for arm in arms:
+        made, against, costs = comparison.by[tokens, arm], None, ["", "", ""]
+        if arm != best:
+            against = comparison.difference(tokens, arm, best, nats)
+        if arm != COUNTING:
+            costs = [f"{made[0]['parameters'] / 1e6:.1f}", f"{comparison.seconds(tokens, arm):.0f}"]
+            costs.append(comparison.text(tokens, arm, "peak_memory_mb", ",.0f").partition(" ")[0])
+        figures = [comparison.text(tokens, arm, kind[0]) for kind in (ALONE, WITH_ALL)]
+        rows.append([arm, labels[arm], len(made), *figures, as_percent(against), *costs])
+    if at_goal(comparison, tokens):
+        what, perplexity = PEER
+        rows.append(["(outside)", what, "", f"{perplexity:.1f}", "", "", "", "", ""])
+    against = f"{'alone' if nats == ALONE[1] else 'with retrieval'}, against {best}"
+    costs = ["million parameters", "training s", "peak MB"]
+    return markdown(["arm", "what it is", "seeds", "alone", "with retrieval", against, *costs], rows)
+
+
+def parts_table(comparison):
+    """Markdown: what each part of retrieval adds to our best arm, and what it is without the network."""
+    columns = []
+    for tokens in comparison.budgets:
+        arm, by = (best_of(comparison, tokens, arms) for arms in (OURS, (FROZEN, FINETUNED)))
+        names = [name for name in EXPERTS if comparison.has(tokens, arm, f"retrieval_weight_{name}")]
+        column = {"(rows)": runs_of(comparison, tokens, arm)} if names else {}
+        for count, name in enumerate(names, start=1):
+            key = f"val_ppl_{'_'.join(names[:count])}" if count > 1 else "val_ppl"
+            key = "val_ppl_retrieval" if count == len(names) else key
+            column[EXPERTS[name]] = comparison.text(tokens, arm, key)
+        for key, label in RETRIEVAL_CONTROLS.items() if names else ():
+            column[label] = comparison.text(tokens, by if key.endswith("_contexts") else arm, key)
+        against = comparison.difference(tokens, arm, COUNTING, WITH_ALL[1])
+        column["with the network, against without"] = as_percent(against)
+        columns.append(column)
+    labels = dict.fromkeys(label for column in columns for label, text in column.items() if text)
+    rows = [[label, *(column.get(label, "") for column in columns)] for label in labels]
+    return markdown(["perplexity", *headers(comparison)], rows)
+
+
+def variants_table(comparison, variants, labels):
+    """Markdown: arms that differ in what is looked up alone, under the one they differ from.
+
+    Args:
+        variants: {arm: the one it differs from}.
+    """
+    rows = []
+    for base in dict.fromkeys(variants.values()):
+        mine = [arm for arm in variants if variants[arm] == base]
+        compared = [n for n in comparison.budgets if any((n, arm) in comparison.by for arm in mine)]
+        for arm in [base, *mine]:
+            cells = []
+            for tokens in comparison.budgets:
+                text = comparison.text(tokens, arm, WITH_ALL[0]) if tokens in compared else ""
+                against = comparison.difference(tokens, arm, base, WITH_ALL[1]) if arm != base else None
+                cells.append(", ".join(filter(None, (text, as_percent(against)))))
+            if any(cells):
+                rows.append([arm, labels[arm], *cells])
+    return markdown(["arm", "what it is", *headers(comparison)], rows)
+
+
+def headers(comparison):
+    return [f"{tokens:,} tokens" for tokens in comparison.budgets]
+
+
+def contexts_table(comparison, tokens, labels):
+    """Markdown: what the contexts are like from which arms predict; arms without any are left out."""
+    rows = []
+    for arm in [arm for arm in labels if comparison.has(tokens, arm, "er_val")]:
+        end = "" if comparison.by[tokens, arm][0]["contexts"] == "frozen" else "_finetuned"
+        cells = []
+        for key, (_, form) in CONTEXTS.items():
+            known = comparison.has(tokens, arm, key + end)
+            cells.append(format(comparison.mean(tokens, arm, key + end)[0], form) if known else "")
+        rows.append([arm, *cells])
+    return markdown(["arm", *(words for words, _ in CONTEXTS.values())], rows)
+
+
+def samples_lines(comparison):
+    """What our best network writes at each budget, at its first seed; [] where no row has any."""
+    lines = []
+    for tokens in reversed(comparison.budgets):
+        row = comparison.by.get((tokens, best_of(comparison, tokens, OURS)), [{}])[0]
+        if row.get("samples"):
+            lines += [f"`{row['run']}`, {tokens:,} tokens:", ""]
+        for sample in row.get("samples") or ():
+            for name, text in sample.items():
+                if text is not None:
+                    lines.append(f"    {name:9} | {' / '.join(text.splitlines())}")
+            lines.append("")
+    return lines
+
+
+def done_lines(comparison):
+    """What was done, in five lines."""
+    row = next(iter(comparison.by.values()))[0]
+    s, budgets = row["settings"], ", ".join(f"{tokens:,}" for tokens in comparison.budgets)
+    return [
+        f"- **Text**: `{s['data_source']}`, dialogues ([LOG.md](../LOG.md) says where from). {budgets} "
+        f"tokens to train on; {s['val_samples']} samples of {s['max_seq_length']} tokens of others to "
+        f"measure on. Tokenizer: {row['tokenizer']}, {row['vocab_size']:,} ids.",
+        f"- **Networks**: {s['num_layers']} layers, contexts {s['context_dim']} and embeddings "
+        f"{s['embed_dim']} wide. Learning rate, dropout and weight decay of each arm were chosen at each "
+        "budget on training dialogues held back (last table).",
+        "- **Retrieval**: the network's prediction mixed with counts, the text so far and the training text "
+        "([how](theory.md)); each half of the measured dialogues by a gate fitted on the other.",
+        "- **Figures**: means over seeds +- their 95 % interval; differences are of perplexity, paired by "
+        "seed and dialogue, in brackets a bootstrap's 95 %. Time is the fastest seed's, in training alone. "
+        "Which network is our best is found by these very figures.",
+        "- **Rows**: `results/results.jsonl`, one a run, named ARM-SAMPLES-SEED. `python3 -m scripts.compare "
+        "--report` makes this page of them; `--repeat RUN` makes a run again and compares.",
+    ]
+
+
+def result_lines(comparison):
+    """The result at the largest budget, in three lines."""
+    tokens, lines = comparison.budgets[-1], []
+    for title, (key, _) in (("With all that is looked up", WITH_ALL), ("Alone", ALONE)):
+        best = best_of(comparison, tokens, OURS, key)
+        words = {best: f"`{best}`", COUNTING: "counting", "gru": "a GRU"}
+        known = {arm: comparison.text(tokens, arm, key) for arm in words}
+        said = ", ".join(f"{words[arm]} {known[arm]}" for arm in words if known[arm])
+        if known[best]:
+            lines.append(f"- **{title}**, perplexity at {tokens:,} tokens: {said}.")
+    worth = []
+    for what, (ours, theirs) in {
+        "its contexts, left as they are, against untrained ones": (FROZEN, "untrained_frozen"),
+        "as a start for fine-tuning, against the same network end to end": (FINETUNED, END_TO_END),
+    }.items():
+        if difference := comparison.difference(tokens, ours, theirs):
+            worth.append(f"{what}: {as_percent(difference)}")
+    return lines + ([f"- **What Phase 1 is worth** there, alone: {'; '.join(worth)}."] if worth else [])
+
+
+def page_lines(comparison, labels, variants, tuned, pictures):
+    """The page.
+
+    Args:
+        labels: {arm: what it is} of all arms. variants: {arm: the one it differs from in what is looked up}.
+        tuned: lines of a table. pictures: {name: lines that show it}.
+    """
+    main = {arm: label for arm, label in labels.items() if arm not in variants}
+    main[COUNTING] = "no network: Kneser-Ney of order 5; with retrieval its mixture with what is copied"
+    largest = comparison.budgets[-1]
+    budgets = [(f"{n:,} tokens", budget_table(comparison, n, main)) for n in reversed(comparison.budgets)]
+    sections = [
+        ("The result", [*result_lines(comparison), "", *pictures["results"]]),
+        ("What was done", done_lines(comparison)),
+        ("Claims", claims_table(comparison)),
+        *budgets,
+        ("Retrieval, part by part", parts_table(comparison)),
+        ("What else could be looked up", variants_table(comparison, variants, labels)),
+        ("Contexts", [*contexts_table(comparison, largest, main), "", *pictures.get("contexts", [])]),
+        ("When sweeps work", pictures.get("sweeps", [])),
+        ("What they write", samples_lines(comparison)),
+        ("What each arm was tuned to", tuned),
+    ]
+    lines = ["# Results", ""]
+    for title, content in sections:
+        if any(content):
+            lines += [f"## {title}", "", *content, ""]
+    return lines
