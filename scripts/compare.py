@@ -69,10 +69,9 @@ for (name, (words, changes)), arm in itertools.product(LOOKED_UP.items(), (END_T
 GRID = dict(  # of every arm
     phase2_learning_rate=(0.0005, 0.001, 0.002, 0.004),
     dropout=(0.0, 0.15, 0.3, 0.5),
-    weight_decay=(0.1, 0.3, 1.0, 3.0, 10.0),
+    weight_decay=(0.1, 1.0, 3.0),
 )
-TUNING_START = (0.002, 0.3, 0.1)
-DECAY_AHEAD = 1.0  # tried before what lies between: one step up from the least is less than seeds differ
+TUNING_START = (0.001, 0.0, 3.0)
 TUNED_AS = VARIANTS | {  # an ablation differs from its arm in one thing: it takes what that arm was tuned to
     arm: "phase1_frozen" for arm in ("phase1_shuffled", "phase1_w0", "phase1_w1")
 }
@@ -97,57 +96,29 @@ def plan(arms, seeds, budgets, tuned):
 
 
 def tune(config, arms, budgets, path):
-    """Each arm's rate and dropout, then its weight decay from the best of these, on dialogues held back."""
+    """Walk each arm's grid from TUNING_START until no neighbour is better on dialogues held back."""
     for samples, arm in itertools.product(budgets, [arm for arm in arms if arm not in TUNED_AS]):
-        best = walk(config, samples, arm, path, (0, 1), {TUNING_START})
-        walk(config, samples, arm, path, (2,), {best, (*best[:2], DECAY_AHEAD)})
-
-
-def walk(config, samples, arm, path, axes, points):
-    """Try points of the grid and, along some of its axes, what is next to the best until none is better.
-
-    Rows that are there count as they stand, whatever settings there are by now that they do not know.
-
-    Returns:
-        The best of those that differ from the first along these axes alone.
-
-    Raises:
-        UserError: as of `make`.
-    """
-    split = dict(num_samples=samples, tune_share=TUNE_SHARE, seed=TUNE_SEED, retrieval="none")
-    fixed = [axis for axis in range(len(GRID)) if axis not in axes]
-    (aside,) = {tuple(point[axis] for axis in fixed) for point in points}
-
-    def settings(point):
-        return ARMS[arm][1] | split | dict(zip(GRID, point, strict=True))
-
-    def known():
-        rows = tried(read_results(path)).get((samples, arm), [])
-        for row in rows:
-            now = config_of(config, settings(place(row)))
-            refuse_other(row, now, path, shaping(row["settings"], "retrieval"))
-        places = [place(row) for row in rows]
-        return [point for point in places if tuple(point[axis] for axis in fixed) == aside]
-
-    while points:
-        runs = {}
-        for point in sorted(points - set(known())):
-            runs["-".join([arm, str(samples), *map("{:g}".format, point)])] = arm, settings(point)
-        make(config, runs, path)
-        points = neighbours(known()[0], axes) - set(known())
-    return known()[0]
+        split = dict(num_samples=samples, tune_share=TUNE_SHARE, seed=TUNE_SEED, retrieval="none")
+        points = {TUNING_START}
+        while points:
+            runs = {}
+            for point in sorted(points):
+                name = "-".join([arm, str(samples), *map("{:g}".format, point)])
+                runs[name] = arm, ARMS[arm][1] | split | dict(zip(GRID, point, strict=True))
+            make(config, runs, path)
+            made = tried(read_results(path))[samples, arm]
+            points = neighbours(place(made[0])) - {place(row) for row in made}
 
 
 def place(row):
-    """The point of the grid at which a row was made; rows that name no weight decay are at the least."""
-    return tuple((dict(weight_decay=GRID["weight_decay"][0]) | row["changes"])[name] for name in GRID)
+    """The point of the grid at which a row was made."""
+    return tuple((row["settings"] | row["changes"])[name] for name in GRID)
 
 
-def neighbours(point, axes):
-    """Points of the grid at most one step away, along one of some axes."""
+def neighbours(point):
+    """Points of the grid at most one step away, along one axis."""
     near = set()
-    for axis in axes:
-        values = [*GRID.values()][axis]
+    for axis, values in enumerate(GRID.values()):
         at = values.index(point[axis])
         near |= {(*point[:axis], value, *point[axis + 1 :]) for value in values[max(at - 1, 0) : at + 2]}
     return near
