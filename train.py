@@ -37,7 +37,7 @@ from newllm.report.summary import TITLES, context_line, retrieval_line
 from newllm.retrieval.ngram import ngram_rows
 from newllm.saving.checkpoint import Checkpointer, require_space
 from newllm.saving.stop import Interrupt
-from newllm.saving.trained import model_digest
+from newllm.saving.trained import model_digest, open_teachers
 from newllm.training.account import announce, leave_model, preview, report, spared
 from newllm.training.loop import EpochLoop
 from newllm.training.memory_estimate import predicted_peak
@@ -115,6 +115,7 @@ def load(config, runtime):
         data = load_data(settings, Progress)
         pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
         require_own_ids(config.embeddings, tokenizer_choice(settings))
+    open_teachers(config, data.tokenizer, runtime.device)  # whoever cannot be had is said now
     runtime.group.require_same("data", data.fingerprint)
     peak = predicted_peak(config, data.vocab_size, runtime)
     return data, untrained_model(config, runtime, data, pretrained), peak
@@ -327,7 +328,10 @@ class Run:
 
     def train_head(self, model, stage, freeze_context):
         settings, folder = self.config.part(Phase2Settings), self.checkpointer.folder
-        return self.train(Phase2(model, self.data, settings, self.runtime, folder, stage, freeze_context))
+        phase = Phase2(model, self.data, settings, self.runtime, folder, stage, freeze_context)
+        if stage == "phase2":  # the control is what can be had of the text alone
+            phase.teachers = open_teachers(self.config, self.data.tokenizer, self.runtime.device)
+        return self.train(phase)
 
     def train(self, phase):
         with timed(TITLES[phase.stage]):

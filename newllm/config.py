@@ -178,7 +178,8 @@ class Phase2Settings(SharedSettings):
     warmup_ratio: real("control phase2", 0, 1)
     patience: whole("control phase2", 1)
     weight_decay: real("control phase2", 0)
-    ngram_smoothing: real("control phase2", 0, 0.95)
+    label_smoothing: real("control phase2", 0, 0.95)
+    teachers: text("phase2")
     val_quick_frac: real("", 0, 1, above=True)
     val_quick_every_n_batches: whole("", 0)
 
@@ -238,7 +239,8 @@ EARLIER = dict(
     adapter_rank=0,
     attention="auto",
     save_min_seconds=30.0,
-    ngram_smoothing=0.0,
+    label_smoothing=0.0,
+    teachers="",
     retrieval="none",
     retrieval_keys="hidden,tokens",
     retrieval_window=4096,

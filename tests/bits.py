@@ -17,7 +17,7 @@ import torch
 TINY = shlex.split("""
 --data_source chitchat --tokenizer bpe --vocab_size 512 --num_samples 40 --val_samples 12 --max_seq_length 32
 --context_dim 48 --embed_dim 48 --num_layers 2 --phase1_max_iterations 4 --phase2_epochs 3 --no-artifacts
---save_every_n_batches 5 --save_min_seconds 0 --weight_decay 0.1 --ngram_smoothing 0
+--save_every_n_batches 5 --save_min_seconds 0 --weight_decay 0.1 --label_smoothing 0
 """)
 ARMS = {
     "frozen": ["--freeze_context"],

@@ -13,6 +13,7 @@ from newllm.fixed_point.solver import sequential, truncated
 from newllm.models.baselines import Baseline
 from newllm.models.cross_entropy import linear_cross_entropy
 from newllm.models.pretrained import adapter_rank, add_adapter, has_adapter, merge_adapter
+from newllm.phases.retrieval import Averaged
 from newllm.retrieval.ngram import KneserNey
 from newllm.saving.stop import poll
 from newllm.seeding import derived_generator
@@ -20,7 +21,8 @@ from newllm.training.contexts import FrozenFeatures
 
 SAMPLES_AT_A_TIME = 32  # whose targets are drawn together
 FOLDS = 5  # of the training samples, each counted by the others: in its own counts a text is certain
-DRAWS = 16  # tokens that stand for what counting predicts at a place; few are as noise
+DRAWS = 16  # tokens that stand in an epoch for what is predicted at a place; few are as noise
+TAUGHT_EPOCHS = 4  # whose draws are made together from teachers, and used in turn
 
 
 def counted_targets(samples, vocab_size, generator):
@@ -40,6 +42,22 @@ def counted_targets(samples, vocab_size, generator):
     return drawn
 
 
+def taught_targets(teachers, samples, runtime, generator):
+    """What models would put there on average, as ids [N, T, TAUGHT_EPOCHS * DRAWS].
+
+    Distillation of an ensemble (Hinton et al. 2015, arXiv 1503.02531; for little data Kim et al. 2025, arXiv
+    2509.14786), by draws as above.
+    """
+    reading, drawn = Averaged(teachers, samples, runtime), []
+    for first in range(0, len(samples), SAMPLES_AT_A_TIME):
+        poll()
+        made = reading(slice(first, first + SAMPLES_AT_A_TIME))
+        shares = reading.logits(made["hidden"]).softmax(-1).cpu()
+        ids = torch.multinomial(shares.flatten(0, 1), TAUGHT_EPOCHS * DRAWS, True, generator=generator)
+        drawn.append(ids.view(*shares.shape[:2], -1).int())
+    return torch.cat(drawn)
+
+
 class Phase2:
     """What an epoch of Phase 2 is: newllm.training.loop trains the head by it, and F too unless frozen.
 
@@ -50,10 +68,14 @@ class Phase2:
         folder: where frozen features lie that take more than `context_memory_mb`.
         stage: "phase2", or "untrained" for the control: the same head on the untrained context map.
         freeze_context: whether the contexts stay as they are.
+
+    Attributes:
+        teachers: models that have a share of the targets, in place of counting.
     """
 
     counter = "epoch"
     contexts = None
+    teachers = ()
 
     def __init__(self, model, data, settings, runtime, folder, stage, freeze_context):
         self.model = model
@@ -75,8 +97,8 @@ class Phase2:
         self.baseline = isinstance(model, Baseline)
         self.function = model.encode if self.baseline else model.step
         self.cast = None if self.baseline else model.cast_step
-        self.features = self.counted = None
-        self.counted_for = None  # the epoch whose targets these are
+        self.features = self.drawn = None
+        self.drawn_for = None  # the epoch, or with teachers the group of epochs, whose targets these are
 
     def begin(self):
         """Let the right parameters train; compute what a frozen map gives the head."""
@@ -113,17 +135,27 @@ class Phase2:
 
     def _targets(self, batch, part):
         """What the loss asks for: the ids [b, T], or several at each place [b, T, S] and their shares."""
-        targets, share = batch.ids[part, 1:], self.settings.ngram_smoothing
+        targets, share = batch.ids[part, 1:], self.settings.label_smoothing
         if not share:
             return (targets,)
-        if self.counted_for != batch.epoch:
-            generator = derived_generator(self.settings.seed, f"{self.stage} targets", batch.epoch)
-            self.counted = counted_targets(self.train, self.model.vocab_size, generator)
-            self.counted_for = batch.epoch
-        counted = self.counted[batch.own_samples[part]].to(targets.device, non_blocking=True)
+        drawn = self._drawn_targets(batch.epoch)[batch.own_samples[part]]
         shares = torch.full([1 + DRAWS], share / DRAWS, device=targets.device)
         shares[0] = 1 - share
-        return torch.cat([targets[..., None], counted], -1), shares
+        drawn = drawn.to(targets.device, non_blocking=True)
+        return torch.cat([targets[..., None], drawn], -1), shares
+
+    def _drawn_targets(self, epoch):
+        """Ids [N, T, DRAWS] of an epoch, a function of the seed, so that a run goes on with the same."""
+        made_for = epoch // TAUGHT_EPOCHS if self.teachers else epoch
+        if self.drawn_for != made_for:
+            generator = derived_generator(self.settings.seed, f"{self.stage} targets", made_for)
+            if self.teachers:
+                self.drawn = taught_targets(self.teachers, self.train, self.runtime, generator)
+            else:
+                self.drawn = counted_targets(self.train, self.model.vocab_size, generator)
+            self.drawn_for = made_for
+        turn = epoch % TAUGHT_EPOCHS if self.teachers else 0
+        return self.drawn[..., turn * DRAWS : (turn + 1) * DRAWS]
 
     def _encoded(self, step, batch, part):
         """What the head reads: (contexts [b, T, C], streams [b, T, E]), with gradient where F trains."""

@@ -55,7 +55,7 @@ def memory_table(config, vocab_size, runtime):
         """Bytes of (activations, logits) of a training step; the logits with the output's gradient."""
         tokens = T * -(-samples // batch_count(samples, batch_size, config.min_batches))
         kept = 4 * tokens * floats * (1.0 if itemsize == 4 else HALF)
-        if vocabulary and config.ngram_smoothing:
+        if vocabulary and config.label_smoothing:
             kept += TARGET * samples * T
         return kept, min(tokens * vocabulary, CHUNK_ELEMENTS) * itemsize + 8 * vocabulary * E
 

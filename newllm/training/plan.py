@@ -90,7 +90,7 @@ TUNING = "context_lr_scale gradient_sweeps"
 QUICK = "val_quick_every_n_batches val_quick_frac"
 PHASE2 = (
     "phase2_epochs phase2_learning_rate phase2_batch_size warmup_ratio patience weight_decay "
-    "ngram_smoothing dropout"
+    "label_smoothing dropout"
 )
 SAVING = "save_every_n_batches save_min_seconds save_every_minutes keep_last backup_dir backup_every_minutes"
 
@@ -124,6 +124,8 @@ def without_effect(config, on_cpu, tokenizer):
         (f"{TUNING} token_dropout freeze_context context_adapter adapter_rank", only1, later),
         (f"{PHASE2} {QUICK} whiten_context", only1 and not (context and c.untrained_control), later),
         (f"{TUNING} token_dropout", c.freeze_context, "contexts are frozen (freeze_context)"),
+        ("teachers", only1, later),
+        ("teachers", not c.label_smoothing, "label_smoothing 0 leaves them no share"),
         ("retrieval", c.whiten_context, "whitened contexts are those of no other text (whiten_context)"),
         ("retrieval_keys retrieval_window", not c.looks_up, "nothing is looked up (retrieval)"),
         ("retrieval_keys", not compared, "no places are compared (retrieval)"),

@@ -104,7 +104,7 @@ OTHER = dict(
     phase2_learning_rate=0.03, phase2_batch_size=9, untrained_control=True, freeze_context=True,
     whiten_context=True, context_lr_scale=3.0, context_adapter="lora", adapter_rank=2,
     gradient_sweeps=1, dropout=0.7, token_dropout=0.6, warmup_ratio=0.7, patience=1, val_quick_frac=0.9,
-    val_quick_every_n_batches=7, weight_decay=5.0, ngram_smoothing=0.4, context_memory_mb=1, compile=True,
+    val_quick_every_n_batches=7, weight_decay=5.0, label_smoothing=0.4, teachers="a.pth", context_memory_mb=1, compile=True,
     attention="math",
     gpu_memory_fraction=0.3, save_every_n_batches=1, save_min_seconds=1.5, save_every_minutes=0.001,
     keep_last=5, backup_dir="BACKUP", backup_every_minutes=0.001,
@@ -124,6 +124,7 @@ CASES = {
     "window": dict(model_type="window"),
     "token": dict(model_type="token", token_layers=0),
     "whitened": dict(freeze_context=True, whiten_context=True, phase1_max_iterations=1),
+    "hard targets": dict(label_smoothing=0.0),
     "counts alone": dict(model_type="gru", retrieval="ngram"),
     "Phase 1, looking up": dict(phase="1", retrieval="ngram,knn"),
 }
