@@ -99,7 +99,8 @@ def test_teachers_have_their_share_of_the_targets(taught):
     """Draws follow the mean of their predictions; the run is another, and goes on exactly where it stopped."""
     settings, files = taught
     names = ", ".join(map(str, files))
-    config = ResidualConfig(**settings, label_smoothing=0.5, teachers=names, phase1_max_iterations=0)
+    changes = dict(label_smoothing=0.5, teachers=names, phase1_max_iterations=0)
+    config = ResidualConfig(**settings | changes)
     tokenizer = open_model(files[0])[1]
     teachers = open_teachers(config, tokenizer, "cpu")
     runtime = SimpleNamespace(autocast=contextlib.nullcontext, device=torch.device("cpu"))
