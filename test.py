@@ -8,7 +8,8 @@
 Each budget is a run like those of train.py, in the same checkpoint_dir: one that is complete reports at
 once, one that was cut off goes on. A ladder also says how time and memory grow with the tokens and where the
 network passes counting, and draws both in outputs/plots of checkpoint_dir. A bpe tokenizer is another one at
-each budget: beside each other are the figures of one, or bits per byte of several. The exit status is 0 when every criterion passes and 1 otherwise.
+each budget, so perplexities of one budget compare, and bits per byte of several. The exit status is 0 when
+every criterion passes and 1 otherwise.
 """
 
 import dataclasses

@@ -18,6 +18,7 @@ from newllm.errors import UserError
 from newllm.progress import silent
 from newllm.saving.files import Corrupt, load_sealed, save_sealed, usable_folder
 
+ENOUGH_TO_FIT = 320  # samples: a gate has few weights, and what is found for each place is held in memory
 FORMAT_VERSION = 1  # raise it when rendering, packing or the file's fields change: other files are not read
 
 
@@ -64,10 +65,16 @@ def load_data(settings, progress=silent):
     return data
 
 
+def cut_size(setting, share, samples):
+    """How many of so many training samples `tune_share` or `fit_share` takes; whole dialogues may be more."""
+    count = max(1, round(share * samples))
+    return min(count, ENOUGH_TO_FIT) if setting == "fit_share" else count
+
+
 def _cut(data, setting, share, name, note, mark):
     """Data whose last training samples, all those of the last dialogues, are the field `name` instead."""
     origins = torch.arange(len(data.train)) if data.origins is None else data.origins
-    count = max(1, round(share * len(data.train)))
+    count = cut_size(setting, share, len(data.train))
     cut = origins >= origins.sort().values[-count]
     if cut.all():
         raise UserError(f"{setting} leaves none of {len(data.train)} training samples: use more num_samples.")

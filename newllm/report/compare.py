@@ -301,8 +301,8 @@ def growth(summaries, key, unit):
 def crossing(summaries, key="val_ppl", other="val_ppl_kn"):
     """Training tokens from which on one perplexity stays below another, on straight lines between budgets.
 
-    The lines are of logarithms. The smallest budget, where it is below at all of them; None, where it is not at
-    the largest. A budget without both, or with one that is not finite, does not count.
+    The lines are of logarithms. The smallest budget, where it is below at all of them; None, where it is not
+    at the largest. A budget without both, or with one that is not finite, does not count.
     """
     points = []
     for summary in summaries:

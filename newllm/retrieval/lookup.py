@@ -126,7 +126,8 @@ class Store(nn.Module):
         """Take in the training text; returns self. Each key is put in its place, and held once.
 
         Args:
-            ids, following: [N] tokens of the places, and those after them. parts: keys [n, K] of some at a time.
+            ids, following: [N] tokens of the places, and those after them.
+            parts: keys [n, K], of some places at a time, in their order.
         """
         order = ids.argsort(stable=True)
         place = torch.empty_like(order)

@@ -99,6 +99,9 @@ def test_a_share_is_taken_from_dialogues_that_nothing_else_has(settings, write_j
     assert sum(map(len, parts)) == 60 and 12 <= len(data.val) <= 20 and 10 <= len(data.held_back) <= 18
     words = [set().union(*dialogues_in(data, rows)) for rows in parts]
     assert all(words) and not any(words[a] & words[b] for a, b in ((0, 1), (0, 2), (1, 2)))
+    monkeypatch.setattr(samples, "ENOUGH_TO_FIT", 2)
+    data = numbered(settings, write_jsonl, [9] * 30, num_samples=20, fit_share=0.5)
+    assert len(data.held_back) == 2 and len(data.train) == 18
     few = dict(num_samples=3, fit_share=0.2, val_samples=1)  # of one dialogue, which would be taken whole
     assert "fit_share leaves none of 3" in message_of(
         lambda _: numbered(settings, write_jsonl, [60, 20], **few), None
