@@ -260,6 +260,9 @@ def scale_ladder(summaries, path):
             panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             panel.yaxis.set_major_formatter("{x:g}")
             panel.yaxis.set_minor_formatter(NullFormatter())
+        low, high = cost.get_ylim()
+        cost.set_ylim(low, 6 * high)  # room for the legend, which would lie on the memory
+        cost.legend(loc="upper left", ncols=2)
         memory, peaks = cost.twinx(), [summary["peak_memory_mb"] for summary in summaries]
         memory.plot(tokens, peaks, **held)
         memory.set(ylabel="MB", ylim=(0, 2 * max(peaks)))
