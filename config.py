@@ -17,7 +17,7 @@ class ResidualConfig(Config):
     max_seq_length = 128  # predictions per sample
     val_samples = 160  # held-out samples from other dialogues; 20k tokens keep perplexity within about 2 %
     tune_share = 0.0  # share of the training samples to validate on, instead of held-out ones
-    fit_share = 0.0  # share of the training samples to fit retrieval on, instead of held-out ones
+    fit_share = 0.0  # share of the training samples (320 at most) to fit retrieval on, not held-out ones
     cache_dir = "cache"  # folder of tokenized data; may be a link to Google Drive
 
     # Model

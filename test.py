@@ -6,8 +6,10 @@
     python3 test.py --ladder 195,1953     # other numbers of samples
 
 Each budget is a run like those of train.py, in the same checkpoint_dir: one that is complete reports at
-once, one that was cut off goes on. A ladder also says how time and memory grow with the tokens, and draws it
-in outputs/plots of checkpoint_dir. The exit status is 0 when every criterion passes and 1 otherwise.
+once, one that was cut off goes on. A ladder also says how time and memory grow with the tokens and where the
+network passes counting, and draws both in outputs/plots of checkpoint_dir. A bpe tokenizer is another one at
+each budget, so perplexities of one budget compare, and bits per byte of several. The exit status is 0 when
+every criterion passes and 1 otherwise.
 """
 
 import dataclasses
@@ -74,6 +76,7 @@ LADDER_COLUMNS = (  # header, key of the summary, format
     ("seconds", "seconds", ".0f"),
     ("Phase 1 tok/s", "tok_per_s_phase1", ",.0f"),
     ("Phase 2 tok/s", "tok_per_s_phase2", ",.0f"),
+    ("retrieval s", "seconds_retrieval", ".0f"),
     ("peak MB", "peak_memory_mb", ",.0f"),
     ("ER train", "er_train", ".1%"),
     ("ER val", "er_val", ".1%"),
@@ -83,8 +86,10 @@ LADDER_COLUMNS = (  # header, key of the summary, format
     ("cold error", "cold_start_error_10", ".2g"),
     ("horizon", "memory_horizon", ""),
     ("val ppl", "val_ppl", ".1f"),
+    ("counting", "val_ppl_kn", ".1f"),
     ("with retrieval", "val_ppl_retrieval", ".1f"),
     ("counting with retrieval", COUNTING, ".1f"),
+    ("bits per byte", "val_bpb_retrieval", ".3f"),
     ("untrained", "val_ppl_untrained_context", ".1f"),
     ("bigram", "val_ppl_bigram", ".1f"),
 )

@@ -85,9 +85,9 @@ class Made:
         def parts():
             for few in self.ids.split(32):
                 places = {name: torch.randn(len(few), few.shape[1] - 1, n) for name, n in widths.items()}
-                yield few[:, :-1].flatten(), keys(few[:, :-1], **places).flatten(0, 1), few[:, 1:].flatten()
+                yield keys(few[:, :-1], **places).flatten(0, 1)
 
-        made.store.fill(parts())
+        made.store.fill(self.ids[:, :-1].flatten(), self.ids[:, 1:].flatten(), parts())
         torch.nn.init.normal_(made.gate.weight, generator=draw)
         return made
 

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from config import ResidualConfig
 from newllm.config import EARLIER, Range, expanded
 from newllm.data.dialogues import open_corpus
-from newllm.data.samples import pack
+from newllm.data.packing import pack
 from newllm.errors import UserError, exit_on_user_error
 from newllm.evaluate import (
     evaluate_prediction,
@@ -58,7 +58,7 @@ def evaluate(path, *others, data_source="", samples=0, retrieval="model"):
     own = config["data_source"], config["data_split"], config["data_column"]
     corpus = open_corpus(data_source) if data_source else open_corpus(*own)
     count = samples or config["val_samples"]
-    ids, _ = pack(corpus.held_out(), tokenizer, count, config["max_seq_length"])
+    ids, *_ = pack(corpus.held_out(), tokenizer, count, config["max_seq_length"])
     if len(ids) < count:
         raise UserError(f"{corpus.name} gives {len(ids)} samples, not {count}: ask for fewer by --samples.")
     parameters = [parameter for model in models for parameter in model.parameters()]

@@ -155,7 +155,7 @@ def test_budgets_are_made_and_their_growth_is_printed_and_drawn(tiny_settings, m
     assert "time = 10.0 s + 10 s per 1,000 tokens, R^2 1.0000" in out
     (row,) = (line.split("|") for line in out.splitlines() if line.startswith("9,600"))
     row = [cell.strip() for cell in row]
-    assert row[:5] == ["9,600", "106", "6,543", "", "692"] and row[9] == "never" and row[-1] == "PASS"
+    assert row[:6] == ["9,600", "106", "6,543", "", "", "692"] and row[10] == "never" and row[-1] == "PASS"
     (plot,) = Path(config.checkpoint_dir, "outputs", "plots").glob("scale_ladder_*.png")
     assert plot.stat().st_size > 10_000
 

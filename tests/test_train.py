@@ -23,7 +23,7 @@ KEYS = {
 }  # fmt: skip
 TIMES = {
     "run_id", "date", "seconds", "tok_per_s_phase1", "tok_per_s_phase2", "peak_memory_mb",
-    "peak_memory_mb_predicted", "seconds_phase1", "seconds_phase2", "seconds_training",
+    "peak_memory_mb_predicted", "seconds_phase1", "seconds_phase2", "seconds_training", "seconds_retrieval",
     "saving_share", "saving_share_background",
 }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Dialogues to packed samples of ids: packing, disjoint splits, the cache file."""
+"""Dialogues to samples: disjoint splits, the cache file."""
 
 import contextlib
 import dataclasses
@@ -12,15 +12,14 @@ from itertools import chain, islice
 import torch
 
 from newllm.data.dialogues import available, find_corpus
+from newllm.data.packing import later_pieces, pack, text_digest
 from newllm.data.tokens import GPT2_FILES, Tokenizer, choose_tokenizer, tokenizer_choice, train_bpe
 from newllm.errors import UserError
 from newllm.progress import silent
 from newllm.saving.files import Corrupt, load_sealed, save_sealed, usable_folder
-from newllm.saving.stop import poll
 
+ENOUGH_TO_FIT = 320  # samples: a gate has few weights, and what is found for each place is held in memory
 FORMAT_VERSION = 1  # raise it when rendering, packing or the file's fields change: other files are not read
-BATCH = 32  # dialogues encoded in one call, at most
-MARGIN = 64  # ids before the end of a cut text that the cut may have changed: more than a word has
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,6 +34,9 @@ class TokenData:
     notes: list[str]  # lines to print: what is used and why
     fingerprint: str  # SHA-256 over ids and tokenizer: the identity of the data, for checkpoints
     held_back: torch.Tensor | None = None  # int32 [n, L+1]: of the training samples, to fit retrieval on
+    origins: torch.Tensor | None = (
+        None  # int64 [num_samples]: equal where samples share dialogues; None: none do
+    )
 
     @property
     def vocab_size(self):
@@ -63,15 +65,25 @@ def load_data(settings, progress=silent):
     return data
 
 
+def cut_size(setting, share, samples):
+    """How many of so many training samples `tune_share` or `fit_share` takes; whole dialogues may be more."""
+    count = max(1, round(share * samples))
+    return min(count, ENOUGH_TO_FIT) if setting == "fit_share" else count
+
+
 def _cut(data, setting, share, name, note, mark):
-    """Data whose last training samples are the field `name` instead."""
-    count = max(1, round(share * len(data.train)))
-    if count >= len(data.train):
+    """Data whose last training samples, all those of the last dialogues, are the field `name` instead."""
+    origins = torch.arange(len(data.train)) if data.origins is None else data.origins
+    count = cut_size(setting, share, len(data.train))
+    cut = origins >= origins.sort().values[-count]
+    if cut.all():
         raise UserError(f"{setting} leaves none of {len(data.train)} training samples: use more num_samples.")
+    count = cut.sum().item()
     return dataclasses.replace(
         data,
-        train=data.train[:-count],
-        **{name: data.train[-count:]},
+        train=data.train[~cut],
+        origins=origins[~cut],
+        **{name: data.train[cut]},
         notes=[*data.notes, note.format(count)],
         fingerprint=hashlib.sha256(f"{data.fingerprint} {mark}{count}".encode()).hexdigest(),
     )
@@ -122,66 +134,14 @@ def _load_samples(settings, progress):
         note += ", trained on the training dialogues" + (f" ({reason})" if reason else "")
     return TokenData(
         **{name: payload[name] for name in ("train", "val", "source", "fingerprint")},
+        origins=payload.get("origins"),
         tokenizer=tokenizer,
         token_bytes=tokenizer.token_bytes(),
         notes=[corpus.note, note, *payload["remarks"], *notes],
     )
 
 
-# Packing
-
-
-def pack(dialogues, tokenizer, count, length, advance=lambda tokens: None):
-    """Fill samples with dialogues: behind a short one come the end of text and the next one, never padding.
-
-    Each sample starts with a dialogue of its own; what does not fit of a sample's last dialogue is left out.
-
-    Args:
-        dialogues: iterator of texts. No more are taken than the samples need.
-        count: samples wanted; fewer come back when the dialogues run out.
-        length: predictions per sample, L. advance: called with the tokens made, now and then.
-
-    Returns:
-        (int32 [n, L+1] ids, digests of all texts taken).
-    """
-    samples, taken, sample = [], [], []
-    while len(samples) < count:
-        poll()
-        # Every sample still missing takes one dialogue at least, so this many are never too many.
-        batch = list(islice(dialogues, min(BATCH, count - len(samples))))
-        if not batch:
-            break
-        taken += map(_text_digest, batch)
-        before = len(samples)
-        for ids in _starts(tokenizer, batch, length + 1):
-            sample += ids[: length + 1 - len(sample)]
-            if len(sample) < length + 1:
-                sample.append(tokenizer.eos_id)
-            if len(sample) == length + 1:
-                samples.append(torch.tensor(sample, dtype=torch.int32))
-                sample = []
-        advance((len(samples) - before) * length)
-    return torch.stack(samples) if samples else torch.empty(0, length + 1, dtype=torch.int32), taken
-
-
-def _starts(tokenizer, texts, count):
-    """The first `count` ids of each text, of a short one all: lists of int.
-
-    Of a long text no more is encoded than that takes. A cut changes only the ids just before it, thrown away.
-    """
-    size = 8 * (count + MARGIN)  # characters in which so many ids are nearly always found
-    starts = tokenizer.encode_batch([text[:size] for text in texts])
-    for number, text in enumerate(texts):
-        reach = size
-        while len(starts[number]) < count + MARGIN and reach < len(text):
-            poll()
-            reach *= 2
-            (starts[number],) = tokenizer.encode_batch([text[:reach]])
-    return [ids[:count] for ids in starts]
-
-
-def _text_digest(text):
-    return hashlib.sha256(text.encode()).digest()
+# Building
 
 
 def _build(corpus, tokenizer, settings, progress):
@@ -195,43 +155,77 @@ def _build(corpus, tokenizer, settings, progress):
     if trained:
         head = list(islice(stream, wanted))
     while True:
-        lesson = [text for text in head if _text_digest(text) not in held]
+        lesson = [text for text in head if text_digest(text) not in held]
         if trained:
             tokenizer = train_bpe(lesson, settings.vocab_size, progress)
-        val, taken = pack(corpus.held_out(), tokenizer, settings.val_samples, length)
-        if set(taken).isdisjoint(map(_text_digest, lesson)):
+        val, taken, _ = pack(corpus.held_out(), tokenizer, settings.val_samples, length)
+        if set(taken).isdisjoint(map(text_digest, lesson)):
             break
         held.update(taken)
-    held, skipped = set(taken), 0
-
-    def training_dialogues():
-        nonlocal skipped
-        for text in chain(head, stream):
-            if _text_digest(text) in held:
-                skipped += 1
-            else:
-                yield text
-
     with progress("data", wanted * length) as bar:
-        train, train_taken = pack(training_dialogues(), tokenizer, wanted, length, bar.update)
+        unread = chain(head, stream)
+        train, origins, remarks = _training(corpus, unread, set(taken), tokenizer, wanted, length, bar.update)
     if len(train) < wanted or len(val) < settings.val_samples:
         raise UserError(
             f"{wanted:,} training + {settings.val_samples:,} validation samples of {length} tokens are more "
             f"than {corpus.name} gives ({len(train):,} + {len(val):,}): lower num_samples or val_samples."
         )
-    assert held.isdisjoint(train_taken)
-    remarks = corpus.remarks()
-    if skipped:
-        remarks.append(f"data: {skipped:,} training dialogues with the text of a held-out one left out")
-    return {
+    payload = {
         "source": corpus.name,
-        "remarks": remarks,
+        "remarks": corpus.remarks() + remarks,
         "fingerprint": _fingerprint(train, val, tokenizer.to_json()),
         "tokenizer_name": tokenizer.name,
         "tokenizer_json": tokenizer.to_json(),
         "train": train,
         "val": val,
     }
+    return payload if origins is None else payload | {"origins": origins}
+
+
+def _training(corpus, texts, held, tokenizer, wanted, length, advance):
+    """(Training samples, their origins as in TokenData, remarks).
+
+    Each sample is the beginning of a dialogue of its own as long as there are dialogues, then a later piece.
+
+    Args:
+        texts: iterator of the corpus's, of which those held out, whose digests are `held`, are left out.
+        advance: as in `pack`.
+    """
+    copies, remarks = [], []
+    train, taken, starts = pack(_apart(texts, held, copies), tokenizer, wanted, length, advance)
+    assert held.isdisjoint(taken)
+    origins, missing = None, wanted - len(train)
+    if missing:
+        numbers, pieces = [], list(train)
+        for number, ids in later_pieces(lambda: _apart(corpus.train(), held, []), tokenizer, length):
+            numbers.append(number)
+            pieces.append(ids)
+            advance(length)
+            if len(numbers) == missing:
+                break
+        if numbers:
+            remarks.append(
+                f"data: {len(numbers):,} of {wanted:,} training samples are later pieces of dialogues, as "
+                f"{corpus.name} gives only {len(train):,} that begin with one"
+            )
+            begun_in = torch.searchsorted(torch.tensor(starts), torch.tensor(numbers), right=True) - 1
+            origins = torch.cat([torch.arange(len(train)), begun_in])
+            train = torch.stack(pieces)
+        if corpus.one_list:  # read to its end, where those held out lie themselves
+            copies = copies[len(set(copies)) :]
+    if copies:
+        remarks.append(f"data: {len(copies):,} training dialogues with the text of a held-out one left out")
+    return train, origins, remarks
+
+
+def _apart(texts, held, copies):
+    """Texts whose digests are not held out; those of the others go into `copies`."""
+    for text in texts:
+        digest = text_digest(text)
+        if digest in held:
+            copies.append(digest)
+        else:
+            yield text
 
 
 def _fingerprint(train, val, tokenizer_json):

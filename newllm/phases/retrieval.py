@@ -79,15 +79,15 @@ def build(retrieval, train, read):
         retrieval.ngram.to(device)
     _fit_keys(retrieval.keys, train, read)
 
-    def parts():
+    def keys():
         for part in _slices(len(train)):
             poll()
-            ids = train[part].to(device).long()
-            keys = retrieval.keys(ids[:, :-1], **read(part))
-            yield ids[:, :-1].flatten(), keys.flatten(0, 1), ids[:, 1:].flatten()
+            made = retrieval.keys(train[part, :-1].to(device).long(), **read(part))
+            yield made.flatten(0, 1)
 
     if "knn" in retrieval.experts:
-        retrieval.store.fill(parts())
+        ids, following = (each.flatten().to(device).long() for each in (train[:, :-1], train[:, 1:]))
+        retrieval.store.fill(ids, following, keys())
     return retrieval
 
 

@@ -188,9 +188,34 @@ def growth(summaries, key, unit):
     return intercept, slope, line
 
 
+def crossing(summaries, key="val_ppl", other="val_ppl_kn"):
+    """Training tokens from which on one perplexity stays below another, on straight lines between budgets.
+
+    The lines are of logarithms. The smallest budget, where it is below at all of them; None, where it is not
+    at the largest. A budget without both, or with one that is not finite, does not count.
+    """
+    points = []
+    for summary in summaries:
+        ours, theirs = summary.get(key), summary.get(other)
+        if ours and theirs and math.isfinite(ours * theirs):
+            points.append((math.log(summary["train_tokens"]), math.log(ours / theirs)))
+    above = [place for place, (_, gap) in enumerate(points) if gap >= 0]
+    if not points or (above and above[-1] == len(points) - 1):
+        return None
+    if not above:
+        return math.exp(points[0][0])
+    (before, too_much), (after, too_little) = points[above[-1] : above[-1] + 2]
+    return math.exp(before + (after - before) * too_much / (too_much - too_little))
+
+
 def scale_lines(summaries):
-    """How time and memory grow over budgets, as lines."""
-    return [
+    """How time and memory grow over budgets, and where the network passes counting, as lines."""
+    lines = [
         f"time = {growth(summaries, 'seconds', 's')[2]}",
         f"peak memory = {growth(summaries, 'peak_memory_mb', 'MB')[2]}",
     ]
+    if all(summary.get(key) for summary in summaries for key in ("val_ppl", "val_ppl_kn")):
+        crossed = crossing(summaries)
+        where = f"from about {crossed:,.0f} tokens on" if crossed else "at none of the larger budgets"
+        lines.append(f"the network alone is below counting (Kneser-Ney) {where}")
+    return lines

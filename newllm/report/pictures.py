@@ -8,7 +8,7 @@ import contextlib
 import itertools
 import math
 
-from newllm.report.compare import COUNTING, growth
+from newllm.report.compare import COUNTING, crossing
 from newllm.report.record import as_curve
 
 DPI = 150
@@ -243,43 +243,52 @@ def perplexities(comparison, path):
 
 
 def scale_ladder(summaries, path):
-    """Time, memory, rank and perplexity against training tokens, of two or more budgets, ascending."""
-    from matplotlib.ticker import EngFormatter
+    """Perplexities, and the cost of a token, against training tokens, of two or more budgets, ascending."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     tokens = [summary["train_tokens"] for summary in summaries]
     short = EngFormatter(sep="")  # 10k, 1M
-    with figure(path, 2, 2) as ((time, memory), (rank, perplexity)):
-        for panel, title, key, unit in (
-            (time, "Time of a whole run (s)", "seconds", "s"),
-            (memory, "Peak memory (MB)", "peak_memory_mb", "MB"),
-        ):
-            intercept, slope, words = growth(summaries, key, unit)
-            fit = [intercept + slope * count / 1000 for count in tokens]
-            measured = [summary[key] for summary in summaries]
-            points = (tokens, measured, None, TRAINED | {"linestyle": "none"})
-            draw(panel, title, "training tokens", "", [(tokens, fit, words, REFERENCE), points])
-            panel.set_ylim(0, 1.1 * max(measured))
-            panel.xaxis.set_major_formatter(short)
-        for panel, title, ylabel, scale, figures in (
-            (rank, "Effective rank of the contexts", "% of the width", 100, (
-                ("er_train", "training tokens", TRAINING_DATA),
-                ("er_val", "validation tokens", TRAINED),
-                ("er_val_untrained", "validation, untrained network", UNTRAINED),
-                ("er_ceiling", "ceiling (Gaussian noise)", REFERENCE),
-            )),
-            (perplexity, "Language model", "validation perplexity", 1, (
-                ("val_ppl", "trained", TRAINED),
-                ("val_ppl_retrieval", "trained, with retrieval", TRAINED | {"linestyle": ":"}),
-                ("val_ppl_retrieval_counting", "retrieval alone", COUNTED | {"linestyle": ":"}),
-                ("val_ppl_untrained_context", "untrained contexts", UNTRAINED),
-                ("val_ppl_bigram", "bigram counts", COUNTED),
-            )),
-        ):  # fmt: skip
-            lines = []
-            for key, label, style in figures:
-                if all(summary.get(key) is not None for summary in summaries):  # a baseline has no contexts
-                    lines.append((tokens, [scale * summary[key] for summary in summaries], label, style))
-            draw(panel, title, "training tokens", ylabel, lines, "x", short)
+
+    def lines_of(figures):
+        """Of figures that every budget has: a baseline has no Phase 1."""
+        found = []
+        for value_of, label, style in figures:
+            with contextlib.suppress(KeyError, ZeroDivisionError):
+                found.append((tokens, [value_of(summary) for summary in summaries], label, style))
+        return found
+
+    with figure(path, 1, 2) as ((perplexity, cost),):
+        lines = lines_of((
+            (lambda s: s["val_ppl"], "the network alone", TRAINING_DATA),
+            (lambda s: s["val_ppl_kn"], "counting (Kneser-Ney)", UNTRAINED),
+            (lambda s: s["val_ppl_retrieval_counting"], "counting with retrieval", COUNTED),
+            (lambda s: s["val_ppl_retrieval"], "the network with retrieval", TRAINED),
+        ))  # fmt: skip
+        crossed = crossing(summaries)
+        if crossed and crossed > tokens[0] * 1.001:
+            perplexity.axvline(crossed, label=f"crossing near {short(float(f'{crossed:.2g}'))}", **REFERENCE)
+        draw(perplexity, "What it predicts", "training tokens", "held-out perplexity", lines, "xy", short)
+        lines = lines_of((
+            (lambda s: 1e3 * s["seconds"] / s["train_tokens"], "a whole run", TRAINED),
+            (lambda s: 1e3 * s["seconds_retrieval"] / s["train_tokens"], "of it, retrieval", TRAINING_DATA),
+            (lambda s: 1e3 / s["tok_per_s_phase1"], "a pass of Phase 1", UNTRAINED),
+            (lambda s: 1e3 / s["tok_per_s_phase2"], "a pass of Phase 2", COUNTED),
+        ))  # fmt: skip
+        held = REFERENCE | {"marker": "v"}
+        lines.append(([], [], "peak memory (right)", held))
+        draw(cost, "What it costs", "training tokens", "milliseconds a token", lines, "xy", short)
+        for panel in (perplexity, cost):
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter(NullFormatter())
+        low, high = cost.get_ylim()
+        cost.set_ylim(low, 6 * high)  # room for the legend, which would lie on the memory
+        cost.legend(loc="upper left", ncols=2)
+        memory, peaks = cost.twinx(), [summary["peak_memory_mb"] for summary in summaries]
+        memory.plot(tokens, peaks, **held)
+        memory.set(ylabel="MB", ylim=(0, 2 * max(peaks)))
+        memory.spines.right.set_visible(True)
+        memory.grid(False)
 
 
 def predictability(rows, path):

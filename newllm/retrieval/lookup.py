@@ -122,17 +122,24 @@ class Store(nn.Module):
         self.register_buffer("following", torch.zeros(size, dtype=torch.int32))
         self.register_buffer("starts", torch.zeros(vocab_size + 1, dtype=torch.int64))
 
-    def fill(self, parts):
-        """Take in the training text; returns self.
+    def fill(self, ids, following, parts):
+        """Take in the training text; returns self. Each key is put in its place, and held once.
 
         Args:
-            parts: of the samples, each (ids [n], keys [n, K], ids that follow [n]).
+            ids, following: [N] tokens of the places, and those after them.
+            parts: keys [n, K], of some places at a time, in their order.
         """
-        ids, keys, following = map(torch.cat, zip(*((i, rounded(k), f) for i, k, f in parts), strict=True))
         order = ids.argsort(stable=True)
-        self.rounded, self.following = keys[order], following[order].int()
+        place = torch.empty_like(order)
+        place[order] = torch.arange(len(order), device=order.device)
+        self.following = following[order].int()
         counts = torch.bincount(ids, minlength=len(self.starts) - 1)
         self.starts = functional.pad(counts.cumsum(0), (1, 0))
+        self.rounded = self.rounded.new_empty(len(order), self.rounded.shape[1])
+        done = 0
+        for keys in parts:
+            self.rounded[place[done : done + len(keys)]] = rounded(keys)
+            done += len(keys)
         return self
 
     def nearest(self, ids, keys, count):

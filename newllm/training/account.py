@@ -186,6 +186,8 @@ def report(config, runtime, data, model, checkpointer, log, predicted_peak_mb):
         "saving_share": waited,
         "saving_share_background": written,
     }
+    if config.looks_up:
+        summary["seconds_retrieval"] = checkpointer.times["parts"].get("retrieval", 0.0)
     if runtime.compile:
         summary |= compile_cost()
     log.log("curves", **curves(results))

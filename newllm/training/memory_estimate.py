@@ -32,6 +32,7 @@ HEAD, LOSS, SHARES = 4.3, 8.0, 3.0  # kept of a layer of the head, of Phase 1's 
 TARGET = 200  # bytes of a place whose targets are drawn: the draws, and the counts they come from
 NEIGHBOURS = 256  # that a place finds in the training text
 FOUND, FITTED = 10, 36  # bytes of a place that another is compared with: as it is found, and while fitting
+PLACED = 40  # bytes of a place of the training text while its key is put among the others
 HALF = 0.7  # of what is kept, where products are made in half precision
 SCATTERED_MB = 70.0  # of the saving thread, and of freed memory between what is in use
 
@@ -103,7 +104,7 @@ def looking_up(config, vocab_size, samples, floats):
     compared = NEIGHBOURS * ("knn" in config.looks_up) + T * ("cache" in config.looks_up)
     evidence = validated * T * compared
     logits = 16 * T * min(SEQUENCES_AT_A_TIME // 16, validated) * vocab_size
-    storing = 3 * built, 4 * read, 0  # its parts are still there when they are put in order
+    storing = built + PLACED * samples * T, 4 * read, 0
     return max(storing, (built, FOUND * evidence, logits), (built, FITTED * evidence, 0), key=sum)
 
 

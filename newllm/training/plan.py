@@ -1,6 +1,7 @@
 """What a run will do, stage by stage, and which of its settings change nothing beside the others."""
 
 from newllm.data.order import batch_count
+from newllm.data.samples import cut_size
 from newllm.models.baselines import BASELINES, Baseline
 from newllm.models.pretrained import adapter_rank
 
@@ -79,8 +80,9 @@ def _count(parameters):
 def training_samples(config):
     """Samples that training passes over: those that `tune_share` and `fit_share` take are not among them."""
     samples = config.num_samples
-    for share in (config.tune_share, config.fit_share):
-        samples -= max(1, round(share * samples)) if share else 0
+    for setting in ("tune_share", "fit_share"):
+        share = getattr(config, setting)
+        samples -= cut_size(setting, share, samples) if share else 0
     return max(1, samples)
 
 

@@ -11,7 +11,8 @@ from helpers import write_evil
 
 from newllm.data import samples, tokens
 from newllm.data.dialogues import ULTRACHAT_IDENTITY, ULTRACHAT_NOTE, open_corpus
-from newllm.data.samples import load_data, pack
+from newllm.data.packing import pack
+from newllm.data.samples import load_data
 from newllm.saving.files import save_sealed
 
 TENSORS = ("train", "val", "token_bytes")
@@ -39,8 +40,9 @@ class Letters:
 )
 def test_packing_by_hand(texts, count, length, samples, taken):
     """The first L+1 ids; behind a short dialogue the end and the next one, cut off; never padding."""
-    ids, digests = pack(iter(texts), Letters(), count, length)
+    ids, digests, starts = pack(iter(texts), Letters(), count, length)
     assert (ids.tolist(), len(digests)) == (samples, taken)
+    assert [texts[start][0] for start in starts] == [chr(96 + first) for first, *_ in samples]
 
 
 def test_of_a_long_dialogue_no_more_is_encoded_than_its_sample_needs():
@@ -54,7 +56,7 @@ def test_of_a_long_dialogue_no_more_is_encoded_than_its_sample_needs():
             return [[1] * (len(text) // 100) for text in texts]  # as of a repeated letter
 
     counting = Counting()
-    ids, _ = pack(iter(["a" * 10_000_000]), counting, 1, 20)
+    ids, *_ = pack(iter(["a" * 10_000_000]), counting, 1, 20)
     assert ids.tolist() == [[1] * 21] and counting.read < 40_000
 
 
@@ -69,7 +71,7 @@ def test_the_beginning_of_a_text_has_the_ids_that_the_whole_text_has(kind):
     tokenizer = tokens.load_gpt2() if kind == "gpt2" else tokens.train_bpe(texts[:20], 600)
     whole = tokenizer.encode_batch(texts)
     for length in (1, 30):
-        ids, _ = pack(iter(texts), tokenizer, len(texts), length)
+        ids, *_ = pack(iter(texts), tokenizer, len(texts), length)
         assert ids.tolist() == [of_text[: length + 1] for of_text in whole]
 
 

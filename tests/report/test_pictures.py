@@ -1,5 +1,6 @@
 """Pictures hold what they are given; the fit beside them is the line that the points lie on."""
 
+import math
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from newllm.report import pictures
-from newllm.report.compare import growth, scale_lines
+from newllm.report.compare import crossing, growth, scale_lines
 from newllm.report.pictures import (
     COUNTED,
     REFERENCE,
@@ -29,8 +30,9 @@ def ladder(*thousands):
     return [
         dict(
             train_tokens=1000 * k, seconds=20 + 8 * k, peak_memory_mb=900 + 2 * k, er_train=0.9, er_val=0.85,
-            er_val_untrained=0.75, er_ceiling=0.96, val_ppl=400 - k, val_ppl_untrained_context=450 - k,
-            val_ppl_bigram=380 - k,
+            val_ppl=4000 / k, val_ppl_kn=1200 / k**0.5, val_ppl_retrieval=300 / k**0.5,
+            val_ppl_retrieval_counting=600 / k**0.5, tok_per_s_phase1=900.0, tok_per_s_phase2=200.0,
+            seconds_retrieval=2.0 * k,
         )
         for k in thousands
     ]  # fmt: skip
@@ -55,7 +57,27 @@ def test_a_fit_recovers_the_line_and_says_how_much_it_explains():
     assert scale_lines(ladder(10, 30, 100)) == [
         "time = 20.0 s + 8 s per 1,000 tokens, R^2 1.0000",
         "peak memory = 900.0 MB + 2 MB per 1,000 tokens, R^2 1.0000",
+        "the network alone is below counting (Kneser-Ney) from about 11,111 tokens on",
     ]
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, tokens",
+    [
+        ((400, 100), (200, 200), 2000),  # half-way, on logarithmic axes
+        ((100, 400, 100), (200, 200, 200), 8000),  # below, above, and below for good
+        ((100, 100), (200, 200), 1000),
+        ((100, 300), (200, 200), None),
+        ((400, math.inf, 100), (200, 200, 200), 4000),
+        ((None, None), (200, 200), None),
+    ],
+)
+def test_two_curves_cross_where_one_stays_below_the_other(ours, theirs, tokens):
+    """At budgets of 1, 4 and 16 thousand; never, from the first on, and with a figure that is none."""
+    pairs = zip((1000, 4000, 16000), ours, theirs, strict=False)
+    summaries = [dict(train_tokens=size, val_ppl=a, val_ppl_kn=b) for size, a, b in pairs]
+    found = crossing(summaries)
+    assert found is tokens is None or found == pytest.approx(tokens)
 
 
 @pytest.mark.parametrize("thousands", [(6.4, 10, 25, 50, 100), (50, 100), (6.4, 1000)], ids=str)
@@ -65,9 +87,13 @@ def test_the_picture_of_a_ladder_has_every_line(tmp_path, thousands):
     summaries = ladder(*thousands)
     if len(summaries) > 2:
         summaries[1]["val_ppl"] = float("inf")
-        summaries[2]["val_ppl_bigram"] = float("nan")
+        summaries[2]["val_ppl_kn"] = float("nan")
     scale_ladder(summaries, path)
-    assert all(map(drawn(path, 2, 2), (TRAINED, TRAINING_DATA, UNTRAINED, COUNTED)))
+    assert all(map(drawn(path, 1, 2), (TRAINED, TRAINING_DATA, UNTRAINED, COUNTED, REFERENCE)))
+    for summary in summaries:  # as of a baseline that looks nothing up
+        del summary["seconds_retrieval"], summary["val_ppl_retrieval"]
+        summary["tok_per_s_phase1"] = 0.0  # no Phase 1 has no speed
+    scale_ladder(summaries, path)
     assert dict(matplotlib.rcParams) == before  # a notebook's own figures look as before
 
 

@@ -27,7 +27,7 @@ def retrieval_of(experts=EXPERTS, parts=("hidden", "tokens"), network=True, wind
     retrieval = Retrieval(experts, keys, VOCAB, network, window, neighbours=8)
     retrieval.ngram.fit(ids.numpy())
     made = keys(ids[:, :-1], hidden=hidden)
-    retrieval.store.fill([(ids[:, :-1].flatten(), made.flatten(0, 1), ids[:, 1:].flatten())])
+    retrieval.store.fill(ids[:, :-1].flatten(), ids[:, 1:].flatten(), made)
     torch.nn.init.normal_(retrieval.gate.weight, generator=torch.Generator().manual_seed(2))
     return retrieval
 
@@ -130,7 +130,7 @@ def test_the_store_knows_its_keys_to_8_bits():
     """A place that asks with the key it has in the store finds itself, as alike as a rounded key can be."""
     retrieval, ids = retrieval_of(), texts()
     keys = retrieval.keys(ids, hidden=made_of(ids)[0])
-    retrieval.store.fill([(ids.flatten(), keys.flatten(0, 1), torch.arange(ids.numel()))])
+    retrieval.store.fill(ids.flatten(), torch.arange(ids.numel()), [keys.flatten(0, 1)])
     finds = retrieval.store.nearest(ids, keys, 1)
     exact = (keys[..., None, :] @ keys.flatten(0, 1)[finds.following[..., 0].long()][..., None])[..., 0, 0]
     assert (exact > 0.999).all() and (finds.cosine[..., 0] - exact).abs().max() < 0.01
