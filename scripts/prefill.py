@@ -136,18 +136,25 @@ class Stream:
         stages = [(runtime.precision, runtime.storage_dtype, runtime.autocast, max(tolerance, rounding))]
         if tolerance < rounding:
             stages.append(("fp32", torch.float32, contextlib.nullcontext, tolerance))
+        before = 0, 0  # sweeps and evaluations of the first stage: they belong to what the piece costs
+
+        def give_up_here(sweeps, evaluations, change):
+            return give_up(before[0] + sweeps, before[1] + evaluations, change)
+
         for precision, dtype, autocast, enough in stages:
             tokens = self.embeddings[:, first:last].to(dtype)
             with autocast():
                 contexts, _, stats = prefill(
                     self.step.contexts, tokens, self.width, enough, last - first, last - first,
-                    start_BC, contexts, give_up,
+                    start_BC, contexts, give_up_here,
                 )  # fmt: skip
+            sweeps, evaluations = stats.sweeps[0], stats.passes * (last - first)
             done = work.setdefault(precision, {"passes": 0, "sweeps": 0})
-            done["passes"] += stats.passes * (last - first)
-            done["sweeps"] = max(done["sweeps"], *stats.sweeps)
+            done["passes"] += evaluations
+            done["sweeps"] = max(done["sweeps"], sweeps)
             if not all(stats.converged):
                 return contexts.float(), False
+            before = sweeps, evaluations
         return contexts.float(), True
 
     def state(self, contexts):
