@@ -225,7 +225,7 @@ def bowl(monkeypatch):
 
 
 def test_the_walk_over_the_grid_ends_where_no_neighbour_is_better(small, tmp_path, bowl, capsys):
-    """It finds the bottom without the far side, goes on where it was cut; an ablation has its arm's choice."""
+    """The bottom without the far side, going on where it was cut; an ablation has its arm's choice."""
     path = tmp_path / "results" / "tuning.jsonl"
     compare.main(small, arguments(tmp_path, "--arms", "gru,phase1_w1", "--tune"))
     best = compare.tried(read_results(path))[12, "gru"]
