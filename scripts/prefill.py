@@ -28,6 +28,7 @@ from newllm.fixed_point.diagnostics import cold_start
 from newllm.fixed_point.solver import prefill
 from newllm.flags import parse_args
 from newllm.generate import after, predict
+from newllm.memory import is_out_of_memory
 from newllm.models.baselines import build_model
 from newllm.models.pretrained import load_embedding
 from newllm.progress import Progress
@@ -36,7 +37,7 @@ from newllm.report.pictures import prefill_speed
 from newllm.report.record import new_run_id
 from newllm.saving.trained import load_trained, stored_retrieval
 from newllm.training.runtime import describe_device, open_runtime, peak_memory_mb
-from newllm.training.step_function import StepFunction
+from newllm.training.step_function import StepFunction, reason_of
 
 PIECE, MAX_SWEEPS = 4096, 64  # tokens swept at once, and sweeps of these at most
 LOOP_PIECE = 256  # tokens of the loop between two looks at the clock
@@ -203,7 +204,14 @@ def report(config, options, say):
 
     def add(weights, retrieval=None):
         stream = Stream(model, ids.to(runtime.device), runtime, retrieval)
-        more, curves[weights] = measure(stream, weights, options.lengths, options.tolerance)
+        asked = weights, options.lengths, options.tolerance
+        try:
+            more, curves[weights] = measure(stream, *asked)
+        except Exception as error:
+            if not stream.step.compiled or isinstance(error, UserError) or is_out_of_memory(error):
+                raise
+            say(stream.step.survive(f"the {weights} network", reason_of(error)))
+            more, curves[weights] = measure(stream, *asked)
         rows.extend(more)
 
     if not options.trained:

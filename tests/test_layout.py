@@ -47,7 +47,7 @@ MAY_IMPORT = {
     },
     "newllm.transformers_export": {
         "newllm.transformers_model", "newllm.saving", "newllm.training", "newllm.report", "newllm.errors",
-        "newllm.versions",
+        "newllm.retrieval", "newllm.versions",
     },
     "newllm.report": {"newllm.report", "newllm.saving.files", "newllm.errors"},
     "newllm.saving": {
