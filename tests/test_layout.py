@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "newllm.clock": set(),
     "newllm.seeding": set(),
     "newllm.versions": set(),
-    "newllm.errors": {"newllm.saving.stop"},
+    "newllm.errors": {"newllm.saving.stop", "newllm.memory"},
     "newllm.apart": {"newllm.saving.stop", "newllm.errors"},
     "newllm.saving.files": {"newllm.errors"},
     "newllm.config": {"newllm.errors"},

@@ -207,7 +207,8 @@ def open_saved(path):
     try:
         content = load_sealed(path)
     except (Corrupt, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give a checkpoint, or their folder.") from error
+        reason = error.strerror or error
+        raise UserError(f"{path} cannot be read ({reason}): give a checkpoint, or their folder.") from error
     require_format(content, path)
     return path.parent, content
 
