@@ -46,8 +46,8 @@ sys.excepthook = _say_user_error
 def exit_on_user_error():
     """Frame of every command: it prints on any terminal, and ends in one line and a status, not a traceback.
 
-    A UserError is status 2, an orderly stop EXIT_STATUS, output that nobody reads BROKEN_PIPE. Other errors
-    are faults of the program and keep their traceback.
+    A UserError or a lack of memory is status 2, an orderly stop EXIT_STATUS, output that nobody reads
+    BROKEN_PIPE. Other errors are faults of the program and keep their traceback.
     """
     open_streams()
     try:
@@ -55,6 +55,13 @@ def exit_on_user_error():
             yield
         except (UserError, Stopped, KeyboardInterrupt) as error:
             _end(error)
+        except (RuntimeError, MemoryError) as error:
+            from newllm.memory import is_out_of_memory  # here: what fails so has loaded torch already
+
+            if not is_out_of_memory(error):
+                raise
+            reason = next(filter(None, str(error).splitlines()), "no reason given")
+            _end(UserError(f"memory ran out ({reason}): give smaller sizes, or take a larger machine."))
         finally:
             sys.stdout.flush()  # here, as the end of Python only prints that it failed
     except OSError as error:

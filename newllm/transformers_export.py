@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from newllm.errors import UserError
 from newllm.report.summary import language_rows
+from newllm.retrieval.mixture import FORMAT
 from newllm.saving.trained import load_model
 from newllm.transformers_model import NewLLMConfig, NewLLMForCausalLM
 
@@ -81,13 +82,25 @@ def refresh_folder(folder):
     """Give a folder that was exported before the code of today; nothing else changes.
 
     Raises:
-        UserError: it is no exported folder, or cannot be written; nothing has changed.
+        UserError: it is no exported folder, looks up what that code cannot read, or cannot be written;
+            nothing has changed.
     """
     folder = Path(folder)
     if not is_export(folder):
         raise UserError(f"{folder} is no folder that scripts.export --format transformers wrote: give one.")
+    retrieval = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("retrieval")
+    require_format(retrieval, folder)
     with written_together(folder) as new:
         write_code(new)
+
+
+def require_format(description, whose):
+    """Raises UserError where the code of today would look up otherwise than a description says."""
+    if isinstance(description, dict) and description.get("format") != FORMAT:
+        raise UserError(
+            f"what {whose} looks up has format {description.get('format')}, today's code reads {FORMAT}: "
+            "run train.py, which makes it anew, and export that, or export with --retrieval none."
+        )
 
 
 def is_export(folder):
@@ -109,6 +122,7 @@ def to_transformers(saved):
         )
     network, tokenizer = load_model(saved)
     retrieval = saved.get("retrieval")
+    require_format(retrieval and retrieval["description"], "this model")
     config = NewLLMConfig(
         network=kind, vocab_size=tokenizer.vocab_size, hidden_size=settings["context_dim"],
         embed_dim=settings["embed_dim"], num_hidden_layers=settings["num_layers"],

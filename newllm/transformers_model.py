@@ -166,7 +166,10 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
                 raise ValueError(
                     f"retrieval={config.retrieval!r}: give 'none', the network alone, or nothing."
                 )
-            self.retrieval = LookUp.described(**config.retrieval)
+            try:
+                self.retrieval = LookUp.described(**config.retrieval)
+            except ValueError as error:
+                raise ValueError(f"{error}: load it with retrieval='none', or export it anew.") from error
         self.post_init()
 
     def _init_weights(self, module):

@@ -30,6 +30,7 @@ from newllm.fixed_point.diagnostics import cold_start, lyapunov_exponent
 from newllm.fixed_point.solver import prefill, read_text
 from newllm.flags import parse_args
 from newllm.generate import after, predict
+from newllm.memory import is_out_of_memory
 from newllm.models.baselines import build_model
 from newllm.models.pretrained import load_embedding
 from newllm.progress import Progress
@@ -38,7 +39,7 @@ from newllm.report.pictures import prefill_speed
 from newllm.report.record import new_run_id
 from newllm.saving.trained import load_trained, stored_retrieval
 from newllm.training.runtime import describe_device, open_runtime, peak_memory_mb
-from newllm.training.step_function import StepFunction
+from newllm.training.step_function import StepFunction, reason_of
 
 PIECE, MAX_SWEEPS = 4096, 256  # tokens swept at once; sweeps expected, beyond which none is tried
 LOOP_PIECE = 256  # tokens of the loop between two looks at the clock
@@ -260,7 +261,14 @@ def report(config, options, say):
 
     def add(weights, retrieval=None):
         stream = Stream(model, ids.to(runtime.device), runtime, retrieval)
-        measured = measure(stream, weights, options.lengths, options.tolerance, say)
+        asked = weights, options.lengths, options.tolerance, say
+        try:
+            measured = measure(stream, *asked)
+        except Exception as error:
+            if not stream.step.compiled or isinstance(error, UserError) or is_out_of_memory(error):
+                raise
+            say(stream.step.survive(f"the {weights} network", reason_of(error)))
+            measured = measure(stream, *asked)
         more, curves[weights], exponents[weights] = measured
         rows.extend(more)
 

@@ -7,6 +7,7 @@ import torch
 from helpers import write_dialogues
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
+os.fsync = lambda handle: None  # processes are killed here, never the machine; waiting for the disk is slow
 
 
 @pytest.fixture(scope="session")
@@ -34,9 +35,9 @@ def pytest_xdist_auto_num_workers(config):
 
 LONG = (  # files that take longest are begun first, so that no process is left alone with one at the end
     "test_compilation", "test_pretended_cuda", "test_commands", "test_notebook", "test_kills",
-    "test_processes", "test_plan", "test_compare", "test_generate", "test_contexts",
+    "test_processes", "test_plan", "test_compare", "test_retrieval_stage", "test_generate", "test_contexts",
     "test_transformers_export", "test_stop", "test_batch_sizes", "test_lost_machine", "test_scale_check",
-    "test_leaks", "test_estimate_memory",
+    "test_leaks", "test_estimate_memory", "test_runs", "test_retrieval_file", "test_stage", "test_reading",
 )  # fmt: skip
 
 

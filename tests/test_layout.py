@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "newllm.clock": set(),
     "newllm.seeding": set(),
     "newllm.versions": set(),
-    "newllm.errors": {"newllm.saving.stop"},
+    "newllm.errors": {"newllm.saving.stop", "newllm.memory"},
     "newllm.apart": {"newllm.saving.stop", "newllm.errors"},
     "newllm.saving.files": {"newllm.errors"},
     "newllm.config": {"newllm.errors"},
@@ -47,7 +47,7 @@ MAY_IMPORT = {
     },
     "newllm.transformers_export": {
         "newllm.transformers_model", "newllm.saving", "newllm.training", "newllm.report", "newllm.errors",
-        "newllm.versions",
+        "newllm.retrieval", "newllm.versions",
     },
     "newllm.report": {"newllm.report", "newllm.saving.files", "newllm.errors"},
     "newllm.saving": {

@@ -55,7 +55,7 @@ def own(tiny_settings, tmp_path, monkeypatch):
     [path] = Path("checkpoints").glob("*/models/*.pth")
     saved = open_saved(path)[1]
     model, tokenizer = load_model(saved)
-    return model.eval(), filled_retrieval(saved["retrieval"]), tokenizer
+    return model.eval(), filled_retrieval(saved["retrieval"], path), tokenizer
 
 
 def held_out():

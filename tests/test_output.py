@@ -37,10 +37,14 @@ def shell(command, **environment):
         ("raise UserError('so')", ">&-", 2, b"error: so\n"),
         ("raise UserError('so')", "2>&-", 2, b""),
         ("raise OSError(5, 'of the program itself')", "", 1, b"Traceback"),
+        ("import torch; torch.empty(10**15)", "", 2, b"error: memory ran out (["),
     ],
 )
 def test_output_that_cannot_be_written_ends_a_command_quietly(body, redirection, status, errors):
-    """Nobody reads: the status that other programs have. Closed: as if read. Full: a sentence; no trace."""
+    """Nobody reads: the status that other programs have. Closed: as if read. Full: a sentence; no trace.
+
+    Memory that runs out in any command is a sentence too.
+    """
     done = shell(f'$PYTHON -c "$BODY" {redirection}', BODY=FRAME + body)
     assert done.returncode == status and errors in done.stderr and (errors or not done.stderr), done
 

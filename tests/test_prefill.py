@@ -1,6 +1,7 @@
 """The command measures what it says: the loop's contexts and those of sweeps, of the weights it names, and
 writes nothing else."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -128,6 +129,29 @@ def test_trained_and_untrained_weights_are_measured_and_the_run_is_left_alone(
         assert row["speed_up"] == pytest.approx(row["loop_seconds"] / row["seconds"])
     assert found["curves"]["trained"] != found["curves"]["untrained"]
     assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_a_failing_compiler_costs_a_line(tiny_settings, monkeypatch):
+    """At the first use or at a later shape: the same contexts as without it, and no traceback."""
+    config = ResidualConfig(**tiny_settings)
+    expected = prefill.report(config, options(), lambda _: None)["rows"]
+    for calls in (0, 30):
+        left, said = [None] * calls, []
+
+        def compiled(function, left=left, **_):
+            def step(*inputs, **options):
+                if not left:
+                    raise RuntimeError("backend failed")
+                left.pop()
+                return function(*inputs, **options)
+
+            return step
+
+        monkeypatch.setattr(torch, "compile", compiled)
+        rows = prefill.report(replace(config, compile=True), options(), said.append)["rows"]
+        [line] = [line for line in said if "torch.compile failed" in line]
+        assert "at the untrained network (RuntimeError: backend failed); going on without it" in line
+        assert [row["error"] for row in rows] == [row["error"] for row in expected]
 
 
 def test_a_sequence_longer_than_the_data_repeats_it_and_says_so():

@@ -29,8 +29,10 @@ from newllm.generate import generate
 from newllm.models.network import LanguageModel
 from newllm.report.page import artifact_paths
 from newllm.report.record import find_records, read_record
-from newllm.retrieval.mixture import EXPERTS
+from newllm.retrieval.keys import Keys
+from newllm.retrieval.mixture import EXPERTS, Retrieval
 from newllm.saving.trained import filled_retrieval, load_model, open_saved
+from newllm.transformers_model import NewLLMForCausalLM
 from scripts import export
 from train import main as train
 
@@ -109,7 +111,7 @@ def test_a_run_exported_is_used_by_transformers_alone(tiny_settings, tmp_path):
     saved = open_saved(path)[1]
     model, tokenizer = load_model(saved)
     model.eval()
-    retrieval = filled_retrieval(saved["retrieval"])
+    retrieval = filled_retrieval(saved["retrieval"], path)
 
     def continued(prompt, count):
         ids = tokenizer.encode(prompt)
@@ -299,6 +301,25 @@ def test_a_folder_from_before_there_was_retrieval_is_renewed(exported, small):
     model = get_class_from_dynamic_module("modeling_newllm.NewLLMForCausalLM", folder).from_pretrained(folder)
     assert model.retrieval is None
     model.generate(torch.tensor([[1, 2]]), max_new_tokens=2)
+
+
+def test_what_is_looked_up_by_another_definition_is_refused(exported, small):
+    """A folder whose code would be renewed, one that is loaded by it, a model to export; nothing changes."""
+    folder = exported(small)
+    settings = json.loads((folder / "config.json").read_text())
+    keys = Keys(["tokens"], small.vocab_size, {})
+    earlier = Retrieval(["cache"], keys, small.vocab_size).description() | {"format": 0}
+    (folder / "config.json").write_text(json.dumps(settings | {"retrieval": earlier}))
+    before = sums(folder)
+    with pytest.raises(UserError, match="looks up has format 0, today's code reads 1: run"):
+        export.main(["--refresh", str(folder)])
+    assert sums(folder) == before
+    with pytest.raises(ValueError, match="format 0, this version reads 1: load it with retrieval='none'"):
+        NewLLMForCausalLM.from_pretrained(folder)
+    NewLLMForCausalLM.from_pretrained(folder, retrieval="none")
+    with pytest.raises(UserError, match="what this model looks up has format 0"):
+        saved = dict(config=CONFIG, retrieval={"description": earlier})
+        transformers_export.export_folder(saved, None, folder)
 
 
 @pytest.mark.parametrize("config", [b'{"model_type": "gpt2"}', b"{", b"[]", b"\xff", None])

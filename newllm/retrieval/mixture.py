@@ -16,6 +16,9 @@ from newllm.retrieval import lookup
 from newllm.retrieval.keys import Keys
 from newllm.retrieval.ngram import KneserNey
 
+# Of a description and its tensors. Raise it with every change by which the same ones would predict otherwise:
+# of the keys, the counts, the votes or the features of the gate.
+FORMAT = 1
 EXPERTS = ("ngram", "cache", "knn")
 ORDER = 5  # of the n-grams
 FEATURES = {"network": 2, "ngram": ORDER, "cache": 3, "knn": 2}
@@ -67,6 +70,7 @@ class Retrieval(nn.Module):
     def description(self):
         """Plain values from which `described` makes an empty copy, for `load_state_dict` to fill."""
         return {
+            "format": FORMAT,
             "experts": self.experts,
             "parts": self.keys.parts,
             "widths": self.keys.widths,
@@ -78,8 +82,14 @@ class Retrieval(nn.Module):
         }
 
     @classmethod
-    def described(cls, parts, widths, vocab_size, experts, **others):
-        """An empty retrieval of a description."""
+    def described(cls, parts, widths, vocab_size, experts, format=None, **others):
+        """An empty retrieval of a description.
+
+        Raises:
+            ValueError: it is of another format, by which its tensors mean something else.
+        """
+        if format != FORMAT:
+            raise ValueError(f"what is looked up has format {format}, this version reads {FORMAT}")
         return cls(experts, Keys(parts, vocab_size, widths), vocab_size, **others)
 
     def start(self, batch, device=None):

@@ -22,6 +22,7 @@ import torch
 from newllm import __version__
 from newllm.clock import Clock, timed
 from newllm.errors import UserError
+from newllm.retrieval.mixture import FORMAT as RETRIEVAL_FORMAT
 from newllm.saving import runs
 from newllm.saving.backup import Backup, SaveThread
 from newllm.saving.files import Corrupt, duplicate, load_sealed, save_sealed, usable_folder
@@ -401,6 +402,7 @@ class Checkpointer:
         self.save_number += 1
         content = {name: getattr(self, name) for name in BEGINNING} | {
             "format": runs.FORMAT,
+            "retrieval_format": RETRIEVAL_FORMAT,
             "epoch": label,
             "position": position,
             "model_state_dict": {k.replace("_orig_mod.", ""): v for k, v in model.trained_state().items()},

@@ -19,6 +19,7 @@ import torch
 
 from newllm.config import EARLIER, Config, settings_of
 from newllm.errors import UserError
+from newllm.retrieval.mixture import FORMAT as RETRIEVAL_FORMAT
 from newllm.saving.files import Corrupt, copy_verified, duplicate, load_sealed, write_text
 
 FORMAT = 4  # of states and of model files
@@ -287,7 +288,8 @@ def distinction(state, config, fingerprint):
         marks |= {"untrained", "row"}
     if "head" in untrained:
         marks.add("control")
-    if state["stage"] == "complete" or {"retrieval", "counting"} & untrained.keys():
+    looked_up = "retrieval" in done or {"retrieval", "counting"} & untrained.keys()
+    if state["stage"] == "complete" or looked_up:
         marks.add("retrieval")
     ahead = {"phase1", "phase2"} - done
     if config.phase == "1":
@@ -298,6 +300,8 @@ def distinction(state, config, fingerprint):
             del changes[name]
     if not changes and state["data_fingerprint"] != fingerprint:
         return "other data: the source or its text"
+    if not changes and looked_up and (made := state.get("retrieval_format")) != RETRIEVAL_FORMAT:
+        return f"its retrieval has format {made}, this version makes {RETRIEVAL_FORMAT}"
     return listed(changes)
 
 
@@ -381,8 +385,10 @@ def _borrow(choice, lenders, config, fingerprint):
 
 def _made_alike(state, config, fingerprint, marks):
     """Whether what these marks shape is the same by a state's settings and data and by these."""
-    same_data = state["data_fingerprint"] == fingerprint
-    return same_data and not changed(state["config"], config.to_dict(), marks)
+    same = state["data_fingerprint"] == fingerprint
+    if "retrieval" in marks:
+        same = same and state.get("retrieval_format") == RETRIEVAL_FORMAT
+    return same and not changed(state["config"], config.to_dict(), marks)
 
 
 def control_of(folder, config, fingerprint):

@@ -10,6 +10,8 @@ from newllm.data.tokens import Tokenizer
 from newllm.errors import UserError
 from newllm.models.baselines import build_model
 from newllm.models.pretrained import add_adapter, has_adapter, load_embedding, require_peft, saved_rank
+from newllm.retrieval.keys import Keys
+from newllm.retrieval.mixture import FORMAT as RETRIEVAL_FORMAT
 from newllm.retrieval.mixture import ORDER, Retrieval
 from newllm.saving.files import Corrupt, load_sealed, save_sealed
 from newllm.saving.runs import FORMAT, choose, newest_state, require_format
@@ -103,12 +105,19 @@ def retrieval_content(retrieval, model):
     return {"model": model_digest(model), "state": state, **about}
 
 
-def filled_retrieval(content):
-    """The retrieval of such a content, None of None."""
+def filled_retrieval(content, path):
+    """The retrieval of such a content, None of None.
+
+    Raises:
+        UserError: it is of another version, says the sentence about the path.
+    """
     if content is None:
         return None
-    retrieval = Retrieval.described(**content["description"])
-    retrieval.load_state_dict(content["state"])
+    try:
+        retrieval = Retrieval.described(**content["description"])
+        retrieval.load_state_dict(content["state"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} is of another version") from error
     retrieval.held_out = content.get("held_out")
     return retrieval
 
@@ -116,11 +125,10 @@ def filled_retrieval(content):
 def retrieval_bytes(config, vocab_size, places):
     """Bytes that a retrieval from so many places of training text takes, at most, in memory or in a file."""
     widths = {"hidden": config.embed_dim, "contexts": config.context_dim}
-    about = dict(parts=config.keys, widths=widths, vocab_size=vocab_size, experts=config.experts)
-    sizes = [
-        sum(tensor.nbytes for tensor in Retrieval.described(**about, sizes=size).state_dict().values())
-        for size in (((0,) * (ORDER - 1), 0), ((1,) * (ORDER - 1), 1))
-    ]
+    keys, sizes = Keys(config.keys, vocab_size, widths), []
+    for each in (0, 1):
+        retrieval = Retrieval(config.experts, keys, vocab_size, sizes=((each,) * (ORDER - 1), each))
+        sizes.append(sum(tensor.nbytes for tensor in retrieval.state_dict().values()))
     return sizes[0] + places * (sizes[1] - sizes[0])
 
 
@@ -151,16 +159,14 @@ def read_retrieval(folder, digest):
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
     if not isinstance(content, dict) or content.get("model") != digest:
         raise UserError(f"{path} is of other weights")
+    if content["description"].get("format") != RETRIEVAL_FORMAT:
+        raise UserError(f"{path} is of another version")
     return content
 
 
 def stored_retrieval(folder, model):
     """The retrieval beside a model's weights; raises UserError as `read_retrieval`."""
-    content = read_retrieval(folder, model_digest(model))
-    try:
-        return filled_retrieval(content)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:  # the seal is right, so the code differs
-        raise UserError(f"{Path(folder) / RETRIEVAL} is of another version") from error
+    return filled_retrieval(read_retrieval(folder, model_digest(model)), Path(folder) / RETRIEVAL)
 
 
 def save_model(path, model, config, tokenizer, about, retrieval=None):
@@ -201,7 +207,8 @@ def open_saved(path):
     try:
         content = load_sealed(path)
     except (Corrupt, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}): give a checkpoint, or their folder.") from error
+        reason = error.strerror or error
+        raise UserError(f"{path} cannot be read ({reason}): give a checkpoint, or their folder.") from error
     require_format(content, path)
     return path.parent, content
 
@@ -260,12 +267,12 @@ def open_retrieval(path, model, content, say=None):
             up; None: it goes to stderr.
     """
     config = Config(**EARLIER | content["config"])
-    if "tokenizer" in content:
-        return filled_retrieval(content.get("retrieval"))
-    if not config.looks_up:
+    if "tokenizer" not in content and not config.looks_up:
         return None
     path = Path(path).resolve()
     try:
+        if "tokenizer" in content:
+            return filled_retrieval(content.get("retrieval"), f"what {path} looks up")
         return stored_retrieval(path if path.is_dir() else path.parent, model)
     except UserError as error:
         remedy = "give a checkpoint of a run's end, or run train.py to its end, which makes it"

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
 import os
 import re
@@ -95,11 +96,11 @@ def best_precision(on_cpu):
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+@functools.cache  # once: what a notebook makes after its first run stays to be collected
 def skip_loaded_code():
     """Leave what is imported by now out of garbage collections: it costs each of them half a second."""
-    if not gc.get_freeze_count():  # once: what a notebook makes after its first run stays to be collected
-        gc.collect()
-        gc.freeze()
+    gc.collect()
+    gc.freeze()
 
 
 def keep_freed_memory():

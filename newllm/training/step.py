@@ -68,8 +68,10 @@ class OptimizerStep:
                 touched.
         """
         done = None
+        # On a CPU its own generator alone: torch would note a traceback for devices to come, a millisecond.
+        random = torch if self.runtime.device.type == "cuda" else torch.default_generator
         while done is None:
-            torch.manual_seed(seed + self.runtime.group.rank)
+            random.manual_seed(seed + self.runtime.group.rank)
             self.optimizer.zero_grad()
             try:
                 done = gradients(split(count, state.parts))

@@ -23,6 +23,12 @@ ON = dict(retrieval="ngram,cache,knn", untrained_control=True)
 CARDS = pytest.mark.parametrize("card", [T4, A100], ids=["T4", "A100"])
 
 
+@pytest.fixture(autouse=True)
+def short_fits(monkeypatch):
+    """Each iteration of a fit does the same to the device."""
+    monkeypatch.setattr(stage, "STEPS", 4)
+
+
 @pytest.fixture
 def config(settings):  # noqa: F811
     return ResidualConfig(**settings | ON)

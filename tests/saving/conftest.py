@@ -7,9 +7,18 @@ from left_behind import SHORT
 from looking_up import Runs
 
 from config import ResidualConfig
+from newllm.phases import retrieval
 from train import main
 
 FOLDERS = ("cache_dir", "checkpoint_dir")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_fits():
+    """How well what is looked up is fitted is no matter of saving, also in processes that are forked."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retrieval, "STEPS", 6)
+        yield
 
 
 @pytest.fixture(scope="session")

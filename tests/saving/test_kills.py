@@ -25,14 +25,14 @@ from newllm.saving.files import load_sealed
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="each run is forked")
 KILLS = int(os.environ.get("KILLS", "12"))
 # Between operations at which a run is killed.
-STRIDE, CHANGE_STRIDE, FILE_STRIDE = (1, 1, 1) if KILLS >= 100 else (150, 90, 9)
+STRIDE, CHANGE_STRIDE, FILE_STRIDE = (1, 1, 1) if KILLS >= 100 else (190, 150, 9)
 SETTINGS = dict(
     tokenizer="bpe", vocab_size=300, val_samples=4, max_seq_length=16, context_dim=16, embed_dim=16,
     num_layers=1, dropout=0.3, phase1_min_converged_ratio=1.0, dist_reg_weight=1.0, context_noise=0.1,
     val_quick_every_n_batches=2, precision="fp32", device="cpu", save_every_n_batches=3, save_min_seconds=0.0,
     save_every_minutes=0.0, artifacts=False,
 )  # fmt: skip
-LONG = dict(num_samples=20, min_batches=20, phase1_max_iterations=4, phase2_epochs=3)
+LONG = dict(num_samples=12, min_batches=12, phase1_max_iterations=3, phase2_epochs=3)
 SHORT = dict(num_samples=4, min_batches=4, phase1_max_iterations=1, phase2_epochs=2)
 RUNS = {
     "frozen": LONG | {"freeze_context": True, "retrieval": "none"},

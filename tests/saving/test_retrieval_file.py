@@ -73,10 +73,11 @@ def test_a_file_that_does_not_serve_is_made_anew_and_nobody_uses_it(config, monk
     assert not capsys.readouterr().err
 
 
-def test_a_file_of_another_version_is_a_sentence(config, capsys):
-    """Its seal and its model are right, its parts are not."""
+@pytest.mark.parametrize("change", [{"unknown": 1}, {"format": 0}], ids=str)
+def test_a_file_of_another_version_is_a_sentence(config, capsys, change):
+    """Its seal and its model are right, its parts or what they mean are not."""
     content = load_sealed(retrieval_file(config))
-    save_sealed(content | {"description": content["description"] | {"unknown": 1}}, retrieval_file(config))
+    save_sealed(content | {"description": content["description"] | change}, retrieval_file(config))
     generate.main(["--model_path", config.checkpoint_dir, "--max_tokens", "3"])
     assert "is of another version: give" in capsys.readouterr().err
 

@@ -14,11 +14,14 @@ from newllm.config import EARLIER
 from newllm.data.samples import load_data
 from newllm.errors import exit_on_user_error
 from newllm.phases import retrieval
+from newllm.retrieval import keys, mixture
 from newllm.retrieval.ngram import KneserNey
+from newllm.saving import checkpoint, runs, trained
 from newllm.saving.checkpoint import write_state
 from newllm.saving.runs import CONTROL
 from newllm.saving.stop import EXIT_STATUS, Stopped, poll
 from newllm.saving.trained import open_model, open_retrieval
+from scripts import generate
 
 
 @pytest.fixture(autouse=True)
@@ -143,6 +146,29 @@ def test_looking_up_otherwise_is_another_run_that_trains_nothing(looking_up, fol
         alone = replace(config, checkpoint_dir=f"{folder}_alone")
         train.main(alone)
         assert_equal(config, alone)
+
+
+def test_another_definition_of_what_is_looked_up_makes_it_anew(looking_up, folder, monkeypatch, capsys):
+    """By another number of its format: nothing is trained, and no figure by the earlier definition stays."""
+    config = copy_of(looking_up.complete(ON)[0], folder)
+    earlier = latest(config)
+    train_nothing(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(mixture, "FORMAT", 2)
+        for module in (checkpoint, runs, trained):
+            patch.setattr(module, "RETRIEVAL_FORMAT", 2)
+        patch.setattr(keys, "LAST_TOKENS", 1)
+        generate.main(["--model_path", config.checkpoint_dir, "--max_tokens", "2"])
+        assert "is of another version: give a checkpoint of a run's end, or" in capsys.readouterr().err
+        found = train.main(config)
+        generate.main(["--model_path", config.checkpoint_dir, "--max_tokens", "2"])
+        said = capsys.readouterr()
+        assert "its retrieval has format 1, this version makes 2" in said.out and not said.err
+    results = [state["results"] for state in (earlier, latest(config))]
+    assert found["run_id"] != earlier["run_id"]
+    for stage, row in ("untrained", "counting"), ("untrained", "retrieval"), ("retrieval", "own"):
+        before, after = ((part[stage] if row == "own" else part[stage][row])["ppl"] for part in results)
+        assert before != after, row
 
 
 # What it is made of, and by

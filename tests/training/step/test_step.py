@@ -122,7 +122,7 @@ def test_with_a_loss_scaler_an_infinite_gradient_is_the_scalers_business(runtime
         unscale_gradients=lambda optimizer: None,
         scaler=SimpleNamespace(get_scale=lambda: scale),
     )
-    scaling = SimpleNamespace(accelerator=accelerator, group=runtime.group)
+    scaling = SimpleNamespace(accelerator=accelerator, group=runtime.group, device=runtime.device)
     parameter = nn.Parameter(torch.ones(2))
     optimizer = make_optimizer([([parameter], 1.0)], 1e-2, 0.0)
     if stops:
