@@ -96,7 +96,7 @@ def taught(tiny_settings):
 
 
 def test_teachers_have_their_share_of_the_targets(taught):
-    """Draws follow the mean of their predictions; the run is another, and goes on exactly where it stopped."""
+    """Draws follow the mean of their predictions; a run of them goes on exactly where it stopped."""
     settings, files = taught
     names = ", ".join(map(str, files))
     changes = dict(label_smoothing=0.5, teachers=names, phase1_max_iterations=0)
