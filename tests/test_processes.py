@@ -8,14 +8,13 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from accelerate.utils import InitProcessGroupKwargs
 from helpers import as_flags
+from torch.distributed import distributed_c10d
 
 import train
 from config import ResidualConfig
@@ -23,7 +22,6 @@ from newllm.errors import exit_on_user_error
 from newllm.phases.retrieval import retrieval_of
 from newllm.report.record import format_value
 from newllm.saving.files import load_sealed
-from newllm.training import runtime
 from train import Run, main
 
 ROOT = Path(__file__).parent.parent
@@ -181,8 +179,7 @@ def test_one_of_two_looks_up_for_both_stops_both_and_gives_the_bits_of_one(tiny_
     assert not (Path(settings["checkpoint_dir"]) / "model_retrieval.pt").exists()
     output.write_text("")
     with pytest.MonkeyPatch.context() as patch:
-        hasty = InitProcessGroupKwargs(timeout=timedelta(seconds=6))
-        patch.setattr(runtime, "Accelerator", partial(runtime.Accelerator, kwargs_handlers=[hasty]))
+        patch.setattr(distributed_c10d, "default_pg_timeout", timedelta(seconds=6))
         patch.setattr(train, "retrieval_of", slowly)
         assert ended(two(settings, output)) == [0, 0]
     found = dict(line.split(": ", 1) for line in output.read_text().split("\n---\n")[1].splitlines())

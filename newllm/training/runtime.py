@@ -16,8 +16,7 @@ import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, gather_object
-from torch import distributed
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from newllm.errors import UserError
 from newllm.saving.stop import Stopped, leading
@@ -72,7 +71,9 @@ def open_runtime(settings):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"  # read at the first use of the device
     AcceleratorState._reset_state(True)  # a notebook may run main() twice with different precision
     try:
-        accelerator = Accelerator(cpu=on_cpu, mixed_precision="no" if precision == "fp32" else precision)
+        patience = InitProcessGroupKwargs(timeout=timedelta(days=20))  # usually they give up after minutes
+        mixed = "no" if precision == "fp32" else precision
+        accelerator = Accelerator(cpu=on_cpu, mixed_precision=mixed, kwargs_handlers=[patience])
     except ValueError as error:  # WORLD_SIZE without the rest of what a launcher sets
         raise UserError(f"the processes cannot form a group ({error}); start them with torchrun.") from error
     started = int(os.environ.get("WORLD_SIZE", 1))
@@ -194,7 +195,6 @@ class Group:
         self.size = accelerator.num_processes
         self.rank = accelerator.process_index
         self.is_main = accelerator.is_main_process
-        self._waiting = None
 
     def owned(self, samples):
         """Which of the samples [B] are this process's own: positions, int64 [b]."""
@@ -245,31 +245,16 @@ class Group:
         Raises:
             Stopped: by all, if the main process was stopped in it.
         """
-        if self.size == 1:
-            return work()
-        patient, result, reason = self._patient(), None, None
+        result, reason = None, None
         if self.is_main:
             try:
                 with leading():
                     result = work()
             except Stopped as stop:
                 reason = str(stop)
-        if reason := self._told(reason, patient):
+        if reason := self.decided(reason):
             raise Stopped(reason)
         return result
-
-    @_together()
-    def _patient(self):
-        """The same processes as a group that waits without end: the usual one gives up after minutes."""
-        if self._waiting is None:
-            self._waiting = distributed.new_group(backend="gloo", timeout=timedelta(days=20))
-        return self._waiting
-
-    @_together()
-    def _told(self, value, group):
-        values = [value]
-        distributed.broadcast_object_list(values, src=0, group=group)
-        return values[0]
 
     @_together()
     def first_reason(self, reason):
