@@ -60,7 +60,6 @@ BEGINNING = {  # attributes of a Checkpointer that every state carries
     "save_number": 0,
 }
 ATTEMPTS, WAIT = 3, 0.5  # tries of a write, seconds before the second: a network folder may fail for a moment
-WARNING = "warning: settings changed since the checkpoint was written, what is done stays as it is: "
 RETRIEVALS_ON_DISK = 2  # beside the weights, and within the model file
 STATES_ON_DISK = 5  # latest, previous, end of an epoch, end of Phase 1, and the one being written
 
@@ -89,7 +88,7 @@ class Checkpointer:
         self.fingerprint = fingerprint
         self.group = group
         self.writes = config.save_checkpoint and group.is_main
-        self.top = self.folder = usable_folder(config.checkpoint_dir, "checkpoint_dir")
+        self.top = self.folder = usable_folder(config.checkpoint_dir, "checkpoint_dir", self.writes)
         self.notes = []
         self.saved_at = None
         self._last_save = time.monotonic()
@@ -150,7 +149,8 @@ class Checkpointer:
         self.thread.written = state["times"]["save_seconds"]
         self.thread.longest = state["times"]["longest_save"]
         if changes := runs.changed(state["config"], self.config.to_dict()):
-            self.notes.append(WARNING + runs.listed(changes))
+            done = "warning: settings changed since the checkpoint was written, what is done stays as it is: "
+            self.notes.append(done + runs.listed(changes))
         save = f"save {self.save_number}, {state['saved_at']}"
         self.notes.append(f"continuing run {self.run_id} {state['restart']} ({save})")
 

@@ -1,6 +1,7 @@
 """What a run says and writes down of itself: in effect at its start, and its figures at its end."""
 
 import contextlib
+import dataclasses
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,12 +12,12 @@ from newllm.clock import timed
 from newllm.errors import UserError
 from newllm.models.baselines import Baseline
 from newllm.report.page import artifact_paths, write_artifacts
-from newllm.report.record import read_record
+from newllm.report.record import new_run_id, read_record
 from newllm.report.summary import banner, curves, plain, summarize
-from newllm.saving.checkpoint import WARNING, provenance, require_space
+from newllm.saving.checkpoint import Checkpointer, provenance, require_space
 from newllm.saving.files import second_folder, usable_folder
 from newllm.saving.guard import holder
-from newllm.saving.runs import changed, choose, listed, newest
+from newllm.saving.runs import newest_state
 from newllm.saving.trained import save_model
 from newllm.training.memory_estimate import usable_memory
 from newllm.training.plan import make_plan, unused_lines
@@ -100,7 +101,9 @@ def preview(config, runtime, data, model, peak):
         UserError: what a run would be refused for.
     """
     folder = Path(config.checkpoint_dir)
-    _, lines, unused = in_effect(config, runtime, data, model, _checkpoint_lines(config, data.fingerprint))
+    _, lines, unused = in_effect(
+        config, runtime, data, model, _checkpoint_lines(config, data.fingerprint, runtime.group)
+    )
     print(*lines, *unused, sep="\n")
     memory = usable_memory(config, runtime)
     verdict = "fits" if peak <= memory else "does not fit"
@@ -113,34 +116,24 @@ def preview(config, runtime, data, model, peak):
     print(f"dry run: nothing was trained, and nothing was written outside of {config.cache_dir}")
 
 
-def _checkpoint_lines(config, fingerprint):
+def _checkpoint_lines(config, fingerprint, group):
     """What the run would find in its folder, or in the second copies where they are newer; touches nothing.
 
     Raises:
         UserError: the folder is in use, or damaged as a whole.
     """
-    folder = place = Path(config.checkpoint_dir)
-    state = None
-    if folder.is_symlink() or folder.exists():
-        usable_folder(folder, "checkpoint_dir")
-        if config.save_checkpoint and (in_use := holder(folder)):
-            raise UserError(in_use)
-        state = newest(folder)[0]
+    folder = place = usable_folder(config.checkpoint_dir, "checkpoint_dir", make=False)
+    if config.save_checkpoint and (in_use := holder(folder)):
+        raise UserError(in_use)
     if config.save_checkpoint and config.backup_dir:
-        copies = second_folder(config.backup_dir, folder.resolve(), "backup_dir")
-        copy = newest(copies)[0] if copies.is_dir() else None
-        if copy and (not state or copy["save_number"] > state["save_number"]):
-            state, place = copy, copies
-    choice = choose(place, state, config, fingerprint)
-    if choice.home is None:
-        beside = choice.lines or [f"none in {folder}"]
-        return [*(f"checkpoint: {line}" for line in beside), "checkpoint: the run begins from the start"]
-    state = newest(choice.home)[0]
-    then = "reports once more, as it is complete" if state["stage"] == "complete" else "continues"
-    held = f"checkpoint: {choice.home} holds run {state['run_id']}, saved {state['saved_at']}, to go on"
-    changes = changed(state["config"], config.to_dict())
-    warning = [WARNING + listed(changes)] if changes else []
-    return [*choice.lines, f"{held} {state['restart']}, which the run {then}", *warning]
+        copies, found = second_folder(config.backup_dir, folder, "backup_dir"), newest_state(folder)
+        copy = newest_state(copies)
+        if copy and (not found or copy["save_number"] > found["save_number"]):
+            place = copies
+    looking = dataclasses.replace(config, save_checkpoint=False, checkpoint_dir=str(place))
+    with Checkpointer(looking, fingerprint, new_run_id(), group) as found:
+        said = found.notes or ["none, the run begins from the start"]
+        return [f"checkpoint in {place}: {line}" for line in said]
 
 
 @timed("saving")

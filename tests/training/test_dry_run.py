@@ -39,7 +39,7 @@ def test_a_first_run(dry, tiny_settings):
     """Device, data, sizes, memory and disk; no folder, no record, no status."""
     lines = dry(adapter_rank=4)
     starts = "device: ", "data: ", "tokenizer: ", "model: ", "memory: predicted peak ", "disk: "
-    for start in (*starts, "checkpoint: none in "):
+    for start in (*starts, "checkpoint in "):
         assert sum(line.startswith(start) for line in lines) == 1, start
     assert "warning: adapter_rank 4 has no effect: there is no adapter (context_adapter)" in lines
     assert "fits: margin" in "".join(lines) and lines[-1].startswith("dry run: nothing was trained")
@@ -50,7 +50,7 @@ def test_what_would_be_continued(dry, tiny_settings):
     """A run cut off, one that is complete, another run beside it, second copies."""
     train.main(ResidualConfig(**tiny_settings, phase="1", untrained_control=False))
     same = dict(untrained_control=False)
-    assert any("which the run continues" in line for line in dry(**same))
+    assert any("continuing run" in line for line in dry(**same))
     assert any("another run than" in line and "num_samples 12 -> 13" in line for line in dry(num_samples=13))
     assert any("load_checkpoint is off" in line for line in dry(load_checkpoint=False))
     assert "taken over: the n-gram counts" in "".join(dry(**same, phase1_learning_rate=0.01))
@@ -59,9 +59,7 @@ def test_what_would_be_continued(dry, tiny_settings):
     for path in latest.parent.glob("model_*.pt"):
         path.unlink()
     copies = f"{tiny_settings['checkpoint_dir']}_2"
-    assert any(
-        copies in line and "which the run continues" in line for line in dry(**same, backup_dir=copies)
-    )
+    assert any(f"in {copies}: continuing run" in line for line in dry(**same, backup_dir=copies))
     latest.write_bytes(b"torn")
     with pytest.raises(UserError, match="can be read"):
         dry(**same)
