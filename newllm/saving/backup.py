@@ -13,8 +13,8 @@ from pathlib import Path
 
 from newllm.saving.files import Corrupt, copy_verified, second_folder, usable_folder, verify_seal
 from newllm.saving.guard import Guard
+from newllm.saving.runs import LATEST, PREVIOUS
 
-LATEST, PREVIOUS = "model_latest.pt", "model_prev.pt"
 LAST_ROUNDS, PAUSE, LAST_SECONDS = 3, 1.0, 120  # tries at the end of a run, seconds between, for all
 
 
@@ -24,7 +24,7 @@ class SaveThread:
     def __init__(self, check, say):
         self.check, self.say = check, say
         self.failure = None  # why the last job was refused by the disk
-        self.waited = self.written = 0.0  # seconds for which the caller stood still, and a job was at work
+        self.written = 0.0  # seconds for which a job was at work
         self.saves, self.longest = 0, 0.0  # jobs that wrote all they had, seconds of the longest job
         self._pool, self._job = ThreadPoolExecutor(1, "checkpoint"), None
 
@@ -35,17 +35,13 @@ class SaveThread:
     def start(self, prepare, write):
         """Wait for the job before, then `write(prepare())`: preparing here and now, writing in the thread."""
         self.wait()
-        started = time.monotonic()
         self._job = self._pool.submit(self._run, write, prepare())
-        self.waited += time.monotonic() - started
 
     def wait(self):
         """Until the job under way is done. Raises what it raised, other than the disk's refusal."""
-        started = time.monotonic()
         job, self._job = self._job, None
         if job:
             job.result()
-        self.waited += time.monotonic() - started
 
     def close(self):
         self._pool.shutdown()

@@ -18,47 +18,27 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from newllm import __version__
 from newllm.clock import Clock, timed
 from newllm.errors import UserError
 from newllm.retrieval.mixture import FORMAT as RETRIEVAL_FORMAT
-from newllm.saving import runs
+from newllm.saving import runs, trained
 from newllm.saving.backup import Backup, SaveThread
 from newllm.saving.files import Corrupt, duplicate, load_sealed, save_sealed, usable_folder
 from newllm.saving.guard import Guard
-from newllm.saving.runs import LATEST, MANIFEST, PREVIOUS
 from newllm.saving.stop import Stopped, agree, save_requested, stop_reason
-from newllm.saving.trained import (
-    RETRIEVAL,
-    frozen_path,
-    load_weights,
-    read_retrieval,
-    retrieval_bytes,
-    store_frozen,
-    store_retrieval,
-)
 from newllm.training.contexts import FILES, in_files
 
 STAGES = ("untrained", "phase1", "phase2", "retrieval", "complete")
-STAGE_NAMES = {
-    "untrained": "the untrained row",
-    "phase1": "Phase 1",
-    "phase2": "Phase 2",
-    "retrieval": "retrieval",
-}
+STAGE_NAMES = dict(untrained="the untrained row", phase1="Phase 1", phase2="Phase 2", retrieval="retrieval")
 BEST = {"untrained": runs.CONTROL, "phase2": "model_best.pt"}  # lowest validation loss
 PHASE1 = "model_phase1.pt"  # what Phase 1 has made
-BEGINNING = {  # attributes of a Checkpointer that every state carries
-    "stage": STAGES[0],
-    "results": {},
-    "phase1_history": {},
-    "phase2_history": {},
-    "record": [],
-    "step": 0,
-    "stage_begun": 0,
-    "save_number": 0,
-}
+BEGINNING = dict(  # attributes of a Checkpointer that every state carries
+    stage=STAGES[0], results={}, phase1_history={}, phase2_history={}, record=[],
+    step=0, stage_begun=0, save_number=0,
+)  # fmt: skip
 ATTEMPTS, WAIT = 3, 0.5  # tries of a write, seconds before the second: a network folder may fail for a moment
 RETRIEVALS_ON_DISK = 2  # beside the weights, and within the model file
 STATES_ON_DISK = 5  # latest, previous, end of an epoch, end of Phase 1, and the one being written
@@ -175,10 +155,6 @@ class Checkpointer:
                 self.lock.release()
 
     @property
-    def history(self):
-        return {"phase1_history": self.phase1_history, "phase2_history": self.phase2_history}
-
-    @property
     def seconds(self):
         """Wall time of the run so far, over all its sessions, without what lay between them."""
         return self._clock.seconds
@@ -189,11 +165,6 @@ class Checkpointer:
         thread = self.thread
         saves = {"saves": thread.saves, "save_seconds": thread.written, "longest_save": thread.longest}
         return {"parts": self._clock.parts, **saves}
-
-    @property
-    def saving_share(self):
-        """Shares of the run's time: (training waited for a save, a save was being written)."""
-        return self._clock.parts.get("saving", 0.0) / self.seconds, self.thread.written / self.seconds
 
     @property
     def owns(self):
@@ -219,7 +190,7 @@ class Checkpointer:
         if self._found is None or stage != self._found["stage"]:
             return None
         found, self._found = self._found, None
-        load_weights(self.folder, model, found)
+        trained.load_weights(self.folder, model, found)
         return found["stage_state"]
 
     @timed("loading")
@@ -247,24 +218,20 @@ class Checkpointer:
         Returns:
             Whether there are any; if not, the model may be of no further use.
         """
-        self.wait()
-        found = runs.control_of(self.top, self.config, self.fingerprint) if self.group.is_main else None
-        known = found is not None
-        try:
-            if known:
-                load_weights(found[0], model, found[1])
-        except UserError:  # its frozen tensors are gone
-            known = False
-        return self.group.decided(known)
+        return self._gave(model, lambda: runs.control_of(self.top, self.config, self.fingerprint))
 
     @timed("loading")
     def load_phase1(self, model):
         """Give a copy of the network what Phase 1 made of it; returns as `load_control`."""
+        return self._gave(model, lambda: (self.folder, load_sealed(self.folder / PHASE1)))
+
+    def _gave(self, model, find):
         self.wait()
         known = True
         try:
-            load_weights(self.folder, model, load_sealed(self.folder / PHASE1))
-        except (Corrupt, OSError, UserError):
+            folder, state = find()
+            trained.load_weights(folder, model, state)
+        except (OSError, UserError):  # or its frozen tensors are gone
             known = False
         return self.group.decided(known)
 
@@ -272,7 +239,7 @@ class Checkpointer:
     def retrieval_fault(self):
         """What is wrong with the file of what a complete run looks up, in words; "" if it is as it was."""
         try:
-            read_retrieval(self.folder, self.results["retrieval"]["model"])
+            trained.read_retrieval(self.folder, self.results["retrieval"]["model"])
         except UserError as error:
             return str(error)
         return ""
@@ -286,9 +253,9 @@ class Checkpointer:
         """
         self.wait()
         self.lock.check()
-        store_retrieval(self.folder, retrieval, model, self.run_id)
+        trained.store_retrieval(self.folder, retrieval, model, self.run_id)
         if self.mirror:
-            self.mirror.request([RETRIEVAL], self.save_number)
+            self.mirror.request([trained.RETRIEVAL], self.save_number)
 
     def arrived(self, stage, position, steps):
         """Note where training is, after so many steps of a stage; returns what the status says of it."""
@@ -357,7 +324,7 @@ class Checkpointer:
         """
         self._pass(model, results)
         while state := self._taken.pop(self.stage, None):
-            load_weights(runs.home_of(self.folder, state["run_id"]), model, state)
+            trained.load_weights(runs.home_of(self.folder, state["run_id"]), model, state)
             history = f"{self.stage}_history"
             setattr(self, history, state[history])
             results = state["results"][self.stage]
@@ -381,7 +348,7 @@ class Checkpointer:
     def _write(self, content, model, best, names):
         """In the thread: frozen tensors once, best weights, the state by all its names; then the mirror."""
         if self._frozen[0] is not model:  # the control keeps other tensors than the run's own
-            self._frozen = model, store_frozen(self.folder, model)
+            self._frozen = model, trained.store_frozen(self.folder, model)
         content["frozen"] = self._frozen[1]
         if best and best is not self._best_written:
             path = self.folder / BEST[content["stage"]]
@@ -393,9 +360,9 @@ class Checkpointer:
         write_state(self.folder, content, self.config.keep_last, names)
         self.saved_at = datetime.fromisoformat(content["saved_at"]).timestamp()
         if self.mirror:
-            frozen = frozen_path(self.folder, content["frozen"]).name
-            further = PHASE1, RETRIEVAL
-            names = [frozen, *BEST.values(), *further, LATEST, MANIFEST, *self._to_copy]
+            frozen = trained.frozen_path(self.folder, content["frozen"]).name
+            further = PHASE1, trained.RETRIEVAL
+            names = [frozen, *BEST.values(), *further, runs.LATEST, runs.MANIFEST, *self._to_copy]
             self.mirror.request(names, content["save_number"])  # which copies none twice
 
     def _content(self, label, model, stage_state, position):
@@ -427,11 +394,11 @@ def write_state(folder, content, keep_last=0, names=()):
     Raises:
         OSError: it could not be written in ATTEMPTS tries; the files that were there are untouched.
     """
-    latest = folder / LATEST
+    latest = folder / runs.LATEST
     begins = content["save_number"] == 1  # what has the name is then a run that is kept elsewhere
     for attempt in range(ATTEMPTS):
         try:
-            save_sealed(content, latest, None if begins else folder / PREVIOUS)
+            save_sealed(content, latest, None if begins else folder / runs.PREVIOUS)
             break
         except OSError:
             if attempt + 1 == ATTEMPTS:
@@ -449,11 +416,7 @@ def write_state(folder, content, keep_last=0, names=()):
 
 def snapshot(value):
     """The same structure with copies of all tensors, on the CPU: training goes on changing its own."""
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: snapshot(part) for key, part in value.items()}
-    return [snapshot(part) for part in value] if isinstance(value, list | tuple) else value
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), value)
 
 
 def place(content):
@@ -485,7 +448,7 @@ def require_space(folder, model, config, context_dtype):
     copies = 2 if in_files(values, context_dtype, config.context_memory_mb) else STATES_ON_DISK
     needed = STATES_ON_DISK * 3 * weights + copies * values * context_dtype.itemsize
     if config.looks_up:
-        needed += RETRIEVALS_ON_DISK * retrieval_bytes(config, model.vocab_size, config.train_tokens)
+        needed += RETRIEVALS_ON_DISK * trained.retrieval_bytes(config, model.vocab_size, config.train_tokens)
     needed -= runs.bytes_of(Path(folder))
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -21,9 +21,10 @@ from newllm.config import EARLIER, Config, settings_of
 from newllm.errors import UserError
 from newllm.retrieval.mixture import FORMAT as RETRIEVAL_FORMAT
 from newllm.saving.files import Corrupt, copy_verified, duplicate, load_sealed, write_text
+from newllm.saving.guard import MANIFEST, read_manifest
 
 FORMAT = 4  # of states and of model files
-RUNS, LATEST, PREVIOUS, MANIFEST = "runs", "model_latest.pt", "model_prev.pt", "manifest.json"
+RUNS, LATEST, PREVIOUS = "runs", "model_latest.pt", "model_prev.pt"
 CONTROL = "model_untrained_best.pt"  # the head on untrained contexts, at its lowest validation loss
 FILES = "model_*.pt*", "contexts_*.bin", "status.json"  # of a run, besides the manifest of the folder
 TOLD = "run_id", "epoch", "stage", "step", "restart", "save_number", "saved_at"  # by the manifest of a state
@@ -148,9 +149,7 @@ def announce(folder, state):
     latest = folder / LATEST
     entry = {key: state[key] for key in TOLD}
     entry |= {"file": LATEST, "sha256": seal(latest), "bytes": latest.stat().st_size}
-    with suppress(OSError, ValueError, TypeError):  # none yet, or damaged
-        entry = json.loads((folder / MANIFEST).read_text(encoding="utf-8")) | entry
-    write_text(folder / MANIFEST, json.dumps(entry, indent=1) + "\n")
+    write_text(folder / MANIFEST, json.dumps(read_manifest(folder) | entry, indent=1) + "\n")
 
 
 # Changing runs
@@ -392,15 +391,19 @@ def _made_alike(state, config, fingerprint, marks):
 
 
 def control_of(folder, config, fingerprint):
-    """(its folder, best state) of the head on untrained contexts, of a run that trained it; None without."""
+    """(its folder, best state) of the head on untrained contexts, of a run that trained it.
+
+    Raises:
+        FileNotFoundError: there is none that can be read.
+    """
     folder = Path(folder)
     for _, state in runs_in(folder, newest_state(folder)):
         made = state and "head" in state["results"].get("untrained", {})
         if made and _made_alike(state, config, fingerprint, PARTS["head"][1]):
             home = home_of(folder, state["run_id"])  # beside the top, before the first save of the next run
-            with suppress(Corrupt, OSError):
+            with suppress(OSError):
                 return home, load_sealed(home / CONTROL)
-    return None
+    raise FileNotFoundError(CONTROL)
 
 
 # Second copies

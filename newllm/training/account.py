@@ -163,7 +163,7 @@ def report(config, runtime, data, model, checkpointer, log, predicted_peak_mb):
     results, unsaved = checkpointer.results, checkpointer.unsaved
     last = results.get("phase2") or results["phase1"]
     saved_at = datetime.fromtimestamp(checkpointer.saved_at or time.time(), UTC)
-    waited, written = checkpointer.saving_share
+    seconds, times = checkpointer.seconds, checkpointer.times
     # Of the sessions that completed a stage, and of this one, which may have trained nothing.
     peaks = [made["peak_memory_mb"] for made in results.values() if made]
     summary = {
@@ -175,12 +175,12 @@ def report(config, runtime, data, model, checkpointer, log, predicted_peak_mb):
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "peak_memory_mb": max(peak_memory_mb(), *peaks),
         "peak_memory_mb_predicted": predicted_peak_mb,
-        "seconds": checkpointer.seconds,
-        "saving_share": waited,
-        "saving_share_background": written,
+        "seconds": seconds,
+        "saving_share": times["parts"].get("saving", 0.0) / seconds,  # training waited for a save
+        "saving_share_background": times["save_seconds"] / seconds,  # a save was being written
     }
     if config.looks_up:
-        summary["seconds_retrieval"] = checkpointer.times["parts"].get("retrieval", 0.0)
+        summary["seconds_retrieval"] = times["parts"].get("retrieval", 0.0)
     if runtime.compile:
         summary |= compile_cost()
     log.log("curves", **curves(results))

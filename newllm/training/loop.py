@@ -127,8 +127,7 @@ class EpochLoop:
         self.take_step = OptimizerStep(runtime, self.optimizer, self.step, self.settings.grad_clip, self.warn)
         if saved and phase.contexts:
             phase.contexts.restore(saved["contexts"], phase.trajectories, self.warn)
-        histories = self.saver.history if self.saver else {}
-        self.history = histories.get(f"{phase.stage}_history", self.state.history)
+        self.history = getattr(self.saver, f"{phase.stage}_history", self.state.history)
         if phase.num_validation:
             self.quick = order.quick_subset(phase.num_validation, phase.quick_share, self.settings.seed)
             self.state.quick_subset = order.order_digest("", self.quick)[:12]
