@@ -232,31 +232,17 @@ class SavingSettings(SharedSettings):
 
 # What these settings are in files of versions that did not have them.
 EARLIER = dict(
-    data_split="",
-    data_column="",
-    fit_share=0.0,
-    context_adapter="none",
-    adapter_rank=0,
-    attention="auto",
-    save_min_seconds=30.0,
-    label_smoothing=0.0,
-    teachers="",
-    retrieval="none",
-    retrieval_keys="hidden,tokens",
-    retrieval_window=4096,
-)
+    data_split="", data_column="", fit_share=0.0, context_adapter="none", adapter_rank=0, attention="auto",
+    save_min_seconds=30.0, label_smoothing=0.0, teachers="",
+    retrieval="none", retrieval_keys="hidden,tokens", retrieval_window=4096,
+)  # fmt: skip
 
 
 @group
 class Config(
-    SavingSettings,
-    MachineSettings,
-    RetrievalSettings,
-    Phase2Settings,
-    Phase1Settings,
-    ModelSettings,
+    SavingSettings, MachineSettings, RetrievalSettings, Phase2Settings, Phase1Settings, ModelSettings,
     DataSettings,
-):
+):  # fmt: skip
     """Every setting of a run. Immutable; `dataclasses.replace` makes a changed copy.
 
     A value comes from the keyword, else the preset, else the attribute of the subclass in `config.py`.
@@ -327,10 +313,9 @@ class Config(
 
     def differences(self):
         """Settings that differ from the file's values, as {name: (file's value, value in effect)}."""
-        pairs = {name: (getattr(type(self), name), value) for name, value in self.to_dict().items()}
-        return {
-            name: (file, value) for name, (file, value) in pairs.items() if check_value(name, file) != value
-        }
+        file = {name: getattr(type(self), name) for name in SETTINGS}
+        now = self.to_dict()
+        return {name: (file[name], now[name]) for name in now if check_value(name, file[name]) != now[name]}
 
 
 def settings_of(kind):

@@ -211,15 +211,13 @@ def print_memory(config, measuring):
     rows = [(thing, *(f"{held[thing]:,.1f}" for held in stages.values())) for thing in memory_estimate.THINGS]
     sums = [sum(held.values()) for held in stages.values()]
     print("\n".join(table(("MB", *stages), [*rows, ("sum", *(f"{size:,.1f}" for size in sums))])))
-    peak, usable = max(sums), usable_memory(config, runtime)
+    peak = max(sums)
     bound = "a lower bound" if config.compile or runtime.device.type == "cuda" else "give or take 15 %"
-    print(f"\npredicted peak: {peak:,.0f} MB, {bound}")
+    print(f"\npredicted peak ({bound}): {memory_estimate.verdict(peak, usable_memory(config, runtime))}")
     if measuring:
         with Interrupt():
             measured = call_apart(measure, config)
         print(f"measured peak: {measured:,.0f} MB, so the estimate is {peak / measured - 1:+.1%} off")
-    verdict = "fits" if peak <= usable else "does not fit"
-    print(f"memory of this machine: {usable:,.0f} MB, so the run {verdict}: margin {usable - peak:,.0f} MB")
 
 
 def flags(parser):

@@ -7,7 +7,6 @@ python3 -m scripts.export --format transformers --output model --retrieval none 
 python3 -m scripts.export --refresh model  # an exported transformers folder: the code of today
 """
 
-import os
 import zipfile
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from newllm.errors import UserError, exit_on_user_error
 from newllm.flags import Parser
 from newllm.report.page import artifact_paths
 from newllm.report.record import complete, find_run, runs_in
+from newllm.saving.files import replacing
 from newllm.saving.trained import open_saved
 
 
@@ -35,14 +35,11 @@ def latest_with_model(folder):
 
 def write_zip(target, folder, paths):
     """Put files into an archive under their names from a folder on; it takes its name when it is whole."""
-    unfinished = target.with_name(f".{target.name}.tmp")
     try:
-        with zipfile.ZipFile(unfinished, "w", zipfile.ZIP_DEFLATED) as archive:
+        with replacing(target) as new, zipfile.ZipFile(new, "w", zipfile.ZIP_DEFLATED) as archive:
             for path in paths:
                 archive.write(path, path.relative_to(folder.parent))
-        os.replace(unfinished, target)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
         raise UserError(f"{target} cannot be written ({error.strerror}): choose another --output.") from error
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
     for entry in archive.infolist():

@@ -37,7 +37,7 @@ from newllm.progress import Progress
 from newllm.report.compare import table
 from newllm.report.pictures import prefill_speed
 from newllm.report.record import new_run_id
-from newllm.saving.trained import load_trained, stored_retrieval
+from newllm.saving.trained import load_trained, open_retrieval
 from newllm.training.runtime import describe_device, open_runtime, peak_memory_mb
 from newllm.training.step_function import StepFunction, reason_of
 
@@ -226,21 +226,6 @@ def one_sequence(data, length):
     return ids.repeat(-(-length // len(ids)))[:length].long(), line
 
 
-def retrieval_beside(config, model, say):
-    """What the trained model looks up, or None, which is said."""
-    if config.retrieval == "none":
-        return None
-    try:
-        found = stored_retrieval(Path(config.checkpoint_dir).resolve(), model)
-    except UserError as error:
-        say(f"retrieval: none, as {error}; the network predicts alone")
-        return None
-    megabytes = found.window * (4 * found.keys.width + 8) / 1e6
-    parts = f"{', '.join(found.experts)}; the state behind a text of any length"
-    say(f"retrieval: {parts} has its last {found.window:,} tokens, {megabytes:.1f} MB at most")
-    return found
-
-
 def report(config, options, say):
     """Measure the untrained network and the trained one, as far as asked for and there.
 
@@ -284,10 +269,13 @@ def report(config, options, say):
         raise UserError(line)
     say(f"trained: {trained or line}")
     if trained:
-        retrieval = retrieval_beside(config, model, say)
-        if retrieval:
-            retrieval.to(runtime.device)
-        add("trained", retrieval)
+        found = open_retrieval(config.checkpoint_dir, model, {"config": config.to_dict()}, say)
+        if found:
+            megabytes = found.window * (4 * found.keys.width + 8) / 1e6
+            parts = f"{', '.join(found.experts)}; the state behind a text of any length"
+            say(f"retrieval: {parts} has its last {found.window:,} tokens, {megabytes:.1f} MB at most")
+            found.to(runtime.device)
+        add("trained", found)
     return {"rows": rows, "curves": curves, "exponents": exponents}
 
 

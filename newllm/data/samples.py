@@ -34,9 +34,7 @@ class TokenData:
     notes: list[str]  # lines to print: what is used and why
     fingerprint: str  # SHA-256 over ids and tokenizer: the identity of the data, for checkpoints
     held_back: torch.Tensor | None = None  # int32 [n, L+1]: of the training samples, to fit retrieval on
-    origins: torch.Tensor | None = (
-        None  # int64 [num_samples]: equal where samples share dialogues; None: none do
-    )
+    origins: torch.Tensor | None = None  # int64 [num_samples]: equal where samples share dialogues, if any do
 
     @property
     def vocab_size(self):
@@ -280,7 +278,7 @@ def _read_cache(path, notes):
         return payload
     except FileNotFoundError:
         return None
-    except (Corrupt, OSError) as error:
+    except OSError as error:
         why = str(error).removeprefix(f"{path} ")
         notes.append(f"cache: {path} was damaged or foreign ({why}) and is replaced when it is built")
         return None

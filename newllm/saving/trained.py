@@ -13,7 +13,7 @@ from newllm.models.pretrained import add_adapter, has_adapter, load_embedding, r
 from newllm.retrieval.keys import Keys
 from newllm.retrieval.mixture import FORMAT as RETRIEVAL_FORMAT
 from newllm.retrieval.mixture import ORDER, Retrieval
-from newllm.saving.files import Corrupt, load_sealed, save_sealed
+from newllm.saving.files import load_sealed, save_sealed
 from newllm.saving.runs import FORMAT, choose, newest_state, require_format
 
 RETRIEVAL = "model_retrieval.pt"  # beside the weights: what the model of a complete run looks up
@@ -57,7 +57,7 @@ def frozen_of(folder, model, state):
     path = frozen_path(folder, state["frozen"])
     try:
         return own | load_sealed(path)
-    except (Corrupt, FileNotFoundError) as error:
+    except OSError as error:
         raise UserError(
             f"the checkpoint's frozen embeddings cannot be read ({error}): put {path.name} back beside it, "
             "or start afresh with --no-load_checkpoint."
@@ -151,10 +151,6 @@ def read_retrieval(folder, digest):
     path = Path(folder) / RETRIEVAL
     try:
         content = load_sealed(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is not there") from None
-    except Corrupt as error:
-        raise UserError(str(error)) from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror or error})") from error
     if not isinstance(content, dict) or content.get("model") != digest:
@@ -162,11 +158,6 @@ def read_retrieval(folder, digest):
     if content["description"].get("format") != RETRIEVAL_FORMAT:
         raise UserError(f"{path} is of another version")
     return content
-
-
-def stored_retrieval(folder, model):
-    """The retrieval beside a model's weights; raises UserError as `read_retrieval`."""
-    return filled_retrieval(read_retrieval(folder, model_digest(model)), Path(folder) / RETRIEVAL)
 
 
 def save_model(path, model, config, tokenizer, about, retrieval=None):
@@ -206,7 +197,7 @@ def open_saved(path):
         return path, content
     try:
         content = load_sealed(path)
-    except (Corrupt, OSError) as error:
+    except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{path} cannot be read ({reason}): give a checkpoint, or their folder.") from error
     require_format(content, path)
@@ -259,12 +250,11 @@ def open_teachers(config, tokenizer, device):
     return models
 
 
-def open_retrieval(path, model, content, say=None):
+def open_retrieval(path, model, content, say=lambda line: print(line, file=sys.stderr)):
     """What the model looks up that `open_model` gave for a path; None where that is nothing.
 
     Args:
-        say: function of the sentence that says why the network answers alone, though its run looks things
-            up; None: it goes to stderr.
+        say: function of the sentence that says why the network answers alone, though its run looks things up.
     """
     config = Config(**EARLIER | content["config"])
     if "tokenizer" not in content and not config.looks_up:
@@ -273,15 +263,12 @@ def open_retrieval(path, model, content, say=None):
     try:
         if "tokenizer" in content:
             return filled_retrieval(content.get("retrieval"), f"what {path} looks up")
-        return stored_retrieval(path if path.is_dir() else path.parent, model)
+        folder = path if path.is_dir() else path.parent
+        return filled_retrieval(read_retrieval(folder, model_digest(model)), folder / RETRIEVAL)
     except UserError as error:
         remedy = "give a checkpoint of a run's end, or run train.py to its end, which makes it"
-        (say or _to_stderr)(f"note: the network answers alone, as {error}: {remedy}")
+        say(f"note: the network answers alone, as {error}: {remedy}")
         return None
-
-
-def _to_stderr(line):
-    print(line, file=sys.stderr)
 
 
 def load_trained(config, model, fingerprint):

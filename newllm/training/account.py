@@ -19,7 +19,7 @@ from newllm.saving.files import second_folder, usable_folder
 from newllm.saving.guard import holder
 from newllm.saving.runs import newest_state
 from newllm.saving.trained import save_model
-from newllm.training.memory_estimate import usable_memory
+from newllm.training.memory_estimate import usable_memory, verdict
 from newllm.training.plan import make_plan, unused_lines
 from newllm.training.runtime import compile_cost, describe_device, peak_memory_mb
 
@@ -105,10 +105,7 @@ def preview(config, runtime, data, model, peak):
         config, runtime, data, model, _checkpoint_lines(config, data.fingerprint, runtime.group)
     )
     print(*lines, *unused, sep="\n")
-    memory = usable_memory(config, runtime)
-    verdict = "fits" if peak <= memory else "does not fit"
-    margin = f"margin {memory - peak:,.0f} MB"
-    print(f"memory: predicted peak {peak:,.0f} MB of {memory:,.0f} MB, so the run {verdict}: {margin}")
+    print(f"memory: predicted peak {verdict(peak, usable_memory(config, runtime))}")
     if config.save_checkpoint:
         existing = next(path for path in (folder.resolve(), *folder.resolve().parents) if path.is_dir())
         require_space(existing, model, config, runtime.storage_dtype)

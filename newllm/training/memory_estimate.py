@@ -120,6 +120,12 @@ def usable_memory(config, runtime):
     return share * runtime.memory / 1e6
 
 
+def verdict(peak, usable):
+    """Whether a run with a peak fits into the memory that it may take (both in MB), in words."""
+    fits = "fits" if peak <= usable else "does not fit"
+    return f"{peak:,.0f} MB of {usable:,.0f} MB, so the run {fits}: margin {usable - peak:,.0f} MB"
+
+
 def libraries_mb(kind, runtime):
     """MB of this process with all that a training step loads at first use; 0 where a GPU holds the rest."""
     if kind == "transformer":

@@ -224,7 +224,7 @@ def test_prefill_predicts_with_what_is_looked_up(trained):
         prefill.report(trained.config, options[1], said.append)
     finally:
         (trained.folder / "hidden").rename(hidden)
-    assert any("the network predicts alone" in line for line in said)
+    assert any("the network answers alone" in line for line in said)
 
 
 def test_generate_and_chat_look_up_unless_told_not_to(trained, capsys, monkeypatch):

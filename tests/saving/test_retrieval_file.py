@@ -39,7 +39,7 @@ def of_other_weights(path):
 
 
 HARM = {
-    "is not there": Path.unlink,
+    "No such file": Path.unlink,
     "does not match its checksum": flipped,
     "torn: does not match": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
     "empty: does not match": lambda path: path.write_bytes(b""),
