@@ -37,7 +37,8 @@ from newllm.progress import Progress
 from newllm.report.compare import table
 from newllm.report.pictures import prefill_speed
 from newllm.report.record import new_run_id
-from newllm.saving.trained import load_trained, open_retrieval
+from newllm.saving.checkpoint import load_trained
+from newllm.saving.trained import open_retrieval
 from newllm.training.runtime import describe_device, open_runtime, peak_memory_mb
 from newllm.training.step_function import StepFunction, reason_of
 
@@ -259,15 +260,17 @@ def report(config, options, say):
 
     if not options.trained:
         add("untrained")
-    trained, reason = None, "run train.py first."
+    trained, notes = False, []
     try:
-        trained = load_trained(config, model, data.fingerprint)
-    except UserError as error:  # what was measured untrained is worth as much beside another run
-        reason = str(error)
-    line = f"{config.checkpoint_dir} holds no trained weights of these settings: {reason}"
+        trained, notes = load_trained(config, model, data.fingerprint, runtime.group)
+    except UserError as error:  # what was measured untrained is worth as much beside damaged files
+        notes = [str(error)]
+    line = "; ".join(notes) or "run train.py first."
+    if not trained:
+        line = f"{config.checkpoint_dir} holds no trained weights of these settings: {line}"
     if options.trained and not trained:
         raise UserError(line)
-    say(f"trained: {trained or line}")
+    say(f"trained: {line}")
     if trained:
         found = open_retrieval(config.checkpoint_dir, model, {"config": config.to_dict()}, say)
         if found:

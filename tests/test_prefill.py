@@ -113,7 +113,7 @@ def test_trained_and_untrained_weights_are_measured_and_the_run_is_left_alone(
     prefill.main(config, options(trained=True))
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("sequence: 450 ids of dialogues") for line in lines)  # 12 + 6 samples of 25
-    assert any(line.startswith("trained: phase2_complete of run ") for line in lines)
+    assert any(line.startswith("trained: continuing run ") for line in lines)
     assert any(
         line.startswith("trained, 50 tokens to 0.01: by sweeps (Lyapunov exponent -") for line in lines
     )

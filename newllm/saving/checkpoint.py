@@ -10,6 +10,7 @@ read back.
 """
 
 import copy
+import dataclasses
 import platform
 import shutil
 import subprocess
@@ -383,6 +384,27 @@ class Checkpointer:
             **self._provenance,
         }
         return content | {"restart": place(content)}
+
+
+def only_reading(config, fingerprint, group):
+    """A Checkpointer of the run that these settings would continue; nothing is written or made."""
+    return Checkpointer(dataclasses.replace(config, save_checkpoint=False), fingerprint, "", group)
+
+
+def load_trained(config, model, fingerprint, group):
+    """Give the model what the run of these settings has trained so far.
+
+    Returns:
+        (whether it has trained anything: else the model is as it was, lines about what was found).
+
+    Raises:
+        UserError: the folder holds what cannot be read.
+    """
+    with only_reading(config, fingerprint, group) as run:
+        has_trained = run.is_done("untrained")
+        if has_trained:
+            run.restore(run.stage, model)
+        return has_trained, run.notes
 
 
 def write_state(folder, content, keep_last=0, names=()):

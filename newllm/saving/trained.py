@@ -14,7 +14,7 @@ from newllm.retrieval.keys import Keys
 from newllm.retrieval.mixture import FORMAT as RETRIEVAL_FORMAT
 from newllm.retrieval.mixture import ORDER, Retrieval
 from newllm.saving.files import load_sealed, save_sealed
-from newllm.saving.runs import FORMAT, choose, newest_state, require_format
+from newllm.saving.runs import FORMAT, newest_state, require_format
 
 RETRIEVAL = "model_retrieval.pt"  # beside the weights: what the model of a complete run looks up
 
@@ -269,28 +269,3 @@ def open_retrieval(path, model, content, say=lambda line: print(line, file=sys.s
         remedy = "give a checkpoint of a run's end, or run train.py to its end, which makes it"
         say(f"note: the network answers alone, as {error}: {remedy}")
         return None
-
-
-def load_trained(config, model, fingerprint):
-    """Give the model what the run of these settings has trained so far; its folder is only read.
-
-    Args:
-        fingerprint: digest of the data that the settings give.
-
-    Returns:
-        A line about the weights; None, with the model untouched, where no such run has trained anything.
-
-    Raises:
-        UserError: the folder holds other runs alone, or what cannot be read.
-    """
-    folder = Path(config.checkpoint_dir).resolve()
-    choice = choose(folder, newest_state(folder), config, fingerprint)
-    if not config.load_checkpoint or not (choice.home or choice.lines):
-        return None
-    if choice.home is None:
-        raise UserError(f"{folder} holds other runs: {choice.lines[-1]}.")
-    state = newest_state(choice.home)
-    if state["stage"] == "untrained":
-        return None
-    load_weights(choice.home, model, state)
-    return f"{state['epoch']} of run {state['run_id']}, saved {state['saved_at']}"

@@ -12,9 +12,9 @@ from newllm.clock import timed
 from newllm.errors import UserError
 from newllm.models.baselines import Baseline
 from newllm.report.page import artifact_paths, write_artifacts
-from newllm.report.record import new_run_id, read_record
+from newllm.report.record import read_record
 from newllm.report.summary import banner, curves, plain, summarize
-from newllm.saving.checkpoint import Checkpointer, provenance, require_space
+from newllm.saving.checkpoint import only_reading, provenance, require_space
 from newllm.saving.files import second_folder, usable_folder
 from newllm.saving.guard import holder
 from newllm.saving.runs import newest_state
@@ -127,8 +127,7 @@ def _checkpoint_lines(config, fingerprint, group):
         copy = newest_state(copies)
         if copy and (not found or copy["save_number"] > found["save_number"]):
             place = copies
-    looking = dataclasses.replace(config, save_checkpoint=False, checkpoint_dir=str(place))
-    with Checkpointer(looking, fingerprint, new_run_id(), group) as found:
+    with only_reading(dataclasses.replace(config, checkpoint_dir=str(place)), fingerprint, group) as found:
         said = found.notes or ["none, the run begins from the start"]
         return [f"checkpoint in {place}: {line}" for line in said]
 
