@@ -5,13 +5,12 @@ failed is tried again after the next save, and at the end.
 """
 
 import contextlib
-import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from newllm.saving.files import Corrupt, copy_verified, second_folder, usable_folder, verify_seal
+from newllm.saving.files import Corrupt, copy_verified, ending, second_folder, usable_folder, verify_seal
 from newllm.saving.guard import Guard
 from newllm.saving.runs import LATEST, PREVIOUS
 
@@ -81,7 +80,6 @@ class Backup:
         self.lock = Guard(self.target, token=guard.token)
         self.every_seconds, self.say = every_seconds, say
         self.error, self.newest = None, "no copy yet"
-        self._copied = {}  # path in the target -> inode, size and time of the file whose copy it is
         self._asked = self._done = None  # (names, number of the save)
         self._next_round = 0.0
         self._idle = threading.Event()
@@ -121,7 +119,8 @@ class Backup:
                 opened = {}  # all at first, so that the copies are of one moment though training goes on
                 for name in names:
                     with contextlib.suppress(FileNotFoundError):
-                        opened[name] = stack.enter_context(open(self.source / name, "rb"))
+                        if ending(self.source / name) != ending(self.target / name):
+                            opened[name] = stack.enter_context(open(self.source / name, "rb"))
                 for name, file in opened.items():
                     self._copy(file, self.target / name)
             self.error, self.newest, self._done = None, f"the newest of save {save} in {self.target}", asked
@@ -135,10 +134,6 @@ class Backup:
 
     def _copy(self, file, target):
         self.lock.check()
-        stat = os.fstat(file.fileno())
-        identity = stat.st_ino, stat.st_size, stat.st_mtime_ns
-        if self._copied.get(target) == identity and target.exists() and target.stat().st_size == stat.st_size:
-            return
         for folder in reversed(target.relative_to(self.target).parents[:-1]):
             (self.target / folder).mkdir(exist_ok=True)
         previous = None
@@ -147,4 +142,3 @@ class Backup:
                 verify_seal(target)
                 previous = target.with_name(PREVIOUS)
         copy_verified(file, target, previous)
-        self._copied[target] = identity

@@ -75,7 +75,6 @@ class Checkpointer:
         self._last_save = time.monotonic()
         self._best_written = None
         self._frozen = None, ""  # (model, digest of what it keeps)
-        self._to_copy = []
         self._clock = Clock.current
         self._provenance = provenance()
         self.lock = self.mirror = None
@@ -115,8 +114,6 @@ class Checkpointer:
         if self.writes and home != self.folder:
             runs.change(self.folder, top, home, self.notes)
             home = home and self.folder
-        if self.mirror:
-            self._to_copy = runs.uncopied(self.folder, self.mirror.target)
         found = runs.newest_state(home, mmap=False) if home else None
         run_id = found["run_id"] if found else runs.unused_id(self.folder, new_id)
         return run_id, home or self.folder, found, choice.reused, choice.stages, choice.record
@@ -362,8 +359,9 @@ class Checkpointer:
         self.saved_at = datetime.fromisoformat(content["saved_at"]).timestamp()
         if self.mirror:
             frozen = trained.frozen_path(self.folder, content["frozen"]).name
-            further = PHASE1, trained.RETRIEVAL
-            names = [frozen, *BEST.values(), *further, runs.LATEST, runs.MANIFEST, *self._to_copy]
+            names = [frozen, *BEST.values(), PHASE1, trained.RETRIEVAL, runs.LATEST, runs.MANIFEST]
+            beside = sorted(self.folder.glob(f"{runs.RUNS}/*/model_*.pt"))
+            names += [path.relative_to(self.folder) for path in beside]
             self.mirror.request(names, content["save_number"])  # which copies none twice
 
     def _content(self, label, model, stage_state, position):

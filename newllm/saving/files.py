@@ -142,6 +142,20 @@ def verify_seal(path):
     return digest.hexdigest()
 
 
+def ending(path):
+    """Size and last bytes of a file, which of a sealed one are its SHA-256 (hex): equal where two are the same.
+
+    None where there is no file.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 64))
+            return size, file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return None
+
+
 def _seal(digest):
     return COMMENT + digest.hexdigest().encode()
 

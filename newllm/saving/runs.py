@@ -20,7 +20,7 @@ import torch
 from newllm.config import EARLIER, Config, settings_of
 from newllm.errors import UserError
 from newllm.retrieval.mixture import FORMAT as RETRIEVAL_FORMAT
-from newllm.saving.files import Corrupt, copy_verified, duplicate, load_sealed, write_text
+from newllm.saving.files import Corrupt, copy_verified, duplicate, ending, load_sealed, write_text
 from newllm.saving.guard import MANIFEST, read_manifest
 
 FORMAT = 4  # of states and of model files
@@ -137,18 +137,10 @@ def runs_in(folder, top):
     return found
 
 
-def seal(path):
-    """SHA-256 (hex) that a sealed file carries, as its last bytes."""
-    with open(path, "rb") as file:
-        file.seek(max(0, os.path.getsize(path) - 64))
-        return file.read().decode(errors="replace")
-
-
 def announce(folder, state):
     """Write into the manifest what the latest state is, for status; what else stands in it stays."""
-    latest = folder / LATEST
-    entry = {key: state[key] for key in TOLD}
-    entry |= {"file": LATEST, "sha256": seal(latest), "bytes": latest.stat().st_size}
+    size, seal = ending(folder / LATEST)
+    entry = {key: state[key] for key in TOLD} | {"file": LATEST, "sha256": seal, "bytes": size}
     write_text(folder / MANIFEST, json.dumps(read_manifest(folder) | entry, indent=1) + "\n")
 
 
@@ -445,15 +437,3 @@ def _copy_run(source, home, run_id):
             if load_sealed(path, mmap=True).get("run_id", run_id) == run_id:
                 with open(path, "rb") as file:
                     copy_verified(file, home / path.name)
-
-
-def uncopied(folder, mirror):
-    """Names of the states of the runs beside the one at the top that a mirror lacks."""
-    names = []
-    for path in sorted(folder.glob(f"{RUNS}/*/model_*.pt")):
-        name = path.relative_to(folder)
-        with suppress(OSError):
-            if seal(mirror / name) == seal(path):
-                continue
-        names.append(name)
-    return names

@@ -4,7 +4,6 @@ The first SIGTERM or SIGINT only sets a flag, because a state saved in the middl
 Loops poll it; a second signal ends the process at once. SIGUSR1 asks for a checkpoint and nothing else.
 """
 
-import contextlib
 import math
 import os
 import signal
@@ -76,17 +75,6 @@ def stop_reason():
     """Why the run should stop now, or None."""
     current = Interrupt.current
     return current.wish if current.alone or current.leads else current.agreed
-
-
-@contextlib.contextmanager
-def leading():
-    """Around what one of several processes does while the others wait: it may stop by its own wish."""
-    current = Interrupt.current
-    current.leads = True
-    try:
-        yield
-    finally:
-        current.leads = False
 
 
 def agree(first_reason):

@@ -19,7 +19,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
 from newllm.errors import UserError
-from newllm.saving.stop import Stopped, leading
+from newllm.saving.stop import Interrupt, Stopped
 
 STORAGE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -247,11 +247,13 @@ class Group:
         """
         result, reason = None, None
         if self.is_main:
+            Interrupt.current.leads = True
             try:
-                with leading():
-                    result = work()
+                result = work()
             except Stopped as stop:
                 reason = str(stop)
+            finally:
+                Interrupt.current.leads = False
         if reason := self.decided(reason):
             raise Stopped(reason)
         return result
