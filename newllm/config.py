@@ -26,9 +26,8 @@ class Range:
     above: bool = False
 
     def __contains__(self, value):
-        return (
-            math.isfinite(value) and self.low <= value <= self.high and not (self.above and value == self.low)
-        )
+        inside = self.low < value if self.above else self.low <= value
+        return math.isfinite(value) and inside and value <= self.high
 
     def __str__(self):
         lower = f"{'>' if self.above else '>='} {self.low:g}"
@@ -361,9 +360,8 @@ def checked(name, value, kind, bounds=None):
     """The value, if it is of a kind (a type or a tuple of choices) and within bounds (a Range or None)."""
     if isinstance(kind, tuple):
         if value not in kind:
-            raise UserError(
-                f"{name} must be one of {', '.join(kind)}, not {value!r}{nearest(str(value), kind)}."
-            )
+            meant = nearest(str(value), kind)
+            raise UserError(f"{name} must be one of {', '.join(kind)}, not {value!r}{meant}.")
         return value
     if kind is float and type(value) is int and abs(value) < 2**53:  # beyond, another number would come out
         value = float(value)

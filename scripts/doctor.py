@@ -111,9 +111,7 @@ def check_folders(config):
             refused = f"{folder} ({name}) cannot be written ({error.strerror})"
             raise UserError(f"{refused}: choose another folder.") from error
         if (folder / folder.name).is_symlink():
-            raise Note(
-                f"{folder / folder.name} is a link that a repeated `ln -s` has made: delete that link."
-            )
+            raise Note(f"{folder / folder.name} is a link that a repeated `ln -s` has made: delete it.")
         said.append(f"{path} is {'a link to ' if path.is_symlink() else ''}{folder}")
     return ", ".join(said)
 

@@ -129,9 +129,7 @@ def described(retrieval, ids):
     known = sum(sample_digest(sample) in retrieval.held_out for sample in ids)
     if not known:
         return f"{parts}; its gate was fitted on none of the {len(ids)} samples"
-    return (
-        f"{parts}; {known} of {len(ids)} samples are its run's own: each as a gate fitted on others gave it"
-    )
+    return f"{parts}; {known} of {len(ids)} samples are its run's own: each by a gate fitted on others"
 
 
 def inspect(path):

@@ -24,12 +24,7 @@ NUMBERS = {  # flag: type, bounds, default, help
     "max_tokens": (int, Range(1), 100, "length, at most"),
     "temperature": (float, Range(0), USUAL["temperature"], "0: always the likeliest token"),
     "top_k": (int, Range(0), USUAL["top_k"], "draw among so many likeliest tokens; 0: all"),
-    "top_p": (
-        float,
-        Range(0, 1, above=True),
-        USUAL["top_p"],
-        "draw among the likeliest with this much together",
-    ),
+    "top_p": (float, Range(0, 1, above=True), USUAL["top_p"], "draw among the likeliest of this sum"),
     "seed": (int, Range(0, 2**63 - 1), 0, "of the draws"),
 }
 

@@ -60,7 +60,7 @@ def test_a_machine_that_is_ready(examine, monkeypatch):
         ("folders", dict(checkpoint_dir="file"), "FAIL", "is a file"),
         ("folders", dict(cache_dir="away"), "FAIL", "mount Drive first"),
         ("folders", dict(cache_dir="linked"), "OK", "is a link to"),
-        ("folders", dict(cache_dir="twice"), "NOTE", "delete that link"),
+        ("folders", dict(cache_dir="twice"), "NOTE", "delete it"),
     ],
     ids=str,
 )

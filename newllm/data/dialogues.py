@@ -185,9 +185,7 @@ def _on_hub(name, identity, note, dataset, split):
             by_name = datasets.load_dataset(where, subset, streaming=True, revision=commit)
         except Exception as error:  # of many kinds
             if subsets := re.search(r"(?:available configs|Available): \[(.+?)\]", str(error)):
-                raise UserError(
-                    f"{where} has the subsets {subsets[1]}: name one as {where}:SUBSET."
-                ) from error
+                raise UserError(f"{where} has subsets {subsets[1]}: name one as {where}:SUBSET.") from error
             raise hub.Unreachable(hub.describe(error)) from error
         return by_name, *_choose_splits(by_name, split, where)
 

@@ -271,9 +271,7 @@ class Checkpointer:
         return stop_reason() is not None or self.group.decided(wanted)
 
     @timed("saving")
-    def save(
-        self, label, model, stage_state, best=None, names=(), optional=False, before=None, position=None
-    ):
+    def save(self, label, model, state=None, best=None, names=(), optional=False, before=None, position=None):
         """Save the state in the background; stop here if the run is to stop. A failing disk stops nothing.
 
         Args:
@@ -298,13 +296,13 @@ class Checkpointer:
                     before()
                 self._write(content, model, best, names)
 
-            self.thread.start(lambda: snapshot(self._content(label, model, stage_state, position)), write)
+            self.thread.start(lambda: snapshot(self._content(label, model, state, position)), write)
             self._last_save = time.monotonic()
         if not reason:
             return
         if self.unsaved:
             raise UserError(
-                f"{reason}, but the state could not be written ({self.unsaved}); the save before it is whole."
+                f"{reason}, and the state was not written ({self.unsaved}); the one before is whole."
             )
         raise Stopped(reason)
 
@@ -341,7 +339,7 @@ class Checkpointer:
         self.stage_begun = self.step
         label = "phase2" if done == "retrieval" else done  # it changes no weights
         names = [PHASE1] if done == "phase1" else []
-        self.save(f"{label}_complete", model, None, names=names)
+        self.save(f"{label}_complete", model, names=names)
 
     def _write(self, content, model, best, names):
         """In the thread: frozen tensors once, best weights, the state by all its names; then the mirror."""
@@ -371,7 +369,7 @@ class Checkpointer:
             "retrieval_format": RETRIEVAL_FORMAT,
             "epoch": label,
             "position": position,
-            "model_state_dict": {k.replace("_orig_mod.", ""): v for k, v in model.trained_state().items()},
+            "model_state_dict": model.trained_state(),
             "stage_state": stage_state,
             "config": self.config.to_dict(),
             "data_fingerprint": self.fingerprint,

@@ -36,9 +36,7 @@ def usable_folder(path, purpose, make=True):
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} ({purpose}) is a file, not a folder: move it away or choose another folder.")
     if path.is_symlink() and not path.exists():
-        raise UserError(
-            f"{path} ({purpose}) is a link to nothing ({real}): mount Drive first, or remove the link."
-        )
+        raise UserError(f"{path} ({purpose}) is a link to nothing ({real}): mount Drive first, or remove it.")
     if COLAB_DRIVE in real.parents and not os.path.ismount(COLAB_DRIVE):
         raise UserError(f"{path} ({purpose}) lies on Drive, which is not mounted: mount Drive first.")
     try:

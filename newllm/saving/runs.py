@@ -220,9 +220,7 @@ def remove(folder, run_id):
     beside = Path(folder) / RUNS
     home = beside / run_id
     if not run_id or home.parent != beside or not home.is_dir():
-        raise UserError(
-            f"no run {run_id} lies in {beside}, and the one at the top of {folder} is in use: it stays."
-        )
+        raise UserError(f"no run {run_id} lies in {beside}, and the one at the top of {folder} stays.")
     freed = bytes_of(home)
     shutil.rmtree(home)
     return freed
@@ -424,9 +422,8 @@ def fetch(folder, mirror, notes):
                 _copy_run(source, home, run_id)
                 notes.append(f"run {run_id} fetched from the mirror {mirror}, newer than what was here")
     except OSError as error:
-        raise UserError(
-            f"the mirror {mirror} cannot be read ({error.strerror or error}): mount it again."
-        ) from error
+        reason = error.strerror or error
+        raise UserError(f"the mirror {mirror} cannot be read ({reason}): mount it again.") from error
 
 
 def _copy_run(source, home, run_id):

@@ -101,9 +101,8 @@ def preview(config, runtime, data, model, peak):
         UserError: what a run would be refused for.
     """
     folder = Path(config.checkpoint_dir)
-    _, lines, unused = in_effect(
-        config, runtime, data, model, _checkpoint_lines(config, data.fingerprint, runtime.group)
-    )
+    notes = _checkpoint_lines(config, data.fingerprint, runtime.group)
+    _, lines, unused = in_effect(config, runtime, data, model, notes)
     print(*lines, *unused, sep="\n")
     print(f"memory: predicted peak {verdict(peak, usable_memory(config, runtime))}")
     if config.save_checkpoint:

@@ -263,9 +263,8 @@ class EpochLoop:
         label, before = f"{phase.stage}_{phase.counter}_{begun}", None
         if phase.contexts:
             whole["contexts"], before = phase.contexts.state(), phase.contexts.sync
-        self.saver.save(
-            label, phase.model, whole, self.best, names, optional, before, position=self._position()
-        )
+        here = self._position()
+        self.saver.save(label, phase.model, whole, self.best, names, optional, before, here)
 
     def _position(self):
         return self.state.position(self.phase.epochs, self.count, self.batches)

@@ -268,7 +268,7 @@ class Group:
         (differing,) = self.totals(self.decided(value) != value)
         if differing:
             raise UserError(
-                f"the processes have different {name}: start all with equal settings, code and files."
+                f"processes have different {name}: start all with equal settings, code and files."
             )
 
     @contextlib.contextmanager

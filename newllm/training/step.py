@@ -99,9 +99,8 @@ class OptimizerStep:
             self.note(self.step.survive(where, reason))
             return
         if state.parts >= count:
-            raise UserError(
-                f"not even one sample fits into memory at {where}: use a smaller model or max_seq_length."
-            )
+            remedy = "use a smaller model or max_seq_length"
+            raise UserError(f"not even one sample fits into memory at {where}: {remedy}.")
         state.parts *= 2
         size = math.ceil(count / state.parts)
         self.note(
@@ -125,9 +124,7 @@ class OptimizerStep:
             state.skipped += 1
         if not math.isfinite(loss) or (not math.isfinite(norm) and not self._skips()):
             name, value = ("gradient", norm) if math.isfinite(loss) else ("loss", loss)
-            raise UserError(
-                f"the {name} is {value} at {where}: stopped before the step; lower the learning rate."
-            )
+            raise UserError(f"the {name} is {value} at {where}: stopped before it; lower the learning rate.")
         if norm > self.max_norm:  # else every gradient would be read and written to be multiplied by one
             clip_grads_with_norm_(parameters, self.max_norm, total, foreach=together)
         try:

@@ -101,9 +101,7 @@ class Graphs:
         if self.failed:
             output = self.function(*inputs)
             if reason:  # said last: if the function fails too, it is no matter of graphs
-                self.note(
-                    f"warning: the steps cannot be recorded as a CUDA graph ({reason}); going on without"
-                )
+                self.note(f"warning: the steps cannot be one CUDA graph ({reason}); going on without")
             return output
         held, replay, output = self.recorded[kind]
         for place, tensor in zip(held, inputs, strict=True):

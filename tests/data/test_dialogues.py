@@ -137,7 +137,7 @@ def test_a_missing_subset_lists_those_there_are(tmp_path, monkeypatch, net):
     load = datasets.load.load_dataset
     monkeypatch.setattr(datasets, "load_dataset", lambda path, name, **options: load(str(tmp_path), name))
     for source in ("me/talk", "me/talk:de"):
-        expected = "me/talk has the subsets 'en', 'fr': name one as me/talk:SUBSET."
+        expected = "me/talk has subsets 'en', 'fr': name one as me/talk:SUBSET."
         assert message_of(open_corpus, source) == expected
 
 

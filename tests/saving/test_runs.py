@@ -238,7 +238,7 @@ def test_report_lists_the_runs_and_removes_one(folder, capsys):
     assert two.startswith(first) and "at its end" in two and "seed 3 -> 42" in two
     assert f"{latest(folder, 'runs', first)['results']['phase2']['head']['ppl']:.1f}" in two
     for wrong in (second, "nothing", "../checkpoints", ""):
-        with pytest.raises(UserError, match="is in use: it stays"):
+        with pytest.raises(UserError, match=r"the one at the top of \S+ stays"):
             runs.remove(folder.checkpoint_dir, wrong)
     with pytest.raises(UserError, match="no run lies in"):
         report.main(["--runs", "--checkpoint_dir", f"{folder.checkpoint_dir}/nowhere"])
