@@ -70,19 +70,14 @@ def evaluate(path, *others, data_source="", samples=0, retrieval="model"):
         metrics, about = evaluate_prediction(model, *given, *EXACT), "none"
     else:
         metrics, about = evaluate_retrieval(model, looked_up, *given, *EXACT), described(looked_up, ids)
-    return {
-        "model_type": config["model_type"],
-        "run_id": saved["run_id"],
-        "models": len(models),
-        "parameters": sum(parameter.numel() for parameter in parameters),
-        "trainable": sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-        "tokenizer": tokenizer.name,
-        "vocab_size": tokenizer.vocab_size,
-        "data_source": corpus.name,
-        "val_tokens": ids[:, 1:].numel(),
-        "retrieval": about,
-        **{f"val_{name}": value for name, value in metrics.items()},
-    }
+    figures = dict(
+        model_type=config["model_type"], run_id=saved["run_id"], models=len(models),
+        parameters=sum(parameter.numel() for parameter in parameters),
+        trainable=sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
+        tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size,
+        data_source=corpus.name, val_tokens=ids[:, 1:].numel(), retrieval=about,
+    )  # fmt: skip
+    return figures | {f"val_{name}": value for name, value in metrics.items()}
 
 
 def opened_beside(tokenizer, saved, path):

@@ -77,14 +77,10 @@ def _cut(data, setting, share, name, note, mark):
     if cut.all():
         raise UserError(f"{setting} leaves none of {len(data.train)} training samples: use more num_samples.")
     count = cut.sum().item()
-    return dataclasses.replace(
-        data,
-        train=data.train[~cut],
-        origins=origins[~cut],
-        **{name: data.train[cut]},
-        notes=[*data.notes, note.format(count)],
-        fingerprint=hashlib.sha256(f"{data.fingerprint} {mark}{count}".encode()).hexdigest(),
-    )
+    fingerprint = hashlib.sha256(f"{data.fingerprint} {mark}{count}".encode()).hexdigest()
+    kept = dict(train=data.train[~cut], origins=origins[~cut]) | {name: data.train[cut]}
+    notes = [*data.notes, note.format(count)]
+    return dataclasses.replace(data, **kept, notes=notes, fingerprint=fingerprint)
 
 
 def shared_runs(data, words=8):
@@ -168,15 +164,11 @@ def _build(corpus, tokenizer, settings, progress):
             f"{wanted:,} training + {settings.val_samples:,} validation samples of {length} tokens are more "
             f"than {corpus.name} gives ({len(train):,} + {len(val):,}): lower num_samples or val_samples."
         )
-    payload = {
-        "source": corpus.name,
-        "remarks": corpus.remarks() + remarks,
-        "fingerprint": _fingerprint(train, val, tokenizer.to_json()),
-        "tokenizer_name": tokenizer.name,
-        "tokenizer_json": tokenizer.to_json(),
-        "train": train,
-        "val": val,
-    }
+    payload = dict(
+        source=corpus.name, remarks=corpus.remarks() + remarks, train=train, val=val,
+        tokenizer_name=tokenizer.name, tokenizer_json=tokenizer.to_json(),
+        fingerprint=_fingerprint(train, val, tokenizer.to_json()),
+    )  # fmt: skip
     return payload if origins is None else payload | {"origins": origins}
 
 

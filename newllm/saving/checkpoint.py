@@ -364,21 +364,12 @@ class Checkpointer:
 
     def _content(self, label, model, stage_state, position):
         self.save_number += 1
-        content = {name: getattr(self, name) for name in BEGINNING} | {
-            "format": runs.FORMAT,
-            "retrieval_format": RETRIEVAL_FORMAT,
-            "epoch": label,
-            "position": position,
-            "model_state_dict": model.trained_state(),
-            "stage_state": stage_state,
-            "config": self.config.to_dict(),
-            "data_fingerprint": self.fingerprint,
-            "run_id": self.run_id,
-            "seconds": self.seconds,
-            "times": self.times,
-            "saved_at": datetime.now(UTC).isoformat(timespec="seconds"),
-            **self._provenance,
-        }
+        content = {name: getattr(self, name) for name in BEGINNING} | self._provenance | dict(
+            format=runs.FORMAT, retrieval_format=RETRIEVAL_FORMAT, run_id=self.run_id,
+            config=self.config.to_dict(), data_fingerprint=self.fingerprint,
+            epoch=label, position=position, model_state_dict=model.trained_state(), stage_state=stage_state,
+            seconds=self.seconds, times=self.times, saved_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )  # fmt: skip
         return content | {"restart": place(content)}
 
 

@@ -162,14 +162,11 @@ def read_retrieval(folder, digest):
 
 def save_model(path, model, config, tokenizer, about, retrieval=None):
     """A model in one file that needs nothing else; `about` is what else is known about it, plain values."""
-    content = {
-        "format": FORMAT,
-        "model_state_dict": {name: tensor.cpu() for name, tensor in model.state_dict().items()},
-        "config": config.to_dict(),
-        "tokenizer": {"name": tokenizer.name, "text": tokenizer.to_json()},
-        "retrieval": retrieval_content(retrieval, model),
-        **about,
-    }
+    content = about | dict(
+        model_state_dict={name: tensor.cpu() for name, tensor in model.state_dict().items()},
+        config=config.to_dict(), tokenizer={"name": tokenizer.name, "text": tokenizer.to_json()},
+        retrieval=retrieval_content(retrieval, model), format=FORMAT,
+    )  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     save_sealed(content, path)
 

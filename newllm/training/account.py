@@ -29,13 +29,10 @@ def in_effect(config, runtime, data, model, notes):
     kernel = None
     if isinstance(model, Baseline):
         kernel = model.attention_in_effect(runtime.device, runtime.storage_dtype)
-    about = {
-        "device": describe_device(runtime),
-        "attention": kernel or "none",
-        "data": data.notes,
-        "fingerprint": data.fingerprint,
-        "plan": make_plan(config, len(data.train), model, runtime),
-    }
+    about = dict(
+        device=describe_device(runtime), attention=kernel or "none", data=data.notes,
+        fingerprint=data.fingerprint, plan=make_plan(config, len(data.train), model, runtime),
+    )  # fmt: skip
     notes = [f"attention: {about['attention']}", *notes]
     lines = banner(config, about["device"], data, model, about["plan"], notes)
     return about, lines, unused_lines(config, runtime.device.type == "cpu", data.tokenizer.name)
@@ -134,13 +131,8 @@ def _checkpoint_lines(config, fingerprint, group):
 @timed("saving")
 def leave_model(config, data, model, metrics, log, retrieval):
     """The trained model in a file of its own, among the run's artefacts, with what it looks up (or None)."""
-    about = {
-        "run_id": log.run_id,
-        "data_source": data.source,
-        "metrics": plain(metrics),
-        "data_fingerprint": data.fingerprint,
-        **provenance(),
-    }
+    about = dict(run_id=log.run_id, data_source=data.source, data_fingerprint=data.fingerprint)
+    about |= {"metrics": plain(metrics)} | provenance()
     path = artifact_paths(log.folder.parent, config.model_type, log.run_id)["model"]
     with spared(log):
         save_model(path, model, config, data.tokenizer, about, retrieval)

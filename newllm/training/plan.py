@@ -42,15 +42,10 @@ def make_plan(config, num_samples, model, runtime):
 
     def add(stage, passes, asked, trainable, work):
         batches = batch_count(num_samples, asked, config.min_batches)
-        plan[stage] = {
-            "passes": passes,
-            "tokens": passes * num_samples * config.max_seq_length,
-            "batches": batches,
-            "samples": -(-num_samples // batches),
-            "asked": asked,
-            "trainable": trainable,
-            "work": work,
-        }
+        plan[stage] = dict(
+            passes=passes, tokens=passes * num_samples * config.max_seq_length, batches=batches,
+            samples=-(-num_samples // batches), asked=asked, trainable=trainable, work=work,
+        )  # fmt: skip
 
     if context and config.untrained_control:
         trainable = head
