@@ -141,10 +141,7 @@ def verify_seal(path):
 
 
 def ending(path):
-    """Size and last bytes of a file, which of a sealed one are its SHA-256 (hex): equal where two are the same.
-
-    None where there is no file.
-    """
+    """(Size, last characters: the SHA-256 of a sealed file), equal for equal files; None where there is none."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
