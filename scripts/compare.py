@@ -90,8 +90,10 @@ def plan(arms, seeds, budgets, tuned):
     ordered = [arm for one in trained for arm in arms if VARIANTS.get(arm, arm) == one]
     runs = {}
     for samples, seed, arm in itertools.product(budgets, range(seeds), ordered):
-        chosen = settings_at(tuned.get((samples, TUNED_AS.get(arm, arm))))
-        runs[f"{arm}-{samples}-{seed}"] = arm, dict(num_samples=samples, seed=seed) | ARMS[arm][1] | chosen
+        settings = dict(num_samples=samples, seed=seed) | ARMS[arm][1]
+        if points := tuned.get((samples, TUNED_AS.get(arm, arm))):
+            settings |= zip(GRID, place(points[0]), strict=True)
+        runs[f"{arm}-{samples}-{seed}"] = arm, settings
     return runs
 
 
@@ -130,11 +132,6 @@ def tried(rows):
     for row in sorted(rows, key=lambda row: row["val_loss"]):
         points.setdefault((row["changes"]["num_samples"], row["arm"]), []).append(row)
     return points
-
-
-def settings_at(rows):
-    """Settings at the best point of the grid; none where nothing was tried."""
-    return dict(zip(GRID, place(rows[0]), strict=True)) if rows else {}
 
 
 def make(config, runs, path, keep=False):
@@ -218,10 +215,9 @@ def repeat(config, name, path):
     for key in (key for key in REPEATED if key in row):
         gap = "none" if made[key] == row[key] else f"{made[key] / row[key] - 1:+.2e}"
         lines.append([key, row[key], made[key], gap])
+    lines += [[key, row.get(key), made[key], ""] for key in ("device", "commit")]
     print(*table(["figure", "row", "again", "difference"], lines), sep="\n")
-    for title, one in (("row", row), ("again", made)):
-        print(f"{title}: {one.get('device')}, commit {one.get('commit')}")
-    if all(line[-1] == "none" for line in lines):
+    if all(line[-1] in ("none", "") for line in lines):
         print(f"{name}: the figures agree to the bit")
     elif row.get("device") == made["device"]:
         raise UserError(f"{name} has other figures than its row, on such a device: mend what changed them.")
@@ -235,14 +231,12 @@ def config_of(config, changes, **more):
     return dataclasses.replace(config, **own | more | changes)
 
 
-def refuse_other(row, config, path, names=None):
-    """Raise UserError where a row was made with other settings; names: those that count, or all."""
+def refuse_other(row, config, path):
+    """Raise UserError where a row was made with other settings."""
     before, now = meaning(EARLIER | row["settings"]), meaning(config.to_dict())
-    if others := [key for key in before | now if before.get(key) != now.get(key) and key in (names or [key])]:
-        raise UserError(
-            f"{path}: {row['run']} was made with other settings ({', '.join(others)}): "
-            "choose another --results."
-        )
+    if others := [key for key in before | now if before.get(key) != now.get(key)]:
+        reason = f"{row['run']} was made with other settings ({', '.join(others)})"
+        raise UserError(f"{path}: {reason}: choose another --results.")
 
 
 def meaning(settings):
@@ -256,12 +250,12 @@ def tuning_table(rows):
     for (samples, arm), made in tried(rows).items():
         point = " / ".join(f"{value:g}" for value in place(made[0]))
         chosen[arm, samples] = f"{point}: {made[0]['val_ppl']:.1f} ({len(made)})"
-    columns = sorted({samples for _, samples in chosen})
-    lines = [
-        [arm, *(chosen.get((arm, n), "") for n in columns)] for arm in sorted({arm for arm, _ in chosen})
-    ]
+    if not chosen:
+        return []
+    arms, columns = (sorted(set(keys)) for keys in zip(*chosen, strict=True))
+    lines = [[arm, *(chosen.get((arm, n), "") for n in columns)] for arm in arms]
     caption = [f"{' / '.join(GRID)}: perplexity on training dialogues held back (points tried).", ""]
-    return caption + markdown(["arm", *(f"{n} samples" for n in columns)], lines) if lines else []
+    return caption + markdown(["arm", *(f"{n} samples" for n in columns)], lines)
 
 
 def report(results):

@@ -8,22 +8,10 @@ from pathlib import Path
 from newllm.errors import UserError
 from newllm.report.answers import answers
 from newllm.report.pictures import by_position, loss_curve, run_contexts
-from newllm.report.record import format_value, read_records
-from newllm.report.summary import language_rows, plain, retrieval_rows, summary_lines
+from newllm.report.record import format_value, read_records, shown
+from newllm.report.summary import CONTEXTS, language_rows, plain, retrieval_rows, summary_lines
 from newllm.saving.files import write_text
 
-CONTEXTS = (  # what it is, key, format
-    ("effective rank, training tokens", "er_train", ".1%"),
-    ("effective rank, validation tokens", "er_val", ".1%"),
-    ("ceiling of effective rank at so many tokens", "er_ceiling", ".1%"),
-    ("tokens converged after 10 cold sweeps", "converged_ratio", ".1%"),
-    ("cold-start error after 10 sweeps", "cold_start_error_10", ".4g"),
-    ("change of the error a sweep, times", "contraction", ".4g"),
-    ("Lyapunov exponent, nats a token (sweeps converge below zero)", "lyapunov_exponent", "+.3f"),
-    ("cold sweeps until the error is below 1 %", "sweeps_to_1_percent", "d"),
-    ("memory horizon, tokens", "memory_horizon", ".4g"),
-    ("past capacity", "past_capacity", ".4g"),
-)
 ADDED = "Each row with a + adds a part to those above it; the weights are those of all of them together."
 GLOSSARY = (
     "Effective rank: the share of their width that contexts use. A sweep: one step at all tokens at once. "
@@ -123,10 +111,10 @@ def _sections(summary):
     if "er_ceiling" in summary:
         ends = {"untrained": "_untrained", "Phase 1": "", "fine-tuned": "_finetuned"}
         ends = {title: end for title, end in ends.items() if f"er_val{end}" in summary}
-        rows = []
-        for name, key, form in CONTEXTS:
-            values = [summary.get(f"{key}{end}") for end in ends.values()]
-            rows.append([name, *("" if value is None else format(value, form) for value in values)])
+        rows = [
+            [what, *(shown(summary.get(key + end), form) for end in ends.values())]
+            for key, (what, form) in CONTEXTS.items()
+        ]
         sections.append(("Contexts", "contexts", ("contexts", *ends), rows, GLOSSARY))
     return sections
 
