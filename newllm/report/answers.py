@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from newllm.report.record import as_curve, shown
-from newllm.report.summary import network_share
+from newllm.report.summary import end_of, network_share
 
 QUESTIONS = (
     "Did Phase 1 train?",
@@ -68,17 +68,12 @@ def _better(value, other):
     return value is not None and (other is None or value < other)
 
 
-def _end(summary):
-    """What the names of the figures of the contexts that the run ended with end in."""
-    return "_finetuned" if "er_val_finetuned" in summary else ""
-
-
 def _figure(summary, what, key, form):
     """One of the contexts at the end, beside after Phase 1, if that was not the end, and untrained."""
     beside = f"untrained {_number(summary[f'{key}_untrained'], form)}"
-    if _end(summary) and summary["phase1_steps"]:
+    if end_of(summary) and summary["phase1_steps"]:
         beside = f"after Phase 1 {_number(summary[key], form)}, {beside}"
-    return what, _number(summary[key + _end(summary)], form), beside
+    return what, _number(summary[key + end_of(summary)], form), beside
 
 
 def _trained(record):
@@ -103,7 +98,7 @@ def _trained(record):
 
 
 def _converged(record):
-    summary, end = record.summary, _end(record.summary)
+    summary, end = record.summary, end_of(record.summary)
     error, before = (summary[f"cold_start_error_10{name}"] for name in (end, "_untrained"))
     if _better(error, CLOSE):
         words = (
@@ -128,7 +123,7 @@ def _converged(record):
 
 def _remembers(record):
     summary = record.summary
-    horizon = summary[f"memory_horizon{_end(summary)}"]
+    horizon = summary[f"memory_horizon{end_of(summary)}"]
     beyond = ", as far as is measured" if horizon == max(as_curve(record.curves["memory_curve"])) else ""
     words = f"If a token is replaced by another, the context shows it up to {_tokens(horizon)} later{beyond}."
     read_back = "earlier tokens that a straight-line fit reads back from a context (past capacity)"

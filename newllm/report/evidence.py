@@ -5,7 +5,7 @@ import math
 from typing import NamedTuple
 
 from newllm.report.compare import COUNTING, as_percent, markdown
-from newllm.report.summary import CONTEXTS, parts_of
+from newllm.report.summary import CONTEXTS, end_of, parts_of
 
 FROZEN, FINETUNED, END_TO_END = "phase1_frozen", "phase1_finetuned", "end_to_end"
 OURS = FROZEN, FINETUNED, END_TO_END
@@ -171,7 +171,7 @@ def contexts_table(comparison, tokens, labels):
     """Markdown: what the contexts are like from which arms predict; arms without any are left out."""
     rows = []
     for arm in [arm for arm in labels if comparison.has(tokens, arm, "er_val")]:
-        end = "" if comparison.by[tokens, arm][0]["contexts"] == "frozen" else "_finetuned"
+        end = end_of(comparison.by[tokens, arm][0])
         forms = {key + end: CONTEXTS[key][1] for key in OF_CONTEXTS}
         rows.append([arm, *(comparison.mean_text(tokens, arm, *of) for of in forms.items())])
     return markdown(["arm", *(CONTEXTS[key][0] for key in OF_CONTEXTS)], rows)

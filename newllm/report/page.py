@@ -78,22 +78,16 @@ def page(record, pictures):
     """
     from jinja2 import Environment
 
-    summary, device = record.summary, record.start["device"]
-    data = f"{summary['train_tokens']:,} training tokens of {summary['data_source']}"
-    size = f"{summary['parameters']:,} parameters, {summary['seconds']:.0f} s on {device}"
     images = {name: base64.b64encode(path.read_bytes()).decode() for name, path in pictures.items()}
     environment = Environment(autoescape=True, trim_blocks=True)
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return template.render(
-        title=f"newllm {record.kind} {record.run}",
-        about=f"{data}, tokenizer {summary['tokenizer']}, {size}",
+        record=record,
+        summary=record.summary,
         answers=answers(record),
-        samples=summary.get("samples"),
-        sections=_sections(summary),
+        sections=_sections(record.summary),
         pictures=images,
-        phase1=bool(record.phase1),
         folded=_folded(record),
-        warnings=record.warnings,
     )
 
 

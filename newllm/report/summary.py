@@ -6,15 +6,7 @@ from statistics import fmean
 from newllm.report.record import STAGES, format_value, shown
 
 TITLES = {"untrained": "untrained control", "phase1": "Phase 1", "phase2": "Phase 2"}
-CONTEXT_KEYS = (
-    "er_train", "er_val", "converged_ratio", "sweeps_to_convergence", "cold_start_error_10", "contraction",
-    "lyapunov_exponent", "sweeps_to_1_percent", "memory_horizon", "past_capacity", "identity_r2",
-)  # fmt: skip
-COUNTED = {
-    "kn": "Kneser-Ney of order 5, counting",
-    "bigram": "bigram, counting",
-    "unigram": "unigram, counting",
-}
+COUNTED = {"kn": "Kneser-Ney of order 5", "bigram": "bigram", "unigram": "unigram"}
 CONTEXTS = {  # of contexts: what it is, and its format
     "er_train": ("effective rank, training tokens", ".1%"),
     "er_val": ("effective rank, validation tokens", ".1%"),
@@ -27,6 +19,7 @@ CONTEXTS = {  # of contexts: what it is, and its format
     "memory_horizon": ("memory horizon, tokens", ".3g"),
     "past_capacity": ("past capacity", ".3g"),
 }
+CONTEXT_KEYS = "sweeps_to_convergence", "identity_r2", *(key for key in CONTEXTS if key != "er_ceiling")
 EXPERTS = {  # of a mixture, in turn: what they are, in words
     "network": "the network alone",
     "ngram": "+ counts of the training text (n-grams)",
@@ -202,7 +195,7 @@ def language_rows(summary, looks_up=True):
     bits_a_nat = summary["val_bpb"] / summary["val_loss"]
     for key, name in COUNTED.items():
         ppl = summary[f"val_ppl_{key}"]
-        rows.append((name, ppl, bits_a_nat * math.log(ppl)))
+        rows.append((f"{name}, counting", ppl, bits_a_nat * math.log(ppl)))
     return rows
 
 
@@ -266,6 +259,11 @@ def curves(results):
             found[f"val_sample_nats_{name}"] = part["sample_nats"]
         found["retrieval_by_position"] = {name: part["by_position"] for name, part in parts.items()}
     return found
+
+
+def end_of(summary):
+    """What the names of the figures of the contexts that a run ended with end in."""
+    return "_finetuned" if "er_val_finetuned" in summary else ""
 
 
 def plain(summary):
