@@ -180,7 +180,7 @@ def evaluate_contexts(model, data, settings, device, progress=silent):
     few, fewer = min(CURVE_SEQUENCES, count), min(EXPONENT_SEQUENCES, count)
     # Two trajectories, the sweeps, the second halves that the memory curve evaluates again, the exponent.
     total = 2 * count * length + few * (MAX_SWEEPS * length + length - length // 2 + 1)
-    total += fewer * min(EXPONENT_TOKENS, length)
+    total += 2 * fewer * min(EXPONENT_TOKENS, length)
     with progress("contexts", total) as bar:
 
         def step(context, token):

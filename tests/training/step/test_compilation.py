@@ -127,7 +127,7 @@ TOLERANCE, TOLERANCE_OF_LARGEST = 0.05, 0.02
 SETTINGS = dict(
     phase1_max_iterations=20, phase1_min_converged_ratio=1.0, phase1_convergence_threshold=1e-9,
     phase2_epochs=20, patience=20, min_batches=5, num_samples=15, context_dim=32, embed_dim=32, num_layers=2,
-    dropout=0.0, untrained_control=False, save_checkpoint=False,
+    dropout=0.0, label_smoothing=0.0, untrained_control=False, save_checkpoint=False,
 )  # fmt: skip
 
 
