@@ -24,11 +24,11 @@ import train
 from config import ResidualConfig
 from newllm.apart import call_apart
 from newllm.errors import exit_on_user_error
-from newllm.flags import parse_args
+from newllm.flags import numbers, parse_args
 from newllm.report.compare import figures_table, scale_lines, table
 from newllm.report.pictures import scale_ladder
 from newllm.report.record import new_run_id, shown
-from newllm.report.series import make_series, whole_numbers
+from newllm.report.series import make_series
 from newllm.saving.files import usable_folder
 from newllm.saving.stop import Interrupt
 
@@ -187,7 +187,7 @@ def climb(config, ladder):
 def flags(parser):
     """The command's own flag."""
     default = ",".join(map(str, LADDER))
-    options = dict(nargs="?", const=LADDER, default=(), type=whole_numbers("--ladder"), metavar="SAMPLES,...")
+    options = dict(nargs="?", const=LADDER, default=(), type=numbers("ladder"), metavar="SAMPLES,...")
     parser.add_argument("--ladder", **options, help=f"several budgets, by default {default} samples")
 
 

@@ -25,11 +25,11 @@ from config import ResidualConfig
 from newllm.apart import call_apart
 from newllm.config import EARLIER, Range, expanded
 from newllm.errors import UserError, exit_on_user_error
-from newllm.flags import flag, parse_args
+from newllm.flags import flag, numbers, parse_args
 from newllm.report.compare import Comparison, append_row, markdown, read_results, table
 from newllm.report.evidence import END_TO_END, FINETUNED, page_lines
 from newllm.report.pictures import context_curves, perplexities
-from newllm.report.series import make_series, whole_numbers
+from newllm.report.series import make_series
 from newllm.report.summary import CURVES
 from newllm.saving.files import usable_folder, write_text
 from newllm.saving.runs import MANIFEST, RUNS, shaping
@@ -310,10 +310,10 @@ def main(config, arguments):
 
 def flags(parser):
     """The command's own flags."""
-    add, tokens = parser.add_argument, whole_numbers("--tokens")
+    add = parser.add_argument
     add("--arms", default="all", help=f"comma-separated, of {', '.join(ARMS)}")
     add("--seeds", type=flag("seeds", int, Range(1)), default=5, help="seeds 0 ... N-1")
-    add("--tokens", type=tokens, default=(100_000,), help="training tokens, comma-separated")
+    add("--tokens", type=numbers("tokens"), default=(100_000,), help="training tokens, comma-separated")
     add("--results", type=expanded, default="results", help="folder of the rows, pictures, page")
     add("--keep", action="store_true", help="keep models and pictures, in checkpoint_dir/RUN")
     add("--repeat", default="", metavar="RUN", help="make the run of a row again, and compare its figures")

@@ -243,7 +243,7 @@ def scale_ladder(summaries, path):
                 found.append((tokens, [value_of(summary) for summary in summaries], label, style))
         return found
 
-    with figure(path, 1, 2) as ((perplexity, cost),):
+    with figure(path, 1, 3) as ((perplexity, cost, memory),):
         lines = lines_of(
             (lambda s: s["val_ppl"], "the network alone", TRAINING_DATA),
             (lambda s: s["val_ppl_kn"], "counting (Kneser-Ney)", UNTRAINED),
@@ -260,19 +260,12 @@ def scale_ladder(summaries, path):
             (lambda s: 1e3 / s["tok_per_s_phase1"], "a pass of Phase 1", UNTRAINED),
             (lambda s: 1e3 / s["tok_per_s_phase2"], "a pass of Phase 2", COUNTED),
         )
-        held = REFERENCE | {"marker": "v"}
-        lines.append(([], [], "peak memory (right)", held))
         draw(cost, "What it costs", "training tokens", "milliseconds a token", lines, "xy", short)
         for panel in (perplexity, cost):
             number(panel.yaxis)
-        low, high = cost.get_ylim()
-        cost.set_ylim(low, 6 * high)  # room for the legend, which would lie on the memory
-        cost.legend(loc="upper left", ncols=2)
-        memory, peaks = cost.twinx(), [summary["peak_memory_mb"] for summary in summaries]
-        memory.plot(tokens, peaks, **held)
-        memory.set(ylabel="MB", ylim=(0, 2 * max(peaks)))
-        memory.spines.right.set_visible(True)
-        memory.grid(False)
+        peaks = lines_of((lambda s: s["peak_memory_mb"], None, TRAINED))
+        draw(memory, "Peak memory", "training tokens", "MB", peaks, "x", short)
+        memory.set_ylim(bottom=0)
 
 
 def predictability(rows, path):

@@ -101,18 +101,3 @@ def progress_line(counts):
     eta = "unknown" if counts["eta_s"] is None else f"{counts['eta_s']:.0f}s"
     parts = ", ".join(f"{counts[name]} {name}" for name in ("done", "failed", "remaining"))
     return f"Runs: {counts['total']}, {parts} | Elapsed: {counts['elapsed_s']:.0f}s | ETA: {eta}"
-
-
-def whole_numbers(flag):
-    """Type of a flag that takes several: `1953,195` -> (195, 1953). UserError for anything else."""
-
-    def parse(text):
-        try:
-            numbers = sorted({int(part) for part in text.split(",")})
-        except ValueError:
-            numbers = [0]
-        if numbers[0] < 1:
-            raise UserError(f"{flag} takes whole numbers, positive, like 195,1953,3906, not '{text}'.")
-        return tuple(numbers)
-
-    return parse
