@@ -181,10 +181,8 @@ def make(config, runs, path, keep=False):
 def figures(summary):
     """What a row keeps of a summary: nats to a thousandth, no curves of untrained contexts."""
     kept = {key: value for key, value in summary.items() if key not in UNTRAINED_CURVES}
-    for key in kept:
-        if key.startswith("val_sample_nats") and kept[key]:
-            kept[key] = [round(nats, 3) for nats in kept[key]]
-    return kept
+    long = {key: value for key, value in kept.items() if key.startswith("val_sample_nats") and value}
+    return kept | {key: [round(nats, 3) for nats in value] for key, value in long.items()}
 
 
 def clear(folder):

@@ -10,6 +10,7 @@
 All but the list of checkpoints comes from the records that runs write; no model is loaded.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 from config import ResidualConfig
@@ -86,11 +87,11 @@ def show(record):
 
 def status_of(record):
     """What the status file says of a run; {} where it says nothing, or of another one."""
-    try:
+    with suppress(UserError):  # the record alone says something too
         fields = read_status(record.folder.parent)
-    except UserError:  # the record alone says something too
-        return {}
-    return fields if fields["run_id"] == record.run else {}
+        if fields["run_id"] == record.run:
+            return fields
+    return {}
 
 
 def listing(folder, records):
