@@ -103,13 +103,9 @@ MEANING = (
 
 
 def main(config, ladder=()):
-    """Train and check.
+    """Train and check; whether every criterion passed.
 
-    Args:
-        ladder: numbers of samples, ascending; without any the budget of the configuration alone.
-
-    Returns:
-        Whether every criterion passed.
+    ladder: numbers of samples, ascending; without any the budget of the configuration alone.
     """
     summaries = climb(config, ladder) if ladder else [train.main(config)]
     for summary in summaries:
@@ -166,9 +162,7 @@ def ladder_row(summary):
 def climb(config, ladder):
     """The summaries of all budgets, each trained by a process of its own, so that peak memory is its own.
 
-    Raises:
-        UserError: a budget failed.
-        Stopped: a signal or max_minutes ended the ladder early.
+    UserError where a budget failed.
     """
     for name in sorted({"num_samples", "num_tokens"} & set(config.given)):
         print(f"note: {name} {config.given[name]} has no effect: --ladder gives each budget its own")

@@ -180,11 +180,9 @@ class Bench:
 
 
 def bench_parts(config):
-    """Time all parts.
+    """Rows of all parts: part, tok_per_s (list), gflops, share, ratio (to the per-token loop).
 
-    Returns:
-        Rows: part, tok_per_s (list), gflops, share (of its time, that its products take at the rates measured
-        for their shapes, in the precision in effect), ratio (to the per-token loop).
+    share: of its time, what its products take at the rates measured for their shapes and precision.
     """
     main, rates = Bench(config, VOCABULARIES[0]), {}
     used, flops = main.runtime.precision, main.flops
@@ -229,8 +227,7 @@ def bench_parts(config):
 def time_switch(config, attention=None):
     """Both phases of one configuration, its loss, and the peak memory of the process that trained them.
 
-    Args:
-        attention: backend of a Transformer, which has no Phase 1.
+    attention: backend of a Transformer, which has no Phase 1.
     """
     timed = Bench(config, VOCABULARIES[0])
     if attention:

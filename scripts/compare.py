@@ -135,15 +135,10 @@ def tried(rows):
 
 
 def make(config, runs, path, keep=False):
-    """Train what is missing; each run adds its row to the file, which says what is done.
+    """Train what is missing of the runs {name: (arm, settings)}; each adds its row to the file at path.
 
-    Args:
-        runs: {name: (arm, settings)}. path: of the file of rows.
-        keep: whether runs leave their artefacts too, in a folder in checkpoint_dir.
-
-    Raises:
-        UserError: the file holds such a run with other settings, or a run failed.
-        Stopped: a signal or max_minutes ended the comparison early.
+    The file says what is done. keep: runs leave their artefacts too, in a folder in checkpoint_dir. UserError
+    where the file holds such a run with other settings, or a run failed.
     """
     folder = usable_folder(config.checkpoint_dir, "checkpoint_dir")
     homes, configs = {}, {}
@@ -195,8 +190,7 @@ def clear(folder):
 def repeat(config, name, path):
     """Make a run again by the settings of its row; say its figures beside the row's, and whether they agree.
 
-    Raises:
-        UserError: there is no such row, the text is another one, or the figures differ on the same device.
+    UserError where there is no such row, the text is another one, or figures differ on the same device.
     """
     row = next((row for row in read_results(path) if row["run"] == name), None)
     if row is None:
@@ -268,11 +262,7 @@ def report(results):
 
 
 def page_of(results, pictures):
-    """(Comparison of a folder's rows, lines of their page); pictures: where they lie, as seen from it.
-
-    Raises:
-        UserError: there are no rows.
-    """
+    """(Comparison of a folder's rows, lines of their page); pictures: where they lie, as seen from it."""
     rows = read_results(results / ROWS)
     if not rows:
         raise UserError(f"there are no results in {results}: run scripts.compare without --report first.")

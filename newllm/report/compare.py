@@ -71,13 +71,9 @@ def mean_interval(values):
 def paired_difference(ours, theirs, length, seed=0):
     """Difference of mean loss, ours minus theirs, over seeds and samples of both, with its 95 % interval.
 
-    Bootstrap that draws seeds and dialogues, both with replacement; the same draw for both arms.
-
-    Args:
-        ours, theirs: {seed: nats of each sample}. length: targets of a sample.
-
-    Returns:
-        (difference, low, high) in nats per token; None when they have no seed in common.
+    Bootstrap that draws seeds and dialogues, both with replacement; the same draw for both arms. ours and
+    theirs: {seed: nats of each sample}, of `length` targets. Returns (difference, low, high) in nats per
+    token; None when they have no seed in common.
     """
     common = sorted(ours.keys() & theirs.keys())
     if not common:

@@ -40,9 +40,7 @@ def artifact_paths(folder, kind, run):
 def write_artifacts(record):
     """Make all of them but the model anew from a run's record; returns {name: path}.
 
-    Raises:
-        OSError: a file cannot be written.
-        UserError: the record does not say how the run ended.
+    OSError where a file cannot be written, UserError where the record does not say how the run ended.
     """
     import numpy as np
 
@@ -73,8 +71,7 @@ def write_artifacts(record):
 def page(record, pictures):
     """One self-contained page of a run as HTML: answers, samples, figures beside the untrained, settings.
 
-    Args:
-        pictures: {"loss_curve", "retrieval" or "contexts": PNG file} of those that there are.
+    pictures: {"loss_curve", "retrieval" or "contexts": PNG file} of those that there are.
     """
     from jinja2 import Environment
 

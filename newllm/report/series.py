@@ -22,11 +22,8 @@ def make_series(folder, runs, work, done=None):
         work: function of a name that makes the run and returns its summary.
         done: {name: summary} of runs that need no work.
 
-    Returns:
-        Summaries of all runs, in order.
-
-    Raises:
-        UserError: runs failed; all others are done. Anything else that `work` raises ends the series.
+    Returns the summaries of all runs, in order. UserError where runs failed; all others are done. Anything
+    else that `work` raises ends the series.
     """
     summaries, failures = dict(done or {}), []
     states = {}

@@ -177,8 +177,7 @@ def retrieval_figures(results):
 def language_rows(summary, looks_up=True):
     """(what it is, perplexity, bits per byte) on held-out dialogues, of a model and of those beside it.
 
-    Args:
-        looks_up: False of a model without what it looked up: its rows are left out.
+    looks_up: False of a model without what it looked up: its rows are left out.
     """
     with_all = looks_up and "val_ppl_retrieval" in summary
     rows = []
@@ -202,10 +201,8 @@ def language_rows(summary, looks_up=True):
 def parts_of(known):
     """What retrieval consists of: {what it is: (key of its perplexity, of its weight or None)}.
 
-    The parts are added in turn, each mixture fitted by itself; the controls follow.
-
-    Args:
-        known: function of a key that says whether there is such a figure.
+    The parts are added in turn, each mixture fitted by itself; the controls follow. known: function of a key
+    that says whether there is such a figure.
     """
     names = [name for name in EXPERTS if known(f"retrieval_weight_{name}")]
     if not names:
@@ -295,8 +292,7 @@ def summary_lines(record, files):
 def speed_lines(record, status, baseline=None):
     """How far a run is or came, how fast, and where the time went or how much is left.
 
-    Args:
-        status: of its folder, {} where it is another run's. baseline: a complete run to compare with.
+    status: of its folder, {} where it is another run's. baseline: a complete run to compare with.
     """
     plan, tokens, seconds = record.start["plan"], 0, 0.0
     lines = [f"SPEED ANALYSIS of run {record.run} ({status.get('state', 'not running')}), {record.kind}"]
