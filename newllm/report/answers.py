@@ -151,7 +151,10 @@ def _with_use(record, words, figures):
 def _good_for(summary):
     if "val_ppl" not in summary:
         words = "For nothing yet: it predicts no token before Phase 2, with which --phase both goes on."
-        return words, _keys(summary)
+        what = "perplexity of looking up, without a network, places whose contexts are alike"
+        keys = (f"val_ppl_retrieval_{name}_contexts" for name in ("phase1", "untrained"))
+        found, untrained = (shown(summary.get(key), ".1f") for key in keys)
+        return words, [(what, found, f"untrained contexts {untrained}")] if found and untrained else []
     alone, counted = summary["val_ppl"], summary["val_ppl_kn"]
     side = "better" if _better(alone, counted) else "worse"
     words = (
@@ -164,20 +167,11 @@ def _good_for(summary):
     figures = [("perplexity of the network alone", _number(alone, ".1f"), beside)]
     if "val_ppl_retrieval" not in summary:
         return words + " Nothing is looked up in this run.", figures
-    trust = {name: summary.get(f"retrieval_weight_{name}") for name in PARTS}
-    weights = ", ".join(f"{PARTS[name]} {weight:.0%}" for name, weight in trust.items() if weight is not None)
+    trust = {what: summary.get(f"retrieval_weight_{name}") for name, what in PARTS.items()}
+    weights = ", ".join(f"{what} {weight:.0%}" for what, weight in trust.items() if weight is not None)
     beside = f"without a network {summary['val_ppl_retrieval_counting']:.1f}"
     if "val_ppl_network_ngram" in summary:
         beside += f", without copying {summary['val_ppl_network_ngram']:.1f}"
     figures.append(("perplexity with all that is looked up", f"{summary['val_ppl_retrieval']:.1f}", beside))
     figures.append(("how far the mixture trusts each, on average", weights, "they add up to 100%"))
     return f"{words} {network_share(summary)}", figures
-
-
-def _keys(summary):
-    """Of a run of Phase 1 alone: what its contexts are worth to find places that are alike."""
-    found, untrained = (summary.get(f"val_ppl_retrieval_{name}_contexts") for name in ("phase1", "untrained"))
-    if found is None or untrained is None:
-        return []
-    what = "perplexity of looking up, without a network, places whose contexts are alike"
-    return [(what, f"{found:.1f}", f"untrained contexts {untrained:.1f}")]
