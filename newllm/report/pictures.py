@@ -263,9 +263,10 @@ def scale_ladder(summaries, path):
         draw(cost, "What it costs", "training tokens", "milliseconds a token", lines, "xy", short)
         for panel in (perplexity, cost):
             number(panel.yaxis)
-        peaks = lines_of((lambda s: s["peak_memory_mb"], None, TRAINED))
-        draw(memory, "Peak memory", "training tokens", "MB", peaks, "x", short)
-        memory.set_ylim(bottom=0)
+        cost.set_ylim(top=5 * cost.get_ylim()[1])  # room for the legend
+        peaks = [summary["peak_memory_mb"] for summary in summaries]
+        draw(memory, "Peak memory", "training tokens", "MB", [(tokens, peaks, None, TRAINED)], "x", short)
+        memory.set_ylim(0, 1.1 * max(peaks))
 
 
 def predictability(rows, path):
