@@ -457,4 +457,5 @@ def test_the_figures_of_a_gpu(settings):
     """What `-m gpu` prints of a run of 100,000 tokens, of a tiny one."""
     with pretended_cuda(A100):
         lines = gpu.figures(ResidualConfig(**settings), [20])
-    assert sum("of the matrix rate" in line for line in lines) == 2 and len(lines) == 6
+    assert sum("of the matrix rate" in line for line in lines) == 2
+    assert len(lines) in (5, 6)  # the loop, which is exact, has one row for both tolerances
