@@ -10,7 +10,6 @@
 All but the list of checkpoints comes from the records that runs write; no model is loaded.
 """
 
-from contextlib import suppress
 from pathlib import Path
 
 from config import ResidualConfig
@@ -87,11 +86,11 @@ def show(record):
 
 def status_of(record):
     """What the status file says of a run; {} where it says nothing, or of another one."""
-    with suppress(UserError):  # the record alone says something too
+    try:
         fields = read_status(record.folder.parent)
-        if fields["run_id"] == record.run:
-            return fields
-    return {}
+    except UserError:  # the record alone says something too
+        return {}
+    return fields if fields["run_id"] == record.run else {}
 
 
 def listing(folder, records):
