@@ -28,7 +28,7 @@ from newllm.errors import UserError, exit_on_user_error
 from newllm.flags import flag, numbers, parse_args
 from newllm.report.compare import Comparison, append_row, markdown, read_results, table
 from newllm.report.evidence import END_TO_END, FINETUNED, page_lines
-from newllm.report.pictures import context_curves, perplexities
+from newllm.report.pictures import context_curves, perplexities, predictability
 from newllm.report.series import make_series
 from newllm.report.summary import CURVES
 from newllm.saving.files import usable_folder, write_text
@@ -79,7 +79,11 @@ TUNE_SHARE, TUNE_SEED = 0.2, 1000  # neither the validation samples nor the seed
 ROWS, TUNING_ROWS = "results.jsonl", "tuning.jsonl"
 SINGLE = "single_runs.md"  # written by hand, the end of the page
 REPEATED = "val_ppl", "val_ppl_retrieval", "val_ppl_retrieval_counting", "val_ppl_kn"
-PICTURES = {"results": "perplexity against training tokens", "contexts": "what the contexts are like"}
+PICTURES = {
+    "results": "perplexity against training tokens",
+    "contexts": "what the contexts are like",
+    "sweeps": "sweeps needed against the Lyapunov exponent, a point each network",
+}
 UNTRAINED_CURVES = {f"{name}_untrained" for name in CURVES}
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -254,9 +258,9 @@ def report(results):
     """Make and print the page, draw its pictures; the project's own page is docs/results.md."""
     page = PROJECT / "docs" / "results.md" if results == PROJECT / "results" else results / "comparison.md"
     comparison, lines = page_of(results, os.path.relpath(results, page.parent))
-    # A picture more is drawn here and named in PICTURES; the page shows it where it knows the name.
     perplexities(comparison, results / "results.png")
     context_curves(comparison, comparison.budgets[-1], results / "contexts.png")
+    predictability(read_results(results / ROWS), results / "sweeps.png")
     write_text(page, "\n".join(lines))
     print("\n".join([*lines, f"page: {page}"]))
 
@@ -269,6 +273,8 @@ def page_of(results, pictures):
     labels = {row["arm"]: "" for row in rows} | {arm: words for arm, (words, _) in ARMS.items()}
     tuned = tuning_table(row for row in read_results(results / TUNING_ROWS) if row["arm"] in ARMS)
     shown = {name: [f"![{words}]({Path(pictures, name).as_posix()}.png)"] for name, words in PICTURES.items()}
+    if all(row.get("lyapunov_exponent") is None for row in rows):
+        del shown["sweeps"]
     comparison = Comparison(rows)
     lines = page_lines(comparison, labels, VARIANTS, tuned, shown)
     if (results / SINGLE).exists():
