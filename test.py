@@ -24,11 +24,11 @@ import train
 from config import ResidualConfig
 from newllm.apart import call_apart
 from newllm.errors import exit_on_user_error
-from newllm.flags import parse_args
-from newllm.report.compare import scale_lines, table
+from newllm.flags import numbers, parse_args
+from newllm.report.compare import figures_table, scale_lines, table
 from newllm.report.pictures import scale_ladder
-from newllm.report.record import new_run_id
-from newllm.report.series import make_series, whole_numbers
+from newllm.report.record import new_run_id, shown
+from newllm.report.series import make_series
 from newllm.saving.files import usable_folder
 from newllm.saving.stop import Interrupt
 
@@ -71,7 +71,7 @@ GATES = (
     ("Phase 1's contexts as keys, 10 % better", "val_ppl_retrieval_phase1_contexts", "<", good_keys, KEYS),
     ("peak memory, MB", "peak_memory_mb", "<", 5441, None),  # the guide's, for 100k tokens at full size
 )
-LADDER_COLUMNS = (  # header, key of the summary, format
+LADDER_COLUMNS = (  # title, key of the summary, format
     ("tokens", "train_tokens", ","),
     ("seconds", "seconds", ".0f"),
     ("Phase 1 tok/s", "tok_per_s_phase1", ",.0f"),
@@ -92,6 +92,7 @@ LADDER_COLUMNS = (  # header, key of the summary, format
     ("bits per byte", "val_bpb_retrieval", ".3f"),
     ("untrained", "val_ppl_untrained_context", ".1f"),
     ("bigram", "val_ppl_bigram", ".1f"),
+    ("check", "check", ""),
 )
 MEANING = (
     "FAIL: at least one figure misses its gate, so what this run shows is not what the method promises; "
@@ -102,20 +103,15 @@ MEANING = (
 
 
 def main(config, ladder=()):
-    """Train and check.
+    """Train and check; whether every criterion passed.
 
-    Args:
-        ladder: numbers of samples, ascending; without any the budget of the configuration alone.
-
-    Returns:
-        Whether every criterion passed.
+    ladder: numbers of samples, ascending; without any the budget of the configuration alone.
     """
     summaries = climb(config, ladder) if ladder else [train.main(config)]
     for summary in summaries:
         print(f"\n== {summary['train_tokens']:,} tokens, {summary['data_source']}, {summary['tokenizer']} ==")
         print("\n".join(table(("criterion", "value", "untrained", "gate", ""), check(summary))))
-    header = [*(name for name, _, _ in LADDER_COLUMNS), "check"]
-    print("\n" + "\n".join(table(header, map(ladder_row, summaries))))
+    print("", *figures_table(LADDER_COLUMNS, map(ladder_row, summaries)), sep="\n")
     if len(summaries) > 1:
         print("\n" + "\n".join(scale_lines(summaries)))
         path = Path(config.checkpoint_dir, "outputs", "plots", f"scale_ladder_{new_run_id()}.png")
@@ -138,7 +134,8 @@ def check(summary):
         verdict = "PASS" if beyond(value, limit) else "FAIL"
         if verdict == "PASS" and untrained is not None and beyond(untrained, limit):
             verdict = "PASS, untrained too"  # so it says nothing about training
-        rows.append((criterion, shown(value), shown(untrained), f"{side} {shown(limit)}", verdict))
+        value, untrained, limit = (shown(number, ".4g") for number in (value, untrained, limit))
+        rows.append((criterion, value, untrained, f"{side} {limit}", verdict))
     return rows
 
 
@@ -149,30 +146,23 @@ def figure_of(summary, what):
     return summary.get(what) if isinstance(what, str) else what
 
 
-def shown(value):
-    return "" if value is None else f"{value:.4g}"
-
-
 def passes(summary):
     """Whether a run passes all gates that it has figures for."""
     return all(verdict != "FAIL" for *_, verdict in check(summary))
 
 
 def ladder_row(summary):
-    """One budget as a row of the ladder's table; empty where the run has no such figure."""
-    cells = []
-    for _, key, form in LADDER_COLUMNS:
-        missing = "never" if key == "sweeps_to_convergence" and key in summary else ""
-        cells.append(missing if summary.get(key) is None else format(summary[key], form))
-    return [*cells, "PASS" if passes(summary) else "FAIL"]
+    """A budget's summary as the ladder's table shows it."""
+    row = summary | {"check": "PASS" if passes(summary) else "FAIL"}
+    if "sweeps_to_convergence" in row:
+        row["sweeps_to_convergence"] = row["sweeps_to_convergence"] or "never"
+    return row
 
 
 def climb(config, ladder):
     """The summaries of all budgets, each trained by a process of its own, so that peak memory is its own.
 
-    Raises:
-        UserError: a budget failed.
-        Stopped: a signal or max_minutes ended the ladder early.
+    UserError where a budget failed.
     """
     for name in sorted({"num_samples", "num_tokens"} & set(config.given)):
         print(f"note: {name} {config.given[name]} has no effect: --ladder gives each budget its own")
@@ -191,7 +181,7 @@ def climb(config, ladder):
 def flags(parser):
     """The command's own flag."""
     default = ",".join(map(str, LADDER))
-    options = dict(nargs="?", const=LADDER, default=(), type=whole_numbers("--ladder"), metavar="SAMPLES,...")
+    options = dict(nargs="?", const=LADDER, default=(), type=numbers("ladder"), metavar="SAMPLES,...")
     parser.add_argument("--ladder", **options, help=f"several budgets, by default {default} samples")
 
 

@@ -1,6 +1,7 @@
 """The command line: every setting is a flag, and what is wrong with one is a single sentence."""
 
 import argparse
+import math
 import sys
 
 from newllm.config import SETTINGS, checked, comments_of, hint
@@ -65,6 +66,23 @@ def flag(name, kind, bounds=None):
         except ValueError:
             value = text  # of the wrong type, as is said now
         return checked(name, value, kind, bounds)
+
+    return convert
+
+
+def numbers(name, kind=int, low=1, descending=False):
+    """Type of a flag that takes several, in order: `1953,195` -> [195, 1953]. UserError for anything else."""
+
+    def convert(text):
+        try:
+            values = sorted({kind(word) for word in text.split(",")}, reverse=descending)
+        except ValueError:
+            values = [0]
+        if not low <= min(values) <= max(values) < math.inf:
+            whole = "whole " if kind is int else ""
+            wanted = f"{whole}numbers from {low:g} on with commas between, like 195,1953,3906"
+            raise UserError(f"--{name} takes {wanted}, not '{text}'.")
+        return values
 
     return convert
 

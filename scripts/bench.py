@@ -32,7 +32,7 @@ from newllm.models.baselines import build_model
 from newllm.models.cross_entropy import CHUNK_ELEMENTS
 from newllm.phases.phase1 import Phase1
 from newllm.phases.phase2 import Phase2
-from newllm.report.compare import table
+from newllm.report.compare import figures_table
 from newllm.saving.stop import Interrupt
 from newllm.training.loop import EpochLoop
 from newllm.training.plan import Flops
@@ -64,20 +64,20 @@ def speed(values):
     return f"{median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
 
 
-PART_COLUMNS = {
-    "part": ("part", str),
-    "tok/s": ("tok_per_s", speed),
-    "GFLOP/s": ("gflops", "{:,.1f}".format),
-    "of matrix rate": ("share", "{:.1%}".format),
-    "x per-token loop": ("ratio", "{:,.1f}".format),
-}
-SWITCH_COLUMNS = {
-    "one switch at a time": ("switch", str),
-    "Phase 1 tok/s": ("phase1_tok_per_s", speed),
-    "Phase 2 tok/s": ("phase2_tok_per_s", speed),
-    "loss": ("loss", "{:.4f}".format),
-    "peak MB": ("peak_memory_mb", "{:,.0f}".format),
-}
+PART_COLUMNS = (  # title, key, form
+    ("part", "part", ""),
+    ("tok/s", "tok_per_s", speed),
+    ("GFLOP/s", "gflops", ",.1f"),
+    ("of matrix rate", "share", ".1%"),
+    ("x per-token loop", "ratio", ",.1f"),
+)
+SWITCH_COLUMNS = (
+    ("one switch at a time", "switch", ""),
+    ("Phase 1 tok/s", "phase1_tok_per_s", speed),
+    ("Phase 2 tok/s", "phase2_tok_per_s", speed),
+    ("loss", "loss", ".4f"),
+    ("peak MB", "peak_memory_mb", ",.0f"),
+)
 
 
 class Bench:
@@ -180,11 +180,9 @@ class Bench:
 
 
 def bench_parts(config):
-    """Time all parts.
+    """Rows of all parts: part, tok_per_s (list), gflops, share, ratio (to the per-token loop).
 
-    Returns:
-        Rows: part, tok_per_s (list), gflops, share (of its time, that its products take at the rates measured
-        for their shapes, in the precision in effect), ratio (to the per-token loop).
+    share: of its time, what its products take at the rates measured for their shapes and precision.
     """
     main, rates = Bench(config, VOCABULARIES[0]), {}
     used, flops = main.runtime.precision, main.flops
@@ -229,8 +227,7 @@ def bench_parts(config):
 def time_switch(config, attention=None):
     """Both phases of one configuration, its loss, and the peak memory of the process that trained them.
 
-    Args:
-        attention: backend of a Transformer, which has no Phase 1.
+    attention: backend of a Transformer, which has no Phase 1.
     """
     timed = Bench(config, VOCABULARIES[0])
     if attention:
@@ -252,14 +249,6 @@ def bench_switches(config):
     return [{"switch": name} | call_apart(*run) for name, run in runs.items()]
 
 
-def print_table(columns, rows):
-    """Rows by name as a table; columns: {title: (name, function of a value to its text)}."""
-    cells = [
-        ["" if row[name] is None else form(row[name]) for name, form in columns.values()] for row in rows
-    ]
-    print("\n".join(table(columns, cells)) + "\n", flush=True)
-
-
 def main(config, as_json=False, switches=True):
     """Time and print."""
     device, changed = describe_device(open_runtime(config)), []
@@ -272,9 +261,9 @@ def main(config, as_json=False, switches=True):
         print(json.dumps({"device": device, "config": config.to_dict(), "parts": parts, "switches": changed}))
         return
     print(f"device: {device}; samples of {config.max_seq_length} tokens\n")
-    print_table(PART_COLUMNS, parts)
+    print(*figures_table(PART_COLUMNS, parts), sep="\n")
     if changed:
-        print_table(SWITCH_COLUMNS, changed)
+        print("", *figures_table(SWITCH_COLUMNS, changed), "", sep="\n")
         print("loss: of the second epoch over the same random ids; rows of equal batches differ by rounding.")
 
 

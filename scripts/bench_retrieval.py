@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import json
 import time
+from functools import partial
 from statistics import median
 
 import torch
@@ -26,7 +27,7 @@ from newllm.evaluate import evaluate_prediction, evaluate_retrieval
 from newllm.flags import parse_args
 from newllm.generate import State, generate, read
 from newllm.models.baselines import build_model
-from newllm.report.compare import table
+from newllm.report.compare import figures_table
 from newllm.retrieval.keys import Keys
 from newllm.retrieval.lookup import Store, rounded
 from newllm.retrieval.mixture import Retrieval
@@ -43,15 +44,12 @@ SIZES = (100_000, 1_000_000, 10_000_000)  # places
 LOOKUPS = 50
 
 
-class Clock:
-    """Seconds since it was made: of the process, or of the wall."""
-
-    def __init__(self, wall=False):
-        self.now = time.perf_counter if wall else time.process_time
-        self.start = self.now()
-
-    def seconds(self):
-        return self.now() - self.start
+def seconds_of(work, wall):
+    """Seconds that a call takes: of the process, or of the wall."""
+    now = time.perf_counter if wall else time.process_time
+    start = now()
+    work()
+    return now() - start
 
 
 def zipf(vocab_size):
@@ -100,27 +98,28 @@ class Made:
         """Of TOKENS drawn behind a text, whose State is given."""
         tokens = generate(self.model, [0], 2 + TOKENS, 0, retrieval=retrieval, before=state)
         list(itertools.islice(tokens, 2))
-        clock = Clock(wall)
-        drawn = sum(1 for _ in tokens)
-        return clock.seconds() / drawn
+        drawn = []
+        return seconds_of(lambda: drawn.extend(tokens), wall) / len(drawn)
 
 
-def generation(config, wall):
-    """Tokens a second without and with retrieval in turns, behind a short text and a window of text."""
+def generation(config, wall, lengths=None):
+    """Speed without and with retrieval in turns, and what is kept, behind texts of such lengths.
+
+    Without any: a short text, and a window of text.
+    """
     made = Made(config)
     alone = read(made.model, made.text(8))
     name = f"{config.num_layers} x {config.context_dim}, {torch.get_num_threads()} threads"
-    for length in (SHORT, config.retrieval_window):
-        state = State(alone.recurrent, long_past(made, length))
-        seconds = [
-            (made.seconds_a_token(None, alone, wall), made.seconds_a_token(made.retrieval, state, wall))
-            for _ in range(TURNS)
-        ]
-        without, with_it = (1 / median(each) for each in zip(*seconds, strict=True))
-        kept = median(one / other for one, other in seconds)
+    for length in lengths or (SHORT, config.retrieval_window):
+        past = long_past(made, length)
+        ways = (None, alone), (made.retrieval, State(alone.recurrent, past))
+        turns = [[made.seconds_a_token(*way, wall) for way in ways] for _ in range(TURNS)]
+        without, with_it = (median(each) for each in zip(*turns, strict=True))
         yield dict(
-            network=name, text_so_far=length, without_tok_s=without, with_tok_s=with_it, speed_kept=kept
-        )
+            network=name, text_so_far=length, without_tok_s=1 / without, with_tok_s=1 / with_it,
+            speed_kept=median(one / other for one, other in turns), ms_a_token=1e3 * with_it,
+            state_mb=sum(part.untyped_storage().nbytes() for part in past) / 1e6,
+        )  # fmt: skip
 
 
 def long_past(made, length):
@@ -134,30 +133,18 @@ def long_past(made, length):
 
 
 def long(config, wall):
-    """Time a token and what is kept, behind texts of LENGTHS."""
-    made = Made(config)
-    recurrent = read(made.model, made.text(8)).recurrent
-    pasts = {length: long_past(made, length) for length in LENGTHS}
-    times = {length: [] for length in LENGTHS}
-    for _, (length, past) in itertools.product(range(TURNS), pasts.items()):
-        times[length].append(made.seconds_a_token(made.retrieval, State(recurrent, past), wall))
-    for length, past in pasts.items():
-        kept = sum(part.untyped_storage().nbytes() for part in past)
-        yield dict(text_so_far=length, ms_a_token=1e3 * median(times[length]), state_mb=kept / 1e6)
+    """The same behind texts of LENGTHS."""
+    return generation(config, wall, LENGTHS)
 
 
 def evaluated(config, looks_up, wall):
     """Seconds of evaluating SAMPLES, the least of three, and the peak memory in MB of this process."""
-    made, seconds = Made(config, looks_up), []
+    made = Made(config, looks_up)
     given = made.ids[:SAMPLES].int(), torch.ones(VOCABULARY), contextlib.nullcontext, made.runtime.device
-    for _ in range(3):
-        clock = Clock(wall)
-        if looks_up:
-            evaluate_retrieval(made.model, made.retrieval, *given)
-        else:
-            evaluate_prediction(made.model, *given)
-        seconds.append(clock.seconds())
-    return min(seconds), peak_memory_mb()
+    work = partial(evaluate_prediction, made.model, *given)
+    if looks_up:
+        work = partial(evaluate_retrieval, made.model, made.retrieval, *given)
+    return min(seconds_of(work, wall) for _ in range(3)), peak_memory_mb()
 
 
 def evaluation(config, wall):
@@ -179,13 +166,15 @@ def places(config, wall):
         counts = torch.multinomial(share, size, True, generator=draw).bincount(minlength=VOCABULARY)
         store.starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
         store.rounded, store.following = rounded(some).repeat(size // SIZES[0], 1), torch.zeros(size).int()
-        clock = Clock(wall)
-        for row, token in enumerate(asked):
-            store.nearest(token.view(1, 1), some[row].view(1, 1, -1), kept.neighbours)
-        mean, clock = clock.seconds() / LOOKUPS, Clock(wall)
-        store.nearest(torch.zeros(1, 1, dtype=torch.int64), some[:1, None], kept.neighbours)
+
+        def look_up(tokens, store=store):
+            for row, token in enumerate(tokens):
+                store.nearest(token.view(1, 1), some[row].view(1, 1, -1), kept.neighbours)
+
+        mean = 1e3 * seconds_of(partial(look_up, asked), wall) / LOOKUPS
+        most = 1e3 * seconds_of(partial(look_up, torch.zeros(1, dtype=torch.int64)), wall)
         memory = (store.rounded.nbytes + store.following.nbytes) / 1e6
-        yield dict(places=size, mean_ms=1e3 * mean, most_frequent_ms=1e3 * clock.seconds(), store_mb=memory)
+        yield dict(places=size, mean_ms=mean, most_frequent_ms=most, store_mb=memory)
 
 
 PARTS = {"generation": generation, "long": long, "evaluation": evaluation, "places": places}
@@ -204,14 +193,13 @@ def main(config, options):
     rows = {}
     with Interrupt(), torch.inference_mode():
         for name in options.parts:
-            rows[name] = []
-            for row in PARTS[name](config, options.wall):
-                rows[name].append(row)
+            rows[name] = list(PARTS[name](config, options.wall))
             if not options.json:
-                cells = [
-                    [f"{v:,.2f}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows[name]
+                columns = [
+                    (key, key, ",.2f" if isinstance(value, float) else "")
+                    for key, value in rows[name][0].items()
                 ]
-                print("\n".join(table(tuple(rows[name][0]), cells)) + "\n", flush=True)
+                print(*figures_table(columns, rows[name]), "", sep="\n", flush=True)
     if options.json:
         print(json.dumps(rows))
 

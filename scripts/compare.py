@@ -25,11 +25,11 @@ from config import ResidualConfig
 from newllm.apart import call_apart
 from newllm.config import EARLIER, Range, expanded
 from newllm.errors import UserError, exit_on_user_error
-from newllm.flags import flag, parse_args
+from newllm.flags import flag, numbers, parse_args
 from newllm.report.compare import Comparison, append_row, markdown, read_results, table
 from newllm.report.evidence import END_TO_END, FINETUNED, page_lines
-from newllm.report.pictures import context_curves, perplexities
-from newllm.report.series import make_series, whole_numbers
+from newllm.report.pictures import context_curves, perplexities, predictability
+from newllm.report.series import make_series
 from newllm.report.summary import CURVES
 from newllm.saving.files import usable_folder, write_text
 from newllm.saving.runs import MANIFEST, RUNS, shaping
@@ -79,7 +79,11 @@ TUNE_SHARE, TUNE_SEED = 0.2, 1000  # neither the validation samples nor the seed
 ROWS, TUNING_ROWS = "results.jsonl", "tuning.jsonl"
 SINGLE = "single_runs.md"  # written by hand, the end of the page
 REPEATED = "val_ppl", "val_ppl_retrieval", "val_ppl_retrieval_counting", "val_ppl_kn"
-PICTURES = {"results": "perplexity against training tokens", "contexts": "what the contexts are like"}
+PICTURES = {
+    "results": "perplexity against training tokens",
+    "contexts": "what the contexts are like",
+    "sweeps": "sweeps needed against the Lyapunov exponent, a point each network",
+}
 UNTRAINED_CURVES = {f"{name}_untrained" for name in CURVES}
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -90,8 +94,10 @@ def plan(arms, seeds, budgets, tuned):
     ordered = [arm for one in trained for arm in arms if VARIANTS.get(arm, arm) == one]
     runs = {}
     for samples, seed, arm in itertools.product(budgets, range(seeds), ordered):
-        chosen = settings_at(tuned.get((samples, TUNED_AS.get(arm, arm))))
-        runs[f"{arm}-{samples}-{seed}"] = arm, dict(num_samples=samples, seed=seed) | ARMS[arm][1] | chosen
+        settings = dict(num_samples=samples, seed=seed) | ARMS[arm][1]
+        if points := tuned.get((samples, TUNED_AS.get(arm, arm))):
+            settings |= zip(GRID, place(points[0]), strict=True)
+        runs[f"{arm}-{samples}-{seed}"] = arm, settings
     return runs
 
 
@@ -132,21 +138,11 @@ def tried(rows):
     return points
 
 
-def settings_at(rows):
-    """Settings at the best point of the grid; none where nothing was tried."""
-    return dict(zip(GRID, place(rows[0]), strict=True)) if rows else {}
-
-
 def make(config, runs, path, keep=False):
-    """Train what is missing; each run adds its row to the file, which says what is done.
+    """Train what is missing of the runs {name: (arm, settings)}; each adds its row to the file at path.
 
-    Args:
-        runs: {name: (arm, settings)}. path: of the file of rows.
-        keep: whether runs leave their artefacts too, in a folder in checkpoint_dir.
-
-    Raises:
-        UserError: the file holds such a run with other settings, or a run failed.
-        Stopped: a signal or max_minutes ended the comparison early.
+    The file says what is done. keep: runs leave their artefacts too, in a folder in checkpoint_dir. UserError
+    where the file holds such a run with other settings, or a run failed.
     """
     folder = usable_folder(config.checkpoint_dir, "checkpoint_dir")
     homes, configs = {}, {}
@@ -184,10 +180,8 @@ def make(config, runs, path, keep=False):
 def figures(summary):
     """What a row keeps of a summary: nats to a thousandth, no curves of untrained contexts."""
     kept = {key: value for key, value in summary.items() if key not in UNTRAINED_CURVES}
-    for key in kept:
-        if key.startswith("val_sample_nats") and kept[key]:
-            kept[key] = [round(nats, 3) for nats in kept[key]]
-    return kept
+    long = {key: value for key, value in kept.items() if key.startswith("val_sample_nats") and value}
+    return kept | {key: [round(nats, 3) for nats in value] for key, value in long.items()}
 
 
 def clear(folder):
@@ -200,8 +194,7 @@ def clear(folder):
 def repeat(config, name, path):
     """Make a run again by the settings of its row; say its figures beside the row's, and whether they agree.
 
-    Raises:
-        UserError: there is no such row, the text is another one, or the figures differ on the same device.
+    UserError where there is no such row, the text is another one, or figures differ on the same device.
     """
     row = next((row for row in read_results(path) if row["run"] == name), None)
     if row is None:
@@ -218,10 +211,9 @@ def repeat(config, name, path):
     for key in (key for key in REPEATED if key in row):
         gap = "none" if made[key] == row[key] else f"{made[key] / row[key] - 1:+.2e}"
         lines.append([key, row[key], made[key], gap])
+    lines += [[key, row.get(key), made[key], ""] for key in ("device", "commit")]
     print(*table(["figure", "row", "again", "difference"], lines), sep="\n")
-    for title, one in (("row", row), ("again", made)):
-        print(f"{title}: {one.get('device')}, commit {one.get('commit')}")
-    if all(line[-1] == "none" for line in lines):
+    if all(line[-1] in ("none", "") for line in lines):
         print(f"{name}: the figures agree to the bit")
     elif row.get("device") == made["device"]:
         raise UserError(f"{name} has other figures than its row, on such a device: mend what changed them.")
@@ -235,14 +227,12 @@ def config_of(config, changes, **more):
     return dataclasses.replace(config, **own | more | changes)
 
 
-def refuse_other(row, config, path, names=None):
-    """Raise UserError where a row was made with other settings; names: those that count, or all."""
+def refuse_other(row, config, path):
+    """Raise UserError where a row was made with other settings."""
     before, now = meaning(EARLIER | row["settings"]), meaning(config.to_dict())
-    if others := [key for key in before | now if before.get(key) != now.get(key) and key in (names or [key])]:
-        raise UserError(
-            f"{path}: {row['run']} was made with other settings ({', '.join(others)}): "
-            "choose another --results."
-        )
+    if others := [key for key in before | now if before.get(key) != now.get(key)]:
+        reason = f"{row['run']} was made with other settings ({', '.join(others)})"
+        raise UserError(f"{path}: {reason}: choose another --results.")
 
 
 def meaning(settings):
@@ -256,37 +246,35 @@ def tuning_table(rows):
     for (samples, arm), made in tried(rows).items():
         point = " / ".join(f"{value:g}" for value in place(made[0]))
         chosen[arm, samples] = f"{point}: {made[0]['val_ppl']:.1f} ({len(made)})"
-    columns = sorted({samples for _, samples in chosen})
-    lines = [
-        [arm, *(chosen.get((arm, n), "") for n in columns)] for arm in sorted({arm for arm, _ in chosen})
-    ]
+    if not chosen:
+        return []
+    arms, columns = (sorted(set(keys)) for keys in zip(*chosen, strict=True))
+    lines = [[arm, *(chosen.get((arm, n), "") for n in columns)] for arm in arms]
     caption = [f"{' / '.join(GRID)}: perplexity on training dialogues held back (points tried).", ""]
-    return caption + markdown(["arm", *(f"{n} samples" for n in columns)], lines) if lines else []
+    return caption + markdown(["arm", *(f"{n} samples" for n in columns)], lines)
 
 
 def report(results):
     """Make and print the page, draw its pictures; the project's own page is docs/results.md."""
     page = PROJECT / "docs" / "results.md" if results == PROJECT / "results" else results / "comparison.md"
     comparison, lines = page_of(results, os.path.relpath(results, page.parent))
-    # A picture more is drawn here and named in PICTURES; the page shows it where it knows the name.
     perplexities(comparison, results / "results.png")
     context_curves(comparison, comparison.budgets[-1], results / "contexts.png")
+    predictability(read_results(results / ROWS), results / "sweeps.png")
     write_text(page, "\n".join(lines))
     print("\n".join([*lines, f"page: {page}"]))
 
 
 def page_of(results, pictures):
-    """(Comparison of a folder's rows, lines of their page); pictures: where they lie, as seen from it.
-
-    Raises:
-        UserError: there are no rows.
-    """
+    """(Comparison of a folder's rows, lines of their page); pictures: where they lie, as seen from it."""
     rows = read_results(results / ROWS)
     if not rows:
         raise UserError(f"there are no results in {results}: run scripts.compare without --report first.")
     labels = {row["arm"]: "" for row in rows} | {arm: words for arm, (words, _) in ARMS.items()}
     tuned = tuning_table(row for row in read_results(results / TUNING_ROWS) if row["arm"] in ARMS)
     shown = {name: [f"![{words}]({Path(pictures, name).as_posix()}.png)"] for name, words in PICTURES.items()}
+    if all(row.get("lyapunov_exponent") is None for row in rows):
+        del shown["sweeps"]
     comparison = Comparison(rows)
     lines = page_lines(comparison, labels, VARIANTS, tuned, shown)
     if (results / SINGLE).exists():
@@ -316,10 +304,10 @@ def main(config, arguments):
 
 def flags(parser):
     """The command's own flags."""
-    add, tokens = parser.add_argument, whole_numbers("--tokens")
+    add = parser.add_argument
     add("--arms", default="all", help=f"comma-separated, of {', '.join(ARMS)}")
     add("--seeds", type=flag("seeds", int, Range(1)), default=5, help="seeds 0 ... N-1")
-    add("--tokens", type=tokens, default=(100_000,), help="training tokens, comma-separated")
+    add("--tokens", type=numbers("tokens"), default=(100_000,), help="training tokens, comma-separated")
     add("--results", type=expanded, default="results", help="folder of the rows, pictures, page")
     add("--keep", action="store_true", help="keep models and pictures, in checkpoint_dir/RUN")
     add("--repeat", default="", metavar="RUN", help="make the run of a row again, and compare its figures")

@@ -16,7 +16,6 @@ looks up: its state after a text is the context and the keys of the last `retrie
 
 import contextlib
 import itertools
-import math
 import time
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from newllm.data.samples import load_data
 from newllm.errors import UserError, exit_on_user_error
 from newllm.fixed_point.diagnostics import cold_start, lyapunov_exponent
 from newllm.fixed_point.solver import prefill, read_text
-from newllm.flags import parse_args
+from newllm.flags import numbers, parse_args
 from newllm.generate import after, predict
 from newllm.memory import is_out_of_memory
 from newllm.models.baselines import build_model
@@ -296,26 +295,12 @@ def main(config, options):
     print(f"plot: {path}")
 
 
-def numbers(kind, low, descending=False):
-    """Parser of `a,b,c`: different numbers from a lowest one on, in order."""
-
-    def parse(text):
-        try:
-            values = sorted({kind(word) for word in text.split(",")}, reverse=descending)
-        except ValueError:
-            values = [0]
-        if not low <= min(values) <= max(values) < math.inf:
-            raise UserError(f"numbers from {low:g} on with commas between are wanted, not '{text}'.")
-        return values
-
-    return parse
-
-
 def flags(parser):
     """The command's own flags."""
     add, small = parser.add_argument, "relative changes of a sweep that are small enough, comma-separated"
-    add("--lengths", type=numbers(int, 1), default="1000,10000,100000", help="tokens, comma-separated")
-    add("--tolerance", type=numbers(float, 1e-6, descending=True), default="1e-2,1e-3,1e-4", help=small)
+    add("--lengths", type=numbers("lengths"), default="1000,10000,100000", help="tokens, comma-separated")
+    tolerances = numbers("tolerance", float, 1e-6, descending=True)
+    add("--tolerance", type=tolerances, default="1e-2,1e-3,1e-4", help=small)
     add("--trained", action="store_true", help="trained weights alone; without them an error")
     add("--plot", type=expanded, help="PNG file (default: in outputs/plots of checkpoint_dir)")
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from helpers import write_dialogues
+from helpers import tiny, write_dialogues
 
 torch.set_num_threads(1)  # tiny matrices: more threads only wait for each other
 os.fsync = lambda handle: None  # processes are killed here, never the machine; waiting for the disk is slow
@@ -17,14 +17,10 @@ def corpus_file(tmp_path_factory):
 
 @pytest.fixture
 def tiny_settings(tmp_path, corpus_file):
-    """Settings of a run that takes about a second, all of whose files lie in tmp_path."""
-    return dict(
-        data_source=str(corpus_file), tokenizer="bpe", vocab_size=300, num_samples=12, val_samples=6,
-        max_seq_length=24, context_dim=16, embed_dim=16, num_layers=1, phase1_max_iterations=3,
-        phase1_batch_size=4, phase2_epochs=3, phase2_batch_size=4, phase2_learning_rate=0.002, dropout=0.3,
-        min_batches=3, retrieval="none", precision="fp32", device="cpu",
-        save_every_n_batches=2, save_min_seconds=0.0,
-        cache_dir=str(tmp_path / "cache"), checkpoint_dir=str(tmp_path / "checkpoints"), artifacts=False,
+    """Settings of a run that looks nothing up, all of whose files lie in tmp_path."""
+    return tiny(corpus_file, tmp_path) | dict(
+        phase2_learning_rate=0.002, dropout=0.3, retrieval="none", save_every_n_batches=2,
+        save_min_seconds=0.0, artifacts=False,
     )  # fmt: skip
 
 

@@ -59,6 +59,16 @@ def tiny_checkout(folder):
     return folder
 
 
+def tiny(data, folder):
+    """Settings of a run that takes about a second, all of whose files lie in a folder."""
+    return dict(
+        data_source=str(data), tokenizer="bpe", vocab_size=300, num_samples=12, val_samples=6,
+        max_seq_length=24, context_dim=16, embed_dim=16, num_layers=1, phase1_max_iterations=3,
+        phase1_batch_size=4, phase2_epochs=3, phase2_batch_size=4, min_batches=3, precision="fp32",
+        device="cpu", cache_dir=str(folder / "cache"), checkpoint_dir=str(folder / "checkpoints"),
+    )  # fmt: skip
+
+
 def as_flags(settings):
     """Settings as command line arguments."""
     flags = []

@@ -9,6 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2 import modeling_gpt2
 
 from config import ResidualConfig
+from newllm.report.compare import figures_table
 from newllm.training.plan import Flops
 from scripts import bench
 from scripts.bench import Bench
@@ -73,8 +74,10 @@ def test_all_parts_and_switches_as_json_and_as_tables(config, monkeypatch, capsy
         assert 50 < row["peak_memory_mb"] < 5000
     assert switch["phase1_tok_per_s"] and not attention["phase1_tok_per_s"]
     rows = [dict(part="loop", tok_per_s=[1000, 900, 1300], gflops=2.0, share=0.5, ratio=None)]
-    bench.print_table(bench.PART_COLUMNS, rows)
-    assert "loop | 1,000 (900 to 1,300) |     2.0 |          50.0% |" in capsys.readouterr().out
+    assert (
+        "loop | 1,000 (900 to 1,300) |     2.0 |          50.0% |"
+        in figures_table(bench.PART_COLUMNS, rows)[2]
+    )
 
 
 @pytest.mark.parametrize("backend", bench.ATTENTION)

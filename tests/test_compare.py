@@ -229,11 +229,12 @@ def test_the_walk_over_the_grid_ends_where_no_neighbour_is_better(small, tmp_pat
     path = tmp_path / "results" / "tuning.jsonl"
     compare.main(small, arguments(tmp_path, "--arms", "gru,phase1_w1", "--tune"))
     best = compare.tried(read_results(path))[12, "gru"]
-    assert compare.settings_at(best) == dict(phase2_learning_rate=0.0005, dropout=0.15, weight_decay=1.0)
+    assert compare.place(best[0]) == (0.0005, 0.15, 1.0)
     assert f"| gru | 0.0005 / 0.15 / 1: 2.0 ({len(set(bowl))}) |" in capsys.readouterr().out
     assert len(set(bowl)) < 18 and all(point[:2] != (0.004, 0.5) for point in bowl)
     plan = compare.plan(["phase1_w1"], 1, [12], {(12, "phase1_frozen"): best})
-    assert plan["phase1_w1-12-0"][1].items() >= compare.settings_at(best).items()
+    chosen = dict(phase2_learning_rate=0.0005, dropout=0.15, weight_decay=1.0)
+    assert plan["phase1_w1-12-0"][1].items() >= chosen.items()
 
 
 def test_the_page_of_results_is_what_its_rows_say():

@@ -16,7 +16,7 @@ from helpers import ROOT, as_flags
 from config import ResidualConfig
 from newllm.config import ELSEWHERE, PRESETS, SETTINGS, Config, check_value, comments_of
 from newllm.errors import UserError
-from newllm.flags import parse_args
+from newllm.flags import numbers, parse_args
 
 PATHS = {name for name, setting in SETTINGS.items() if setting.path}
 
@@ -291,3 +291,11 @@ def test_commands_expand_paths_and_refuse_unknown_flags(monkeypatch, tmp_path, s
         with pytest.raises(UserError, match=r"^[^\n]*see --help"):
             main([flag])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "0", "195,-3", "195;1953", "1.5", "many", "195,"])
+def test_numbers_that_are_none_are_refused_in_one_sentence(text):
+    """Positive and whole; the sentence shows what was given and what would do. Others come in order."""
+    assert numbers("ladder")("1953,195, 3_906") == [195, 1953, 3906]
+    with pytest.raises(UserError, match=f"--ladder takes .* like 195,1953,3906, not '{text}'"):
+        numbers("ladder")(text)

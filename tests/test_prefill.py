@@ -172,6 +172,6 @@ def test_bad_input_is_a_sentence(tiny_settings):
     given = parsed("--lengths", "10_000,100", "--tolerance", "1e-4,0.01")
     assert (given.lengths, given.tolerance) == ([100, 10000], [0.01, 1e-4])
     assert parsed().lengths == [1000, 10000, 100000] and parsed().tolerance == [1e-2, 1e-3, 1e-4]
-    for argv in ("--lengths=0", "--lengths=1,x", "--tolerance=0", "--tolerance=nan"):
-        with pytest.raises(UserError, match="are wanted, not"):
+    for argv in ("--tolerance=0", "--tolerance=nan"):
+        with pytest.raises(UserError, match="--tolerance takes numbers from 1e-06 on"):
             parsed(argv)

@@ -14,7 +14,7 @@ import statistics
 import numpy as np
 
 from newllm.errors import UserError
-from newllm.report.record import append_line, as_curve, read_rows
+from newllm.report.record import append_line, as_curve, read_rows, shown
 from newllm.saving.files import sync
 
 NEEDED = {"run", "arm", "seed", "changes", "settings", "val_sample_nats"}
@@ -71,13 +71,9 @@ def mean_interval(values):
 def paired_difference(ours, theirs, length, seed=0):
     """Difference of mean loss, ours minus theirs, over seeds and samples of both, with its 95 % interval.
 
-    Bootstrap that draws seeds and dialogues, both with replacement; the same draw for both arms.
-
-    Args:
-        ours, theirs: {seed: nats of each sample}. length: targets of a sample.
-
-    Returns:
-        (difference, low, high) in nats per token; None when they have no seed in common.
+    Bootstrap that draws seeds and dialogues, both with replacement; the same draw for both arms. ours and
+    theirs: {seed: nats of each sample}, of `length` targets. Returns (difference, low, high) in nats per
+    token; None when they have no seed in common.
     """
     common = sorted(ours.keys() & theirs.keys())
     if not common:
@@ -121,10 +117,6 @@ class Comparison:
         """(mean, half width of the interval) over seeds."""
         return mean_interval([row[key] for row in self.by[tokens, arm]])
 
-    def seconds(self, tokens, arm):
-        """Training time of the fastest seed: the one that other work on the machine disturbed least."""
-        return min(row["seconds_training"] for row in self.by[tokens, arm])
-
     def curve(self, tokens, arm, key):
         """{x: mean over seeds of y}, x ascending, of a curve of each run; None for an arm without it."""
         curves = [as_curve(row[key]) for row in self.by.get((tokens, arm), []) if row.get(key)]
@@ -141,13 +133,15 @@ class Comparison:
         nats = [{row["seed"]: row[key] for row in side if row.get(key)} for side in sides]
         return paired_difference(*nats, sides[0][0]["settings"]["max_seq_length"])
 
-    def text(self, tokens, arm, key, form=",.1f"):
+    def mean_text(self, tokens, arm, key, form):
+        """Mean of a figure; "" where the arm lacks it."""
+        return format(self.mean(tokens, arm, key)[0], form) if self.has(tokens, arm, key) else ""
+
+    def text(self, tokens, arm, key):
         """Mean and half width of a figure, as `175.8 +- 0.9`; "" where the arm lacks it."""
-        if not self.has(tokens, arm, key):
-            return ""
-        mean, half = self.mean(tokens, arm, key)
-        shown = f"{half:.1f}"
-        return format(mean, form) + (f" +- {shown}" if shown not in ("nan", "0.0") else "")
+        mean = self.mean_text(tokens, arm, key, ",.1f")
+        half = f"{self.mean(tokens, arm, key)[1]:.1f}" if mean else "nan"
+        return mean if half in ("nan", "0.0") else f"{mean} +- {half}"
 
 
 def as_percent(difference):
@@ -176,27 +170,32 @@ def table(header, rows):
     return [lines[0], "-|-".join("-" * width for width in widths), *lines[1:]]
 
 
+def figures_table(columns, rows):
+    """Lines of a plain-text table of dicts; columns: (title, key, form as `shown` takes it) of each."""
+    cells = [[shown(row.get(key), form) for _, key, form in columns] for row in rows]
+    return table([title for title, *_ in columns], cells)
+
+
 def growth(summaries, key, unit):
-    """Least squares of a figure over thousands of training tokens: (intercept, slope, the line in words)."""
+    """Least squares of a figure over thousands of training tokens, in words."""
     thousands = [summary["train_tokens"] / 1000 for summary in summaries]
     values = [summary[key] for summary in summaries]
     slope, intercept = statistics.linear_regression(thousands, values)
     # Without any variance there is none to explain.
     r_squared = statistics.correlation(thousands, values) ** 2 if len(set(values)) > 1 else 1.0
     sign = "-" if slope < 0 else "+"
-    line = f"{intercept:,.1f} {unit} {sign} {abs(slope):.3g} {unit} per 1,000 tokens, R^2 {r_squared:.4f}"
-    return intercept, slope, line
+    return f"{intercept:,.1f} {unit} {sign} {abs(slope):.3g} {unit} per 1,000 tokens, R^2 {r_squared:.4f}"
 
 
-def crossing(summaries, key="val_ppl", other="val_ppl_kn"):
-    """Training tokens from which on one perplexity stays below another, on straight lines between budgets.
+def crossing(summaries):
+    """Training tokens from which on the network stays below counting, on straight lines of logarithms.
 
-    The lines are of logarithms. The smallest budget, where it is below at all of them; None, where it is not
-    at the largest. A budget without both, or with one that is not finite, does not count.
+    The smallest budget, where it is below at all of them; None, where it is not at the largest. A budget
+    without both perplexities, or with one that is not finite, does not count.
     """
     points = []
     for summary in summaries:
-        ours, theirs = summary.get(key), summary.get(other)
+        ours, theirs = summary.get("val_ppl"), summary.get("val_ppl_kn")
         if ours and theirs and math.isfinite(ours * theirs):
             points.append((math.log(summary["train_tokens"]), math.log(ours / theirs)))
     above = [place for place, (_, gap) in enumerate(points) if gap >= 0]
@@ -211,8 +210,8 @@ def crossing(summaries, key="val_ppl", other="val_ppl_kn"):
 def scale_lines(summaries):
     """How time and memory grow over budgets, and where the network passes counting, as lines."""
     lines = [
-        f"time = {growth(summaries, 'seconds', 's')[2]}",
-        f"peak memory = {growth(summaries, 'peak_memory_mb', 'MB')[2]}",
+        f"time = {growth(summaries, 'seconds', 's')}",
+        f"peak memory = {growth(summaries, 'peak_memory_mb', 'MB')}",
     ]
     if all(summary.get(key) for summary in summaries for key in ("val_ppl", "val_ppl_kn")):
         crossed = crossing(summaries)

@@ -1,10 +1,11 @@
 """The page of results, docs/results.md, from rows alone: result, what was done, claims, tables, samples."""
 
+import itertools
 import math
 from typing import NamedTuple
 
 from newllm.report.compare import COUNTING, as_percent, markdown
-from newllm.report.summary import EXPERTS, RETRIEVAL_CONTROLS
+from newllm.report.summary import CONTEXTS, end_of, parts_of
 
 FROZEN, FINETUNED, END_TO_END = "phase1_frozen", "phase1_finetuned", "end_to_end"
 OURS = FROZEN, FINETUNED, END_TO_END
@@ -15,28 +16,18 @@ PEER = (  # measured elsewhere, there
     "steps of 32 samples; measured elsewhere on the same tokens and split",
     225.0,
 )
-CONTEXTS = {  # of contexts: what it is, and how it is written
-    "er_val": ("effective rank", ".1%"),
-    "cold_start_error_10": ("error after 10 cold sweeps", ".2g"),
-    "lyapunov_exponent": ("Lyapunov exponent, nats a token", "+.2f"),
-    "memory_horizon": ("memory horizon, tokens", ".3g"),
-}
+OF_CONTEXTS = "er_val", "cold_start_error_10", "lyapunov_exponent", "memory_horizon"
 
 
 class Claim(NamedTuple):
-    """That the best of our arms has a perplexity lower than the best of its rivals, by a share `gain` of it.
-
-    kind: the figures that are meant, ALONE or WITH_ALL. goal: it speaks of GOAL alone.
-    at_most: instead of rivals, the perplexity itself.
-    """
+    """That the best of our arms has a lower perplexity than the best of its rivals; goals: at GOAL alone."""
 
     sentence: str
     ours: tuple
     rivals: tuple = ()
-    kind: tuple = ALONE
-    gain: float = 0.0
-    goal: bool = False
-    at_most: float = 0.0
+    kind: tuple = ALONE  # the figures that are meant
+    gain: float = 0.0  # a goal: lower by such a share of it
+    at_most: float = 0.0  # a goal instead of rivals: the perplexity itself
 
 
 CLAIMS = (
@@ -49,10 +40,10 @@ CLAIMS = (
         "Phase 1 and fine-tuning beat GRU, LSTM, Transformer", (FINETUNED,), ("gru", "lstm", "transformer")
     ),
     Claim("With retrieval, our best network beats a GRU with the same", OURS, ("gru",), WITH_ALL),
-    Claim("... by 3 % or more", OURS, ("gru",), WITH_ALL, 0.03, True),
+    Claim("... by 3 % or more", OURS, ("gru",), WITH_ALL, 0.03),
     Claim("With retrieval, our best network beats counting with the same", OURS, (COUNTING,), WITH_ALL),
-    Claim("... by 28 % or more", OURS, (COUNTING,), WITH_ALL, 0.28, True),
-    Claim("... and has a perplexity of at most 80", OURS, (), WITH_ALL, 0, True, 80.0),
+    Claim("... by 28 % or more", OURS, (COUNTING,), WITH_ALL, 0.28),
+    Claim("... and has a perplexity of at most 80", OURS, (), WITH_ALL, at_most=80.0),
 )
 
 
@@ -75,36 +66,39 @@ def runs_of(comparison, tokens, arm):
 def verdict(comparison, tokens, claim):
     """Whether a claim holds at a budget, by which figures and rows; "" where they are missing."""
     ppl, nats = claim.kind
-    sides = [
-        [arm for arm in comparison.arms(tokens, ppl) if arm in arms and comparison.has(tokens, arm, nats)]
-        for arms in (claim.ours, claim.rivals)
-    ]
-    if (claim.goal and not at_goal(comparison, tokens)) or not sides[0] or not (sides[1] or claim.at_most):
+    known = [arm for arm in comparison.arms(tokens, ppl) if comparison.has(tokens, arm, nats)]
+    sides = [[arm for arm in known if arm in arms] for arms in (claim.ours, claim.rivals)]
+    best = [side[0] for side in sides if side]  # ours, and the best of the rivals
+    is_goal = claim.gain or claim.at_most
+    if (is_goal and not at_goal(comparison, tokens)) or len(best) < (1 if claim.at_most else 2):
         return ""
-    ours = sides[0][0]
     if claim.at_most:
-        mean, half = comparison.mean(tokens, ours, ppl)
-        word = "open" if math.isnan(half) or abs(mean - claim.at_most) <= half else ""
-        word = word or ("holds" if mean < claim.at_most else "refuted")
-        return f"**{word}**: {comparison.text(tokens, ours, ppl)}, {runs_of(comparison, tokens, ours)}"
-    difference = comparison.difference(tokens, ours, sides[1][0], nats)
-    if difference is None:
-        return ""
-    middle, low, high = difference
-    wanted = math.log1p(-claim.gain)
-    word = "holds" if high < 0 and middle <= wanted else "refuted" if low > wanted else "open"
-    rows = " against ".join(runs_of(comparison, tokens, arm) for arm in (ours, sides[1][0]))
-    return f"**{word}**: {as_percent(difference)}, {rows}"
+        mean, half = comparison.mean(tokens, best[0], ppl)
+        said, limit = comparison.text(tokens, best[0], ppl), claim.at_most
+        low, high = mean - half, mean + half
+        holds = high < limit
+    else:
+        difference = comparison.difference(tokens, *best, nats)
+        if difference is None:
+            return ""
+        middle, low, high = difference
+        said, limit = as_percent(difference), math.log1p(-claim.gain)
+        holds = high < 0 and middle <= limit
+    word = "holds" if holds else "refuted" if low > limit else "open"
+    return f"**{word}**: {said}, {' against '.join(runs_of(comparison, tokens, arm) for arm in best)}"
+
+
+def by_budget(comparison, header, rows):
+    """Markdown: rows that say something of a budget, a column for each behind those of the header."""
+    said = [row for row in rows if any(row[len(header) :])]
+    return markdown([*header, *(f"{tokens:,} tokens" for tokens in comparison.budgets)], said)
 
 
 def claims_table(comparison):
     """Markdown: a row a claim, a column a budget."""
-    rows = []
-    for claim in CLAIMS:
-        verdicts = [verdict(comparison, tokens, claim) for tokens in comparison.budgets]
-        if any(verdicts):
-            rows.append([claim.sentence, *verdicts])
-    return markdown(["claim", *headers(comparison)], rows)
+    budgets = comparison.budgets
+    rows = [[claim.sentence, *(verdict(comparison, tokens, claim) for tokens in budgets)] for claim in CLAIMS]
+    return by_budget(comparison, ["claim"], rows)
 
 
 def budget_table(comparison, tokens, labels):
@@ -116,14 +110,14 @@ def budget_table(comparison, tokens, labels):
     best = next(arm for arm in arms if comparison.has(tokens, arm, nats))
     rows = []
     for arm in arms:
-        made, against, costs = comparison.by[tokens, arm], None, ["", "", ""]
-        if arm != best:
-            against = comparison.difference(tokens, arm, best, nats)
+        made, costs = comparison.by[tokens, arm], ["", "", ""]
         if arm != COUNTING:
-            costs = [f"{made[0]['parameters'] / 1e6:.1f}", f"{comparison.seconds(tokens, arm):.0f}"]
-            costs.append(comparison.text(tokens, arm, "peak_memory_mb", ",.0f").partition(" ")[0])
+            fastest = min(row["seconds_training"] for row in made)  # the one that others disturbed least
+            peak = comparison.mean_text(tokens, arm, "peak_memory_mb", ",.0f")
+            costs = [f"{made[0]['parameters'] / 1e6:.1f}", f"{fastest:.0f}", peak]
         figures = [comparison.text(tokens, arm, kind[0]) for kind in (ALONE, WITH_ALL)]
-        rows.append([arm, labels[arm], len(made), *figures, as_percent(against), *costs])
+        against = as_percent(comparison.difference(tokens, arm, best, nats)) if arm != best else ""
+        rows.append([arm, labels[arm], len(made), *figures, against, *costs])
     if at_goal(comparison, tokens):
         what, perplexity = PEER
         rows.append(["(outside)", what, "", f"{perplexity:.1f}", "", "", "", "", ""])
@@ -137,28 +131,20 @@ def parts_table(comparison):
     columns = []
     for tokens in comparison.budgets:
         arm, by = (best_of(comparison, tokens, arms) for arms in (OURS, (FROZEN, FINETUNED)))
-        names = [name for name in EXPERTS if comparison.has(tokens, arm, f"retrieval_weight_{name}")]
-        column = {"(rows)": runs_of(comparison, tokens, arm)} if names else {}
-        for count, name in enumerate(names, start=1):
-            key = f"val_ppl_{'_'.join(names[:count])}" if count > 1 else "val_ppl"
-            key = "val_ppl_retrieval" if count == len(names) else key
-            column[EXPERTS[name]] = comparison.text(tokens, arm, key)
-        for key, label in RETRIEVAL_CONTROLS.items() if names else ():
-            column[label] = comparison.text(tokens, by if key.endswith("_contexts") else arm, key)
+        parts = parts_of(lambda key, at=(tokens, arm): comparison.has(*at, key))
+        column = {"(rows)": runs_of(comparison, tokens, arm)} if parts else {}
+        for what, (key, _) in parts.items():
+            column[what] = comparison.text(tokens, by if key.endswith("_contexts") else arm, key)
         against = comparison.difference(tokens, arm, COUNTING, WITH_ALL[1])
         column["with the network, against without"] = as_percent(against)
         columns.append(column)
-    labels = dict.fromkeys(label for column in columns for label, text in column.items() if text)
+    labels = dict.fromkeys(itertools.chain(*columns))
     rows = [[label, *(column.get(label, "") for column in columns)] for label in labels]
-    return markdown(["perplexity", *headers(comparison)], rows)
+    return by_budget(comparison, ["perplexity"], rows)
 
 
 def variants_table(comparison, variants, labels):
-    """Markdown: arms that differ in what is looked up alone, under the one they differ from.
-
-    Args:
-        variants: {arm: the one it differs from}.
-    """
+    """Markdown: arms that differ in what is looked up alone, under the one they differ from, {arm: that}."""
     rows = []
     for base in dict.fromkeys(variants.values()):
         mine = [arm for arm in variants if variants[arm] == base]
@@ -169,26 +155,18 @@ def variants_table(comparison, variants, labels):
                 text = comparison.text(tokens, arm, WITH_ALL[0]) if tokens in compared else ""
                 against = comparison.difference(tokens, arm, base, WITH_ALL[1]) if arm != base else None
                 cells.append(", ".join(filter(None, (text, as_percent(against)))))
-            if any(cells):
-                rows.append([arm, labels[arm], *cells])
-    return markdown(["arm", "what it is", *headers(comparison)], rows)
-
-
-def headers(comparison):
-    return [f"{tokens:,} tokens" for tokens in comparison.budgets]
+            rows.append([arm, labels.get(arm, ""), *cells])
+    return by_budget(comparison, ["arm", "what it is"], rows)
 
 
 def contexts_table(comparison, tokens, labels):
     """Markdown: what the contexts are like from which arms predict; arms without any are left out."""
     rows = []
     for arm in [arm for arm in labels if comparison.has(tokens, arm, "er_val")]:
-        end = "" if comparison.by[tokens, arm][0]["contexts"] == "frozen" else "_finetuned"
-        cells = []
-        for key, (_, form) in CONTEXTS.items():
-            known = comparison.has(tokens, arm, key + end)
-            cells.append(format(comparison.mean(tokens, arm, key + end)[0], form) if known else "")
-        rows.append([arm, *cells])
-    return markdown(["arm", *(words for words, _ in CONTEXTS.values())], rows)
+        end = end_of(comparison.by[tokens, arm][0])
+        forms = {key + end: CONTEXTS[key][1] for key in OF_CONTEXTS}
+        rows.append([arm, *(comparison.mean_text(tokens, arm, *of) for of in forms.items())])
+    return markdown(["arm", *(CONTEXTS[key][0] for key in OF_CONTEXTS)], rows)
 
 
 def samples_lines(comparison):
@@ -196,13 +174,12 @@ def samples_lines(comparison):
     lines = []
     for tokens in reversed(comparison.budgets):
         row = comparison.by.get((tokens, best_of(comparison, tokens, OURS)), [{}])[0]
-        if row.get("samples"):
+        samples = row.get("samples") or ()
+        if samples:
             lines += [f"`{row['run']}`, {tokens:,} tokens:", ""]
-        for sample in row.get("samples") or ():
-            for name, text in sample.items():
-                if text is not None:
-                    lines.append(f"    {name:9} | {' / '.join(text.splitlines())}")
-            lines.append("")
+        for sample in samples:
+            said = {name: " / ".join(text.splitlines()) for name, text in sample.items() if text is not None}
+            lines += [*(f"    {name:9} | {text}" for name, text in said.items()), ""]
     return lines
 
 

@@ -8,22 +8,10 @@ from pathlib import Path
 from newllm.errors import UserError
 from newllm.report.answers import answers
 from newllm.report.pictures import by_position, loss_curve, run_contexts
-from newllm.report.record import format_value, read_records
-from newllm.report.summary import language_rows, plain, retrieval_rows, summary_lines
+from newllm.report.record import format_value, read_records, shown
+from newllm.report.summary import CONTEXTS, language_rows, plain, retrieval_rows, summary_lines
 from newllm.saving.files import write_text
 
-CONTEXTS = (  # what it is, key, format
-    ("effective rank, training tokens", "er_train", ".1%"),
-    ("effective rank, validation tokens", "er_val", ".1%"),
-    ("ceiling of effective rank at so many tokens", "er_ceiling", ".1%"),
-    ("tokens converged after 10 cold sweeps", "converged_ratio", ".1%"),
-    ("cold-start error after 10 sweeps", "cold_start_error_10", ".4g"),
-    ("change of the error a sweep, times", "contraction", ".4g"),
-    ("Lyapunov exponent, nats a token (sweeps converge below zero)", "lyapunov_exponent", "+.3f"),
-    ("cold sweeps until the error is below 1 %", "sweeps_to_1_percent", "d"),
-    ("memory horizon, tokens", "memory_horizon", ".4g"),
-    ("past capacity", "past_capacity", ".4g"),
-)
 ADDED = "Each row with a + adds a part to those above it; the weights are those of all of them together."
 GLOSSARY = (
     "Effective rank: the share of their width that contexts use. A sweep: one step at all tokens at once. "
@@ -52,9 +40,7 @@ def artifact_paths(folder, kind, run):
 def write_artifacts(record):
     """Make all of them but the model anew from a run's record; returns {name: path}.
 
-    Raises:
-        OSError: a file cannot be written.
-        UserError: the record does not say how the run ended.
+    OSError where a file cannot be written, UserError where the record does not say how the run ended.
     """
     import numpy as np
 
@@ -85,27 +71,20 @@ def write_artifacts(record):
 def page(record, pictures):
     """One self-contained page of a run as HTML: answers, samples, figures beside the untrained, settings.
 
-    Args:
-        pictures: {"loss_curve", "retrieval" or "contexts": PNG file} of those that there are.
+    pictures: {"loss_curve", "retrieval" or "contexts": PNG file} of those that there are.
     """
     from jinja2 import Environment
 
-    summary, device = record.summary, record.start["device"]
-    data = f"{summary['train_tokens']:,} training tokens of {summary['data_source']}"
-    size = f"{summary['parameters']:,} parameters, {summary['seconds']:.0f} s on {device}"
     images = {name: base64.b64encode(path.read_bytes()).decode() for name, path in pictures.items()}
     environment = Environment(autoescape=True, trim_blocks=True)
     template = environment.from_string(Path(__file__).with_name("page.html").read_text(encoding="utf-8"))
     return template.render(
-        title=f"newllm {record.kind} {record.run}",
-        about=f"{data}, tokenizer {summary['tokenizer']}, {size}",
+        record=record,
+        summary=record.summary,
         answers=answers(record),
-        samples=summary.get("samples"),
-        sections=_sections(summary),
+        sections=_sections(record.summary),
         pictures=images,
-        phase1=bool(record.phase1),
         folded=_folded(record),
-        warnings=record.warnings,
     )
 
 
@@ -123,10 +102,10 @@ def _sections(summary):
     if "er_ceiling" in summary:
         ends = {"untrained": "_untrained", "Phase 1": "", "fine-tuned": "_finetuned"}
         ends = {title: end for title, end in ends.items() if f"er_val{end}" in summary}
-        rows = []
-        for name, key, form in CONTEXTS:
-            values = [summary.get(f"{key}{end}") for end in ends.values()]
-            rows.append([name, *("" if value is None else format(value, form) for value in values)])
+        rows = [
+            [what, *(shown(summary.get(key + end), form) for end in ends.values())]
+            for key, (what, form) in CONTEXTS.items()
+        ]
         sections.append(("Contexts", "contexts", ("contexts", *ends), rows, GLOSSARY))
     return sections
 

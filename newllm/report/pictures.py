@@ -21,20 +21,11 @@ UNTRAINED = dict(color="#D55E00", marker="^", linestyle="--")
 COUNTED = dict(color="#009E73", marker="D", linestyle="-.")
 REFERENCE = dict(color="#666666", linestyle=":", linewidth=1.5)
 STYLE = {
-    "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#E5E5E5",
-    "lines.linewidth": 1.8,
-    "lines.markersize": 5.5,
-    "legend.edgecolor": "none",
-    "figure.constrained_layout.w_pad": 0.1,
-    "figure.constrained_layout.h_pad": 0.1,
-}
+    "font.size": 9, "axes.titlesize": 10, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#E5E5E5",
+    "lines.linewidth": 1.8, "lines.markersize": 5.5, "legend.edgecolor": "none",
+    "figure.constrained_layout.w_pad": 0.1, "figure.constrained_layout.h_pad": 0.1,
+}  # fmt: skip
 ARM_STYLES = {  # arms of a comparison whose contexts are drawn, in this order
     "untrained_frozen": ("untrained", UNTRAINED),
     "phase1_frozen": ("Phase 1", TRAINED),
@@ -89,8 +80,6 @@ def draw(panel, title, xlabel, ylabel, lines, log="", form="{x:g}"):
             none the panel says so.
         log: logarithmic axes, "x", "y" or "xy". form: of the numbers below a logarithmic x, 1, 2, 5, 10 ...
     """
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     for xs, ys, label, style in lines:
         if isinstance(ys, int | float):
             panel.axhline(ys, label=label, **style | {"marker": None})
@@ -108,11 +97,18 @@ def draw(panel, title, xlabel, ylabel, lines, log="", form="{x:g}"):
         panel.set_yscale("log")
     if "x" in log and panel.lines:
         panel.set_xscale("log")
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.xaxis.set_major_formatter(form)
-        panel.xaxis.set_minor_formatter(NullFormatter())
+        number(panel.xaxis, form)
     if panel.get_legend_handles_labels()[1]:
         panel.legend()
+
+
+def number(axis, form="{x:g}", steps=(1, 2, 5)):
+    """Numbers at such steps of every power of ten, on a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(form)
+    axis.set_minor_formatter(NullFormatter())
 
 
 def loss_curve(record, path):
@@ -125,13 +121,14 @@ def loss_curve(record, path):
                 (None, phase1["dist_reg"], f"distribution ({record.config['dist_reg']})", TRAINING_DATA),
             ]
             draw(panels[0], "Phase 1", "iteration", "loss", lines, "y")
+        counted = (math.log(record.summary[f"val_ppl_{name}"]) for name in ("bigram", "kn"))
         lines = [
             (None, phase2["train_loss"], "training", TRAINING_DATA),
             (None, phase2["val_loss"], "validation", TRAINED),
             (None, record.untrained.get("val_loss"), "validation, untrained contexts", UNTRAINED),
+            (None, next(counted), "bigram counts", COUNTED),
+            (None, next(counted), "Kneser-Ney", REFERENCE),
         ]
-        for name, label, style in (("bigram", "bigram counts", COUNTED), ("kn", "Kneser-Ney", REFERENCE)):
-            lines.append((None, math.log(record.summary[f"val_ppl_{name}"]), label, style))
         known = [line for line in lines if line[1]]  # a baseline has no untrained contexts
         draw(panels[-1], "Phase 2", "epoch", "loss (nats per token)", known)
 
@@ -139,30 +136,23 @@ def loss_curve(record, path):
 def run_contexts(record, path):
     """What the contexts of a run are like at the end, beside untrained ones, and by iteration of Phase 1."""
 
-    def named(name, *ends):
-        """With the exponent, which says how the curve of cold sweeps goes on; the last that was measured."""
+    def network(style, label, curves, *ends):
+        """Named with the exponent, which says how the curve of cold sweeps goes on; the last measured."""
         exponents = [record.summary.get(f"lyapunov_exponent{end}") for end in ends]
         known = [exponent for exponent in exponents if exponent is not None]
-        return f"{name}, Lyapunov exponent {known[-1]:+.2f}" if known else name
+        name = f"{label}, Lyapunov exponent {known[-1]:+.2f}" if known else label
+        return style, name, lambda key: as_curve(record.curves.get(key + curves))
 
     with figure(path, 3, 2) as panels:
-        last = _draw_contexts(
-            panels,
-            (
-                UNTRAINED,
-                named("untrained", "_untrained"),
-                lambda key: as_curve(record.curves.get(f"{key}_untrained")),
-            ),
-            (TRAINED, named("trained", "", "_finetuned"), lambda key: as_curve(record.curves.get(key))),
-        )
+        untrained = network(UNTRAINED, "untrained", "_untrained", "_untrained")
+        last = _draw_contexts(panels, untrained, network(TRAINED, "trained", "", "", "_finetuned"))
         lines = [(None, 100 * record.summary["er_ceiling"], "effective rank of Gaussian noise", REFERENCE)]
-        for key, untrained, label, style in (
+        for key, before, label, style in (
             ("er", "er_train_untrained", "effective rank / width", TRAINED),
             ("converged", "converged_ratio_untrained", "converged tokens", COUNTED),
         ):
-            shares = [100 * share for share in record.phase1.get(key, [])]
-            lines.append((None, shares, label, style))
-            lines.append((None, 100 * record.summary[untrained], None, style | {"linestyle": "--"}))
+            lines.append((None, [100 * share for share in record.phase1.get(key, [])], label, style))
+            lines.append((None, 100 * record.summary[before], None, style | {"linestyle": "--"}))
         draw(last, "Phase 1 (dashed: untrained)", "iteration", "% (training tokens)", lines)
         last.set(ylim=(0, 150), yticks=range(0, 101, 20))  # room for the legend
         last.legend(loc="upper left")
@@ -173,11 +163,11 @@ def by_position(record, path):
     found = {name: as_curve(curve) for name, curve in record.curves["retrieval_by_position"].items()}
     perplexities, shares = [], []
     for name, (label, style) in MIXTURES.items():
-        if name in found:
-            ends, nats = zip(*found[name].items(), strict=True)
-            gaps = [nats - alone for nats, alone in zip(nats, found["network"].values(), strict=True)]
-            perplexities.append((ends, [math.exp(value) for value in nats], label, style))
-            shares.append((ends, [100 * math.exp(gap) for gap in gaps], None, style))
+        if curve := found.get(name):
+            alone = found["network"]
+            perplexities.append(([*curve], [math.exp(nats) for nats in curve.values()], label, style))
+            against = [100 * math.exp(nats - alone[end]) for end, nats in curve.items()]
+            shares.append(([*curve], against, None, style))
     with figure(path, 1, 2) as ((along, against),):
         xlabel = "tokens since the dialogue began (means over stretches)"
         draw(along, "Perplexity along a dialogue", xlabel, "held-out perplexity", perplexities, "xy")
@@ -223,8 +213,6 @@ def _draw_contexts(panels, *networks):
 
 def perplexities(comparison, path):
     """Held-out perplexity of a comparison's arms against training tokens, alone and with retrieval."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     with figure(path, 1, 2) as ((alone, with_all),):
         with_all.sharey(alone)
         for panel, title, key in (
@@ -237,19 +225,17 @@ def perplexities(comparison, path):
                 means = [comparison.mean(tokens, arm, key)[0] for tokens in known]
                 lines.append((known, means, label if known else None, style))
             draw(panel, title, "training tokens", "held-out perplexity", lines, "xy", "{x:,.0f}")
-            panel.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-            panel.yaxis.set_major_formatter("{x:,.0f}")
-            panel.yaxis.set_minor_formatter(NullFormatter())
+            number(panel.yaxis, "{x:,.0f}", (1, 1.5, 2, 3, 5, 7))
 
 
 def scale_ladder(summaries, path):
     """Perplexities, and the cost of a token, against training tokens, of two or more budgets, ascending."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter
 
     tokens = [summary["train_tokens"] for summary in summaries]
     short = EngFormatter(sep="")  # 10k, 1M
 
-    def lines_of(figures):
+    def lines_of(*figures):
         """Of figures that every budget has: a baseline has no Phase 1."""
         found = []
         for value_of, label, style in figures:
@@ -257,38 +243,30 @@ def scale_ladder(summaries, path):
                 found.append((tokens, [value_of(summary) for summary in summaries], label, style))
         return found
 
-    with figure(path, 1, 2) as ((perplexity, cost),):
-        lines = lines_of((
+    with figure(path, 1, 3) as ((perplexity, cost, memory),):
+        lines = lines_of(
             (lambda s: s["val_ppl"], "the network alone", TRAINING_DATA),
             (lambda s: s["val_ppl_kn"], "counting (Kneser-Ney)", UNTRAINED),
             (lambda s: s["val_ppl_retrieval_counting"], "counting with retrieval", COUNTED),
             (lambda s: s["val_ppl_retrieval"], "the network with retrieval", TRAINED),
-        ))  # fmt: skip
+        )
         crossed = crossing(summaries)
         if crossed and crossed > tokens[0] * 1.001:
             perplexity.axvline(crossed, label=f"crossing near {short(float(f'{crossed:.2g}'))}", **REFERENCE)
         draw(perplexity, "What it predicts", "training tokens", "held-out perplexity", lines, "xy", short)
-        lines = lines_of((
+        lines = lines_of(
             (lambda s: 1e3 * s["seconds"] / s["train_tokens"], "a whole run", TRAINED),
             (lambda s: 1e3 * s["seconds_retrieval"] / s["train_tokens"], "of it, retrieval", TRAINING_DATA),
             (lambda s: 1e3 / s["tok_per_s_phase1"], "a pass of Phase 1", UNTRAINED),
             (lambda s: 1e3 / s["tok_per_s_phase2"], "a pass of Phase 2", COUNTED),
-        ))  # fmt: skip
-        held = REFERENCE | {"marker": "v"}
-        lines.append(([], [], "peak memory (right)", held))
+        )
         draw(cost, "What it costs", "training tokens", "milliseconds a token", lines, "xy", short)
         for panel in (perplexity, cost):
-            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_formatter(NullFormatter())
-        low, high = cost.get_ylim()
-        cost.set_ylim(low, 6 * high)  # room for the legend, which would lie on the memory
-        cost.legend(loc="upper left", ncols=2)
-        memory, peaks = cost.twinx(), [summary["peak_memory_mb"] for summary in summaries]
-        memory.plot(tokens, peaks, **held)
-        memory.set(ylabel="MB", ylim=(0, 2 * max(peaks)))
-        memory.spines.right.set_visible(True)
-        memory.grid(False)
+            number(panel.yaxis)
+        cost.set_ylim(top=5 * cost.get_ylim()[1])  # room for the legend
+        peaks = [summary["peak_memory_mb"] for summary in summaries]
+        draw(memory, "Peak memory", "training tokens", "MB", [(tokens, peaks, None, TRAINED)], "x", short)
+        memory.set_ylim(0, 1.1 * max(peaks))
 
 
 def predictability(rows, path):
@@ -305,42 +283,30 @@ def predictability(rows, path):
     """
     points = {}  # label: [(exponent, sweeps or None)]
     for row in rows:
-        phase1 = bool(row.get("phase1_steps"))
-        for end, label, wanted in (
-            ("_untrained", "untrained", True),
-            ("", "Phase 1", phase1),
-            ("_finetuned", "Phase 1, fine-tuned" if phase1 else "end to end", True),
-        ):
-            exponent = row.get(f"lyapunov_exponent{end}")
-            if wanted and exponent is not None:
-                points.setdefault(label, []).append((exponent, row[f"sweeps_to_1_percent{end}"]))
+        labels = {"_untrained": "untrained", "_finetuned": "end to end"}
+        if row.get("phase1_steps"):
+            labels |= {"": "Phase 1", "_finetuned": "Phase 1, fine-tuned"}
+        for end, label in labels.items():
+            if row.get(f"lyapunov_exponent{end}") is not None:
+                found = row[f"lyapunov_exponent{end}"], row[f"sweeps_to_1_percent{end}"]
+                points.setdefault(label, []).append(found)
     if not points:
         return 0
-    styles = {label: style for label, style in ARM_STYLES.values()}
     lines, most = [], 100  # where those stand that did not come so near
     for label, each in points.items():
-        for name, found, more in (
-            (label, [point for point in each if point[1]], {}),
-            (
-                f"{label}: not reached",
-                [(x, most) for x, sweeps in each if not sweeps],
-                {"markerfacecolor": "none"},
-            ),
-        ):
-            if found:
-                xs, ys = map(list, zip(*found, strict=True))
-                lines.append((xs, ys, name, styles[label] | {"linestyle": "none"} | more))
+        xs, ys = zip(*((exponent, sweeps or most) for exponent, sweeps in each), strict=True)
+        lines.append((xs, ys, label, dict(ARM_STYLES.values())[label] | {"linestyle": "none"}))
     slowest = math.log(0.01) / most
     fastest = min(slowest, *(exponent for each in points.values() for exponent, _ in each))
     exponents = [fastest + (slowest - fastest) * i / 100 for i in range(101)]
     expected = [max(1, math.log(0.01) / exponent) for exponent in exponents]
     lines.append((exponents, expected, "as the exponent has it", REFERENCE))
     with figure(path, 1, 1) as ((panel,),):
-        xlabel, ylabel = "Lyapunov exponent, nats a token", "cold sweeps to an error of 1 %"
+        xlabel, ylabel = "Lyapunov exponent, nats a token", f"cold sweeps to 1 % error ({most}: not reached)"
         draw(panel, "When parallel reading works", xlabel, ylabel, lines, "y")
         panel.axvline(0, **REFERENCE | {"linewidth": 1})
-        panel.set(ylim=(1, 1.3 * most), yticks=[1, 2, 5, 10, 20, 50], yticklabels=[1, 2, 5, 10, 20, 50])
-        panel.minorticks_off()
+        panel.set_ylim(1, 1.3 * most)
+        number(panel.yaxis)
     return sum(map(len, points.values()))
 
 
@@ -357,13 +323,13 @@ def prefill_speed(rows, curves, exponents, path):
     reached = {}  # (weights, tolerance): (tokens, times as fast) of each length
     for row in rows:
         if row["by_sweeps"]:
-            reached.setdefault((row["weights"], row["tolerance"]), []).append(
-                (row["tokens"], row["speed_up"])
-            )
+            points = reached.setdefault((row["weights"], row["tolerance"]), [])
+            points.append((row["tokens"], row["speed_up"]))
     with figure(path, 1, 2) as ((error, speed),):
-        lines = []
-        for name, errors in curves.items():
-            lines.append((None, errors, f"{name}, exponent {exponents[name]:+.2f}", weights[name]))
+        lines = [
+            (None, errors, f"{name}, exponent {exponents[name]:+.2f}", weights[name])
+            for name, errors in curves.items()
+        ]
         draw(error, "Cold start", "sweeps", "distance to the loop's contexts, relative", lines, "y")
         smallest = min(e for errors in curves.values() for e in errors if e > 0)
         error.set_ylim(min(0.01, smallest) / 2, 4)  # slow stays slow to the eye

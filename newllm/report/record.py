@@ -47,6 +47,12 @@ def as_json(value):
     return json.dumps(json.loads(json.dumps(value), parse_constant=lambda name: None))
 
 
+def write_fields(path, fields):
+    """Replace a small file by which others watch; a disk that refuses stops nothing."""
+    with suppress(OSError):
+        write_text(path, as_json(fields) + "\n")
+
+
 def append_line(path, line):
     """Add a line, on a line of its own even where a crash or a full disk left the last one unfinished."""
     with open(path, "ab+") as file:
@@ -154,8 +160,7 @@ class RunLog:
         """Replace the file; a disk that refuses stops no run."""
         of_others = self.status_path.with_name("manifest.json").exists() and not self.owns()
         if self.writes and not of_others:
-            with suppress(OSError):
-                write_text(self.status_path, as_json(self._place | {"updated_at": time.time()}) + "\n")
+            write_fields(self.status_path, self._place | {"updated_at": time.time()})
 
     def warn(self, line):
         """Print a line about something survived, and keep it in the record."""
@@ -177,6 +182,13 @@ class RunLog:
 
 def format_value(value):
     return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def shown(value, form="", missing=""):
+    """A figure as text; form: a format, or a function of the value. missing: the text of None."""
+    if value is None:
+        return missing
+    return form(value) if callable(form) else format(value, form)
 
 
 def seconds_left(plan, stage, tokens_done, tok_per_s, **_):
@@ -349,19 +361,18 @@ def status_lines(fields):
     """What a person reads: `Key: value` lines of what is known."""
     known = {name: value for name, value in fields.items() if value is not None}
     share = known.get("tokens_done", 0) / max(1, known.get("tokens_total", 1))
-    progress, best, saved = f"{share:.1%} of this phase", "none yet", "none yet"
+    known["progress"] = f"{share:.1%} of this phase"
     if known.get("stage") == "retrieval":
-        progress = "all is trained, what was read is taken in and fitted"
+        known["progress"] = "all is trained, what was read is taken in and fitted"
     if known["state"] == "complete":
-        progress = "100.0%"
         known = {name: value for name, value in known.items() if name not in ("restart", "eta_s")}
-    if "best_val_loss" in known:
-        best = f"{known['best_val_loss']:.4f}"
-    if "minutes_since_checkpoint" in known:
-        saved = f"{known['minutes_since_checkpoint']:.1f} minutes ago"
-    heard = (time.time() - known["updated_at"]) / 60
+        known["progress"] = "100.0%"
+    known["best"] = shown(known.get("best_val_loss"), ".4f", "none yet")
+    saved = known.get("minutes_since_checkpoint")
+    known["saved"] = shown(saved, "{:.1f} minutes ago".format, "none yet")
+    known["heard"] = (time.time() - known["updated_at"]) / 60
     lines = []
     for line in STATUS_LINES:
         with suppress(KeyError):
-            lines.append(line.format(**known, progress=progress, best=best, saved=saved, heard=heard))
+            lines.append(line.format(**known))
     return lines

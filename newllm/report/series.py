@@ -1,13 +1,11 @@
 """The runs of a command that makes several, and a small file that tells `scripts.status` how far it is."""
 
 import json
-from contextlib import suppress
 from pathlib import Path
 
 from newllm.errors import UserError
-from newllm.report.record import CUT_OFF, as_json, is_gone, this_process
+from newllm.report.record import CUT_OFF, is_gone, this_process, write_fields
 from newllm.report.summary import plain
-from newllm.saving.files import write_text
 
 SERIES_NAME = "series.json"
 
@@ -24,17 +22,14 @@ def make_series(folder, runs, work, done=None):
         work: function of a name that makes the run and returns its summary.
         done: {name: summary} of runs that need no work.
 
-    Returns:
-        Summaries of all runs, in order.
-
-    Raises:
-        UserError: runs failed; all others are done. Anything else that `work` raises ends the series.
+    Returns the summaries of all runs, in order. UserError where runs failed; all others are done. Anything
+    else that `work` raises ends the series.
     """
     summaries, failures = dict(done or {}), []
-    states = {name: {"name": name, "status": "pending", "metrics": {}, **run} for name, run in runs.items()}
-    for name, state in states.items():
-        if name in summaries:
-            state |= {"status": "done", "metrics": plain(summaries[name])}
+    states = {}
+    for name, run in runs.items():
+        status = "done" if name in summaries else "pending"
+        states[name] = {"name": name, "status": status, "metrics": plain(summaries.get(name, {})), **run}
     for name, state in states.items():
         if state["status"] == "done":
             continue
@@ -62,8 +57,7 @@ def make_series(folder, runs, work, done=None):
 
 def _write(folder, states):
     fields = this_process() | {"runs": list(states.values())}
-    with suppress(OSError):  # then nobody can watch; the runs are made all the same
-        write_text(Path(folder) / SERIES_NAME, as_json(fields) + "\n")
+    write_fields(Path(folder) / SERIES_NAME, fields)
     return fields
 
 
@@ -84,18 +78,19 @@ def read_series(folder):
 
 def progress(fields):
     """How far a series is: state, total, done, failed, remaining, elapsed_s (of runs done), eta_s or None."""
-    runs = {status: [] for status in ("done", "failed", "running", "pending")}
-    for run in fields["runs"]:
-        runs[run["status"]].append(run)
-    left, eta = runs["running"] + runs["pending"], None
-    state = CUT_OFF if left or runs["failed"] else "complete"
-    if runs["running"] and not is_gone(fields):
+
+    def such(*statuses):
+        return [run for run in fields["runs"] if run["status"] in statuses]
+
+    done, failed, left, eta = such("done"), such("failed"), such("running", "pending"), None
+    state = CUT_OFF if left or failed else "complete"
+    if such("running") and not is_gone(fields):
         state = "running"
-    seconds = sum(run["metrics"]["seconds"] for run in runs["done"])
-    if runs["done"]:
-        eta = seconds * sum(run["size"] for run in left) / sum(run["size"] for run in runs["done"])
-    counts = {"total": len(fields["runs"]), "done": len(runs["done"]), "failed": len(runs["failed"])}
-    return {"state": state, **counts, "remaining": len(left), "elapsed_s": seconds, "eta_s": eta}
+    seconds = sum(run["metrics"]["seconds"] for run in done)
+    if done:
+        eta = seconds * sum(run["size"] for run in left) / sum(run["size"] for run in done)
+    counts = {"total": len(fields["runs"]), "done": len(done), "failed": len(failed), "remaining": len(left)}
+    return {"state": state, **counts, "elapsed_s": seconds, "eta_s": eta}
 
 
 def progress_line(counts):
@@ -103,18 +98,3 @@ def progress_line(counts):
     eta = "unknown" if counts["eta_s"] is None else f"{counts['eta_s']:.0f}s"
     parts = ", ".join(f"{counts[name]} {name}" for name in ("done", "failed", "remaining"))
     return f"Runs: {counts['total']}, {parts} | Elapsed: {counts['elapsed_s']:.0f}s | ETA: {eta}"
-
-
-def whole_numbers(flag):
-    """Type of a flag that takes several: `1953,195` -> (195, 1953). UserError for anything else."""
-
-    def parse(text):
-        try:
-            numbers = sorted({int(part) for part in text.split(",")})
-        except ValueError:
-            numbers = [0]
-        if numbers[0] < 1:
-            raise UserError(f"{flag} takes whole numbers, positive, like 195,1953,3906, not '{text}'.")
-        return tuple(numbers)
-
-    return parse

@@ -3,30 +3,35 @@
 import math
 from statistics import fmean
 
-from newllm.report.record import STAGES, format_value
+from newllm.report.record import STAGES, format_value, shown
 
 TITLES = {"untrained": "untrained control", "phase1": "Phase 1", "phase2": "Phase 2"}
-CONTEXT_KEYS = (
-    "er_train", "er_val", "converged_ratio", "sweeps_to_convergence", "cold_start_error_10", "contraction",
-    "lyapunov_exponent", "sweeps_to_1_percent", "memory_horizon", "past_capacity", "identity_r2",
-)  # fmt: skip
-COUNTED = {
-    "kn": "Kneser-Ney of order 5, counting",
-    "bigram": "bigram, counting",
-    "unigram": "unigram, counting",
+COUNTED = {"kn": "Kneser-Ney of order 5", "bigram": "bigram", "unigram": "unigram"}
+CONTEXTS = {  # of contexts: what it is, and its format
+    "er_train": ("effective rank, training tokens", ".1%"),
+    "er_val": ("effective rank, validation tokens", ".1%"),
+    "er_ceiling": ("ceiling of effective rank at so many tokens", ".1%"),
+    "converged_ratio": ("tokens converged after 10 cold sweeps", ".1%"),
+    "cold_start_error_10": ("cold-start error after 10 sweeps", ".3g"),
+    "contraction": ("change of the error a sweep, times", ".3g"),
+    "lyapunov_exponent": ("Lyapunov exponent, nats a token (sweeps converge below zero)", "+.3f"),
+    "sweeps_to_1_percent": ("cold sweeps until the error is below 1 %", "d"),
+    "memory_horizon": ("memory horizon, tokens", ".3g"),
+    "past_capacity": ("past capacity", ".3g"),
 }
+CONTEXT_KEYS = "sweeps_to_convergence", "identity_r2", *(key for key in CONTEXTS if key != "er_ceiling")
 EXPERTS = {  # of a mixture, in turn: what they are, in words
     "network": "the network alone",
     "ngram": "+ counts of the training text (n-grams)",
     "cache": "+ what followed places like this in the dialogue so far (cache)",
     "knn": "+ what followed places like this in the training text (nearest neighbours)",
 }
-RETRIEVAL_CONTROLS = {
-    "val_ppl_retrieval_fixed": "all of these, with weights that are the same at every place",
-    "val_ppl_retrieval_counting": "all of these without the network: counting and copying alone",
-    "val_ppl_retrieval_untrained": "all of these with a head on untrained contexts as the network",
-    "val_ppl_retrieval_phase1_contexts": "no network, places compared by Phase 1's contexts alone",
-    "val_ppl_retrieval_untrained_contexts": "no network, places compared by untrained contexts alone",
+RETRIEVAL_CONTROLS = {  # and how the names of their figures end
+    "all of these, with weights that are the same at every place": "fixed",
+    "all of these without the network: counting and copying alone": "counting",
+    "all of these with a head on untrained contexts as the network": "untrained",
+    "no network, places compared by Phase 1's contexts alone": "phase1_contexts",
+    "no network, places compared by untrained contexts alone": "untrained_contexts",
 }
 CURVES = ("cold_start_curve", "memory_curve", "past_capacity_by_lag", "spectrum")
 SECTIONS = {  # of the summary as text: names of settings, of the record's first row, and of figures
@@ -74,19 +79,18 @@ def looked_up(config):
 
 def trainable(plan):
     """How many parameters train in each phase."""
-    phases = [stage for stage in plan if stage != "untrained"]
-    return ", ".join(f"{plan[stage]['trainable']:,} in {TITLES[stage]}" for stage in phases)
+    phases = {stage: part for stage, part in plan.items() if stage != "untrained"}
+    return ", ".join(f"{part['trainable']:,} in {TITLES[stage]}" for stage, part in phases.items())
 
 
 def batches(plan):
     """The batches in effect in each phase, and why they are not those asked for."""
     lines = []
-    for stage in plan:
-        if stage == "untrained":
-            continue
-        samples, asked = plan[stage]["samples"], plan[stage]["asked"]
-        why = f"; {asked} asked for, min_batches makes them smaller" if samples < asked else ""
-        lines.append(f"{samples} samples in {TITLES[stage]} ({plan[stage]['batches']} a pass{why})")
+    for stage, part in plan.items():
+        if stage != "untrained":
+            smaller = f"; {part['asked']} asked for, min_batches makes them smaller"
+            why = smaller if part["samples"] < part["asked"] else ""
+            lines.append(f"{part['samples']} samples in {TITLES[stage]} ({part['batches']} a pass{why})")
     return ", ".join(lines)
 
 
@@ -101,22 +105,8 @@ def cadence(config):
 
 def context_line(name, contexts):
     """One line about contexts: rank, convergence and memory always together."""
-    return (
-        f"{name:>9} contexts | ER train {contexts['er_train']:.1%} val {contexts['er_val']:.1%} "
-        f"(ceiling {contexts['er_ceiling']:.1%} at {contexts['rank_tokens']:,} tokens) | cold-start error "
-        f"after 10 sweeps {contexts['cold_start_error_10']:.2g}, x{contexts['contraction']:.2f} a sweep, "
-        f"{predictability(contexts)} | "
-        f"memory horizon {contexts['memory_horizon']} tokens, past capacity {contexts['past_capacity']:.2f}"
-    )
-
-
-def predictability(contexts):
-    """Whether sweeps work, in words: the Lyapunov exponent, and the sweeps that it took."""
-    exponent, sweeps = contexts.get("lyapunov_exponent"), contexts.get("sweeps_to_1_percent")
-    if exponent is None:
-        return "Lyapunov exponent not measured"  # contexts that an earlier version has measured
-    taken = f"1 % after {sweeps} sweeps" if sweeps else "1 % not reached"
-    return f"Lyapunov exponent {exponent:+.3f} nats a token, {taken}"
+    figures = (f"{what}: {shown(contexts.get(key), form, 'none')}" for key, (what, form) in CONTEXTS.items())
+    return f"{name:>9} contexts | {', '.join(figures)}"
 
 
 def retrieval_line(figures):
@@ -187,8 +177,7 @@ def retrieval_figures(results):
 def language_rows(summary, looks_up=True):
     """(what it is, perplexity, bits per byte) on held-out dialogues, of a model and of those beside it.
 
-    Args:
-        looks_up: False of a model without what it looked up: its rows are left out.
+    looks_up: False of a model without what it looked up: its rows are left out.
     """
     with_all = looks_up and "val_ppl_retrieval" in summary
     rows = []
@@ -205,29 +194,35 @@ def language_rows(summary, looks_up=True):
     bits_a_nat = summary["val_bpb"] / summary["val_loss"]
     for key, name in COUNTED.items():
         ppl = summary[f"val_ppl_{key}"]
-        rows.append((name, ppl, bits_a_nat * math.log(ppl)))
+        rows.append((f"{name}, counting", ppl, bits_a_nat * math.log(ppl)))
     return rows
+
+
+def parts_of(known):
+    """What retrieval consists of: {what it is: (key of its perplexity, of its weight or None)}.
+
+    The parts are added in turn, each mixture fitted by itself; the controls follow. known: function of a key
+    that says whether there is such a figure.
+    """
+    names = [name for name in EXPERTS if known(f"retrieval_weight_{name}")]
+    if not names:
+        return {}
+    between = ["val_ppl_" + "_".join(names[:count]) for count in range(2, len(names))]
+    keys = zip(("val_ppl", *between, "val_ppl_retrieval"), names, strict=True)
+    parts = {EXPERTS[name]: (key, f"retrieval_weight_{name}") for key, name in keys}
+    return parts | {what: (f"val_ppl_retrieval_{end}", None) for what, end in RETRIEVAL_CONTROLS.items()}
 
 
 def retrieval_rows(summary):
     """What each part of a mixture is worth: texts (what it is, perplexity, against the network, weight).
 
-    The parts are added in turn, each mixture fitted by itself; the weight is the gate's mean in the whole.
+    The weight is the gate's mean in the whole mixture.
     """
-    names = [name for name in EXPERTS if f"retrieval_weight_{name}" in summary]
-    alone, rows = summary["val_ppl"], []
-
-    def add(what, ppl, weight=""):
-        change = f"{ppl / alone - 1:+.1%}" if rows else ""
-        rows.append((what, f"{ppl:.1f}", change, weight))
-
-    for count, name in enumerate(names, start=1):
-        key = f"val_ppl_{'_'.join(names[:count])}" if count > 1 else "val_ppl"
-        ppl = summary["val_ppl_retrieval" if count == len(names) else key]
-        add(EXPERTS[name], ppl, f"{summary[f'retrieval_weight_{name}']:.0%}")
-    for key, what in RETRIEVAL_CONTROLS.items():
+    rows = []
+    for what, (key, weight) in parts_of(summary.__contains__).items():
         if key in summary:
-            add(what, summary[key])
+            change = f"{summary[key] / summary['val_ppl'] - 1:+.1%}" if rows else ""
+            rows.append((what, f"{summary[key]:.1f}", change, shown(summary.get(weight), ".0%")))
     return rows
 
 
@@ -263,6 +258,11 @@ def curves(results):
     return found
 
 
+def end_of(summary):
+    """What the names of the figures of the contexts that a run ended with end in."""
+    return "_finetuned" if "er_val_finetuned" in summary else ""
+
+
 def plain(summary):
     """The figures of a summary that are single values, without its curves and samples."""
     return {key: value for key, value in summary.items() if not isinstance(value, list | dict)}
@@ -292,8 +292,7 @@ def summary_lines(record, files):
 def speed_lines(record, status, baseline=None):
     """How far a run is or came, how fast, and where the time went or how much is left.
 
-    Args:
-        status: of its folder, {} where it is another run's. baseline: a complete run to compare with.
+    status: of its folder, {} where it is another run's. baseline: a complete run to compare with.
     """
     plan, tokens, seconds = record.start["plan"], 0, 0.0
     lines = [f"SPEED ANALYSIS of run {record.run} ({status.get('state', 'not running')}), {record.kind}"]

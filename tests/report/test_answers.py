@@ -31,8 +31,9 @@ USED = {"1": 3.178, "2": 3.171, "4": 3.1638, "16": 3.163, "128": 3.163}
 def asked(summary, changes=None, **curves):
     """The four Answers about a run with such figures."""
     config = dict(model_type="context", max_seq_length=128, phase1_shuffle=False, retrieval_window=4096)
+    config |= changes or {}
     curves = {"memory_curve": {"0": 1.0, "8": 0.1, "64": 0.0}, "bpb_by_context": USED} | curves
-    return answers(SimpleNamespace(summary=summary, config=config | (changes or {}), curves=curves))
+    return answers(SimpleNamespace(kind=config["model_type"], summary=summary, config=config, curves=curves))
 
 
 def untrained(**figures):

@@ -1,6 +1,5 @@
 """Rows that survive any end; intervals, differences and pictures of them."""
 
-import json
 import math
 import multiprocessing
 import random
@@ -18,23 +17,6 @@ from newllm.report import compare
 from newllm.report.compare import Comparison, append_row, mean_interval, paired_difference, read_results
 from newllm.report.pictures import context_curves, perplexities
 from newllm.report.series import make_series, read_series
-
-
-def test_cut_after_any_byte_a_file_keeps_its_rows_and_takes_more(tmp_path):
-    """An unfinished last row is none, and the next one stands on a line of its own; keys are sorted."""
-    path = tmp_path / "results.jsonl"
-    bare = dict(arm="a", seed=0, changes={}, settings={}, val_sample_nats=[])
-    assert read_results(path) == []
-    for name in ("first", "second"):
-        append_row(path, {"run": name} | bare)
-    whole = path.read_bytes()
-    first = whole.index(b"\n")
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
-        kept = ["first", "second"][: (length >= first) + (length >= len(whole) - 1)]
-        append_row(path, {"run": "third"} | bare)
-        assert [made["run"] for made in read_results(path)] == [*kept, "third"]
-    assert list(json.loads(whole[:first])) == sorted(json.loads(whole[:first]))
 
 
 def test_writers_side_by_side_leave_whole_rows(tmp_path):

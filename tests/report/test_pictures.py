@@ -50,10 +50,8 @@ def test_a_fit_recovers_the_line_and_says_how_much_it_explains():
     """Points on y = 3 - 2x; +1, -1, -1, +1 around it, which no line explains: 4 of 4 + 4 * 5; a flat line."""
     for added, r_squared in (((0, 0, 0, 0), 1), ((1, -1, -1, 1), 1 - 4 / 24)):
         points = [{"train_tokens": 1000 * x, "y": 3 - 2 * x + added[x]} for x in range(4)]
-        intercept, slope, words = growth(points, "y", "s")
-        assert (intercept, slope) == pytest.approx((3, -2))
-        assert words == f"3.0 s - 2 s per 1,000 tokens, R^2 {r_squared:.4f}"
-    assert growth(ladder(1, 2, 3), "er_train", "")[:2] == pytest.approx((0.9, 0))
+        assert growth(points, "y", "s") == f"3.0 s - 2 s per 1,000 tokens, R^2 {r_squared:.4f}"
+    assert growth(ladder(1, 2, 3), "er_train", "").startswith("0.9  + 0 ")
     assert scale_lines(ladder(10, 30, 100)) == [
         "time = 20.0 s + 8 s per 1,000 tokens, R^2 1.0000",
         "peak memory = 900.0 MB + 2 MB per 1,000 tokens, R^2 1.0000",
@@ -89,7 +87,7 @@ def test_the_picture_of_a_ladder_has_every_line(tmp_path, thousands):
         summaries[1]["val_ppl"] = float("inf")
         summaries[2]["val_ppl_kn"] = float("nan")
     scale_ladder(summaries, path)
-    assert all(map(drawn(path, 1, 2), (TRAINED, TRAINING_DATA, UNTRAINED, COUNTED, REFERENCE)))
+    assert all(map(drawn(path, 1, 3), (TRAINED, TRAINING_DATA, UNTRAINED, COUNTED, REFERENCE)))
     for summary in summaries:  # as of a baseline that looks nothing up
         del summary["seconds_retrieval"], summary["val_ppl_retrieval"]
         summary["tok_per_s_phase1"] = 0.0  # no Phase 1 has no speed

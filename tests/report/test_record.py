@@ -2,10 +2,8 @@
 
 import json
 import math
-import multiprocessing
 import re
 import resource
-import signal
 
 import pytest
 
@@ -78,28 +76,6 @@ def test_a_torn_last_line_is_skipped_and_the_next_row_has_a_line_of_its_own(tmp_
     log.path.write_bytes(whole + b"\0" * 50 + b"\xff\xfe{")  # a block never written
     log.log("phase1", iteration=3)
     assert iterations(log.path) == [1, 2, 3]
-
-
-def write_rows(folder):
-    log = RunLog(folder, "chitchat", "r")
-    for iteration in range(10**9):
-        log.log("phase1", iteration=iteration, text="x" * 5000)
-
-
-def test_a_killed_process_leaves_rows_that_can_be_read(tmp_path):
-    """SIGKILL while rows are written: the next process appends, and nothing but a torn line is lost."""
-    path = tmp_path / "chitchat" / "logs" / "metrics_r.jsonl"
-    process = multiprocessing.get_context("fork").Process(target=write_rows, args=(tmp_path,))
-    process.start()
-    while not path.exists() or path.stat().st_size < 10**6:
-        assert process.is_alive()
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    lines = len(path.read_bytes().splitlines())
-    RunLog(tmp_path, "chitchat", "r").log("phase1", iteration="next")
-    *before, last = iterations(path)
-    assert last == "next" and before == list(range(len(before))) and len(before) >= lines - 1
 
 
 def test_finish_prints_the_block(log, capsys):

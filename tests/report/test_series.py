@@ -7,7 +7,7 @@ import pytest
 
 from newllm.errors import UserError
 from newllm.report.record import RunLog
-from newllm.report.series import SERIES_NAME, make_series, read_series, whole_numbers
+from newllm.report.series import SERIES_NAME, make_series, read_series
 from scripts import status
 
 SIZES = {"small": 1, "middle": 2, "large": 4}
@@ -98,11 +98,3 @@ def test_the_status_command_shows_the_series_and_the_run_in_hand(tmp_path, capsy
     assert fields["stage"] == "phase2" and fields["series"]["remaining"] == 1
     status.main(["--checkpoint_dir", str(tmp_path), "--json"])
     assert json.loads(capsys.readouterr().out)["series"]["state"] == "complete"
-
-
-@pytest.mark.parametrize("text", ["", "0", "195,-3", "195;1953", "1.5", "many", "195,"])
-def test_numbers_that_are_none_are_refused_in_one_sentence(text):
-    """Positive and whole; the sentence shows what was given and what would do. Others come in order."""
-    assert whole_numbers("--ladder")("1953,195, 3_906") == (195, 1953, 3906)
-    with pytest.raises(UserError, match=f"--ladder takes .* like 195,1953,3906, not '{text}'"):
-        whole_numbers("--ladder")(text)
