@@ -141,7 +141,7 @@ def verify_seal(path):
 
 
 def ending(path):
-    """(Size, last characters: the SHA-256 of a sealed file), equal for equal files; None where there is none."""
+    """(Size, last characters: a seal's SHA-256), equal for equal files; None where there is none."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, os.SEEK_END)
