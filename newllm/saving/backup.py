@@ -80,6 +80,7 @@ class Backup:
         self.lock = Guard(self.target, token=guard.token)
         self.every_seconds, self.say = every_seconds, say
         self.error, self.newest = None, "no copy yet"
+        self._copied = set()  # names of what this session has copied; files of other runs do not change
         self._asked = self._done = None  # (names, number of the save)
         self._next_round = 0.0
         self._idle = threading.Event()
@@ -119,10 +120,12 @@ class Backup:
                 opened = {}  # all at first, so that the copies are of one moment though training goes on
                 for name in names:
                     with contextlib.suppress(FileNotFoundError):
-                        if ending(self.source / name) != ending(self.target / name):
+                        known = name in self._copied or Path(name).parent.name  # else it may be damaged
+                        if not known or ending(self.source / name) != ending(self.target / name):
                             opened[name] = stack.enter_context(open(self.source / name, "rb"))
                 for name, file in opened.items():
                     self._copy(file, self.target / name)
+                    self._copied.add(name)
             self.error, self.newest, self._done = None, f"the newest of save {save} in {self.target}", asked
             self._next_round = time.monotonic() + self.every_seconds
         except Exception as error:  # whatever it is, it is no matter of the training
