@@ -301,9 +301,8 @@ class Checkpointer:
         if not reason:
             return
         if self.unsaved:
-            raise UserError(
-                f"{reason}, and the state was not written ({self.unsaved}); the one before is whole."
-            )
+            failed = f"the state could not be written ({self.unsaved}); the save before it is whole"
+            raise UserError(f"{reason}, but {failed}.")
         raise Stopped(reason)
 
     @timed("saving")
