@@ -12,7 +12,8 @@ from newllm.saving.stop import poll
 from newllm.seeding import derived_generator
 
 COLDEST = 1e-6  # a temperature below it would divide by nothing
-USUAL = dict(temperature=0.8, top_k=0, top_p=0.9)  # of draws
+# Of draws. Colder, what was written is looked up and written again, and the text runs in a circle.
+USUAL = dict(temperature=1.0, top_k=0, top_p=0.9)
 SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 3, 16, 40
 NEXT_TURNS = "\nAssistant:", "\nUser:"  # what the first turn of a dialogue ends before
 
