@@ -64,7 +64,7 @@ def test_every_arm_trains_and_has_its_row(small, tmp_path, trained, capsys):
             assert math.exp(nats) == pytest.approx(row[f"val_ppl{end}"], rel=1e-3)
     page = (folder / "comparison.md").read_text()
     assert all(f"| {arm} |" in page for arm in [*arms, "counting"]) and "## Claims" in page
-    assert {path.name for path in folder.glob("*.png")} == {"contexts.png", "results.png"}
+    assert {path.name for path in folder.glob("*.png")} == {"contexts.png", "results.png", "sweeps.png"}
     assert not list(checkpoints.glob("gru-12-0/*/models/*"))
     for pattern in ("models/*.pth", "outputs/plots/*.png", "outputs/*.html", "logs/training_summary_*.txt"):
         assert list(checkpoints.glob(f"window-12-0/*/{pattern}"))

@@ -41,7 +41,7 @@ def opened(monkeypatch):
     given = []
 
     def accelerator(**options):
-        given.append(options)
+        given.append({name: value for name, value in options.items() if name != "kwargs_handlers"})
         where = torch.device("cpu" if options["cpu"] else "cuda")
         return SimpleNamespace(num_processes=1, process_index=0, is_main_process=True, device=where)
 
