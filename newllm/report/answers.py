@@ -26,7 +26,7 @@ BASELINES = {  # what they are, and what is answered to the first three question
     "token": ("a model of the last token alone", CONTROL, NOTHING + "it keeps nothing of a text.",
               "Not at all, by construction: it sees the last token alone."),
 }  # fmt: skip
-CLOSE, NEAR = 0.05, 0.5  # relative distances after ten sweeps: settled, and on the way
+CLOSE, NEAR = 0.05, 0.1  # relative distances after ten sweeps: settled, and on the way
 AS_GOOD = 1.001  # times the bits per byte that are had with all tokens
 PARTS = {"network": "the network", "ngram": "counts", "cache": "the text so far", "knn": "the training text"}
 NOT_YET = "Not known: the run was cut off before its end, and the same command continues it."
