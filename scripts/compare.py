@@ -236,8 +236,9 @@ def refuse_other(row, config, path):
 
 
 def meaning(settings):
-    """The settings that shape a run's figures. The folder of its text and the machine do not."""
-    return shaping(settings) | {"data_source": Path(settings["data_source"]).name}
+    """The settings that shape a run's figures. The folders of its text and teachers, and the machine, do not."""
+    files = {name: settings[name].split(",") for name in ("data_source", "teachers")}
+    return shaping(settings) | {name: ",".join(Path(p).name for p in paths) for name, paths in files.items()}
 
 
 def tuning_table(rows):
