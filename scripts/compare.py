@@ -236,7 +236,7 @@ def refuse_other(row, config, path):
 
 
 def meaning(settings):
-    """The settings that shape a run's figures. The folders of its text and teachers, and the machine, do not."""
+    """The settings that shape a run's figures: not the folders of its text and teachers, nor the machine."""
     files = {name: settings[name].split(",") for name in ("data_source", "teachers")}
     return shaping(settings) | {name: ",".join(Path(p).name for p in paths) for name, paths in files.items()}
 
