@@ -20,6 +20,7 @@ from newllm.errors import UserError
 from newllm.report.record import find_records, read_record, read_rows
 from newllm.saving import backup
 from newllm.saving.checkpoint import Checkpointer
+from newllm.saving.files import write_text
 from newllm.saving.guard import LockLost
 from train import main
 
@@ -126,7 +127,8 @@ def test_a_run_whose_folder_another_machine_took_stops_and_spares_the_second_cop
         if self.stage == "phase1" and not before:
             self.wait()
             manifest = json.loads((folder / "manifest.json").read_text())
-            (folder / "manifest.json").write_text(json.dumps(manifest | {"writer": "process 7 on elsewhere"}))
+            taken = json.dumps(manifest | {"writer": "process 7 on elsewhere"})
+            write_text(folder / "manifest.json", taken)  # whole at each moment: a copy of it is under way
             before.update({path: path.read_bytes() for path in folder.glob("m*.*")})
         return real(self, steps)
 
