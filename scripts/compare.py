@@ -95,10 +95,15 @@ def plan(arms, seeds, budgets, tuned):
     runs = {}
     for samples, seed, arm in itertools.product(budgets, range(seeds), ordered):
         settings = dict(num_samples=samples, seed=seed) | ARMS[arm][1]
-        if points := tuned.get((samples, TUNED_AS.get(arm, arm))):
-            settings |= zip(GRID, place(points[0]), strict=True)
+        settings |= tuned_to(tuned, samples, TUNED_AS.get(arm, arm))
         runs[f"{arm}-{samples}-{seed}"] = arm, settings
     return runs
+
+
+def tuned_to(tuned, samples, arm):
+    """The settings that were best for an arm: at this budget, or at the nearest smaller one; {} of none."""
+    budgets = [budget for budget, of in tuned if of == arm and budget <= samples]
+    return dict(zip(GRID, place(tuned[max(budgets), arm][0]), strict=True)) if budgets else {}
 
 
 def tune(config, arms, budgets, path):

@@ -225,16 +225,18 @@ def bowl(monkeypatch):
 
 
 def test_the_walk_over_the_grid_ends_where_no_neighbour_is_better(small, tmp_path, bowl, capsys):
-    """The bottom without the far side, going on where it was cut; an ablation has its arm's choice."""
+    """The bottom without the far side; an ablation has its arm's choice, a larger budget a smaller one's."""
     path = tmp_path / "results" / "tuning.jsonl"
     compare.main(small, arguments(tmp_path, "--arms", "gru,phase1_w1", "--tune"))
     best = compare.tried(read_results(path))[12, "gru"]
     assert compare.place(best[0]) == (0.0005, 0.15, 1.0)
     assert f"| gru | 0.0005 / 0.15 / 1: 2.0 ({len(set(bowl))}) |" in capsys.readouterr().out
     assert len(set(bowl)) < 18 and all(point[:2] != (0.004, 0.5) for point in bowl)
-    plan = compare.plan(["phase1_w1"], 1, [12], {(12, "phase1_frozen"): best})
+    plan = compare.plan(["phase1_w1"], 1, [6, 12, 24], {(12, "phase1_frozen"): best})
     chosen = dict(phase2_learning_rate=0.0005, dropout=0.15, weight_decay=1.0)
-    assert plan["phase1_w1-12-0"][1].items() >= chosen.items()
+    for samples in (12, 24):
+        assert plan[f"phase1_w1-{samples}-0"][1].items() >= chosen.items()
+    assert not plan["phase1_w1-6-0"][1].keys() & chosen.keys()
 
 
 def test_the_page_of_results_is_what_its_rows_say():
