@@ -131,6 +131,21 @@ def test_what_is_looked_up_is_the_peak_of_long_texts_alone():
     assert max(sums[31_250], key=sums[31_250].get) == "retrieval"
 
 
+def test_teachers_and_their_draws_are_counted(tmp_path):
+    """In Phase 2 alone: their files, 256 bytes a place instead of 200, their probabilities at 12 samples."""
+    (tmp_path / "a.pth").write_bytes(bytes(3_000_000))
+    alone = dict(label_smoothing=0.5, untrained_control=True)
+    taught = table(settings(**alone, teachers=f"{tmp_path}/a.pth, {tmp_path}/gone.pth"), 50_000)
+    without = table(settings(**alone), 50_000)
+    assert taught.keys() == without.keys() and taught["untrained"] == without["untrained"]
+    taught, without = taught["phase2"], without["phase2"]
+    assert taught["weights"] - without["weights"] == pytest.approx(3.0)
+    assert taught["activations"] - without["activations"] == pytest.approx(56 * 12 * 24 / 1e6)
+    assert taught["logits"] == pytest.approx(12 * 12 * 24 * 50_000 / 1e6)
+    assert taught["logits"] > without["logits"]
+    assert table(settings(label_smoothing=0.0, teachers="a.pth")) == table(settings(label_smoothing=0.0))
+
+
 def test_a_run_is_predicted_no_less_than_its_process_holds_already(monkeypatch):
     """Reading the data may have taken more than training will."""
     monkeypatch.setattr(memory_estimate, "peak_memory_mb", lambda: 9999.0)

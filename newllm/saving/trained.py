@@ -232,15 +232,21 @@ def open_model(path, cache_dir=""):
     return model, data.tokenizer, content
 
 
+def teacher_paths(config):
+    """Where the models of the setting `teachers` lie, in its order; [] where they have no share."""
+    has_share = config.label_smoothing and config.phase == "both"
+    return [expanded(name.strip()) for name in config.teachers.split(",") if has_share and name.strip()]
+
+
 def open_teachers(config, tokenizer, device):
     """The models that the setting `teachers` names, in its order; none where they have no share.
 
     Raises:
         UserError: as of open_model; one has other ids than the tokenizer.
     """
-    has_share, models = config.label_smoothing and config.phase == "both", []
-    for path in filter(None, map(str.strip, config.teachers.split(","))) if has_share else ():
-        model, theirs, _ = open_model(expanded(path))
+    models = []
+    for path in teacher_paths(config):
+        model, theirs, _ = open_model(path)
         if theirs.fingerprint != tokenizer.fingerprint:
             raise UserError(f"teacher {path} has another tokenizer: train it on the same data as this run.")
         models.append(model.to(device))

@@ -6,6 +6,7 @@ the start. Not counted: a GPU's libraries, torch.compile.
 """
 
 import math
+from pathlib import Path
 
 import torch
 from torch.nn import functional
@@ -16,7 +17,8 @@ from newllm.evaluate import RANK_TOKENS, SEQUENCES_AT_A_TIME
 from newllm.fixed_point.diagnostics import PROBE_DIMS, PROBE_LAGS
 from newllm.models.baselines import build_model
 from newllm.models.cross_entropy import CHUNK_ELEMENTS
-from newllm.saving.trained import retrieval_bytes
+from newllm.phases.phase2 import DRAWS, SAMPLES_AT_A_TIME, TAUGHT_EPOCHS
+from newllm.saving.trained import retrieval_bytes, teacher_paths
 from newllm.training.plan import training_samples
 from newllm.training.runtime import memory_mb, peak_memory_mb
 from newllm.training.step import make_optimizer
@@ -30,6 +32,7 @@ KEPT = {"context": 5.6, "gru": 8.4, "lstm": 17.3, "transformer": 28.5, "window":
 FORWARD = {"context": 2.6, "gru": 3.6, "lstm": 3.6, "transformer": 17.0, "window": 2.6, "token": 2.6}
 HEAD, LOSS, SHARES = 4.3, 8.0, 3.0  # kept of a layer of the head, of Phase 1's loss, of attention's shares
 TARGET = 200  # bytes of a place whose targets are drawn: the draws, and the counts they come from
+TAUGHT, SAID = 4 * TAUGHT_EPOCHS * DRAWS, 12  # the same with teachers; of each probability that they give
 NEIGHBOURS = 256  # that a place finds in the training text
 FOUND, FITTED = 10, 36  # bytes of a place that another is compared with: as it is found, and while fitting
 PLACED = 40  # bytes of a place of the training text while its key is put among the others
@@ -85,11 +88,22 @@ def memory_table(config, vocab_size, runtime):
         passes = max(1, config.gradient_sweeps) if context else 1
         work = step(config.phase2_batch_size, passes * in_layers + in_head)
         table["phase2"] = stage(head + context, [], work, validation, probes if context else work)
+    if teacher_paths(config):
+        add_teachers(table["phase2"], config, vocab_size, samples)
     if config.phase == "both" and config.looks_up:
         held = looking_up(config, vocab_size, samples, read * FORWARD[kind])
         held = dict(zip(THINGS, (0, weights, 0, 0, 0, *held), strict=True))
         table["retrieval"] = {name: size / 1e6 for name, size in held.items()} | {"libraries": libraries}
     return table
+
+
+def add_teachers(held, config, vocab_size, samples):
+    """Add to Phase 2's {thing: MB} the models that teach it, their draws, and what they say of some samples."""
+    files = [Path(path) for path in teacher_paths(config) if Path(path).is_file()]  # of others a run says it
+    held["weights"] += sum(path.stat().st_size for path in files) / 1e6
+    held["activations"] += (TAUGHT - TARGET) * samples * config.max_seq_length / 1e6
+    asked = min(SAMPLES_AT_A_TIME, samples) * config.max_seq_length
+    held["logits"] = max(held["logits"], SAID * asked * vocab_size / 1e6)
 
 
 def looking_up(config, vocab_size, samples, floats):
