@@ -295,6 +295,9 @@ def main(config, arguments):
         raise UserError(f"there is no arm '{unknown[0]}': choose from {', '.join(ARMS)}.")
     results = usable_folder(arguments.results, "results")
     budgets = [tokens // config.max_seq_length for tokens in arguments.tokens]
+    if not all(budgets):
+        few, sample = min(arguments.tokens), config.max_seq_length
+        raise UserError(f"--tokens {few} is less than one sample of {sample} tokens: give more.")
     if arguments.tune:
         tune(config, arms, budgets, results / TUNING_ROWS)
         print("\n".join(tuning_table(read_results(results / TUNING_ROWS))))

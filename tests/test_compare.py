@@ -250,9 +250,10 @@ def test_the_page_of_results_is_what_its_rows_say():
 
 
 def test_what_cannot_be_is_one_sentence(small, tmp_path):
-    """An arm that there is not, a report of nothing."""
+    """An arm that there is not, a budget without a sample, a report of nothing."""
     for flags, sentence in (
         (["--arms", "gru,gpt"], "there is no arm 'gpt'"),
+        (["--tokens", "900,5"], "--tokens 5 is less than one sample"),
         (["--report"], "there are no results"),
     ):
         with pytest.raises(UserError, match=sentence):

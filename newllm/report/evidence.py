@@ -193,7 +193,8 @@ def done_lines(comparison):
         f"measure on. Tokenizer: {row['tokenizer']}, {row['vocab_size']:,} ids.",
         f"- **Networks**: {s['num_layers']} layers, contexts {s['context_dim']} and embeddings "
         f"{s['embed_dim']} wide. Learning rate, dropout and weight decay of each arm were chosen on "
-        "training dialogues held back; a budget that the last table lacks takes the next smaller one's.",
+        "training dialogues held back; a budget that the last table lacks takes those of the next smaller, "
+        "or the defaults.",
         "- **Retrieval**: the network's prediction mixed with counts, the text so far and the training text "
         "([how](theory.md)); each half of the measured dialogues by a gate fitted on the other.",
         "- **Figures**: means over seeds +- their 95 % interval; differences are of perplexity, paired by "
