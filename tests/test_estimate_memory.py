@@ -10,6 +10,7 @@ from helpers import write_dialogues
 from config import ResidualConfig
 from newllm.apart import call_apart
 from newllm.models.baselines import BASELINES, build_model
+from newllm.phases.phase2 import DRAWS, SAMPLES_AT_A_TIME, TAUGHT_EPOCHS
 from newllm.saving.trained import retrieval_bytes
 from newllm.training import memory_estimate
 from newllm.training.memory_estimate import memory_table, predicted_peak
@@ -133,6 +134,8 @@ def test_what_is_looked_up_is_the_peak_of_long_texts_alone():
 
 def test_teachers_and_their_draws_are_counted(tmp_path):
     """In Phase 2 alone: their files, 256 bytes a place instead of 200, their probabilities at 12 samples."""
+    assert memory_estimate.TAUGHT == 4 * TAUGHT_EPOCHS * DRAWS  # int32
+    assert memory_estimate.ASKED == SAMPLES_AT_A_TIME
     (tmp_path / "a.pth").write_bytes(bytes(3_000_000))
     alone = dict(label_smoothing=0.5, untrained_control=True)
     taught = table(settings(**alone, teachers=f"{tmp_path}/a.pth, {tmp_path}/gone.pth"), 50_000)

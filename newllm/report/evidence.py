@@ -178,8 +178,8 @@ def samples_lines(comparison):
         if samples:
             lines += [f"`{row['run']}`, {tokens:,} tokens:", ""]
         for sample in samples:
-            said = {name: " / ".join(text.splitlines()) for name, text in sample.items() if text is not None}
-            lines += [*(f"    {name:9} | {text}" for name, text in said.items()), ""]
+            known = [name for name in ("prompt", "network", "retrieval") if sample[name] is not None]
+            lines += [*(f"    {name:9} | {' / '.join(sample[name].splitlines())}" for name in known), ""]
     return lines
 
 
@@ -198,8 +198,8 @@ def done_lines(comparison):
         "- **Retrieval**: the network's prediction mixed with counts, the text so far and the training text "
         "([how](theory.md)); each half of the measured dialogues by a gate fitted on the other.",
         "- **Figures**: means over seeds +- their 95 % interval; differences are of perplexity, paired by "
-        "seed and dialogue, in brackets a bootstrap's 95 %. Time is the fastest seed's, in training alone. "
-        "Which network is our best is found by these very figures.",
+        "seed and dialogue, in brackets a bootstrap's 95 % (of a single seed: over dialogues alone). Time is "
+        "the fastest seed's, in training alone. Which network is our best is found by these very figures.",
         "- **Rows**: `results/results.jsonl`, one a run, named ARM-SAMPLES-SEED. `python3 -m scripts.compare "
         "--report` makes this page of them; `--repeat RUN` makes a run again and compares.",
     ]

@@ -17,7 +17,6 @@ from newllm.evaluate import RANK_TOKENS, SEQUENCES_AT_A_TIME
 from newllm.fixed_point.diagnostics import PROBE_DIMS, PROBE_LAGS
 from newllm.models.baselines import build_model
 from newllm.models.cross_entropy import CHUNK_ELEMENTS
-from newllm.phases.phase2 import DRAWS, SAMPLES_AT_A_TIME, TAUGHT_EPOCHS
 from newllm.saving.trained import retrieval_bytes, teacher_paths
 from newllm.training.plan import training_samples
 from newllm.training.runtime import memory_mb, peak_memory_mb
@@ -32,7 +31,7 @@ KEPT = {"context": 5.6, "gru": 8.4, "lstm": 17.3, "transformer": 28.5, "window":
 FORWARD = {"context": 2.6, "gru": 3.6, "lstm": 3.6, "transformer": 17.0, "window": 2.6, "token": 2.6}
 HEAD, LOSS, SHARES = 4.3, 8.0, 3.0  # kept of a layer of the head, of Phase 1's loss, of attention's shares
 TARGET = 200  # bytes of a place whose targets are drawn: the draws, and the counts they come from
-TAUGHT, SAID = 4 * TAUGHT_EPOCHS * DRAWS, 12  # the same with teachers; of each probability that they give
+TAUGHT, SAID, ASKED = 256, 12, 32  # the same with teachers; of a probability they give; samples at a time
 NEIGHBOURS = 256  # that a place finds in the training text
 FOUND, FITTED = 10, 36  # bytes of a place that another is compared with: as it is found, and while fitting
 PLACED = 40  # bytes of a place of the training text while its key is put among the others
@@ -98,11 +97,11 @@ def memory_table(config, vocab_size, runtime):
 
 
 def add_teachers(held, config, vocab_size, samples):
-    """Add to Phase 2's {thing: MB} the models that teach it, their draws, and what they say of some samples."""
+    """Add to Phase 2's {thing: MB} its teachers, their draws, and what they say of some samples."""
     files = [Path(path) for path in teacher_paths(config) if Path(path).is_file()]  # of others a run says it
     held["weights"] += sum(path.stat().st_size for path in files) / 1e6
     held["activations"] += (TAUGHT - TARGET) * samples * config.max_seq_length / 1e6
-    asked = min(SAMPLES_AT_A_TIME, samples) * config.max_seq_length
+    asked = min(ASKED, samples) * config.max_seq_length
     held["logits"] = max(held["logits"], SAID * asked * vocab_size / 1e6)
 
 
