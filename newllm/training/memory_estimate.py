@@ -98,7 +98,7 @@ def memory_table(config, vocab_size, runtime):
 
 def add_teachers(held, config, vocab_size, samples):
     """Add to Phase 2's {thing: MB} its teachers, their draws, and what they say of some samples."""
-    files = [Path(path) for path in teacher_paths(config) if Path(path).is_file()]  # of others a run says it
+    files = [Path(path) for path in teacher_paths(config) if Path(path).is_file()]  # no folders
     held["weights"] += sum(path.stat().st_size for path in files) / 1e6
     held["activations"] += (TAUGHT - TARGET) * samples * config.max_seq_length / 1e6
     asked = min(ASKED, samples) * config.max_seq_length
