@@ -37,7 +37,8 @@ from newllm.report.summary import TITLES, context_line, retrieval_line
 from newllm.retrieval.ngram import ngram_rows
 from newllm.saving.checkpoint import Checkpointer, require_space
 from newllm.saving.stop import Interrupt
-from newllm.saving.trained import model_digest, open_teachers
+from newllm.saving.teachers import identified, open_teachers
+from newllm.saving.trained import model_digest
 from newllm.training.account import announce, leave_model, preview, report, spared
 from newllm.training.loop import EpochLoop
 from newllm.training.memory_estimate import predicted_peak
@@ -65,6 +66,7 @@ def main(config, dry_run=False):
         Stopped: a signal or max_minutes ended the run early; everything is saved.
     """
     Clock.current = Clock()
+    config = identified(config)
     with Interrupt(config.max_minutes) as interrupt:
         with timed("loading"):
             runtime = open_runtime(config.part(MachineSettings))

@@ -34,6 +34,7 @@ from newllm.report.summary import CURVES
 from newllm.saving.files import usable_folder, write_text
 from newllm.saving.runs import MANIFEST, RUNS, shaping
 from newllm.saving.stop import Interrupt
+from newllm.saving.teachers import identified
 
 UNTRAINED = dict(phase1_max_iterations=0)
 FROZEN = dict(freeze_context=True)
@@ -199,16 +200,17 @@ def clear(folder):
 def repeat(config, name, path):
     """Make a run again by the settings of its row; say its figures beside the row's, and whether they agree.
 
-    UserError where there is no such row, the text is another one, or figures differ on the same device.
+    UserError where there is no such row, text or teachers are others, or figures differ on the same device.
     """
     row = next((row for row in read_results(path) if row["run"] == name), None)
     if row is None:
         raise UserError(f"{path} has no row of a run {name}: --repeat takes one of its names.")
-    text = row["settings"]["data_source"]
-    if Path(config.data_source).name != text:
-        raise UserError(f"{name} was made of {text}, not of {config.data_source}: give it by --data_source.")
+    own, now = EARLIER | row["settings"], meaning(config.to_dict())
+    for key in ("data_source", "teachers"):  # of which a row has the names alone
+        if own[key] != now[key]:
+            raise UserError(f"{name} was made with {key} '{own[key]}', not '{now[key]}': give it by --{key}.")
+        own[key] = getattr(config, key)
     folder = usable_folder(config.checkpoint_dir, "checkpoint_dir") / f"repeated-{name}"
-    own = EARLIER | row["settings"] | dict(data_source=config.data_source)
     with Interrupt(config.max_minutes):
         made = call_apart(train.main, config_of(config, own, checkpoint_dir=str(folder), artifacts=False))
     clear(folder)
@@ -290,6 +292,7 @@ def page_of(results, pictures):
 
 def main(config, arguments):
     """Make what is missing and report; or choose, repeat or report alone."""
+    config = identified(config)
     arms = list(ARMS) if arguments.arms == "all" else arguments.arms.split(",")
     if unknown := [arm for arm in arms if arm not in ARMS]:
         raise UserError(f"there is no arm '{unknown[0]}': choose from {', '.join(ARMS)}.")

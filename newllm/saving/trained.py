@@ -4,7 +4,7 @@ import hashlib
 import sys
 from pathlib import Path
 
-from newllm.config import EARLIER, Config, expanded
+from newllm.config import EARLIER, Config
 from newllm.data.samples import load_data
 from newllm.data.tokens import Tokenizer
 from newllm.errors import UserError
@@ -230,27 +230,6 @@ def open_model(path, cache_dir=""):
     load_weights(folder, model, content)
     model.eval()
     return model, data.tokenizer, content
-
-
-def teacher_paths(config):
-    """Where the models of the setting `teachers` lie, in its order; [] where they have no share."""
-    has_share = config.label_smoothing and config.phase == "both"
-    return [expanded(name.strip()) for name in config.teachers.split(",") if has_share and name.strip()]
-
-
-def open_teachers(config, tokenizer, device):
-    """The models that the setting `teachers` names, in its order; none where they have no share.
-
-    Raises:
-        UserError: as of open_model; one has other ids than the tokenizer.
-    """
-    models = []
-    for path in teacher_paths(config):
-        model, theirs, _ = open_model(path)
-        if theirs.fingerprint != tokenizer.fingerprint:
-            raise UserError(f"teacher {path} has another tokenizer: train it on the same data as this run.")
-        models.append(model.to(device))
-    return models
 
 
 def open_retrieval(path, model, content, say=lambda line: print(line, file=sys.stderr)):

@@ -6,7 +6,6 @@ the start. Not counted: a GPU's libraries, torch.compile.
 """
 
 import math
-from pathlib import Path
 
 import torch
 from torch.nn import functional
@@ -17,7 +16,8 @@ from newllm.evaluate import RANK_TOKENS, SEQUENCES_AT_A_TIME
 from newllm.fixed_point.diagnostics import PROBE_DIMS, PROBE_LAGS
 from newllm.models.baselines import build_model
 from newllm.models.cross_entropy import CHUNK_ELEMENTS
-from newllm.saving.trained import retrieval_bytes, teacher_paths
+from newllm.saving.teachers import named_teachers, teacher_file
+from newllm.saving.trained import retrieval_bytes
 from newllm.training.plan import training_samples
 from newllm.training.runtime import memory_mb, peak_memory_mb
 from newllm.training.step import make_optimizer
@@ -87,7 +87,7 @@ def memory_table(config, vocab_size, runtime):
         passes = max(1, config.gradient_sweeps) if context else 1
         work = step(config.phase2_batch_size, passes * in_layers + in_head)
         table["phase2"] = stage(head + context, [], work, validation, probes if context else work)
-    if teacher_paths(config):
+    if named_teachers(config):
         add_teachers(table["phase2"], config, vocab_size, samples)
     if config.phase == "both" and config.looks_up:
         held = looking_up(config, vocab_size, samples, read * FORWARD[kind])
@@ -98,8 +98,8 @@ def memory_table(config, vocab_size, runtime):
 
 def add_teachers(held, config, vocab_size, samples):
     """Add to Phase 2's {thing: MB} its teachers, their draws, and what they say of some samples."""
-    files = [Path(path) for path in teacher_paths(config) if Path(path).is_file()]  # no folders
-    held["weights"] += sum(path.stat().st_size for path in files) / 1e6
+    files = [teacher_file(path) for path, _ in named_teachers(config)]
+    held["weights"] += sum(file.stat().st_size for file in files if file.is_file()) / 1e6
     held["activations"] += (TAUGHT - TARGET) * samples * config.max_seq_length / 1e6
     asked = min(ASKED, samples) * config.max_seq_length
     held["logits"] = max(held["logits"], SAID * asked * vocab_size / 1e6)

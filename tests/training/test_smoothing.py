@@ -1,9 +1,6 @@
 """Targets of which counting has a share: whose counts, which loss, and that a run goes on exactly."""
 
-import contextlib
 import dataclasses
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +10,10 @@ from torch.nn import functional
 
 import train
 from config import ResidualConfig
-from newllm.errors import UserError
-from newllm.evaluate import encode
 from newllm.models.cross_entropy import linear_cross_entropy
-from newllm.phases.phase2 import DRAWS, FOLDS, TAUGHT_EPOCHS, counted_targets, taught_targets
+from newllm.phases.phase2 import DRAWS, FOLDS, counted_targets
 from newllm.retrieval.ngram import KneserNey
 from newllm.saving.files import load_sealed
-from newllm.saving.trained import open_model, open_teachers
 
 
 def drawn(samples, vocab_size=50, seed=0):
@@ -80,57 +74,3 @@ def test_a_stopped_run_goes_on_exactly(tiny_settings):
     assert summary["val_loss"] == expected["val_loss"]
     without = dataclasses.replace(config, label_smoothing=0.0, checkpoint_dir=config.checkpoint_dir + "_no")
     assert train.main(without)["val_loss"] != expected["val_loss"]
-
-
-@pytest.fixture
-def taught(tiny_settings):
-    """(Settings of a run, files of two trained models of another kind and seed)."""
-    settings = tiny_settings | dict(untrained_control=False)
-    files = []
-    for number, kind in enumerate(("gru", "context")):
-        folder = settings["checkpoint_dir"] + kind
-        own = dict(model_type=kind, checkpoint_dir=folder, artifacts=True, phase2_epochs=1 + number)
-        train.main(ResidualConfig(**settings | own))
-        files += Path(folder).glob("*/models/*.pth")
-    return settings, files
-
-
-def test_teachers_have_their_share_of_the_targets(taught):
-    """Draws follow the mean of their predictions; a run of them goes on exactly where it stopped."""
-    settings, files = taught
-    names = ", ".join(map(str, files))
-    changes = dict(label_smoothing=0.5, teachers=names, phase1_max_iterations=0)
-    config = ResidualConfig(**settings | changes)
-    tokenizer = open_model(files[0])[1]
-    teachers = open_teachers(config, tokenizer, "cpu")
-    runtime = SimpleNamespace(autocast=contextlib.nullcontext, device=torch.device("cpu"))
-    samples = torch.randint(tokenizer.vocab_size, (1, 9)).repeat(400, 1).int()
-    drawn = taught_targets(teachers, samples, runtime, torch.Generator().manual_seed(0))
-    assert drawn.shape == (400, 8, TAUGHT_EPOCHS * DRAWS)
-    shares = [taught_share(model, samples[:1, :-1].long()) for model in teachers]
-    counted = torch.stack([row.flatten().bincount(minlength=tokenizer.vocab_size) for row in drawn.unbind(1)])
-    torch.testing.assert_close(counted / counted.sum(1, True), sum(shares) / 2, rtol=0, atol=0.02)
-
-    expected = train.main(dataclasses.replace(config, checkpoint_dir=config.checkpoint_dir + "_whole"))
-    stop_after(config, 4)
-    assert train.main(config)["val_loss"] == expected["val_loss"]
-    by_counting = dataclasses.replace(config, teachers="", checkpoint_dir=config.checkpoint_dir + "_counted")
-    assert train.main(by_counting)["val_loss"] != expected["val_loss"]
-
-
-@torch.no_grad()
-def taught_share(model, ids):
-    """Probabilities [T, V] after each of ids [1, T]."""
-    contexts, streams = encode(model, ids)
-    return functional.linear(model.hidden(contexts, streams), *model.output_weights()).softmax(-1)[0]
-
-
-def test_what_cannot_teach_is_said_before_anything_is_trained(taught, tmp_path):
-    """A file that is not there; a model of other ids."""
-    settings, files = taught
-    missing = ResidualConfig(**settings, teachers="nowhere.pth")
-    other = ResidualConfig(**settings | dict(vocab_size=280), teachers=str(files[0]))
-    for config, sentence in ((missing, "nowhere.pth"), (other, "another tokenizer")):
-        with pytest.raises(UserError, match=sentence):
-            train.main(config)
-        assert not Path(config.checkpoint_dir).exists()
