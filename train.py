@@ -117,7 +117,7 @@ def load(config, runtime):
         data = load_data(settings, Progress)
         pretrained = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
         require_own_ids(config.embeddings, tokenizer_choice(settings))
-    open_teachers(config, data.tokenizer, runtime.device)  # whoever cannot be had is said now
+    open_teachers(config, data.fingerprint, runtime.device)  # whoever cannot be had is said now
     runtime.group.require_same("data", data.fingerprint)
     peak = predicted_peak(config, data.vocab_size, runtime)
     return data, untrained_model(config, runtime, data, pretrained), peak
@@ -332,7 +332,7 @@ class Run:
         settings, folder = self.config.part(Phase2Settings), self.checkpointer.folder
         phase = Phase2(model, self.data, settings, self.runtime, folder, stage, freeze_context)
         if stage == "phase2":  # the control is what can be had of the text alone
-            phase.teachers = open_teachers(self.config, self.data.tokenizer, self.runtime.device)
+            phase.teachers = open_teachers(self.config, self.data.fingerprint, self.runtime.device)
         return self.train(phase)
 
     def train(self, phase):

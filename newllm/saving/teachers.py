@@ -64,16 +64,23 @@ def identified(config):
     return dataclasses.replace(config, teachers=",".join(names)) if names else config
 
 
-def open_teachers(config, tokenizer, device):
+def open_teachers(config, fingerprint, device):
     """The models that the setting names, in its order; none where they have no share.
 
+    Args:
+        fingerprint: of the run's data.
+
     Raises:
-        UserError: as of `identified` and open_model; one has other ids than the tokenizer.
+        UserError: as of `identified` and open_model; one was made of other data, which may have the run's
+            held-out dialogues among those it was trained on.
     """
     models = []
     for path, _ in named_teachers(identified(config)):
-        model, theirs, _ = open_model(path)
-        if theirs.fingerprint != tokenizer.fingerprint:
-            raise UserError(f"teacher {path} has another tokenizer: train it on the same data as this run.")
+        model, _, content = open_model(path)
+        if content["data_fingerprint"] != fingerprint:
+            raise UserError(
+                f"teacher {path} was made of other text, samples or ids than this run: train it with the "
+                "same data settings."
+            )
         models.append(model.to(device))
     return models

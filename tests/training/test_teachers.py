@@ -41,8 +41,8 @@ def test_teachers_have_their_share_of_the_targets(taught):
     names = ", ".join(map(str, files))
     changes = dict(label_smoothing=0.5, teachers=names, phase1_max_iterations=0)
     config = ResidualConfig(**settings | changes)
-    tokenizer = open_model(files[0])[1]
-    teachers = open_teachers(config, tokenizer, "cpu")
+    _, tokenizer, content = open_model(files[0])
+    teachers = open_teachers(config, content["data_fingerprint"], "cpu")
     runtime = SimpleNamespace(autocast=contextlib.nullcontext, device=torch.device("cpu"))
     samples = torch.randint(tokenizer.vocab_size, (1, 9)).repeat(400, 1).int()
     drawn = taught_targets(teachers, samples, runtime, torch.Generator().manual_seed(0))
@@ -66,7 +66,7 @@ def taught_share(model, ids):
 
 
 def test_what_cannot_teach_is_said_before_anything_is_trained(taught, tmp_path):
-    """Nothing there, no model, an empty folder, other ids, another file than the setting says."""
+    """Nothing there, no model, an empty folder, other data, another file than the setting says."""
     settings, files = taught
     (tmp_path / "text.pth").write_text("no model")
     (tmp_path / "empty").mkdir()
@@ -75,7 +75,9 @@ def test_what_cannot_teach_is_said_before_anything_is_trained(taught, tmp_path):
         (dict(teachers=f"{tmp_path}/text.pth"), "text.pth cannot be read"),
         (dict(teachers=f"{tmp_path}/empty"), "empty cannot be read"),
         (dict(teachers="~nosuchuser/a.pth"), "no such user"),
-        (dict(teachers=str(files[0]), vocab_size=280), "another tokenizer"),
+        (dict(teachers=str(files[0]), vocab_size=280), "other text, samples or ids"),
+        (dict(teachers=str(files[0]), max_seq_length=32), "other text, samples or ids"),
+        (dict(teachers=str(files[0]), val_samples=7), "other text, samples or ids"),
         (dict(teachers=f"{files[0]},{files[1]}#0123456789ab"), "in place of #0123456789ab: restore it"),
     ):
         config = ResidualConfig(**settings | changes)
