@@ -83,6 +83,8 @@ def evaluate(path, *others, data_source="", samples=0, retrieval="model"):
 def opened_beside(tokenizer, saved, path):
     """The model of another path, of a run on the same text as the one that was saved."""
     model, others, other = open_model(path)
+    if other["data_fingerprint"] == saved["data_fingerprint"]:  # wherever its file lay
+        return model
     settings = EARLIER | saved["config"], EARLIER | other["config"]
     differing = [name for name in SAME if settings[0][name] != settings[1][name]]
     if others.fingerprint != tokenizer.fingerprint:

@@ -248,7 +248,8 @@ def test_generate_and_chat_look_up_unless_told_not_to(trained, capsys, monkeypat
 
 def test_several_models_predict_by_the_mean_of_their_probabilities(trained, corpus, tmp_path, capsys):
     """Alone and with what the first looks up, whose gate is fitted to the mean anew."""
-    first, second = trained, Trained(tmp_path, corpus, model_type="gru")
+    elsewhere = shutil.copy(corpus, tmp_path / "elsewhere.jsonl")  # the same text
+    first, second = trained, Trained(tmp_path, elsewhere, model_type="gru")
     ids = load_data(first.config).val
     capsys.readouterr()
     alone = evaluated(capsys, first.file, str(first.file), "--retrieval", "none")
