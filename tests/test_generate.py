@@ -76,6 +76,8 @@ def test_the_command_writes_with_what_was_trained(tiny_settings, tmp_path, capsy
     )
     capsys.readouterr()
     [file] = trained.glob("*/models/*.pth")
+    script.main(["--prompt=hello", f"--model_path={trained / 'model_phase1.pt'}"])
+    assert "model_phase1.pt has not begun Phase 2, so it predicts by how frequent" in capsys.readouterr().err
     texts = []
     for path in (trained, trained / "model_best.pt", file):
         if path is file:

@@ -12,7 +12,7 @@ from newllm.config import expanded
 from newllm.errors import UserError
 from newllm.saving.files import verify_seal
 from newllm.saving.runs import newest
-from newllm.saving.trained import open_model
+from newllm.saving.trained import open_model, predicts
 
 DIGITS = 12
 
@@ -71,12 +71,16 @@ def open_teachers(config, fingerprint, device):
         fingerprint: of the run's data.
 
     Raises:
-        UserError: as of `identified` and open_model; one was made of other data, which may have the run's
-            held-out dialogues among those it was trained on.
+        UserError: as of `identified` and open_model; one has no trained head, or was made of other data: it
+            may have been trained on the run's held-out dialogues.
     """
     models = []
     for path, _ in named_teachers(identified(config)):
         model, _, content = open_model(path)
+        if not predicts(content):
+            raise UserError(
+                f"teacher {path} has not begun Phase 2, so it predicts nothing: end its run first."
+            )
         if content["data_fingerprint"] != fingerprint:
             raise UserError(
                 f"teacher {path} was made of other text, samples or ids than this run: train it with the "

@@ -201,11 +201,22 @@ def open_saved(path):
     return path.parent, content
 
 
-def open_model(path, cache_dir=""):
+def say_aside(line):
+    """What is no answer of a command goes to stderr."""
+    print(line, file=sys.stderr)
+
+
+def predicts(content):
+    """Whether the head of a model file or a checkpoint has been trained, so that its predictions count."""
+    return content.get("stage") != "phase2" or content["position"] is not None
+
+
+def open_model(path, cache_dir="", say=say_aside):
     """The model of a file of save_model, or of a checkpoint, whose tokenizer comes from its run's data.
 
     Args:
         path: as of open_saved. cache_dir: in place of the run's own.
+        say: function of the sentence that says why its predictions are none.
 
     Returns:
         (model on the CPU in fp32, tokenizer, content of the file).
@@ -229,10 +240,12 @@ def open_model(path, cache_dir=""):
     model = build_model(config, data.vocab_size, vectors)
     load_weights(folder, model, content)
     model.eval()
+    if not predicts(content):
+        say(f"note: {path} has not begun Phase 2, so it predicts by how frequent tokens are")
     return model, data.tokenizer, content
 
 
-def open_retrieval(path, model, content, say=lambda line: print(line, file=sys.stderr)):
+def open_retrieval(path, model, content, say=say_aside):
     """What the model looks up that `open_model` gave for a path; None where that is nothing.
 
     Args:

@@ -66,15 +66,17 @@ def taught_share(model, ids):
 
 
 def test_what_cannot_teach_is_said_before_anything_is_trained(taught, tmp_path):
-    """Nothing there, no model, an empty folder, other data, another file than the setting says."""
+    """Nothing there, no model, an empty folder, no head, other data, another file than the setting says."""
     settings, files = taught
     (tmp_path / "text.pth").write_text("no model")
     (tmp_path / "empty").mkdir()
+    phase1 = settings["checkpoint_dir"] + "context/model_phase1.pt"
     for changes, sentence in (
         (dict(teachers="nowhere.pth"), "teacher nowhere.pth cannot be read"),
         (dict(teachers=f"{tmp_path}/text.pth"), "text.pth cannot be read"),
         (dict(teachers=f"{tmp_path}/empty"), "empty cannot be read"),
         (dict(teachers="~nosuchuser/a.pth"), "no such user"),
+        (dict(teachers=phase1), "model_phase1.pt has not begun Phase 2, so it predicts nothing"),
         (dict(teachers=str(files[0]), vocab_size=280), "other text, samples or ids"),
         (dict(teachers=str(files[0]), max_seq_length=32), "other text, samples or ids"),
         (dict(teachers=str(files[0]), val_samples=7), "other text, samples or ids"),
