@@ -93,7 +93,7 @@ def draw(panel, title, xlabel, ylabel, lines, log="", form="{x:g}"):
         panel.text(0.5, 0.5, "not measured", ha="center", color=REFERENCE["color"], transform=panel.transAxes)
         panel.set(xticks=[], yticks=[])
         return
-    if "y" in log:
+    if "y" in log and math.isfinite(panel.dataLim.minposy):  # infinite where nothing is above zero
         panel.set_yscale("log")
     if "x" in log and panel.lines:
         panel.set_xscale("log")

@@ -46,6 +46,15 @@ def drawn(path, rows, columns):
     return lambda style: (abs(image[..., :3] - to_rgb(style["color"])).max(-1) < 0.01).sum() > 100
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("heights", [[0, 0], [0, 1], [1, 10]])
+def test_a_logarithmic_axis_takes_what_is_zero(heights, tmp_path):
+    """As a network that remembers nothing has it; matplotlib would warn where nothing is above zero."""
+    with pictures.figure(tmp_path / "zero.png", 1, 1) as [[panel]]:
+        pictures.draw(panel, "memory", "tokens", "capacity", [([1, 2], heights, "it", TRAINED)], log="xy")
+        assert panel.get_yscale() == ("log" if any(heights) else "linear")
+
+
 def test_a_fit_recovers_the_line_and_says_how_much_it_explains():
     """Points on y = 3 - 2x; +1, -1, -1, +1 around it, which no line explains: 4 of 4 + 4 * 5; a flat line."""
     for added, r_squared in (((0, 0, 0, 0), 1), ((1, -1, -1, 1), 1 - 4 / 24)):
