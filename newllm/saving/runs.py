@@ -362,14 +362,15 @@ def _borrow(choice, lenders, config, fingerprint):
         except (Corrupt, OSError, UserError) as error:
             choice.lines.append(f"warning: {error}; {title} is made anew")
             continue
-        taken[part] = f"{title} (of run {state['run_id']})"
+        taken[part] = title, state["run_id"]
         if part == stage:
             choice.stages[part] = whole
         else:
             choice.reused[part] = whole["results"]["untrained"][part]
         if part in ("head", "phase1", "phase2"):
             choice.record += [row for row in whole["record"] if json.loads(row)["stage"] == stage]
-    return taken.values()
+    by_run = itertools.groupby(taken.values(), key=lambda each: each[1])
+    return [f"{', '.join(title for title, _ in titles)} (of run {run_id})" for run_id, titles in by_run]
 
 
 def _made_alike(state, config, fingerprint, marks):
