@@ -343,8 +343,9 @@ class Run:
     def measure_contexts(self):
         self.log.say("measuring contexts: rank, convergence, memory")
         settings = self.config.part(Phase1Settings)
+        free_memory()  # before and behind: its probes hold more than training does at small sizes
         measured = evaluate_contexts(self.model, self.data, settings, self.runtime.device, Progress)
-        free_memory()  # its probes hold more than training does at small sizes
+        free_memory()
         return measured
 
     def complete(self, results):

@@ -25,6 +25,7 @@ import torch
 
 from newllm.clock import timed
 from newllm.data import order
+from newllm.memory import trim
 from newllm.progress import Progress
 from newllm.saving.stop import Stopped
 from newllm.seeding import derived_seed
@@ -198,6 +199,7 @@ class EpochLoop:
         phase, state = self.phase, self.state
         metrics, figures = {}, {}
         if phase.num_validation:
+            trim()  # so that it takes the room of a step's activations, not more beside it
             metrics, state.seconds_validation = self._validate(torch.arange(phase.num_validation))
             figures["seconds_validation"] = state.seconds_validation
         figures |= {

@@ -18,6 +18,7 @@ from newllm.report import record as status_file
 from newllm.report.record import find_records, read_rows
 from newllm.saving.checkpoint import place
 from newllm.saving.files import load_sealed
+from newllm.training import loop
 from newllm.training.loop import EpochLoop, State
 from newllm.training.runtime import open_runtime
 from scripts import status
@@ -101,11 +102,25 @@ def test_a_phase_trains_without_record_and_disk(config, tmp_path, capsys):
     model = build_model(config, data.vocab_size)
     model.start_at_frequencies(data.train[:, 1:])
     phase = Phase2(model, data, config, runtime, tmp_path / "nowhere", "phase2", False)
-    loop = EpochLoop(phase, config, runtime, watch=lambda *place: seen.append(place))
-    results = loop.run()
-    assert loop.history == history and results["loss"] == min(history["val_loss"])
+    epochs = EpochLoop(phase, config, runtime, watch=lambda *place: seen.append(place))
+    results = epochs.run()
+    assert epochs.history == history and results["loss"] == min(history["val_loss"])
     assert seen == [(step // 3, (step + 1) * 4 * config.max_seq_length) for step in range(9)]
     assert capsys.readouterr().out == "" and not (tmp_path / "nowhere").exists()
+
+
+def test_validation_takes_the_room_of_a_step_not_more_beside_it(config, monkeypatch):
+    """What a step has freed is given back before each whole validation."""
+    events, validate = [], Phase2.validate
+
+    def validating(phase, samples):
+        events.append("validation")
+        return validate(phase, samples)
+
+    monkeypatch.setattr(Phase2, "validate", validating)
+    monkeypatch.setattr(loop, "trim", lambda: events.append("trim"))
+    train.main(dataclasses.replace(config, val_quick_every_n_batches=0))
+    assert events == ["trim", "validation"] * config.phase2_epochs
 
 
 def test_step_files_are_named_after_the_step_of_the_run(tiny_settings):
