@@ -56,7 +56,7 @@ class ResidualConfig(Config):
     dropout = 0.0  # on the head's inputs and hidden units
     token_dropout = 0.2  # share of the tokens that contexts in training do not see, others each time
     label_smoothing = 0.2  # share of each target that is spread as n-grams of the other samples would
-    teachers = ""  # "A.pth,B.pth": spread as these models would on average; use label_smoothing 0.5
+    teachers = ""  # "A.pth,B.pth": spread as these models would on average (docs/running.md)
     warmup_ratio = 0.1  # share of the steps with rising learning rate
     patience = 3  # epochs without a better validation loss before stopping early
     val_quick_frac = 0.1  # fixed share of the validation samples for checks within an epoch
