@@ -84,7 +84,8 @@ def draw(panel, title, xlabel, ylabel, lines, log="", form="{x:g}"):
         if isinstance(ys, int | float):
             panel.axhline(ys, label=label, **style | {"marker": None})
             continue
-        look = style if len(ys) <= 20 else style | {"marker": None}
+        crowded = len(ys) > 20 and style.get("linestyle") != "none"  # points alone stay points
+        look = style | {"marker": None} if crowded else style
         panel.plot(xs or range(1, len(ys) + 1), ys, label=label, **look)
         if xs is None:
             panel.xaxis.get_major_locator().set_params(integer=True)

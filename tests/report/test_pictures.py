@@ -134,6 +134,7 @@ def test_the_picture_of_exponents_has_a_point_for_each_network_that_was_measured
     end_to_end = row(0, _untrained=(0.01, None), **{"": (0.01, None)}, _finetuned=(-0.13, 37))
     frozen = row(9, _untrained=(0.01, None), **{"": (-0.9, 6)})
     assert pictures.predictability([end_to_end, frozen, {"phase1_steps": 3}], path) == 4
+    assert pictures.predictability([end_to_end, frozen] * 21, path) == 84  # as many as a table has
     there = drawn(path, 1, 1)
     assert [there(style) for style in (UNTRAINED, TRAINED, COUNTED)] == [True] * 3
     assert not there(TRAINING_DATA)
