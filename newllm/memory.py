@@ -23,7 +23,7 @@ def free_memory():
 
 
 def trim():
-    """Give the machine what is freed; glibc keeps it until it is told. A tenth of a second a gigabyte."""
+    """Give the machine what is freed; glibc keeps it until it is told. Some 20 ms a gigabyte."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

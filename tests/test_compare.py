@@ -12,6 +12,7 @@ from config import ResidualConfig
 from newllm.errors import UserError
 from newllm.flags import parse_args
 from newllm.report.compare import append_row, read_results
+from newllm.saving.files import save_sealed
 from newllm.saving.stop import Interrupt, Stopped
 from scripts import compare
 
@@ -146,8 +147,11 @@ def test_a_run_is_made_again_from_its_row(small, tmp_path, trained, without_page
         with pytest.raises(UserError, match="other figures than its row") if error else nullcontext():
             compare.main(small, again)
         assert "-5.00e-01" in capsys.readouterr().out
+    save_sealed({}, tmp_path / "a.pth")
+    taught = dataclasses.replace(small, teachers=str(tmp_path / "a.pth"))
     for other, flags, sentence in (
         (small, ["--repeat", "gru-12-0"], "has no row of a run gru-12-0"),
+        (taught, ["--repeat", row["run"]], "was made with teachers '', not 'a.pth#[0-9a-f]{12}': give it by"),
         (dataclasses.replace(small, data_source="b.jsonl"), ["--repeat", row["run"]], "give it by --data"),
     ):
         with pytest.raises(UserError, match=sentence):

@@ -15,6 +15,7 @@ from newllm.saving.runs import newest
 from newllm.saving.trained import open_model, predicts
 
 DIGITS = 12
+NAMED = re.compile(r"(.*)#([0-9a-f]{12})", re.DOTALL)
 
 
 def named_teachers(config):
@@ -22,9 +23,8 @@ def named_teachers(config):
     has_share = config.label_smoothing and config.phase == "both"
     named = []
     for name in filter(None, map(str.strip, config.teachers.split(",") if has_share else ())):
-        path, _, digits = name.rpartition("#")
-        if not re.fullmatch(f"[0-9a-f]{{{DIGITS}}}", digits):
-            path, digits = name, ""
+        said = NAMED.fullmatch(name)
+        path, digits = said.groups() if said else (name, "")
         named.append((Path(expanded(path)), digits))
     return named
 
@@ -76,7 +76,7 @@ def open_teachers(config, fingerprint, device):
     """
     models = []
     for path, _ in named_teachers(identified(config)):
-        model, _, content = open_model(path)
+        model, _, content = open_model(path, say=lambda line: None)  # it is refused here
         if not predicts(content):
             raise UserError(
                 f"teacher {path} has not begun Phase 2, so it predicts nothing: end its run first."

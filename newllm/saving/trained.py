@@ -216,7 +216,7 @@ def open_model(path, cache_dir="", say=say_aside):
 
     Args:
         path: as of open_saved. cache_dir: in place of the run's own.
-        say: function of the sentence that says why its predictions are none.
+        say: function of the sentence that says so where its head has not been trained.
 
     Returns:
         (model on the CPU in fp32, tokenizer, content of the file).

@@ -17,6 +17,7 @@ from config import ResidualConfig
 from newllm.errors import UserError
 from newllm.evaluate import encode
 from newllm.phases.phase2 import DRAWS, TAUGHT_EPOCHS, taught_targets
+from newllm.saving.files import verify_seal
 from newllm.saving.runs import newest_state
 from newllm.saving.teachers import identified, open_teachers
 from newllm.saving.trained import open_model
@@ -65,7 +66,7 @@ def taught_share(model, ids):
     return functional.linear(model.hidden(contexts, streams), *model.output_weights()).softmax(-1)[0]
 
 
-def test_what_cannot_teach_is_said_before_anything_is_trained(taught, tmp_path):
+def test_what_cannot_teach_is_said_before_anything_is_trained(taught, tmp_path, capsys):
     """Nothing there, no model, an empty folder, no head, other data, another file than the setting says."""
     settings, files = taught
     (tmp_path / "text.pth").write_text("no model")
@@ -86,6 +87,7 @@ def test_what_cannot_teach_is_said_before_anything_is_trained(taught, tmp_path):
         with pytest.raises(UserError, match=re.escape(sentence)):
             train.main(config)
         assert not Path(config.checkpoint_dir).exists()
+    assert capsys.readouterr().err == ""  # one sentence each, and no note beside it
 
 
 def test_another_model_at_the_same_path_makes_another_run(taught):
@@ -110,13 +112,16 @@ def test_another_model_at_the_same_path_makes_another_run(taught):
 def test_a_folder_teaches_by_its_newest_state_unless_it_is_the_runs_own(taught):
     """The run would move it aside, and teach itself by what it has just written."""
     settings, files = taught
-    own = Path(settings["checkpoint_dir"])
-    folder = Path(f"{own}gru")
+    folder = Path(settings["checkpoint_dir"] + "gru")
     config = ResidualConfig(**settings, teachers=str(folder))
-    assert identified(config).teachers == identified(
-        dataclasses.replace(config, teachers=str(folder / "model_latest.pt"))
-    ).teachers.replace("/model_latest.pt", "")
+
+    def digits(**changes):
+        return identified(dataclasses.replace(config, **changes)).teachers.rpartition("#")[2]
+
+    seal = verify_seal(folder / "model_latest.pt")
+    assert digits() == digits(teachers=str(folder / "model_latest.pt")) == seal[:12]
     for inside in (folder, folder / "model_best.pt"):
         with pytest.raises(UserError, match="lies among the files that this run moves aside"):
             train.main(dataclasses.replace(config, checkpoint_dir=str(folder), teachers=str(inside)))
-    assert identified(dataclasses.replace(config, checkpoint_dir=str(folder), teachers=str(files[0])))
+    beside = digits(checkpoint_dir=str(folder), teachers=str(files[0]))
+    assert beside == verify_seal(files[0])[:12]
