@@ -68,7 +68,7 @@ for (name, (words, changes)), arm in itertools.product(LOOKED_UP.items(), (END_T
         ARMS[f"{arm}_{name}"] = words, ARMS[arm][1] | changes
         VARIANTS[f"{arm}_{name}"] = arm
 GRID = dict(  # of every arm
-    phase2_learning_rate=(0.0005, 0.001, 0.002, 0.004),
+    phase2_learning_rate=(0.00025, 0.0005, 0.001, 0.002, 0.004),
     dropout=(0.0, 0.15, 0.3, 0.5),
     weight_decay=(0.1, 1.0, 3.0),
 )
