@@ -46,7 +46,7 @@ def drawn(path, rows, columns):
     return lambda style: (abs(image[..., :3] - to_rgb(style["color"])).max(-1) < 0.01).sum() > 100
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.filterwarnings("error:Data has no positive values")
 @pytest.mark.parametrize("heights", [[0, 0], [0, 1], [1, 10]])
 def test_a_logarithmic_axis_takes_what_is_zero(heights, tmp_path):
     """As a network that remembers nothing has it; matplotlib would warn where nothing is above zero."""
