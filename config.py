@@ -4,7 +4,7 @@ from newllm.config import Config
 
 
 class ResidualConfig(Config):
-    preset = "none"  # "seed": the published ancestor's network, 91,429,969 parameters
+    preset = "none"  # "seed": GPT-2's vocabulary, output matrix of its own, 91,429,969 parameters
 
     # Data: token budget = num_samples * max_seq_length (50: 6.4k, 78: 10k, 195: 25k, 390: 50k, 781: 100k)
     data_source = "auto"  # "ultrachat", "chitchat", a path, owner/name[:subset][@revision]; "auto": either
@@ -56,7 +56,7 @@ class ResidualConfig(Config):
     dropout = 0.0  # on the head's inputs and hidden units
     token_dropout = 0.2  # share of the tokens that contexts in training do not see, others each time
     label_smoothing = 0.2  # share of each target that is spread as n-grams of the other samples would
-    teachers = ""  # "A.pth,B.pth": spread as these models would on average (docs/running.md)
+    teachers = ""  # "A.pth,B.pth": label_smoothing then follows these models, not n-grams
     warmup_ratio = 0.1  # share of the steps with rising learning rate
     patience = 3  # epochs without a better validation loss before stopping early
     val_quick_frac = 0.1  # fixed share of the validation samples for checks within an epoch

@@ -63,13 +63,13 @@ GATES = (
     ("effective rank, validation", "er_val", ">", 0.75, "er_val_untrained"),
     ("effective rank above untrained", "er_val", ">", "er_val_untrained", "er_val_untrained"),
     ("tokens converged after 10 cold sweeps", "converged_ratio", ">", 0.95, "converged_ratio_untrained"),
-    # Instead of the guide's final_diff: contexts that a sweep changes little may lie far from the trajectory.
+    # Not by how little a sweep changes contexts: such contexts may still lie far from the trajectory.
     ("cold-start error after 10 sweeps", "cold_start_error_10", "<", 0.05, "cold_start_error_10_untrained"),
     ("val perplexity below untrained contexts", "val_ppl", "<", CONTROL, CONTROL),
     ("val perplexity below the bigram", "val_ppl", "<", "val_ppl_bigram", CONTROL),
     ("with retrieval, below counting by 2 to 20 %", "val_ppl_retrieval", "<", earned, UNTRAINED_TOO),
     ("Phase 1's contexts as keys, 10 % better", "val_ppl_retrieval_phase1_contexts", "<", good_keys, KEYS),
-    ("peak memory, MB", "peak_memory_mb", "<", 5441, None),  # the guide's, for 100k tokens at full size
+    ("peak memory, MB", "peak_memory_mb", "<", 5441, None),  # of 100k tokens at full size
 )
 LADDER_COLUMNS = (  # title, key of the summary, format
     ("tokens", "train_tokens", ","),
@@ -80,7 +80,7 @@ LADDER_COLUMNS = (  # title, key of the summary, format
     ("peak MB", "peak_memory_mb", ",.0f"),
     ("ER train", "er_train", ".1%"),
     ("ER val", "er_val", ".1%"),
-    ("untrained", "er_val_untrained", ".1%"),
+    ("ER untrained", "er_val_untrained", ".1%"),
     ("ceiling", "er_ceiling", ".1%"),
     ("sweeps", "sweeps_to_convergence", ""),
     ("cold error", "cold_start_error_10", ".2g"),
@@ -90,7 +90,7 @@ LADDER_COLUMNS = (  # title, key of the summary, format
     ("with retrieval", "val_ppl_retrieval", ".1f"),
     ("counting with retrieval", COUNTING, ".1f"),
     ("bits per byte", "val_bpb_retrieval", ".3f"),
-    ("untrained", "val_ppl_untrained_context", ".1f"),
+    ("untrained contexts", "val_ppl_untrained_context", ".1f"),
     ("bigram", "val_ppl_bigram", ".1f"),
     ("check", "check", ""),
 )

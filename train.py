@@ -1,4 +1,4 @@
-"""Train a model: data, untrained row, Phase 1, Phase 2, report. Run it again and it continues.
+"""Train a model: data, untrained row, Phase 1, Phase 2, retrieval, report. Run it again and it continues.
 
 python3 train.py                      # values of config.py
 python3 train.py --num_samples 781    # every value is also a flag; --help lists them

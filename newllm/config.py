@@ -79,7 +79,7 @@ group = dataclass(init=False)
 
 PRESETS = {
     "none": {},
-    # The published ancestor's network: GPT-2's vocabulary, logits of the token stream by an untied matrix.
+    # GPT-2's vocabulary, logits of the token stream by an untied matrix.
     "seed": dict(
         tokenizer="gpt2", context_dim=768, embed_dim=768, num_layers=6, token_layers=0, tie_weights=False
     ),

@@ -46,7 +46,7 @@ ARMS = {  # name: what it is, and the settings in which it differs from those of
     "phase1_w0": ("Phase 1 without its regularizer, frozen", FROZEN | dict(dist_reg_weight=0.0)),
     "phase1_w1": ("Phase 1 without consistency, frozen", FROZEN | dict(dist_reg_weight=1.0)),
     FINETUNED: ("Phase 1 and fine-tuning", {}),
-    END_TO_END: ("the same network end to end, without Phase 1", UNTRAINED),
+    END_TO_END: ("our network trained end to end, without Phase 1", UNTRAINED),
     "gru": ("GRU", dict(model_type="gru")),
     "lstm": ("LSTM", dict(model_type="lstm")),
     "transformer": ("Transformer (GPT-2's blocks)", dict(model_type="transformer")),

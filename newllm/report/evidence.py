@@ -60,6 +60,8 @@ def at_goal(comparison, tokens):
 
 def runs_of(comparison, tokens, arm):
     """Names of an arm's rows at a budget, in short."""
+    if arm == COUNTING:
+        return "counting in the same rows"
     return f"`{comparison.by[tokens, arm][0]['run'].rpartition('-')[0]}-*`"
 
 
@@ -85,7 +87,9 @@ def verdict(comparison, tokens, claim):
         said, limit = as_percent(difference), math.log1p(-claim.gain)
         holds = high < 0 and middle <= limit
     word = "holds" if holds else "refuted" if low > limit else "open"
-    return f"**{word}**: {said}, {' against '.join(runs_of(comparison, tokens, arm) for arm in best)}"
+    seeds = min(len(comparison.by[tokens, arm]) for arm in best)
+    rows = " against ".join(runs_of(comparison, tokens, arm) for arm in best)
+    return f"**{word}**: {said}, seeds: {seeds}, {rows}"
 
 
 def by_budget(comparison, header, rows):
@@ -193,8 +197,8 @@ def done_lines(comparison):
         f"measure on. Tokenizer: {row['tokenizer']}, {row['vocab_size']:,} ids.",
         f"- **Networks**: {s['num_layers']} layers, contexts {s['context_dim']} and embeddings "
         f"{s['embed_dim']} wide. Learning rate, dropout and weight decay of each arm were chosen on "
-        "training dialogues held back; a budget that the last table lacks takes those of the next smaller, "
-        "or the defaults.",
+        "training dialogues held back ([where](#what-each-arm-was-tuned-to)); a budget without a choice of "
+        "its own takes that of the next smaller, or the defaults.",
         "- **Retrieval**: the network's prediction mixed with counts, the text so far and the training text "
         "([how](theory.md)); each half of the measured dialogues by a gate fitted on the other.",
         "- **Figures**: means over seeds +- their 95 % interval; differences are of perplexity, paired by "
@@ -205,12 +209,12 @@ def done_lines(comparison):
     ]
 
 
-def result_lines(comparison):
-    """The result at the largest budget, in three lines."""
+def result_lines(comparison, labels):
+    """The result at the largest budget, in three lines; labels: {arm: what it is}."""
     tokens, lines = comparison.budgets[-1], []
     for title, (key, _) in (("With all that is looked up", WITH_ALL), ("Alone", ALONE)):
         best = best_of(comparison, tokens, OURS, key)
-        words = {best: f"`{best}`", COUNTING: "counting", "gru": "a GRU"}
+        words = {best: f"{labels.get(best)} (`{best}`)", COUNTING: "counting", "gru": "a GRU"}
         known = {arm: comparison.text(tokens, arm, key) for arm in words}
         said = ", ".join(f"{words[arm]} {known[arm]}" for arm in words if known[arm])
         if known[best]:
@@ -237,7 +241,7 @@ def page_lines(comparison, labels, variants, tuned, pictures):
     largest = comparison.budgets[-1]
     budgets = [(f"{n:,} tokens", budget_table(comparison, n, main)) for n in reversed(comparison.budgets)]
     sections = [
-        ("The result", [*result_lines(comparison), "", *pictures["results"]]),
+        ("The result", [*result_lines(comparison, labels), "", *pictures["results"]]),
         ("What was done", done_lines(comparison)),
         ("Claims", claims_table(comparison)),
         *budgets,

@@ -26,7 +26,7 @@ def test_verdicts_say_what_the_numbers_say():
     assert [*words(comparison).values()] == ["holds", "refuted", "open", "holds"]
     found = cells(evidence.claims_table(comparison))
     assert found[0][1].startswith("**holds**: -18")
-    assert found[0][1].endswith("`phase1_frozen-1000-*` against `untrained_frozen-1000-*`")
+    assert found[0][1].endswith("seeds: 3, `phase1_frozen-1000-*` against `untrained_frozen-1000-*`")
     assert found[3][1].endswith("`phase1_w1-1000-*`") and len(found) == 4
 
 
@@ -114,7 +114,7 @@ def test_a_page_shows_what_rows_have_and_nothing_else():
     assert lines[at + 2 : at + 4] == ["    prompt    | User: a / `b`", "    network   | c"]
     text = "\n".join(lines)
     assert "## Contexts" not in text and "tuned to\n" not in text and "| y" not in text
-    assert "`end_to_end` 80.0, counting 100.0, a GRU 90.0." in text
+    assert "ours (`end_to_end`) 80.0, counting 100.0, a GRU 90.0." in text
     assert "| gru |" in "\n".join(evidence.page_lines(Comparison(others), labels, {}, [], pictures))
 
 
