@@ -90,7 +90,7 @@ LADDER_COLUMNS = (  # title, key of the summary, format
     ("with retrieval", "val_ppl_retrieval", ".1f"),
     ("counting with retrieval", COUNTING, ".1f"),
     ("bits per byte", "val_bpb_retrieval", ".3f"),
-    ("untrained contexts", "val_ppl_untrained_context", ".1f"),
+    ("untrained contexts", CONTROL, ".1f"),
     ("bigram", "val_ppl_bigram", ".1f"),
     ("check", "check", ""),
 )

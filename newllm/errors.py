@@ -17,6 +17,11 @@ class UserError(Exception):
         return [f"error: {self}"]
 
 
+def first_line(error):
+    """What an exception says, in one line without a full stop; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def _end(error):
     """Say in one line why the command ends, and end it."""
     line, status = f"error: {error}", 2
@@ -60,7 +65,7 @@ def exit_on_user_error():
 
             if not is_out_of_memory(error):
                 raise
-            reason = next(filter(None, str(error).splitlines()), "no reason given")
+            reason = first_line(error)
             _end(UserError(f"memory ran out ({reason}): give smaller sizes, or take a larger machine."))
         finally:
             sys.stdout.flush()  # here, as the end of Python only prints that it failed

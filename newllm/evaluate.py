@@ -223,7 +223,6 @@ def evaluate_contexts(model, data, settings, device, progress=silent):
         "memory_curve": memory,
         "past_capacity": sum(capacity),
         "past_capacity_by_lag": capacity,
-        "identity_r2": diagnostics.identity_r2(train, val),
         "spectrum": {rank: shares[rank - 1] for rank in ranks},
     }
 

@@ -199,7 +199,8 @@ class NewLLMForCausalLM(PreTrainedModel, GenerationMixin):
                 the ids of its training text alone; nothing has changed.
         """
         network = self.network
-        if self.retrieval is not None and (new_num_tokens is not None or pad_to_multiple_of is not None):
+        same = new_num_tokens in (None, network.vocab_size) and pad_to_multiple_of is None
+        if self.retrieval is not None and not same:
             raise ValueError(
                 "what this model looks up has the ids of its training text: to change their number load it "
                 "with from_pretrained(..., retrieval='none')."

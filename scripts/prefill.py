@@ -36,7 +36,7 @@ from newllm.progress import Progress
 from newllm.report.compare import table
 from newllm.report.pictures import prefill_speed
 from newllm.report.record import new_run_id
-from newllm.saving.checkpoint import load_trained
+from newllm.saving.checkpoint import only_reading
 from newllm.saving.trained import open_retrieval
 from newllm.training.runtime import describe_device, open_runtime, peak_memory_mb
 from newllm.training.step_function import StepFunction, reason_of
@@ -261,7 +261,10 @@ def report(config, options, say):
         add("untrained")
     trained, notes = False, []
     try:
-        trained, notes = load_trained(config, model, data.fingerprint, runtime.group)
+        with only_reading(config, data.fingerprint, runtime.group) as run:
+            trained, notes = run.is_done("untrained"), run.notes
+            if trained:
+                run.restore(run.stage, model)
     except UserError as error:  # what was measured untrained is worth as much beside damaged files
         notes = [str(error)]
     line = "; ".join(notes) or "run train.py first."

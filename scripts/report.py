@@ -10,6 +10,7 @@
 All but the list of checkpoints comes from the records that runs write; no model is loaded.
 """
 
+import contextlib
 from pathlib import Path
 
 from config import ResidualConfig
@@ -102,8 +103,11 @@ def listing(folder, records):
         if kind == "model checkpoints":
             lines += [f"  {path} {path.stat().st_size / 1e6:.1f} MB {digest(path)}" for path in paths]
     lines.append(f"Complete runs: {', '.join(record.run for record in records) or 'none'}")
-    stats = [path.stat() for path in folder.rglob("*")]
-    sizes = {(stat.st_dev, stat.st_ino): stat.st_size for stat in stats}  # a hard link takes no room
+    sizes = {}
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # what a run has replaced meanwhile
+            stat = path.stat()
+            sizes[stat.st_dev, stat.st_ino] = stat.st_size  # a hard link takes no room
     return [*lines, f"Size of the folder: {sum(sizes.values()) / 1e6:.1f} MB"]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +74,10 @@ def test_contexts_and_features_by_hand(precision, width):
     held = {stage: things["contexts"] * 1e6 for stage, things in table(config).items()}
     features = (12 + 6) * 24 * (20 + 16) * width
     assert held == pytest.approx({"phase1": 12 * 24 * 20 * width, "phase2": features})
+    group = SimpleNamespace(size=2)  # each of two processes has half
+    halves = memory_table(config, V, dataclasses.replace(open_runtime(config), group=group))
+    assert [2e6 * halves[stage]["contexts"] for stage in held] == pytest.approx([*held.values()])
+    assert halves["phase1"]["activations"] < 0.8 * table(config)["phase1"]["activations"]
     in_files = dataclasses.replace(config, context_memory_mb=0)
     assert not any(things["contexts"] for things in table(in_files).values())
 

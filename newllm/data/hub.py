@@ -4,6 +4,8 @@ import os
 import time
 from urllib.parse import quote
 
+from newllm.errors import first_line
+
 PROBE_SECONDS = 3.0
 PAUSES = (1.0, 2.0, 4.0, None)  # seconds after an attempt
 # By class name: the errors of httpx with huggingface_hub 1 are those of httpx2 with 2.
@@ -31,7 +33,7 @@ def describe(error):
             return reason
     if status:
         return f"HTTP {status}"
-    return (str(error) or type(error).__name__).strip().splitlines()[0].rstrip(".")[:200]
+    return first_line(error)[:200]
 
 
 def _causes(error):

@@ -81,28 +81,24 @@ def contraction_factor(errors):
     return math.exp(slope)
 
 
-def lyapunov_exponent(step, tokens_BTE, trajectory_BTC, directions=1):
+def lyapunov_exponent(step, tokens_BTE, contexts_BTC):
     """The largest Lyapunov exponent of the map along a trajectory, in nats a token (Benettin et al. 1980).
 
-    A small difference of contexts grows by its exponential a token, whatever it was: from random directions,
+    A small difference of contexts grows by its exponential a token, whatever it was: from a random direction,
     each token moves the context beside the trajectory, and the difference is made small again. Below zero
     the trajectory is predictable and sweeps converge, their number independent of the length; above zero they
     take as many as there are tokens (Gonzalez et al., NeurIPS 2025, arXiv 2508.16817).
 
-    Args:
-        directions: random ones for each sequence.
-
     Returns:
-        The mean over sequences, directions and tokens; log(VANISHED) of a map that forgets at once.
+        The mean over sequences and tokens; log(VANISHED) of a map that forgets at once.
     """
-    tokens, contexts = (each.repeat_interleave(directions, 0) for each in (tokens_BTE, trajectory_BTC))
     generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(contexts[:, 0].shape, generator=generator).to(contexts)
+    direction = torch.randn(contexts_BTC[:, 0].shape, generator=generator).to(contexts_BTC)
     direction = direction / direction.norm(dim=-1, keepdim=True)
     # Of the size whose curvature costs as little as rounding does.
-    size = torch.finfo(contexts.dtype).eps ** 0.5 * contexts.norm(dim=-1).mean().clamp(min=VANISHED)
+    size = torch.finfo(contexts_BTC.dtype).eps ** 0.5 * contexts_BTC.norm(dim=-1).mean().clamp(min=VANISHED)
     before, logs = torch.zeros_like(direction), []
-    for token, after in zip(tokens.unbind(1), contexts.unbind(1), strict=True):
+    for token, after in zip(tokens_BTE.unbind(1), contexts_BTC.unbind(1), strict=True):
         beside, _ = step(torch.cat([before, before + size * direction]), torch.cat([token, token]))
         alone, moved = beside.chunk(2)
         difference = (moved - alone) / size
@@ -179,12 +175,3 @@ def past_capacity(fit, held_out):
         return rearrange(contexts[:, max_lag:], "b t c -> (b t) c"), rearrange(lagged, "j b t d -> (b t) j d")
 
     return ridge_r2(*probe(*fit), *probe(*held_out)).clamp(min=0).tolist()
-
-
-def identity_r2(fit, held_out):
-    """Held-out R^2 of the best linear map from e_t to c_t: 1 means that a context is its token alone."""
-
-    def flat(contexts, embeddings):
-        return rearrange(embeddings, "b t e -> (b t) e"), rearrange(contexts, "b t c -> (b t) 1 c")
-
-    return ridge_r2(*flat(*fit), *flat(*held_out)).item()

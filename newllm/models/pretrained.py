@@ -112,14 +112,9 @@ def adapter_rank(asked, memory):
     return asked or next(rank for limit, rank in RANKS if memory < limit)
 
 
-def has_adapter(state):
-    """Whether a state dict is that of a model with an adapter."""
-    return any(".lora_A." in name for name in state)
-
-
 def saved_rank(state):
-    """Rank of the adapter in a state dict."""
-    return next(tensor.shape[0] for name, tensor in state.items() if ".lora_A." in name)
+    """Rank of the adapter in a state dict; None where there is none."""
+    return next((tensor.shape[0] for name, tensor in state.items() if ".lora_A." in name), None)
 
 
 def add_adapter(model, rank, generator=None):

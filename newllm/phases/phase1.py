@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from newllm.evaluate import trajectories
+from newllm.evaluate import RANK_TOKENS, trajectories
 from newllm.fixed_point.diagnostics import effective_rank
 from newllm.fixed_point.losses import phase1_loss
 from newllm.fixed_point.solver import sequential, sweep
@@ -20,7 +20,6 @@ from newllm.training.contexts import StoredContexts
 SETTLE_ERROR = 1e-2  # relative distance from the trajectory at which contexts count as settled
 SETTLE_SWEEPS = 32
 VERIFIED_SEQUENCES = 32
-RANK_TOKENS = 10_000
 
 
 class Phase1:
@@ -127,9 +126,6 @@ class Phase1:
         moved = distance(self.parameters, self.before)
         self.before = None
         return means | {"er": rank / self.model.context_dim, "update_norm": moved} | figures
-
-    def opening(self, loss):
-        return ""
 
     def line(self, epoch, row, figures):
         """One line about an iteration."""

@@ -12,7 +12,7 @@ from newllm.evaluate import evaluate_prediction, sample_nats
 from newllm.fixed_point.solver import sequential, truncated
 from newllm.models.baselines import Baseline
 from newllm.models.cross_entropy import linear_cross_entropy
-from newllm.models.pretrained import adapter_rank, add_adapter, has_adapter, merge_adapter
+from newllm.models.pretrained import adapter_rank, add_adapter, merge_adapter, saved_rank
 from newllm.phases.retrieval import Averaged
 from newllm.retrieval.ngram import KneserNey
 from newllm.saving.stop import poll
@@ -103,7 +103,7 @@ class Phase2:
     def begin(self):
         """Let the right parameters train; compute what a frozen map gives the head."""
         model, settings = self.model, self.settings
-        if self.adapted and not has_adapter(model.state_dict()):  # a restored state brings its own
+        if self.adapted and not saved_rank(model.state_dict()):  # a restored state brings its own
             rank = adapter_rank(settings.adapter_rank, self.runtime.memory)
             add_adapter(model, rank, derived_generator(settings.seed, "adapter"))
         for parameter in model.context_parameters():
@@ -199,14 +199,6 @@ class Phase2:
     def end_epoch(self, means, metrics, figures):
         """The row of an epoch."""
         return means | {f"val_{name}": value for name, value in metrics.items()}
-
-    def opening(self, loss):
-        """The first loss beside that of a head which knows nothing."""
-        size = self.model.vocab_size
-        return (
-            f"{self.stage} | loss of the first batch {loss:.4f}: the head starts at the tokens' frequencies "
-            f"(all {size:,} tokens alike would be ln V = {math.log(size):.4f})"
-        )
 
     def line(self, epoch, row, figures):
         """One line about an epoch."""

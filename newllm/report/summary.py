@@ -19,7 +19,7 @@ CONTEXTS = {  # of contexts: what it is, and its format
     "memory_horizon": ("memory horizon, tokens", ".3g"),
     "past_capacity": ("past capacity", ".3g"),
 }
-CONTEXT_KEYS = "sweeps_to_convergence", "identity_r2", *(key for key in CONTEXTS if key != "er_ceiling")
+CONTEXT_KEYS = "sweeps_to_convergence", *(key for key in CONTEXTS if key != "er_ceiling")
 EXPERTS = {  # of a mixture, in turn: what they are, in words
     "network": "the network alone",
     "ngram": "+ counts of the training text (n-grams)",

@@ -10,6 +10,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from newllm.errors import first_line
 from newllm.saving.files import Corrupt, copy_verified, ending, second_folder, usable_folder, verify_seal
 from newllm.saving.guard import Guard
 from newllm.saving.runs import LATEST, PREVIOUS
@@ -88,6 +89,8 @@ class Backup:
 
     def request(self, names, save):
         """Say which files, relative to the folder, the target shall hold; their round copies them."""
+        if self._asked is not self._done:  # what is asked for already waits for its round
+            names = [*(name for name in self._asked[0] if name not in names), *names]
         self._asked = names, save
         if self._idle.is_set() and time.monotonic() >= self._next_round:
             self._begin()
@@ -129,7 +132,7 @@ class Backup:
             self.error, self.newest, self._done = None, f"the newest of save {save} in {self.target}", asked
             self._next_round = time.monotonic() + self.every_seconds
         except Exception as error:  # whatever it is, it is no matter of the training
-            line = (str(error) or repr(error)).splitlines()[0].rstrip(".")
+            line = first_line(error)
             if not self.error:
                 self.say(f"warning: no second copy in {self.target} ({line}); training goes on")
             self.error = line

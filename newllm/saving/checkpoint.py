@@ -251,7 +251,8 @@ class Checkpointer:
         """
         self.wait()
         self.lock.check()
-        trained.store_retrieval(self.folder, retrieval, model, self.run_id)
+        content = trained.retrieval_content(retrieval, model) | {"run_id": self.run_id}
+        save_sealed(content, self.folder / trained.RETRIEVAL)
         if self.mirror:
             self.mirror.request([trained.RETRIEVAL], self.save_number)
 
@@ -375,22 +376,6 @@ class Checkpointer:
 def only_reading(config, fingerprint, group):
     """A Checkpointer of the run that these settings would continue; nothing is written or made."""
     return Checkpointer(dataclasses.replace(config, save_checkpoint=False), fingerprint, "", group)
-
-
-def load_trained(config, model, fingerprint, group):
-    """Give the model what the run of these settings has trained so far.
-
-    Returns:
-        (whether it has trained anything: else the model is as it was, lines about what was found).
-
-    Raises:
-        UserError: the folder holds what cannot be read.
-    """
-    with only_reading(config, fingerprint, group) as run:
-        has_trained = run.is_done("untrained")
-        if has_trained:
-            run.restore(run.stage, model)
-        return has_trained, run.notes
 
 
 def write_state(folder, content, keep_last=0, names=()):

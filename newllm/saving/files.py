@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from newllm.errors import UserError
+from newllm.errors import UserError, first_line
 
 COLAB_DRIVE = Path("/content/drive")
 NO_COMMENT, COMMENT = b"\0\0", b"\x47\0sha256:"  # an archive ends in its comment's length, then the comment
@@ -89,9 +89,6 @@ def save_sealed(value, path, previous=None):
 
     Args:
         previous: a path by which to keep the file that had the name.
-
-    Returns:
-        The SHA-256 (hex) of the archive.
     """
     path = Path(path)
     with replacing(path) as temporary:
@@ -107,7 +104,6 @@ def save_sealed(value, path, previous=None):
         load_sealed(temporary, mmap=True)  # what cannot be loaded must not replace what can
         if previous is not None and path.exists():
             duplicate(path, previous)
-    return writer.digest.hexdigest()
 
 
 def load_sealed(path, mmap=False):
@@ -123,7 +119,7 @@ def load_sealed(path, mmap=False):
     except (OSError, MemoryError):
         raise
     except Exception as error:  # a bad pickle fails in every way: Key, Index, Value, Type, Runtime errors
-        raise Corrupt(f"{path} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise Corrupt(f"{path} cannot be loaded: {first_line(error)}") from error
 
 
 def verify_seal(path):

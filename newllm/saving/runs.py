@@ -323,7 +323,11 @@ def choose(folder, top, config, fingerprint):
             known.append((home, state, distinction(state, config, fingerprint)))
         else:
             choice.lines.append(f"warning: {home} holds no run that this version can read; it stays as it is")
-    kept = f"; run {top['run_id']} is kept whole in {RUNS}/{top['run_id']}" if top else ""
+    kept = (
+        f"; run {top['run_id']} is kept whole in {RUNS}/{top['run_id']}"
+        if top and config.save_checkpoint
+        else ""
+    )
     if not known:
         return choice
     if not config.load_checkpoint:

@@ -9,7 +9,7 @@ from newllm.data.samples import load_data
 from newllm.data.tokens import Tokenizer
 from newllm.errors import UserError
 from newllm.models.baselines import build_model
-from newllm.models.pretrained import add_adapter, has_adapter, load_embedding, require_peft, saved_rank
+from newllm.models.pretrained import add_adapter, load_embedding, require_peft, saved_rank
 from newllm.retrieval.keys import Keys
 from newllm.retrieval.mixture import FORMAT as RETRIEVAL_FORMAT
 from newllm.retrieval.mixture import ORDER, Retrieval
@@ -72,9 +72,10 @@ def load_weights(folder, model, state):
             needs peft.
     """
     trained = state["model_state_dict"]
-    if has_adapter(trained) and not has_adapter(model.state_dict()):
+    rank = saved_rank(trained)
+    if rank and not saved_rank(model.state_dict()):
         require_peft()
-        add_adapter(model, saved_rank(trained))
+        add_adapter(model, rank)
     weights = frozen_of(folder, model, state) | trained
     if "context_embedding" not in model.state_dict():  # Phase 2 need not freeze what Phase 1 did
         weights.pop("context_embedding", None)
@@ -132,17 +133,8 @@ def retrieval_bytes(config, vocab_size, places):
     return sizes[0] + places * (sizes[1] - sizes[0])
 
 
-def store_retrieval(folder, retrieval, model, run_id):
-    """Keep a retrieval beside the weights of its model, which those of a run are.
-
-    Raises:
-        OSError: it cannot be written; a file that was there stays as it was.
-    """
-    save_sealed(retrieval_content(retrieval, model) | {"run_id": run_id}, Path(folder) / RETRIEVAL)
-
-
 def read_retrieval(folder, digest):
-    """What `store_retrieval` has written for the model of a digest.
+    """The file of what a run's model of such a digest looks up.
 
     Raises:
         UserError: it is not there, cannot be read, or is of another model or version; the sentence is the
@@ -219,7 +211,7 @@ def open_model(path, cache_dir="", say=say_aside):
         say: function of the sentence that says so where its head has not been trained.
 
     Returns:
-        (model on the CPU in fp32, tokenizer, content of the file).
+        (model on the CPU in fp32, for evaluation, tokenizer, content of the file).
 
     Raises:
         UserError: as open_saved; the run has trained nothing yet, its contexts are whitened, or its data are
@@ -231,7 +223,8 @@ def open_model(path, cache_dir="", say=say_aside):
     if content["config"]["whiten_context"]:
         raise UserError(f"{path} is a control on whitened contexts: it cannot read a new text.")
     if "tokenizer" in content:
-        return *load_model(content), content
+        model, tokenizer = load_model(content)
+        return model.eval(), tokenizer, content
     config = Config(**EARLIER | content["config"] | ({"cache_dir": cache_dir} if cache_dir else {}))
     data = load_data(config)
     if data.fingerprint != content["data_fingerprint"]:
@@ -239,10 +232,9 @@ def open_model(path, cache_dir="", say=say_aside):
     vectors = load_embedding(config.embeddings, data.vocab_size, config.embed_dim)
     model = build_model(config, data.vocab_size, vectors)
     load_weights(folder, model, content)
-    model.eval()
     if not predicts(content):
         say(f"note: {path} has not begun Phase 2, so it predicts by how frequent tokens are")
-    return model, data.tokenizer, content
+    return model.eval(), data.tokenizer, content
 
 
 def open_retrieval(path, model, content, say=say_aside):

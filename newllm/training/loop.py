@@ -3,7 +3,7 @@
 A phase (newllm.phases) is asked for
     stage, title, counter: its name in checkpoints and in messages, and the name of a pass over its samples;
     model, train: the network, and the ids of the samples [N, T+1];
-    epochs, batch_size, learning_rate, weight_decay, warmup_ratio (None: the rate is constant);
+    settings, epochs, batch_size, learning_rate, weight_decay, warmup_ratio (None: the rate is constant);
     num_validation: samples that `validate` takes; 0: it has nothing to validate; else also
     quick_share, quick_every: of the samples, for checks within an epoch, and batches between these;
     contexts: StoredContexts that are part of its state, or None;
@@ -13,7 +13,7 @@ A phase (newllm.phases) is asked for
     gradients(step, batch, parts): adds up the gradients of a Batch, cut into parts; (loss, what was made);
     after_step(batch, loss, made): what the batch adds to the means of the epoch, {name: amount};
     validate(samples): metrics, `loss` among them; end_epoch(means, metrics, figures): the epoch's row;
-    opening(loss), line(epoch, row, figures): what a person reads after the first batch and each epoch;
+    line(epoch, row, figures): what a person reads after each epoch; trajectories(samples): their contexts;
     enough(state, history): whether to stop early; results(state): what is known at the end.
 """
 
@@ -184,7 +184,6 @@ class EpochLoop:
         loss, made = self.take_step(gradients, len(own), state, seed, where)
         if not state.steps:
             state.first_loss = loss
-            self._say(phase.opening(loss))
         for name, amount in phase.after_step(batch, loss, made).items():
             state.sums[name] = state.sums.get(name, 0.0) + amount
         tokens = len(samples) * (phase.train.shape[1] - 1)
@@ -215,7 +214,7 @@ class EpochLoop:
         state.sums = {}
         if self.log:
             self.log.log(phase.stage, **{phase.counter: state.epoch}, **(row | figures), **memory_mb())
-        self._say(phase.line(state.epoch, row, figures))
+            self.log.say(phase.line(state.epoch, row, figures))
         if metrics and (not state.best or metrics["loss"] < state.best["loss"]):
             state.best = metrics | {"epoch": state.epoch}
             weights = phase.model.trained_state().items()
@@ -270,7 +269,3 @@ class EpochLoop:
 
     def _position(self):
         return self.state.position(self.phase.epochs, self.count, self.batches)
-
-    def _say(self, line):
-        if self.log and line:
-            self.log.say(line)

@@ -40,10 +40,12 @@ SCATTERED_MB = 70.0  # of the saving thread, and of freed memory between what is
 
 
 def memory_table(config, vocab_size, runtime):
-    """{stage: {thing: MB}} of the stages that train, in their order."""
+    """{stage: {thing: MB}} in this process of the stages that train, in their order."""
     C, E, T, kind = config.context_dim, config.embed_dim, config.max_seq_length, config.model_type
     on_cpu, itemsize = runtime.device.type == "cpu", runtime.storage_dtype.itemsize
-    samples, validated = training_samples(config), T * min(SEQUENCES_AT_A_TIME, config.val_samples)
+    samples, processes = training_samples(config), runtime.group.size
+    owned = [-(-count // processes) for count in (samples, config.val_samples)]
+    validated = T * min(SEQUENCES_AT_A_TIME, config.val_samples)
     model = sketch(config, vocab_size)
     parts = model.context_parameters(), model.head_parameters(), model.state_dict().values()
     context, head, weights = (sum(tensor.nbytes for tensor in part) for part in parts)
@@ -56,7 +58,8 @@ def memory_table(config, vocab_size, runtime):
 
     def step(batch_size, floats, vocabulary=vocab_size):
         """Bytes of (activations, logits) of a training step; the logits with the output's gradient."""
-        tokens = T * -(-samples // batch_count(samples, batch_size, config.min_batches))
+        batch = -(-samples // batch_count(samples, batch_size, config.min_batches))
+        tokens = T * -(-batch // processes)
         kept = 4 * tokens * floats * (1.0 if itemsize == 4 else HALF)
         if vocabulary and config.label_smoothing:
             kept += TARGET * samples * T
@@ -73,14 +76,14 @@ def memory_table(config, vocab_size, runtime):
     validation = 4 * validated * read * FORWARD[kind], validated * vocab_size // chunks * (8 + itemsize)
     probed = T * min(-(-RANK_TOKENS // T), samples, config.val_samples)
     probes = 4 * probed * (4 * read + 5.5 * min(PROBE_LAGS, T // 2) * min(PROBE_DIMS, E)), 0
-    features = [count * T * (C + E) * itemsize for count in (samples, config.val_samples)]
+    features = [count * T * (C + E) * itemsize for count in owned]
     frozen = head, features, step(config.phase2_batch_size, in_head), validation
     in_layers, table = config.num_layers * in_layer, {}
     if context and config.untrained_control:
         table["untrained"] = stage(*frozen, copies=2)
     if context:
         work = step(config.phase1_batch_size, in_layers + LOSS * C, vocabulary=0)
-        table["phase1"] = stage(context, [samples * T * C * itemsize], work, probes)
+        table["phase1"] = stage(context, [owned[0] * T * C * itemsize], work, probes)
     if config.phase == "both" and (kind in ("window", "token") or (context and config.freeze_context)):
         table["phase2"] = stage(*frozen)
     elif config.phase == "both":

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 
-from newllm.errors import UserError
+from newllm.errors import UserError, first_line
 from newllm.saving.stop import Interrupt, Stopped
 
 STORAGE_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -175,7 +175,7 @@ def _together():
         yield
     except RuntimeError as error:
         raise UserError(
-            f"another process of this run has ended ({str(error).splitlines()[0]}): see its message, then "
+            f"another process of this run has ended ({first_line(error)}): see its message, then "
             "start all of them again to continue from the last checkpoint."
         ) from None
 

@@ -93,7 +93,7 @@ class OptimizerStep:
         self.step.graphs.forget()
         free_memory()
         if self.runtime.group.size > 1:  # the others are elsewhere in the batch and cannot begin it again
-            remedy = "smaller batches" if memory else "--no_compile"
+            remedy = "smaller batches" if memory else "--no-compile"
             raise UserError(f"{reason} at {where}: train with {remedy}, or fewer processes.")
         if not memory:
             self.note(self.step.survive(where, reason))
@@ -127,15 +127,7 @@ class OptimizerStep:
             raise UserError(f"the {name} is {value} at {where}: stopped before it; lower the learning rate.")
         if norm > self.max_norm:  # else every gradient would be read and written to be multiplied by one
             clip_grads_with_norm_(parameters, self.max_norm, total, foreach=together)
-        try:
-            self.optimizer.step()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise UserError(
-                f"out of memory while the parameters were updated at {where}: run again to continue from the "
-                "last checkpoint, with a smaller model if it happens again."
-            ) from None
+        self.optimizer.step()  # whose lack of memory ends the run: some parameters may have moved
         return loss
 
     def _skips(self):

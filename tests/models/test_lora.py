@@ -12,7 +12,7 @@ from config import ResidualConfig
 from newllm.errors import UserError
 from newllm.models import pretrained
 from newllm.models.network import LanguageModel
-from newllm.models.pretrained import adapter_rank, add_adapter, has_adapter, merge_adapter
+from newllm.models.pretrained import adapter_rank, add_adapter, merge_adapter, saved_rank
 from newllm.saving.files import load_sealed
 from newllm.saving.trained import load_weights, open_saved
 from train import main
@@ -75,7 +75,7 @@ def test_a_run_moves_f_by_a_matrix_of_low_rank_and_continues_exactly(config, mon
     folder = Path(config.checkpoint_dir)
     before = load_sealed(folder / "model_phase1.pt")["model_state_dict"]
     after = load_sealed(folder / "model_latest.pt")["model_state_dict"]
-    assert not has_adapter(after)
+    assert saved_rank(after) is None
     for layer in range(2):
         name = f"context_map.layers.{layer}.mix."
         moved = torch.linalg.svdvals(after[name + "weight"] - before[name + "weight"])
@@ -89,7 +89,7 @@ def test_a_run_moves_f_by_a_matrix_of_low_rank_and_continues_exactly(config, mon
     assert state["stage"] == "phase2" and state["stage_state"]["steps"] > 0
     reader = LanguageModel(by_memory, state["model_state_dict"]["embedding.weight"].shape[0])
     load_weights(files, reader, state)
-    assert has_adapter(reader.state_dict())
+    assert saved_rank(reader.state_dict()) == RANK
     monkeypatch.setattr(pretrained, "RANKS", ((float("inf"), RANK + 1),))
     main(by_memory)
     again = load_sealed(Path(by_memory.checkpoint_dir) / "model_latest.pt")["model_state_dict"]

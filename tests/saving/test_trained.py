@@ -12,7 +12,7 @@ from config import ResidualConfig
 from newllm.data.samples import load_data
 from newllm.errors import UserError
 from newllm.models.network import LanguageModel
-from newllm.saving.checkpoint import load_trained
+from newllm.saving.checkpoint import only_reading
 from newllm.saving.files import load_sealed
 from newllm.training.runtime import open_runtime
 
@@ -26,7 +26,11 @@ def run(tiny_settings):
 
     def read(config):
         model = LanguageModel(config, data.vocab_size)
-        return model, *load_trained(config, model, data.fingerprint, open_runtime(config).group)
+        with only_reading(config, data.fingerprint, open_runtime(config).group) as run:
+            trained = run.is_done("untrained")
+            if trained:
+                run.restore(run.stage, model)
+            return model, trained, run.notes
 
     return config, read
 
