@@ -77,7 +77,9 @@ def test_contexts_and_features_by_hand(precision, width):
     group = SimpleNamespace(size=2)  # each of two processes has half
     halves = memory_table(config, V, dataclasses.replace(open_runtime(config), group=group))
     assert [2e6 * halves[stage]["contexts"] for stage in held] == pytest.approx([*held.values()])
-    assert halves["phase1"]["activations"] < 0.8 * table(config)["phase1"]["activations"]
+    deep = settings(num_layers=20, phase1_batch_size=12, min_batches=1)  # its step is what takes most
+    halves = memory_table(deep, V, dataclasses.replace(open_runtime(deep), group=group))
+    assert 2 * halves["phase1"]["activations"] == pytest.approx(table(deep)["phase1"]["activations"])
     in_files = dataclasses.replace(config, context_memory_mb=0)
     assert not any(things["contexts"] for things in table(in_files).values())
 
