@@ -1,5 +1,6 @@
 """Dialogues to samples: disjoint splits, the cache file."""
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -116,6 +117,10 @@ def _load_samples(settings, progress):
             save_sealed(payload, path)
         except OSError as error:
             notes.append(f"cache: {path} could not be written ({error}); the next run builds the data again")
+    if path.exists():
+        for stray in folder.glob(f".{path.name}.*.tmp"):  # of builders that were killed, or lost the race
+            with contextlib.suppress(OSError):
+                stray.unlink()
     tokenizer = Tokenizer(payload["tokenizer_name"], payload["tokenizer_json"])
     note = f"tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} ids"
     if tokenizer.name == "bpe":
