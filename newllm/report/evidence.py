@@ -87,9 +87,9 @@ def verdict(comparison, tokens, claim):
         said, limit = as_percent(difference), math.log1p(-claim.gain)
         holds = high < 0 and middle <= limit
     word = "holds" if holds else "refuted" if low > limit else "open"
-    seeds = min(len(comparison.by[tokens, arm]) for arm in best)
+    seeds = [{row["seed"] for row in comparison.by[tokens, arm]} for arm in best]
     rows = " against ".join(runs_of(comparison, tokens, arm) for arm in best)
-    return f"**{word}**: {said}, seeds: {seeds}, {rows}"
+    return f"**{word}**: {said}, seeds: {len(set.intersection(*seeds))}, {rows}"
 
 
 def by_budget(comparison, header, rows):

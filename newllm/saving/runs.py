@@ -323,11 +323,9 @@ def choose(folder, top, config, fingerprint):
             known.append((home, state, distinction(state, config, fingerprint)))
         else:
             choice.lines.append(f"warning: {home} holds no run that this version can read; it stays as it is")
-    kept = (
-        f"; run {top['run_id']} is kept whole in {RUNS}/{top['run_id']}"
-        if top and config.save_checkpoint
-        else ""
-    )
+    kept = ""
+    if top and config.save_checkpoint:
+        kept = f"; run {top['run_id']} is kept whole in {RUNS}/{top['run_id']}"
     if not known:
         return choice
     if not config.load_checkpoint:
