@@ -127,7 +127,15 @@ class OptimizerStep:
             raise UserError(f"the {name} is {value} at {where}: stopped before it; lower the learning rate.")
         if norm > self.max_norm:  # else every gradient would be read and written to be multiplied by one
             clip_grads_with_norm_(parameters, self.max_norm, total, foreach=together)
-        self.optimizer.step()  # whose lack of memory ends the run: some parameters may have moved
+        try:
+            self.optimizer.step()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise UserError(
+                f"out of memory while the parameters were updated at {where}: run again to continue from the "
+                "last checkpoint, with a smaller model if it happens again."
+            ) from None
         return loss
 
     def _skips(self):

@@ -91,6 +91,22 @@ def test_a_sample_that_does_not_fit_and_a_real_error_end_the_run(taking, error, 
         taking[0](fails, 5, State(), 0, "batch 3")
 
 
+def test_no_memory_for_the_update_stops_with_a_sentence(taking, monkeypatch):
+    """Some parameters may have moved, so it is not tried again."""
+    take, parameter, _ = taking
+
+    def fails():
+        raise torch.OutOfMemoryError("no")
+
+    def gradients(parts):
+        parameter.sum().backward()
+        return (1.0,)
+
+    monkeypatch.setattr(take.optimizer, "step", fails)
+    with pytest.raises(UserError, match="continue from the last checkpoint"):
+        take(gradients, 1, State(), 0, "here")
+
+
 def sweep_of_two(step, contexts, tokens):
     """A sweep of training for at most two sequences."""
     if len(contexts) > 2 and isinstance(step, functools.partial):
